@@ -1,0 +1,54 @@
+"""What every public function asks of its arguments, and in which precision it computes."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+__all__ = ["ensure", "float_dtype", "int_tuple", "kernel_array", "positive_scalar"]
+
+
+def ensure(condition: bool, message: str) -> None:
+    """Raises `ValueError(message)` unless the (static) condition holds."""
+    if not condition:
+        raise ValueError(message)
+
+
+def int_tuple(value, length: int | None, name: str, minimum: int = 1) -> tuple[int, ...]:
+    """`value` as a tuple of ints of the given length; an int stands for all axes."""
+    values = (value,) * (length or 1) if np.ndim(value) == 0 else tuple(value)
+    integral = all(isinstance(v, (int, np.integer)) and not isinstance(v, bool) for v in values)
+    ensure(
+        integral and (length is None or len(values) == length) and all(v >= minimum for v in values),
+        f"{name}: got {value!r}, expected {'an int or ' if length else ''}"
+        f"{length or 'one to three'} integers >= {minimum}; give one per spatial axis.",
+    )
+    return tuple(int(v) for v in values)
+
+
+def kernel_array(kernel, op) -> jax.Array:
+    """The kernel as an array, checked against its operator: real, floating, of a shape that `op` takes."""
+    kernel = jnp.asarray(kernel)
+    ensure(
+        jnp.issubdtype(kernel.dtype, jnp.floating),
+        f"kernel: got dtype {kernel.dtype}, expected a real floating-point array; cast it with .astype(jnp.float32).",
+    )
+    op.check_kernel_shape(kernel.shape)
+    return kernel
+
+
+def float_dtype(dtype) -> jnp.dtype:
+    """The dtype of the computation: float32, or wider where the input is."""
+    return jnp.dtype(dtype) if jnp.finfo(dtype).bits >= 32 else jnp.dtype(jnp.float32)
+
+
+def positive_scalar(value, name: str, dtype) -> jax.Array:
+    """`value` as a scalar of `dtype`; positive and finite wherever it is concrete."""
+    ensure(jnp.ndim(value) == 0, f"{name}: got shape {jnp.shape(value)}, expected a scalar; use jax.vmap over several.")
+    if not isinstance(value, jax.core.Tracer):
+        ensure(
+            bool(np.isfinite(value)) and value > 0,
+            f"{name}: got {value}, expected a positive finite number.",
+        )
+    return jnp.asarray(value).astype(dtype)

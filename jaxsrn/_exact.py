@@ -1,0 +1,234 @@
+"""Exact stable rank normalization of any linear layer (Zheng et al. 2025, eq. 7): the closed form and its iteration.
+
+    minimise ||T(K) - T(A)||_F   subject to   srank(T(K)) = r,   ||T(K)||_2 = M.
+
+In `<A, B>_d = sum_p d_p <A_p, B_p>`, the inner product of `T(A)` and `T(B)`, the constraints are `||K||_d^2 = r M^2`
+and `max <K, E>_d = M` over the functionals `E = grad_K <u, T(K) v> / d` of unit pairs. For one pair the constraint
+is linear and the optimum has a closed form; taking the leading pair of that optimum and repeating is a
+minorise-maximise iteration, so the distance never grows. It stops at `||T(K)||_2 = M`.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxsrn import _pairs
+from jaxsrn._pairs import Pair
+from jaxsrn.norms import default_tolerance, frozen_value
+from jaxsrn.operators import Operator, ZeroPaddedConv
+
+__all__ = [
+    "Problem",
+    "Solution",
+    "closed_form",
+    "functional",
+    "is_feasible",
+    "safe_sqrt",
+    "solve",
+    "squared_distance",
+]
+
+_ANDERSON_DEPTH = 5
+_MAX_ROUNDS = 10
+
+
+class Problem(NamedTuple):
+    """Data of (7): the kernel `A`, the Frobenius weights `d`, the target `r`, the norm `M`."""
+
+    kernel: Float[Array, "..."]
+    weights: Float[Array, "..."]
+    target: Float[Array, ""]
+    norm: Float[Array, ""]
+
+    def inner(self, a: Float[Array, "..."], b: Float[Array, "..."]) -> Float[Array, ""]:
+        """`<a, b>_d`."""
+        return jnp.sum(self.weights * a * b)
+
+
+class Candidate(NamedTuple):
+    """The optimum for one pair: `squared_distance` to `A` where feasible, and the functional's `e = <E, E>_d`."""
+
+    kernel: Float[Array, "..."]
+    feasible: Bool[Array, "..."]
+    squared_distance: Float[Array, "..."]
+    functional_norm: Float[Array, "..."]
+
+
+class Solution(NamedTuple):
+    """The best kernel found, with the pair that made it, its own leading pair, and the passes that it took."""
+
+    candidate: Candidate
+    pair: Pair
+    leading: Pair
+    norm: Float[Array, ""]
+    num_steps: Int[Array, ""]
+
+
+def safe_sqrt(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """`sqrt(max(x, 0))` with derivative 0 at 0: there the constraint it stands for is not active."""
+    positive = x > 0
+    return jnp.where(positive, jnp.sqrt(jnp.where(positive, x, 1.0)), 0.0)
+
+
+def functional(pair: Pair, op: Operator, weights: Float[Array, "..."], kernel_shape) -> Float[Array, "..."]:
+    """`E`: `<K, E>_d = <u, T(K) v>` for every kernel; 0 at taps that meet no sample."""
+    plain = _pairs.plain_gradient(pair, op, kernel_shape)
+    return jnp.where(weights == 0, 0.0, plain / jnp.where(weights == 0, 1.0, weights))
+
+
+def squared_distance(e, m, target, norm, squared_frobenius):
+    """Squared distance of the closed form from `A`, by `e = <E, E>_d` and `m = <A, E>_d`.
+
+    `(rho - |A_perp|)^2 + (M - m)^2 / e` with `A_perp` the part of `A` orthogonal to `E`, and `rho` its new length.
+    Free of the cancellation in `r M^2 + a - 2 <K, A>_d`. Decreasing in `e` and in `m` wherever `r <= srank(A)`.
+    """
+    radius = norm * safe_sqrt(target - 1 / e)
+    return (radius - safe_sqrt(squared_frobenius - m**2 / e)) ** 2 + (norm - m) ** 2 / e
+
+
+def is_feasible(e, target):
+    """`e >= 1 / r`, up to rounding: only then `||K||_d^2 = r M^2` and `<K, E>_d = M` can hold together."""
+    return e * target >= 1 - 16 * jnp.finfo(target.dtype).eps
+
+
+def closed_form(problem: Problem, direction: Float[Array, "..."]) -> Candidate:
+    """The kernel closest to `A` with `||K||_d^2 = r M^2` and `<K, E>_d = M`, `E = direction`.
+
+    `K = (M / e) E + rho A_perp / |A_perp|`, `rho = M sqrt(r - 1/e)`: the same point of `span(A, E)` as
+    `alpha A + beta E`, written so that both constraints hold to rounding also where `A` is nearly parallel to `E`.
+    Infeasible: the part along `A_perp` vanishes, which leaves the smallest stable rank that this pair allows.
+    Taps without a real sample stay as they are.
+    """
+    e = problem.inner(direction, direction)
+    e = jnp.where(e == 0, 1.0, e)
+    m = problem.inner(problem.kernel, direction)
+    rest = problem.kernel - (m / e) * direction
+    rest_norm = safe_sqrt(problem.inner(rest, rest))
+    radius = problem.norm * safe_sqrt(problem.target - 1 / e)
+    kernel = (problem.norm / e) * direction + radius / jnp.where(rest_norm == 0, 1.0, rest_norm) * rest
+    distance = (radius - rest_norm) ** 2 + (problem.norm - m) ** 2 / e
+    kernel = jnp.where(problem.weights == 0, problem.kernel, kernel)
+    return Candidate(kernel, is_feasible(e, problem.target), distance, e)
+
+
+def _merit(candidate: Candidate):
+    """Sort key, smaller is better: feasible ones by distance, before infeasible ones by stable rank `1 / e`."""
+    return jnp.where(candidate.feasible, 0, 1), jnp.where(
+        candidate.feasible, candidate.squared_distance, 1 / candidate.functional_norm
+    )
+
+
+def _no_worse(new: Candidate, old: Candidate) -> Bool[Array, ""]:
+    (new_class, new_value), (old_class, old_value) = _merit(new), _merit(old)
+    return (new_class < old_class) | ((new_class == old_class) & (new_value <= old_value))
+
+
+class _Anderson(NamedTuple):
+    """Differences of the last iterates and of their residuals (rows), and the last of each."""
+
+    steps: Float[Array, "depth ..."]
+    residuals: Float[Array, "depth ..."]
+    point: Float[Array, "..."]
+    residual: Float[Array, "..."]
+    count: Int[Array, ""]
+
+
+def _anderson_start(kernel: Float[Array, "..."]) -> _Anderson:
+    rows = jnp.zeros((_ANDERSON_DEPTH, *kernel.shape), kernel.dtype)
+    return _Anderson(rows, rows, jnp.zeros_like(kernel), jnp.zeros_like(kernel), jnp.asarray(0))
+
+
+def _anderson(memory: _Anderson, weights, point, residual) -> tuple[_Anderson, Float[Array, "..."]]:
+    """The next point of the fixed-point iteration `x -> x + residual(x)` (Walker, Ni 2011)."""
+    row = (memory.count - 1) % _ANDERSON_DEPTH
+    fresh = jnp.where(memory.count > 0, 1.0, 0.0).astype(point.dtype)
+    steps = memory.steps.at[row].set(fresh * (point - memory.point))
+    residuals = memory.residuals.at[row].set(fresh * (residual - memory.residual))
+    flat = residuals.reshape((_ANDERSON_DEPTH, -1))
+    weighted = (residuals * weights[None]).reshape((_ANDERSON_DEPTH, -1))
+    gram = weighted @ flat.T
+    # Empty rows, and differences that no longer carry information, must not blow up the coefficients.
+    ridge = 10 * jnp.finfo(point.dtype).eps * jnp.trace(gram)
+    gram = gram + jnp.where(ridge == 0, 1.0, ridge) * jnp.eye(_ANDERSON_DEPTH, dtype=point.dtype)
+    coefficients = jnp.linalg.solve(gram, weighted @ residual.reshape(-1))
+    correction = jnp.tensordot(coefficients, steps + residuals, axes=1)
+    return _Anderson(steps, residuals, point, residual, memory.count + 1), point + residual - correction
+
+
+class _Ascent(NamedTuple):
+    point: Float[Array, "..."]
+    best: Candidate
+    pair: Pair
+    memory: _Anderson
+    change: Float[Array, ""]
+    num_steps: Int[Array, ""]
+
+
+def _ascend(problem: Problem, op: Operator, start: Pair, max_steps: int, tolerance) -> _Ascent:
+    """Minorise-maximise passes from one pair, Anderson accelerated, to a relative change of the kernel.
+
+    Every candidate is the closed form of a true unit pair, whatever point that pair was taken from: both guarantees
+    of the plain iteration hold for accelerated ones. An accelerated pass that would lose ground is undone and
+    repeated plainly; a plain one can lose only to rounding, which is where to stop.
+    """
+    shape, weights = problem.kernel.shape, problem.weights
+    vector_tolerance = default_tolerance(weights.dtype)
+
+    def step(state: _Ascent) -> _Ascent:
+        pair = _pairs.nearby(state.point, op, state.pair, vector_tolerance)
+        new = closed_form(problem, functional(pair, op, weights, shape))
+        residual = new.kernel - state.point
+        size = safe_sqrt(problem.inner(new.kernel, new.kernel))
+        change = safe_sqrt(problem.inner(residual, residual)) / jnp.where(size == 0, 1.0, size)
+        accepted = _no_worse(new, state.best)
+        memory, mixed = _anderson(state.memory, jnp.broadcast_to(weights, shape), state.point, residual)
+        was_plain = state.memory.count == 0
+        restart = (
+            state.best.kernel,
+            _anderson_start(new.kernel),
+            state.best,
+            state.pair,
+            jnp.where(was_plain, 0.0, jnp.inf),
+        )
+        accept = (mixed, memory, new, pair, change)
+        point, memory, best, pair, change = jax.tree.map(lambda a, b: jnp.where(accepted, a, b), accept, restart)
+        return _Ascent(point, best, pair, memory, change, state.num_steps + 1)
+
+    first = closed_form(problem, functional(start, op, weights, shape))
+    state = _Ascent(
+        first.kernel, first, start, _anderson_start(first.kernel), jnp.asarray(jnp.inf, weights.dtype), jnp.asarray(0)
+    )
+    return jax.lax.while_loop(lambda s: (s.change > tolerance) & (s.num_steps < max_steps), step, state)
+
+
+def solve(problem: Problem, op: Operator, starts: Pair, max_steps: int, tolerance) -> Solution:
+    """The best of the iterations from several starts, checked against the leading pair of the whole operator.
+
+    The passes follow one pair (one frequency, one Krylov space). Where the kernel they end at is larger elsewhere
+    than `M`, its leading pair is a better start and the passes go on from there.
+    """
+    ends = jax.vmap(lambda start: _ascend(problem, op, start, max_steps, tolerance))(starts)
+    order = jnp.lexsort(_merit(ends.best)[::-1])
+    end = jax.tree.map(lambda leaf: leaf[order[0]], ends)
+
+    def check(end: _Ascent, num_steps) -> Solution:
+        start = end.pair.right if isinstance(op, ZeroPaddedConv) else None
+        leading, _ = _pairs.leading(end.best.kernel, op, default_tolerance(problem.weights.dtype), start)
+        norm = frozen_value(end.best.kernel, op, leading)
+        return Solution(end.best, end.pair, leading, norm, num_steps)
+
+    def unfinished(state):
+        solution, rounds = state
+        exceeds = solution.norm > problem.norm * (1 + 100 * jnp.finfo(problem.norm.dtype).eps)
+        return exceeds & (solution.num_steps < max_steps) & (rounds < _MAX_ROUNDS)
+
+    def go_on(state):
+        solution, rounds = state
+        end = _ascend(problem, op, solution.leading, max_steps, tolerance)
+        return check(end, solution.num_steps + end.num_steps), rounds + 1
+
+    return jax.lax.while_loop(unfinished, go_on, (check(end, end.num_steps), jnp.asarray(0)))[0]

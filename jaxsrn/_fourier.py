@@ -1,0 +1,187 @@
+"""The symbol of a circular convolution, and singular pairs that live at one frequency of it.
+
+`S(w) = sum_p K_p exp(-i <w, p>)` (Sedghi, Gupta, Long 2019), one `c_in x c_out` matrix per frequency. Strides are
+polyphase: the taps split by their residue modulo the stride into that many more input channels, on the coarser
+output grid. Groups are a direct sum. A **site** is the flat index of one (frequency, group) of the half grid: the
+kernel is real, `S(-w) = conj(S(w))`, so half of the last axis suffices.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Complex, Float, Int
+
+from jaxsrn.operators import CircularConv
+
+__all__ = [
+    "dft_rows",
+    "half_grid",
+    "half_symbol",
+    "is_self_conjugate",
+    "multiplicity",
+    "site_gradient",
+    "site_of_images",
+    "site_shape",
+    "site_symbol",
+    "squared_phase_sums",
+    "symbol_on",
+    "wave",
+]
+
+_FREQ, _PHASE, _TAP = "abc", "xyz", "hwd"
+_einsum = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
+
+
+def complex_dtype(dtype) -> jnp.dtype:
+    """The complex partner of a real dtype."""
+    return jnp.dtype(jnp.complex128 if jnp.finfo(dtype).bits == 64 else jnp.complex64)
+
+
+def half_grid(op: CircularConv) -> tuple[int, ...]:
+    """Shape of the frequencies that determine all others."""
+    return (*op.grid[:-1], op.grid[-1] // 2 + 1)
+
+
+def multiplicity(op: CircularConv) -> np.ndarray:
+    """How many frequencies of the full grid each site stands for: 1 or 2."""
+    last = np.arange(half_grid(op)[-1])
+    # The columns 0 and n/2 already hold both members of their pairs.
+    counts = np.where((last == 0) | (2 * last == op.grid[-1]), 1, 2)
+    return np.repeat(np.broadcast_to(counts, half_grid(op)), op.feature_group_count)
+
+
+def is_self_conjugate(op: CircularConv) -> np.ndarray:
+    """Which sites are at a real frequency, `w = -w` modulo 2 pi on every axis, so that `S(w)` is real."""
+    axes = [2 * np.arange(m) % n == 0 for m, n in zip(half_grid(op), op.grid, strict=True)]
+    return np.repeat(functools.reduce(np.logical_and.outer, axes), op.feature_group_count)
+
+
+def dft_rows(op: CircularConv, kernel_shape: tuple[int, ...]) -> list[np.ndarray]:
+    """Per axis `(grid, phases, taps)`: `exp(-i w t)` where the tap lies `t` strides into that phase, else 0."""
+    rows = []
+    for j, (n, s) in enumerate(zip(op.grid, op.strides, strict=True)):
+        offset = np.arange(kernel_shape[j]) * op.kernel_dilation[j]
+        # Reducing the integer angle first keeps full precision on large grids.
+        angle = np.outer(np.arange(n), offset // s) % n
+        in_phase = offset % s == np.arange(s)[:, None]
+        rows.append(np.exp(-2j * np.pi * angle / n)[:, None, :] * in_phase)
+    return rows
+
+
+def _grouped(kernel: Float[Array, "..."], op: CircularConv) -> Float[Array, "..."]:
+    """`(*taps, c_in // groups, groups, c_out // groups)`."""
+    return kernel.reshape((*kernel.shape[:-1], op.feature_group_count, -1))
+
+
+def symbol_on(kernel: Float[Array, "..."], op: CircularConv, grid: tuple[int, ...]) -> Complex[Array, "..."]:
+    """The symbol `(*grid, groups, phases * c_in // groups, c_out // groups)` at the first frequencies per axis."""
+    d, dtype = op.num_axes, complex_dtype(kernel.dtype)
+    rows = [jnp.asarray(row[:m], dtype) for row, m in zip(dft_rows(op, kernel.shape), grid, strict=True)]
+    axes = ",".join(f + p + t for f, p, t in zip(_FREQ[:d], _PHASE[:d], _TAP[:d], strict=True))
+    spec = f"{_TAP[:d]}igo,{axes}->{_FREQ[:d]}g{_PHASE[:d]}io"
+    out = _einsum(spec, _grouped(kernel, op).astype(dtype), *rows)
+    return out.reshape((*grid, op.feature_group_count, -1, out.shape[-1]))
+
+
+def half_symbol(kernel: Float[Array, "..."], op: CircularConv) -> Complex[Array, "sites in out"]:
+    """The symbol at every site."""
+    out = symbol_on(kernel, op, half_grid(op))
+    return out.reshape((-1, *out.shape[-2:]))
+
+
+def site_shape(op: CircularConv, kernel_shape) -> tuple[int, int]:
+    """Rows and columns of the symbol at a site: `(phases * c_in // groups, c_out // groups)`."""
+    return math.prod(op.strides) * kernel_shape[-2], kernel_shape[-1] // op.feature_group_count
+
+
+def _locate(op: CircularConv, site: Int[Array, ""]) -> tuple[tuple[Int[Array, ""], ...], Int[Array, ""]]:
+    """The frequency index per axis and the group of a site."""
+    *index, group = jnp.unravel_index(site, (*half_grid(op), op.feature_group_count))
+    return tuple(index), group
+
+
+def _site_rows(op: CircularConv, kernel_shape, index, dtype) -> list[Complex[Array, "phases taps"]]:
+    return [jnp.asarray(row, dtype)[i] for row, i in zip(dft_rows(op, kernel_shape), index, strict=True)]
+
+
+def site_symbol(kernel: Float[Array, "..."], op: CircularConv, site: Int[Array, ""]) -> Complex[Array, "in out"]:
+    """`S(w)` of one group, `(phases * c_in // groups, c_out // groups)`."""
+    d, dtype = op.num_axes, complex_dtype(kernel.dtype)
+    index, group = _locate(op, site)
+    taps = jnp.take(_grouped(kernel, op), group, axis=-2).astype(dtype)
+    axes = ",".join(p + t for p, t in zip(_PHASE[:d], _TAP[:d], strict=True))
+    out = _einsum(f"{_TAP[:d]}io,{axes}->{_PHASE[:d]}io", taps, *_site_rows(op, kernel.shape, index, dtype))
+    return out.reshape((-1, out.shape[-1]))
+
+
+def site_gradient(op: CircularConv, kernel_shape, site, u: Complex[Array, " in"], v: Complex[Array, " out"]):
+    """`grad_K Re(u^H S_K(w) v)`, of shape `kernel_shape`: the functional of the unit pair `(u, v)` at a site."""
+    d, groups = op.num_axes, op.feature_group_count
+    index, group = _locate(op, site)
+    axes = ",".join(p + t for p, t in zip(_PHASE[:d], _TAP[:d], strict=True))
+    rows = _site_rows(op, kernel_shape, index, u.dtype)
+    u = jnp.conj(u).reshape((*op.strides, -1))
+    taps = jnp.real(_einsum(f"{axes},{_PHASE[:d]}i,o->{_TAP[:d]}io", *rows, u, v))
+    in_group = jnp.arange(groups) == group
+    out = taps[..., None, :] * in_group[:, None].astype(taps.dtype).reshape((1,) * (d + 1) + (groups, 1))
+    return out.reshape(kernel_shape)
+
+
+def squared_phase_sums(op: CircularConv, kernel_shape) -> tuple[np.ndarray, list[np.ndarray]]:
+    """The taps of each phase and, per site, the sum of their squared phase factors `exp(-2i <w, t>)`.
+
+    Returns `(counts, sums)`: counts `(phases,)`, and sums `(sites, phases)`.
+    """
+    rows = [row[:m] for row, m in zip(dft_rows(op, kernel_shape), half_grid(op), strict=True)]
+    counts = functools.reduce(np.multiply.outer, [np.sum(np.abs(row[0]) ** 2, axis=-1) for row in rows])
+    sums = functools.reduce(np.multiply.outer, [np.sum(row**2, axis=-1) for row in rows])
+    # Axes arrive as (freq, phase, freq, phase, ...); sites first, then phases.
+    d = op.num_axes
+    sums = sums.transpose((*range(0, 2 * d, 2), *range(1, 2 * d, 2))).reshape((-1, counts.size))
+    return counts.reshape(-1), np.repeat(sums, op.feature_group_count, axis=0)
+
+
+def wave(op: CircularConv, site: Int[Array, ""], vector: Complex[Array, " c"], positions, strides):
+    """The real image `Re(vector exp(i <w, m>))` of one site, at given positions.
+
+    Args:
+      op, site: where the wave lives.
+      vector: amplitudes `(phases * c // groups,)` of the group's channels; one phase for outputs.
+      positions: per axis, static integer positions `t`; position `t` is `t // stride` steps into phase
+        `t % stride`.
+      strides: `op.strides` for inputs (positions counted from the first tap's reach), ones for outputs.
+
+    Returns:
+      `(*positions, c)`, not normalised.
+    """
+    index, group = _locate(op, site)
+    phases = [np.asarray(t) % s for t, s in zip(positions, strides, strict=True)]
+    image = vector.reshape((*strides, -1))[np.ix_(*phases)]
+    for axis, (t, s, n, i) in enumerate(zip(positions, strides, op.grid, index, strict=True)):
+        roots = jnp.asarray(np.exp(2j * np.pi * np.arange(n) / n), vector.dtype)
+        factor = roots[i * (np.asarray(t) // s % n) % n]
+        image = image * jnp.expand_dims(factor, [a for a in range(image.ndim) if a != axis])
+    in_group = (jnp.arange(op.feature_group_count) == group).astype(vector.real.dtype)
+    shape = (*image.shape[:-1], op.feature_group_count * image.shape[-1])
+    in_group = in_group.reshape((1,) * op.num_axes + (-1, 1))
+    return (jnp.real(image)[..., None, :] * in_group).reshape(shape)
+
+
+def site_of_images(op: CircularConv, kernel_shape, right: Float[Array, "..."], left: Float[Array, "..."]):
+    """The site at which two images have most of their energy, and their amplitudes there: `(site, u, v)`."""
+    d, groups = op.num_axes, op.feature_group_count
+    # wave() counts input positions from the first tap's reach.
+    x = jnp.roll(right, op.centre(kernel_shape), axis=range(d))
+    x = x.reshape((*sum(zip(op.grid, op.strides, strict=True), ()), groups, -1))
+    x = x.transpose((*range(0, 2 * d, 2), 2 * d, *range(1, 2 * d, 2), 2 * d + 1))
+    spectrum = [jnp.fft.fftn(image, axes=range(d)) for image in (x, left.reshape((*op.grid, groups, -1)))]
+    half = tuple(slice(m) for m in half_grid(op))
+    size = math.prod(half_grid(op)) * groups
+    u, v = (s[half].reshape((size, -1)) for s in spectrum)
+    site = jnp.argmax(jnp.linalg.norm(u, axis=-1) * jnp.linalg.norm(v, axis=-1))
+    return site, u[site], v[site]

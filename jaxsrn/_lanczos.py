@@ -1,0 +1,126 @@
+"""Golub-Kahan-Lanczos bidiagonalisation with full reorthogonalisation and thick restarts, matrix-free.
+
+Golub, Kahan 1965; the restart keeps the leading Ritz vectors (Baglama, Reichel 2005).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+__all__ = ["leading_singular_vectors", "random_start"]
+
+# Ritz vectors carried through a restart resolve the cluster at the top; the rest of the basis is the memory price.
+_BASIS = 20
+_KEPT = 8
+_MAX_RESTARTS = 200
+
+
+class _Basis(NamedTuple):
+    """`T right^T = left^T projected`, and `T^T left^T = right^T projected^T` up to the coupling to the next vector."""
+
+    right: Float[Array, "basis+1 in"]
+    left: Float[Array, "basis out"]
+    projected: Float[Array, "basis basis"]
+    coupling: Float[Array, ""]
+
+
+class _State(NamedTuple):
+    basis: _Basis
+    residual: Float[Array, ""]
+    restarts: Int[Array, ""]
+
+
+def _dot(a, b):
+    return jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
+
+
+def _orthogonalise(vector, basis):
+    """The part of `vector` orthogonal to the rows of `basis`, as a unit vector (0 where nothing is left)."""
+    before = jnp.linalg.norm(vector)
+    # Once leaves rounding errors as large as the cancellation; twice is enough (Giraud et al. 2005).
+    coefficients = _dot(basis, vector)
+    vector = vector - _dot(coefficients, basis)
+    correction = _dot(basis, vector)
+    vector = vector - _dot(correction, basis)
+    norm = jnp.linalg.norm(vector)
+    # What is left of a vector inside the space is noise: the Krylov space is exhausted.
+    norm = jnp.where(norm <= 10 * jnp.finfo(vector.dtype).eps * before, 0.0, norm)
+    unit = jnp.where(norm == 0, 0.0, vector / jnp.where(norm == 0, 1.0, norm))
+    return unit, norm, coefficients + correction
+
+
+def _extend(matvec, rmatvec, j: Int[Array, ""], basis: _Basis) -> _Basis:
+    """One step of the bidiagonalisation: the `j`-th left vector and the next right one."""
+    left_vector, alpha, column = _orthogonalise(matvec(basis.right[j]), basis.left)
+    projected = basis.projected.at[:, j].set(column).at[j, j].set(alpha)
+    left = basis.left.at[j].set(left_vector)
+    next_vector, coupling, _ = _orthogonalise(rmatvec(left_vector), basis.right)
+    return _Basis(basis.right.at[j + 1].set(next_vector), left, projected, coupling)
+
+
+def _ritz(basis: _Basis, kept: int):
+    """Rotates the basis to its leading Ritz vectors, ready to go on; and the residual of the first."""
+    size = basis.left.shape[0]
+    x, values, yt = jnp.linalg.svd(basis.projected)
+    right = jnp.zeros_like(basis.right).at[:kept].set(_dot(yt[:kept], basis.right[:size]))
+    right = right.at[kept].set(basis.right[size])
+    left = jnp.zeros_like(basis.left).at[:kept].set(_dot(x[:, :kept].T, basis.left))
+    projected = jnp.zeros_like(basis.projected).at[jnp.arange(kept), jnp.arange(kept)].set(values[:kept])
+    residual = basis.coupling * jnp.abs(x[-1, 0]) / jnp.where(values[0] == 0, 1.0, values[0])
+    return _Basis(right, left, projected, basis.coupling), residual
+
+
+def leading_singular_vectors(
+    matvec: Callable,
+    rmatvec: Callable,
+    start: Float[Array, " in"],
+    out_size: int,
+    tolerance: Float[Array, ""],
+    max_restarts: int = _MAX_RESTARTS,
+) -> tuple[Float[Array, ""], Float[Array, " out"], Float[Array, " in"], Float[Array, ""]]:
+    """The leading singular triplet of the map `matvec`, and the relative residual `||T^T u - sigma v|| / sigma`.
+
+    Args:
+      matvec, rmatvec: the map and its transpose on flat vectors.
+      start: where the Krylov space starts; any non-zero vector that is not orthogonal to the answer.
+      out_size: length of an output.
+      tolerance: relative residual at which to stop.
+      max_restarts: cycles of the basis.
+
+    Returns:
+      `(sigma, u, v, residual)`; zeros for `u` where the map is zero.
+    """
+    # One more than the smaller side: with it the space is always exhausted, and the coupling exactly zero.
+    size = min(_BASIS, min(start.size, out_size) + 1)
+    kept = min(_KEPT, size // 2)
+    norm = jnp.linalg.norm(start)
+    empty = _Basis(
+        jnp.zeros((size + 1, start.size), start.dtype).at[0].set(start / jnp.where(norm == 0, 1.0, norm)),
+        jnp.zeros((size, out_size), start.dtype),
+        jnp.zeros((size, size), start.dtype),
+        jnp.zeros((), start.dtype),
+    )
+
+    def cycle(state: _State) -> _State:
+        first = jnp.where(state.restarts == 0, 0, kept)
+        body = lambda j, basis: _extend(matvec, rmatvec, j, basis)  # noqa: E731
+        basis, residual = _ritz(lax.fori_loop(first, size, body, state.basis), kept)
+        return _State(basis, residual, state.restarts + 1)
+
+    def unfinished(state: _State):
+        return (state.residual > tolerance) & (state.restarts < max_restarts)
+
+    state = lax.while_loop(unfinished, cycle, _State(empty, jnp.asarray(jnp.inf, start.dtype), jnp.asarray(0)))
+    basis = state.basis
+    return basis.projected[0, 0], basis.left[0], basis.right[0], state.residual
+
+
+def random_start(shape: tuple[int, ...], dtype) -> Float[Array, "..."]:
+    """A fixed Gaussian vector: never orthogonal to a leading vector for reasons of symmetry."""
+    return jax.random.normal(jax.random.key(0), shape, dtype)

@@ -1,0 +1,160 @@
+"""Unit singular pairs `(u, v)` of every operator, and the linear functional `K -> <u, T(K) v>` of each.
+
+A pair is stored where it is small: at one site (frequency and group) of a circular convolution, as plain vectors
+of a matrix, as two images otherwise. Everything that optimises over pairs needs the same four things of them:
+the leading pair, a leading pair near a given one, the functional, and the two real vectors.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Inexact, Int
+
+from jaxsrn import _fourier
+from jaxsrn._lanczos import leading_singular_vectors, random_start
+from jaxsrn.operators import CircularConv, Dense, Operator
+
+__all__ = [
+    "Pair",
+    "images",
+    "leading",
+    "nearby",
+    "pair_of_images",
+    "plain_gradient",
+    "site_pairs",
+    "top_pairs",
+    "top_values",
+    "unit",
+]
+
+
+class Pair(NamedTuple):
+    """A pair of unit vectors: complex amplitudes at `site` (circular), or the vectors themselves (`site` is 0)."""
+
+    site: Int[Array, "..."]
+    right: Inexact[Array, "..."]
+    left: Inexact[Array, "..."]
+
+
+def unit(vector: Inexact[Array, "..."]) -> Inexact[Array, "..."]:
+    """`vector` with norm 1; the first basis vector in place of zero."""
+    norm = jnp.linalg.norm(vector)
+    first = jnp.zeros(vector.size, vector.dtype).at[0].set(1).reshape(vector.shape)
+    return jnp.where(norm == 0, first, vector / jnp.where(norm == 0, 1, norm).astype(vector.dtype))
+
+
+def top_pairs(matrices: Inexact[Array, "batch in out"]):
+    """Leading singular values and vectors of a stack: `(values, u, v)` with `u^H A v = value`.
+
+    The largest entry of `u` is real and positive, so that both vectors are real where the matrix is.
+    """
+    if min(matrices.shape[-2:]) == 1:
+        u, v, values = _pair_of_vector(matrices)
+    else:
+        u, values, vh = jnp.linalg.svd(matrices, full_matrices=False)
+        u, values, v = u[..., 0], values[..., 0], jnp.conj(vh[..., 0, :])
+    largest = jnp.take_along_axis(u, jnp.argmax(jnp.abs(u), axis=-1, keepdims=True), axis=-1)
+    turn = jnp.conj(largest) / jnp.abs(largest).astype(u.dtype)
+    return values, u * turn, v * turn
+
+
+def _pair_of_vector(matrices):
+    """`top_pairs` of rows or columns, without an SVD."""
+    row = matrices.shape[-2] == 1
+    vector = matrices[..., 0, :] if row else matrices[..., 0]
+    values = jnp.linalg.norm(vector, axis=-1)
+    direction = jax.vmap(unit)(vector)
+    one = jnp.ones((*values.shape, 1), matrices.dtype)
+    return (one, jnp.conj(direction), values) if row else (direction, one, values)
+
+
+def top_values(matrices: Inexact[Array, "batch in out"]) -> Float[Array, " batch"]:
+    """Largest singular value of each matrix of a stack."""
+    if min(matrices.shape[-2:]) == 1:
+        return jnp.linalg.norm(matrices, axis=(-2, -1))
+    return jnp.linalg.svd(matrices, compute_uv=False)[..., 0]
+
+
+def site_pairs(kernel, op: CircularConv, sites: Int[Array, " k"]) -> tuple[Float[Array, " k"], Pair]:
+    """The leading pairs at the given sites, with their singular values."""
+    matrices = jax.vmap(_fourier.site_symbol, (None, None, 0))(kernel, op, sites)
+    values, u, v = top_pairs(matrices)
+    return values, Pair(sites, u, v)
+
+
+def _first(pairs: Pair) -> Pair:
+    return jax.tree.map(lambda leaf: leaf[0], pairs)
+
+
+def _matrix_free(kernel, op: Operator, start: Float[Array, "..."], tolerance) -> tuple[Pair, Float[Array, ""]]:
+    """Lanczos with the real operator from a given right vector."""
+    in_shape, out_shape = op.in_shape(kernel.shape), op.out_shape(kernel.shape)
+    highest = jax.lax.Precision.HIGHEST
+
+    def matvec(x):
+        return op.apply(kernel, x.reshape(in_shape), precision=highest).reshape(-1)
+
+    def rmatvec(y):
+        return op.transpose(kernel, y.reshape(out_shape), precision=highest).reshape(-1)
+
+    _, left, right, residual = leading_singular_vectors(
+        matvec, rmatvec, start.reshape(-1), int(np.prod(out_shape)), tolerance
+    )
+    pair = Pair(jnp.asarray(0), unit(right).reshape(in_shape), unit(left).reshape(out_shape))
+    return pair, residual
+
+
+def leading(kernel: Float[Array, "..."], op: Operator, tolerance, start=None) -> tuple[Pair, Float[Array, ""]]:
+    """The leading pair of `T(kernel)`, found without any assumption, and its relative residual.
+
+    `start`, a right vector, only speeds up the matrix-free search: a fixed random part is mixed in, so that a start
+    that happens to be another singular vector cannot trap it.
+    """
+    if isinstance(op, Dense):
+        _, u, v = top_pairs(kernel[None])
+        return Pair(jnp.asarray(0), u[0], v[0]), jnp.zeros((), kernel.dtype)
+    if isinstance(op, CircularConv):
+        values = top_values(_fourier.half_symbol(kernel, op))
+        _, pairs = site_pairs(kernel, op, jnp.argmax(values)[None])
+        return _first(pairs), jnp.zeros((), kernel.dtype)
+    noise = unit(random_start(op.in_shape(kernel.shape), kernel.dtype))
+    return _matrix_free(kernel, op, noise if start is None else start + 1e-3 * noise, tolerance)
+
+
+def nearby(kernel: Float[Array, "..."], op: Operator, pair: Pair, tolerance) -> Pair:
+    """The leading pair within reach of `pair`: at its site (circular), or in the Krylov space that it starts."""
+    if isinstance(op, Dense):
+        return leading(kernel, op, tolerance)[0]
+    if isinstance(op, CircularConv):
+        return _first(site_pairs(kernel, op, pair.site[None])[1])
+    return _matrix_free(kernel, op, pair.right, tolerance)[0]
+
+
+def plain_gradient(pair: Pair, op: Operator, kernel_shape: tuple[int, ...]) -> Float[Array, "..."]:
+    """`grad_K <u, T(K) v>`, so that `<u, T(K) v> = sum(gradient * K)` for every kernel of this shape."""
+    if isinstance(op, CircularConv):
+        return _fourier.site_gradient(op, kernel_shape, pair.site, pair.right, pair.left)
+    return op.kernel_gradient(kernel_shape, pair.right, pair.left)
+
+
+def images(pair: Pair, op: Operator, kernel_shape: tuple[int, ...]):
+    """The two real unit vectors, `(left, right)`, of `out_shape` and `in_shape`."""
+    if not isinstance(op, CircularConv):
+        return pair.left, pair.right
+    ones = (1,) * op.num_axes
+    reach = [np.arange(n) + c for n, c in zip(op.input_shape, op.centre(kernel_shape), strict=True)]
+    right = _fourier.wave(op, pair.site, pair.right, reach, op.strides)
+    left = _fourier.wave(op, pair.site, pair.left, [np.arange(n) for n in op.grid], ones)
+    return unit(left), unit(right)
+
+
+def pair_of_images(left: Float[Array, "..."], right: Float[Array, "..."], op: Operator, kernel_shape) -> Pair:
+    """The pair closest to two real vectors: their strongest site (circular), or themselves."""
+    if not isinstance(op, CircularConv):
+        return Pair(jnp.asarray(0), unit(right), unit(left))
+    site, u, v = _fourier.site_of_images(op, kernel_shape, right, left)
+    return Pair(site, unit(u), unit(v))

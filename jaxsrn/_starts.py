@@ -1,0 +1,208 @@
+"""Where the iteration starts, and what is provably out of its reach.
+
+At a pair, the distance of the closed form decreases in `e = <E, E>_d` and in `m = <A, E>_d` (for targets below the
+stable rank of `A`). Bounds on both bound every feasible kernel; the pairs that come closest to them are the starts.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from jaxsrn import _fourier, _pairs
+from jaxsrn._exact import Problem, is_feasible, squared_distance
+from jaxsrn._pairs import Pair
+from jaxsrn.operators import CircularConv, Operator, ZeroPaddedConv
+from jaxsrn.ranks import largest_functional
+
+__all__ = ["Survey", "survey"]
+
+_NUM_STARTS = 4
+# Frequencies whose vectors are computed at a time, best bound first.
+_SCAN_CHUNK = 16
+_NUM_PHASES = 16
+_PHASE_ZOOMS = 8
+
+
+def _circular_bounds(problem: Problem, op: CircularConv):
+    """Per site: the largest singular value of `A`, and a lower bound of the squared distance of all its pairs."""
+    values = _pairs.top_values(_fourier.half_symbol(problem.kernel, op))
+    counts, sums = _fourier.squared_phase_sums(op, problem.kernel.shape)
+    largest = np.max(counts + np.abs(sums), axis=-1) / (2 * np.prod(op.grid))
+    largest = jnp.asarray(largest, values.dtype)
+    squared = problem.inner(problem.kernel, problem.kernel)
+    bounds = squared_distance(largest, values, problem.target, problem.norm, squared)
+    return values, jnp.where(is_feasible(largest, problem.target), bounds, jnp.inf)
+
+
+class Survey(NamedTuple):
+    """Pairs to start from (stacked), and a squared distance that no feasible kernel can beat.
+
+    The bound is infinite where provably no kernel is feasible.
+    """
+
+    starts: Pair
+    bound: Float[Array, ""]
+
+
+class _Scan(NamedTuple):
+    """The best sites so far; `position` counts chunks of the sorted sites."""
+
+    scores: Float[Array, " starts"]
+    sites: Int[Array, " starts"]
+    position: Int[Array, ""]
+
+
+def _phase_scores(problem: Problem, op: CircularConv, values, pairs: Pair, num_zooms: int):
+    """The best phase `theta` of each pair `(u, e^{i theta} v)`: `(scores, theta)`.
+
+    `m = sigma cos(theta)` and `e = (Q + Re(e^{2 i theta} c)) / (2 N)`. Both the distance's decrease in `e` and in
+    `m` point into the interval between 0 and the maximiser of `e`: only it is searched, zooming in on the best.
+    """
+    counts, sums = _fourier.squared_phase_sums(op, problem.kernel.shape)
+    by_phase = pairs.right.reshape((len(values), counts.size, -1))
+    counts, sums = jnp.asarray(counts, values.dtype), jnp.asarray(sums, by_phase.dtype)[pairs.site]
+    q = jnp.sum(jnp.sum(jnp.abs(by_phase) ** 2, axis=-1) * counts[None], axis=-1)
+    c = jnp.sum(pairs.left**2, axis=-1) * jnp.sum(jnp.sum(jnp.conj(by_phase) ** 2, axis=-1) * sums, axis=-1)
+    total = 2 * float(np.prod(op.grid))
+    squared = problem.inner(problem.kernel, problem.kernel)
+
+    def score(theta):
+        turned = jnp.abs(c)[:, None] * jnp.cos(2 * theta + jnp.angle(c)[:, None])
+        e = (q[:, None] + turned) / total
+        m = values[:, None] * jnp.cos(theta)
+        feasible = is_feasible(e, problem.target)
+        distance = squared_distance(jnp.where(feasible, e, 1.0), m, problem.target, problem.norm, squared)
+        return jnp.where(feasible, distance, jnp.inf)
+
+    grid = jnp.linspace(0.0, 1.0, _NUM_PHASES, dtype=values.dtype)[None]
+    low, high = jnp.zeros_like(q), -jnp.angle(c) / 2
+
+    def zoom(_, ends):
+        theta = ends[0][:, None] + (ends[1] - ends[0])[:, None] * grid
+        best = jnp.argmin(score(theta), axis=-1)[:, None]
+        around = [jnp.clip(best + side, 0, _NUM_PHASES - 1) for side in (-1, 1)]
+        return tuple(jnp.take_along_axis(theta, index, axis=-1)[:, 0] for index in around)
+
+    low, high = jax.lax.fori_loop(0, num_zooms, zoom, (low, high))
+    theta = low[:, None] + (high - low)[:, None] * grid
+    scores = score(theta)
+    best = jnp.argmin(scores, axis=-1)[:, None]
+    return jnp.take_along_axis(scores, best, axis=-1)[:, 0], jnp.take_along_axis(theta, best, axis=-1)[:, 0]
+
+
+def _turn(pairs: Pair, theta) -> Pair:
+    factor = jax.lax.complex(jnp.cos(theta), jnp.sin(theta))[:, None]
+    return pairs._replace(left=pairs.left * factor)
+
+
+def _survey_circular(problem: Problem, op: CircularConv) -> Survey:
+    """The best few sites with their best phases, by the closed form on `A`'s own leading pairs.
+
+    Sites are taken in the order of their bound, until the bound exceeds the best distance found: all others are
+    provably worse. With one channel per site, site and phase are all there is to a pair, so what the scan finds is
+    the global solution and its own lower bound. If no pair is feasible, the real frequencies with the largest
+    singular values: they allow the smallest stable rank there is.
+    """
+    values, bounds = _circular_bounds(problem, op)
+    num_sites = len(values)
+    chunk, kept = min(_SCAN_CHUNK, num_sites), min(_NUM_STARTS, num_sites)
+    num_chunks = -(-num_sites // chunk)
+    order = jnp.argsort(bounds)
+    order = jnp.concatenate([order, jnp.broadcast_to(order[:1], (num_chunks * chunk - num_sites,))])
+    order = order.reshape((num_chunks, chunk))
+    # One input and one output per site: the scan itself is the certificate, so its phases must be exact.
+    one_channel = _fourier.site_shape(op, problem.kernel.shape) == (1, 1)
+    scan_zooms = _PHASE_ZOOMS if one_channel else 0
+
+    def evaluate(sites, num_zooms):
+        pair_values, pairs = _pairs.site_pairs(problem.kernel, op, sites)
+        scores, theta = _phase_scores(problem, op, pair_values, pairs, num_zooms)
+        return scores, _turn(pairs, theta)
+
+    def body(state: _Scan) -> _Scan:
+        sites = order[state.position]
+        scores = jnp.concatenate([state.scores, evaluate(sites, scan_zooms)[0]])
+        best = jnp.argsort(scores)[:kept]
+        return _Scan(scores[best], jnp.concatenate([state.sites, sites])[best], state.position + 1)
+
+    def unfinished(state: _Scan):
+        next_bound = bounds[order[jnp.minimum(state.position, num_chunks - 1), 0]]
+        return (state.position < num_chunks) & (next_bound < state.scores[0])
+
+    empty = _Scan(jnp.full(kept, jnp.inf, values.dtype), order[0, :kept], jnp.asarray(0))
+    scan = jax.lax.while_loop(unfinished, body, empty)
+    real = jnp.asarray(np.flatnonzero(_fourier.is_self_conjugate(op)))
+    strongest = real[jnp.argsort(-values[real])[jnp.arange(kept) % len(real)]]
+    found = jnp.isfinite(scan.scores[0])
+    starts = evaluate(jnp.where(found, scan.sites, strongest), _PHASE_ZOOMS)[1]
+    return Survey(starts, scan.scores[0] if one_channel else jnp.min(bounds))
+
+
+def _circular_model(op: ZeroPaddedConv, kernel_shape) -> CircularConv:
+    """The circular convolution on the (dilated) image, grown to hold the kernel and a whole number of strides."""
+    sizes = [max(n, extent) for n, extent in zip(op.dilated_shape, op.extents(kernel_shape), strict=True)]
+    return CircularConv(
+        tuple(-(-n // s) * s for n, s in zip(sizes, op.strides, strict=True)),
+        strides=op.strides,
+        kernel_dilation=op.kernel_dilation,
+        feature_group_count=op.feature_group_count,
+    )
+
+
+def _window(shape: tuple[int, ...], dtype) -> Float[Array, "... 1"]:
+    """A half sine on each axis: what the leading vectors of a zero-padded convolution look like."""
+    axes = [np.sin(np.pi * (np.arange(n) + 0.5) / n) for n in shape]
+    window = axes[0]
+    for axis in axes[1:]:
+        window = np.multiply.outer(window, axis)
+    return jnp.asarray(window[..., None], dtype)
+
+
+def _image_starts(problem: Problem, op: ZeroPaddedConv, own: Pair) -> Pair:
+    """The kernel's own leading pair, and the best pairs of the circular model, windowed to the image.
+
+    The model's target stands as high above its smallest stable rank as the target does above this operator's.
+    """
+    shape = problem.kernel.shape
+    model = _circular_model(op, shape)
+    norm = jnp.max(_pairs.top_values(_fourier.half_symbol(problem.kernel, model)))
+    weights = model.frobenius_weights(shape, norm.dtype)
+    ratio = largest_functional(shape, op) / largest_functional(shape, model)
+    squared = jnp.sum(weights * problem.kernel**2)
+    # Against rounding, and so that the model has something to lower.
+    highest = 0.95 * squared / jnp.where(norm == 0, 1.0, norm) ** 2
+    target = jnp.minimum(problem.target * ratio, highest)
+    waves = _survey_circular(Problem(problem.kernel, weights, target, norm), model).starts
+
+    samples = zip(op.input_shape, op.input_dilation, op.pads(shape), strict=True)
+    reach = [np.arange(n) * dilation + low for n, dilation, (low, _) in samples]
+    outputs = [np.arange(n) for n in op.out_shape(shape)[:-1]]
+
+    def to_images(pair: Pair) -> Pair:
+        right = _fourier.wave(model, pair.site, pair.right, reach, op.strides) * _window(op.input_shape, norm.dtype)
+        left = _fourier.wave(model, pair.site, pair.left, outputs, (1,) * op.num_axes)
+        left = left * _window(left.shape[:-1], norm.dtype)
+        return Pair(jnp.asarray(0), _pairs.unit(right), _pairs.unit(left))
+
+    return jax.tree.map(lambda a, b: jnp.concatenate([a[None], b]), own, jax.vmap(to_images)(waves))
+
+
+def survey(problem: Problem, op: Operator, own: Pair) -> Survey:
+    """Pairs to start from, and the bound; `own` is the leading pair of `A`.
+
+    The bound takes `e` and `m` at their largest: per frequency for circular convolutions, `e*` and `M` otherwise.
+    """
+    if isinstance(op, CircularConv):
+        return _survey_circular(problem, op)
+    e = jnp.asarray(largest_functional(problem.kernel.shape, op), problem.norm.dtype)
+    squared = problem.inner(problem.kernel, problem.kernel)
+    bound = squared_distance(e, problem.norm, problem.target, problem.norm, squared)
+    bound = jnp.where(is_feasible(e, problem.target), bound, jnp.inf)
+    if isinstance(op, ZeroPaddedConv):
+        return Survey(_image_starts(problem, op, own), bound)
+    return Survey(jax.tree.map(lambda leaf: leaf[None], own), bound)

@@ -1,0 +1,335 @@
+"""Stable rank normalization: of a matrix (Sanyal et al. 2020), and of any layer, exactly (Zheng et al. 2025, eq. 7)."""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int, Shaped
+
+from jaxsrn import _pairs
+from jaxsrn._checks import ensure, float_dtype, kernel_array, positive_scalar
+from jaxsrn._exact import Problem, closed_form, functional, safe_sqrt, solve
+from jaxsrn._starts import survey
+from jaxsrn.norms import SingularTriplet, check_triplet, default_tolerance, frozen_value
+from jaxsrn.operators import Dense, Operator
+from jaxsrn.ranks import stable_rank_range
+
+__all__ = ["SRNResult", "srn", "srnc", "srnc_tanay"]
+
+
+class SRNResult(NamedTuple):
+    """A kernel of prescribed stable rank, and what is known of it.
+
+    The numbers are those of the solution in float32 or wider, before the kernel is rounded to a narrower dtype.
+
+    Attributes:
+      kernel: the normalized kernel, in the dtype of the input.
+      stable_rank: its stable rank.
+      spectral_norm: its spectral norm.
+      distance: `||T(K) - T(A)||_F / ||T(A)||_F`.
+      gap: `distance - gap` is a proven lower bound on the distance of every kernel that meets the constraints
+        (equal to `distance`, which proves nothing, where none was found).
+      residual: the larger of `|stable_rank / target - 1|` and `|spectral_norm / M - 1|`, over the constraints asked.
+      num_steps: minorise-maximise passes taken; 0 for matrices.
+      num_preserved: leading singular values kept.
+      feasible: whether a kernel that meets the constraints was found. If not, the kernel has the lowest (raising:
+        the highest) stable rank found.
+    """
+
+    kernel: Shaped[Array, "..."]
+    stable_rank: Float[Array, "..."]
+    spectral_norm: Float[Array, "..."]
+    distance: Float[Array, "..."]
+    gap: Float[Array, "..."]
+    residual: Float[Array, "..."]
+    num_steps: Int[Array, "..."]
+    num_preserved: Int[Array, "..."]
+    feasible: Bool[Array, "..."]
+
+
+def _ratio(numerator, denominator):
+    """`numerator / denominator`, 0 where the denominator is 0."""
+    zero = denominator == 0
+    return jnp.where(zero, 0.0, numerator / jnp.where(zero, 1.0, denominator))
+
+
+def _deviation(value, wanted):
+    """`|value / wanted - 1|`, 0 where nothing is wanted of a zero kernel."""
+    return jnp.where(wanted == 0, 0.0, jnp.abs(_ratio(value, wanted) - 1))
+
+
+# Matrices
+
+
+def srn(matrix: Shaped[Array, "..."], target, *, num_preserved: int = 1, raise_rank: bool = False) -> SRNResult:
+    """The matrix closest to `matrix` with stable rank `target` and its `num_preserved` leading singular values.
+
+    Sanyal, Torr, Dokania 2020, Theorem 1: with `S1` the leading `max(1, k)` terms of the SVD and `S2` the rest, the
+    optimum is `g1 S1 + g2 S2`. `k = 1` is the closest that keeps the spectral norm, `k = 0` the closest of all (its
+    spectral norm grows). A `num_preserved` too large for the target keeps the largest feasible one, as their
+    Algorithm 1; the result says which. Where `stable_rank <= target` the matrix is returned unchanged.
+
+    With `raise_rank` a target above the stable rank is met too, keeping the spectral norm: the closest matrix is
+    `U min(tau S, s_1) V^T` (a convex problem), filled up along null directions where the rank does not suffice.
+
+    Args:
+      matrix: `(c_in, c_out)`.
+      target: the stable rank wanted, at least 1; traced.
+      num_preserved: `k >= 0`; static.
+      raise_rank: static.
+
+    Returns:
+      An `SRNResult`, with `gap = 0`. A target below 1, or above `min(c_in, c_out)` when raising, is infeasible.
+      Derivatives hold the singular vectors constant: exact for the scalars, a surrogate for the matrix.
+
+    Raises:
+      ValueError: a matrix of the wrong rank or dtype, a bad target, a negative `num_preserved`.
+    """
+    matrix = kernel_array(matrix, Dense())
+    ensure(
+        isinstance(num_preserved, (int, np.integer)) and num_preserved >= 0,
+        f"num_preserved: got {num_preserved!r}, expected a static integer >= 0.",
+    )
+    target = positive_scalar(target, "target", float_dtype(matrix.dtype))
+    return _srn(matrix, target, int(num_preserved), bool(raise_rank))
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _srn(matrix, target, num_preserved, raise_rank):
+    a = matrix.astype(float_dtype(matrix.dtype))
+    u, _, vt = (lax.stop_gradient(part) for part in jnp.linalg.svd(lax.stop_gradient(a), full_matrices=False))
+    # The singular values as functions of the matrix, with the vectors held constant.
+    s = jnp.einsum("ij,ik,kj->j", u, a, vt.T, precision=lax.Precision.HIGHEST)
+    rank = _ratio(jnp.sum(s**2), s[0] ** 2)
+    lowered, preserved = _lowered_values(s, target, num_preserved)
+    feasible, unchanged = target >= 1, target >= rank
+    values = jnp.where(unchanged, s, lowered)
+    wanted = jnp.where(unchanged | (preserved > 0), s[0], lowered[0])
+    if raise_rank:
+        raises = (target > rank) & (s[0] > 0)
+        values = jnp.where(raises, _raised_values(s, target), values)
+        preserved = jnp.where(raises, 1, preserved)
+        feasible = jnp.where(raises, target <= len(s), feasible)
+        unchanged = unchanged & ~raises
+    # Unchanged means to the last bit.
+    change = jnp.matmul(u * (values - s)[None], vt, precision=lax.Precision.HIGHEST)
+    new_rank = _ratio(jnp.sum(values**2), values[0] ** 2)
+    return SRNResult(
+        kernel=(a + change).astype(matrix.dtype),
+        stable_rank=new_rank,
+        spectral_norm=values[0],
+        distance=_ratio(safe_sqrt(jnp.sum((values - s) ** 2)), safe_sqrt(jnp.sum(s**2))),
+        gap=jnp.zeros_like(rank),
+        residual=jnp.maximum(_deviation(new_rank, jnp.where(rank == 0, 0.0, target)), _deviation(values[0], wanted)),
+        num_steps=jnp.asarray(0),
+        num_preserved=jnp.where(unchanged, num_preserved, preserved),
+        feasible=feasible,
+    )
+
+
+def _lowered_values(s: Float[Array, " n"], target, num_preserved: int):
+    """Theorem 1 on the singular values: `(new values, number preserved)`."""
+    squares = s**2
+    head = jnp.cumsum(squares)
+    tail = jnp.cumsum(squares[::-1])[::-1]
+    if num_preserved == 0:
+        s1, s2 = s[0], safe_sqrt(tail[1]) if len(s) > 1 else jnp.zeros_like(s[0])
+        root = safe_sqrt(target - 1)
+        g1 = (1 + root * _ratio(s2, s1)) / jnp.maximum(target, 1)
+        g2 = g1 * root * _ratio(s1, s2)
+        return jnp.where(jnp.arange(len(s)) == 0, g1, g2) * s, jnp.asarray(0)
+    # Feasible iff the leading k alone do not exceed the target; k = 1 always is the last resort.
+    fits = head[: min(num_preserved, len(s))] <= target * squares[0]
+    k = jnp.maximum(jnp.sum(fits), 1)
+    kept = jnp.arange(len(s)) < k
+    rest = jnp.where(k < len(s), tail[jnp.minimum(k, len(s) - 1)], 0.0)
+    g2 = _ratio(safe_sqrt(target * squares[0] - head[k - 1]), safe_sqrt(rest))
+    return jnp.where(kept, s, g2 * s), k
+
+
+def _raised_values(s: Float[Array, " n"], target):
+    """`min(tau s, s_1)` with `sum = target s_1^2`; null values are filled evenly where `tau` alone cannot reach it."""
+    largest, n = s[0], len(s)
+    tail = jnp.append(jnp.cumsum((s**2)[::-1])[::-1], 0.0)
+    # With the first j values clipped, the others carry (target - j) s_1^2; the right j clips just those that exceed.
+    j = jnp.arange(1, n + 1, dtype=s.dtype)
+    tau = jnp.where(tail[1:] > 0, safe_sqrt(_ratio((target - j) * largest**2, tail[1:])), jnp.inf)
+    following = jnp.append(s[1:], 0.0)
+    consistent = (tau * jnp.where(following > 0, following, 0.0) <= largest) & (target >= j) & jnp.isfinite(tau)
+    tau = tau[jnp.argmax(consistent)]
+    null = s <= n * jnp.finfo(s.dtype).eps * largest
+    num_null = jnp.sum(null).astype(s.dtype)
+    filler = jnp.minimum(largest * safe_sqrt(_ratio(target - (n - num_null), num_null)), largest)
+    clipped = jnp.minimum(jnp.where(jnp.isfinite(tau), tau, 1.0) * s, largest)
+    return jnp.where(target > n - num_null, jnp.where(null, filler, largest), clipped)
+
+
+# Any layer
+
+
+def srnc(
+    kernel: Shaped[Array, "..."],
+    op: Operator,
+    target,
+    *,
+    keep_norm: bool = True,
+    raise_rank: bool = False,
+    max_steps: int = 500,
+    tolerance=None,
+    initial: SingularTriplet | None = None,
+) -> SRNResult:
+    """The kernel closest to `kernel`, of the same support, whose layer has stable rank `target` and the same norm.
+
+    Solves Zheng et al. 2025, eq. 7: minimise `||T(K) - T(A)||_F` subject to `srank(T(K)) = target` and
+    `||T(K)||_2 = ||T(A)||_2`, by a closed form per singular pair inside a minorise-maximise iteration. Circular
+    convolutions: all frequencies and phases are scanned, which is the global solution with one channel; otherwise
+    the best few are followed, and `gap` says how far from optimal the result can be at most. Zero padding: several
+    starts. Dense: `srn` with one value preserved. Where `stable_rank <= target` the kernel is returned unchanged.
+
+    Args:
+      kernel: `(c_in, c_out)` or `(*taps, c_in // groups, c_out)`.
+      op: its operator.
+      target: the stable rank wanted; traced. See `stable_rank_range` for what is possible.
+      keep_norm: static; `False` drops the constraint on the norm: the closest kernel with `srank = target`.
+      raise_rank: static; also meet a target above the stable rank (dense layers only).
+      max_steps: static; passes of the iteration.
+      tolerance: relative change of the kernel in a pass at which to stop, default `eps ** 0.6`; traced. The
+        constraints are met to about its square.
+      initial: a singular triplet to start from, in place of the scan: in training, that of the last result.
+
+    Returns:
+      An `SRNResult`. Infeasible or not converged: said there, by `feasible` and `residual`. Derivatives hold the
+      singular vectors constant: exact for the scalars, a surrogate for the kernel.
+
+    Raises:
+      ValueError: a kernel, target or `initial` that does not fit, aliased taps, raising a convolution.
+    """
+    kernel = kernel_array(kernel, op)
+    op.check_not_aliased(kernel.shape)
+    dtype = float_dtype(kernel.dtype)
+    target = positive_scalar(target, "target", dtype)
+    tolerance = float(jnp.finfo(dtype).eps) ** 0.6 if tolerance is None else tolerance
+    tolerance = positive_scalar(tolerance, "tolerance", dtype)
+    ensure(
+        isinstance(max_steps, (int, np.integer)) and max_steps >= 1,
+        f"max_steps: got {max_steps!r}, expected a static integer >= 1.",
+    )
+    ensure(
+        not raise_rank or isinstance(op, Dense),
+        f"raise_rank: got True for {op}, expected Dense(); raising the stable rank of a convolution needs the "
+        "projection on the spectral ball, which this version does not have.",
+    )
+    if raise_rank:
+        ensure(keep_norm, "keep_norm: got False with raise_rank=True, expected True; raising keeps the norm.")
+        return _srn(kernel, target, 1, True)
+    if initial is not None:
+        check_triplet(initial, op, kernel.shape)
+    return _srnc(kernel, op, target, initial, tolerance, bool(keep_norm), int(max_steps))
+
+
+@functools.partial(jax.jit, static_argnums=(5, 6))
+def _srnc(kernel, op, target, initial, tolerance, keep_norm, max_steps):
+    a = kernel.astype(float_dtype(kernel.dtype))
+    problem, own = _problem(a, op, target)
+    frozen, tolerance = lax.stop_gradient((problem, tolerance))
+    starts, bound = survey(frozen, op, own)
+    if initial is not None:
+        left, right = (vector.astype(a.dtype) for vector in lax.stop_gradient((initial.left, initial.right)))
+        starts = jax.tree.map(lambda leaf: leaf[None], _pairs.pair_of_images(left, right, op, a.shape))
+    solution = lax.stop_gradient(solve(frozen, op, starts, max_steps, tolerance))
+    # The closed form once more, now as a function of the kernel: what derivatives see.
+    direction = lax.stop_gradient(functional(solution.pair, op, frozen.weights, a.shape))
+    lowered = closed_form(problem, direction).kernel
+    if not keep_norm:
+        lowered = lowered * _ratio(problem.inner(lowered, a), problem.inner(lowered, lowered))
+    squared = problem.inner(a, a)
+    unchanged = target >= _ratio(squared, problem.norm**2)
+    result = jnp.where(unchanged, a, lowered)
+    feasible = unchanged | solution.candidate.feasible
+    norm = jnp.where(unchanged, problem.norm, frozen_value(result, op, solution.leading))
+    distance = _ratio(safe_sqrt(problem.inner(result - a, result - a)), safe_sqrt(squared))
+    gap = _gap(frozen, bound, lax.stop_gradient(distance), keep_norm, feasible, unchanged)
+    return _measured(kernel, result, problem, norm, distance, gap, solution.num_steps, keep_norm, feasible)
+
+
+def _problem(a: Float[Array, "..."], op: Operator, target) -> tuple[Problem, _pairs.Pair]:
+    """Problem (7) for a kernel, its norm as a function of the kernel, and the leading pair."""
+    own, _ = _pairs.leading(lax.stop_gradient(a), op, default_tolerance(a.dtype))
+    weights = op.frobenius_weights(a.shape, a.dtype)
+    return Problem(a, weights, target, frozen_value(a, op, own)), own
+
+
+def _gap(problem: Problem, bound, distance, keep_norm: bool, feasible, unchanged):
+    """How much closer than `distance` (relative) a feasible kernel could be at most."""
+    squared = problem.inner(problem.kernel, problem.kernel)
+    bound = jnp.maximum(bound, 0)
+    if not keep_norm:
+        # In terms of the angle to `A`: the distance from `A` to the ray is `|A| sin`.
+        radius, size = problem.norm * safe_sqrt(problem.target), safe_sqrt(squared)
+        versine = _ratio(jnp.maximum(bound - (size - radius) ** 2, 0), 2 * radius * size)
+        bound = squared * versine * (2 - versine)
+    gap = jnp.maximum(distance - _ratio(safe_sqrt(bound), safe_sqrt(squared)), 0)
+    return jnp.where(unchanged, 0.0, jnp.where(feasible, gap, distance))
+
+
+def _measured(kernel, result, problem, norm, distance, gap, num_steps, keep_norm, feasible) -> SRNResult:
+    rank = _ratio(problem.inner(result, result), norm**2)
+    wanted = jnp.where(problem.norm == 0, 0.0, problem.target)
+    residual = _deviation(rank, wanted)
+    if keep_norm:
+        residual = jnp.maximum(residual, _deviation(norm, problem.norm))
+    return SRNResult(
+        kernel=result.astype(kernel.dtype),
+        stable_rank=rank,
+        spectral_norm=norm,
+        distance=distance,
+        gap=gap,
+        residual=residual,
+        num_steps=num_steps,
+        num_preserved=jnp.asarray(1 if keep_norm else 0),
+        feasible=feasible,
+    )
+
+
+def srnc_tanay(kernel: Shaped[Array, "..."], op: Operator, target) -> SRNResult:
+    """The original SRN-C (Tanay et al. 2022; Zheng et al. 2025, eq. 5-6), kept to show what it misses.
+
+    `a1 + gamma (a - a1)` with `a1 = sigma grad_K <u, T(K) v>` and `gamma = sqrt(target - 1) sigma / ||T(a - a1)||_F`,
+    by analogy with the dense case, where `T(a1)` would be the leading rank-one term. For a convolution it is not: the
+    direction is right and the length is wrong, so both the stable rank and the norm are missed, by `residual`.
+
+    Args, errors: as `srnc`. A kernel with `stable_rank <= target` is returned unchanged.
+
+    Returns:
+      An `SRNResult`; `distance - gap` is the same proven bound as `srnc`'s for the true problem, so `gap` is negative
+      where the constraints are missed on the near side. `feasible` says whether the target is in
+      `stable_rank_range`, not that it was met.
+    """
+    kernel = kernel_array(kernel, op)
+    op.check_not_aliased(kernel.shape)
+    return _srnc_tanay(kernel, op, positive_scalar(target, "target", float_dtype(kernel.dtype)))
+
+
+@jax.jit
+def _srnc_tanay(kernel, op, target):
+    a = kernel.astype(float_dtype(kernel.dtype))
+    problem, own = _problem(a, op, target)
+    first = problem.norm * lax.stop_gradient(_pairs.plain_gradient(own, op, a.shape))
+    rest = a - first
+    gamma = _ratio(safe_sqrt(target - 1) * problem.norm, safe_sqrt(problem.inner(rest, rest)))
+    squared = problem.inner(a, a)
+    unchanged = target >= _ratio(squared, problem.norm**2)
+    result = jnp.where(unchanged, a, first + gamma * rest)
+    leading, _ = _pairs.leading(lax.stop_gradient(result), op, default_tolerance(a.dtype))
+    distance = _ratio(safe_sqrt(problem.inner(result - a, result - a)), safe_sqrt(squared))
+    low, high = stable_rank_range(a.shape, op)
+    feasible = (target >= low) & (target <= high)
+    bound = _ratio(safe_sqrt(survey(lax.stop_gradient(problem), op, own).bound), safe_sqrt(squared))
+    gap = jnp.where(unchanged, 0.0, jnp.where(jnp.isfinite(bound), distance - bound, distance))
+    norm = frozen_value(result, op, leading)
+    return _measured(kernel, result, problem, norm, distance, gap, jnp.asarray(0), True, feasible)

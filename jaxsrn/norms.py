@@ -1,0 +1,140 @@
+"""The leading singular triplet and the spectral norm of a layer."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Shaped
+
+from jaxsrn import _pairs
+from jaxsrn._checks import ensure, float_dtype, kernel_array, positive_scalar
+from jaxsrn.operators import Operator
+
+__all__ = ["SingularTriplet", "leading_triplet", "spectral_norm"]
+
+
+class SingularTriplet(NamedTuple):
+    """A leading singular triplet of `T(K)`, real.
+
+    Attributes:
+      value: the singular value.
+      left: unit vector of `out_shape`.
+      right: unit vector of `in_shape`.
+      residual: `max(||T v - value u||, ||T^T u - value v||) / value` as measured (0 for a zero kernel).
+    """
+
+    value: Float[Array, "..."]
+    left: Float[Array, "..."]
+    right: Float[Array, "..."]
+    residual: Float[Array, "..."]
+
+
+def default_tolerance(dtype) -> float:
+    """Relative residual of singular vectors that is asked for: the value's error is of the order of its square."""
+    return float(jnp.finfo(dtype).eps) ** (2 / 3)
+
+
+def frozen_value(kernel: Float[Array, "..."], op: Operator, pair: _pairs.Pair) -> Float[Array, ""]:
+    """`<u, T(K) v>` as a function of `K` alone.
+
+    With the leading pair this is the spectral norm and its exact derivative, the outer product of the vectors;
+    where singular values coincide it is one of the subgradients, and finite.
+    """
+    gradient = _pairs.plain_gradient(jax.tree.map(lax.stop_gradient, pair), op, kernel.shape)
+    return jnp.sum(gradient * kernel)
+
+
+def leading_triplet(
+    kernel: Shaped[Array, "..."], op: Operator, *, initial: SingularTriplet | None = None, tolerance=None
+) -> SingularTriplet:
+    """The largest singular value of `T(kernel)` with its two vectors, from a cold start.
+
+    Circular: the leading value of the symbol over the whole half grid, its vectors as plane waves. Dense: an SVD.
+    Zero padding: Golub-Kahan-Lanczos with thick restarts on the real operator.
+
+    Args:
+      kernel: `(c_in, c_out)` or `(*taps, c_in // groups, c_out)`.
+      op: its operator.
+      initial: an earlier triplet of a similar kernel; it saves iterations of the matrix-free search and never
+        changes what is found.
+      tolerance: relative residual at which that search stops; default `eps ** (2/3)` of the dtype. Traced.
+
+    Returns:
+      A `SingularTriplet` in float32 or wider. `value` is differentiable (outer product of the vectors, exact for a
+      simple value, finite always); the vectors are constants.
+
+    Raises:
+      ValueError: a kernel or an `initial` that does not fit, or a bad tolerance.
+    """
+    kernel = kernel_array(kernel, op)
+    dtype = float_dtype(kernel.dtype)
+    tolerance = positive_scalar(default_tolerance(dtype) if tolerance is None else tolerance, "tolerance", dtype)
+    if initial is not None:
+        check_triplet(initial, op, kernel.shape)
+    return _leading_triplet(kernel, op, initial, tolerance)
+
+
+def check_triplet(initial: SingularTriplet, op: Operator, kernel_shape) -> None:
+    """Raises `ValueError` unless the triplet's vectors fit the operator."""
+    got = (getattr(initial, "left", None), getattr(initial, "right", None))
+    expected = op.out_shape(kernel_shape), op.in_shape(kernel_shape)
+    ensure(
+        all(a is not None and jnp.shape(a) == shape for a, shape in zip(got, expected, strict=True)),
+        f"initial: expected a SingularTriplet with left {expected[0]} and right {expected[1]} for {op}; "
+        "take it from leading_triplet of a kernel of the same shape.",
+    )
+
+
+@jax.jit
+def _leading_triplet(kernel, op, initial, tolerance):
+    kernel = kernel.astype(float_dtype(kernel.dtype))
+    fixed = lax.stop_gradient(kernel)
+    start = None if initial is None else lax.stop_gradient(initial.right).astype(kernel.dtype)
+    pair, _ = _pairs.leading(fixed, op, tolerance, start)
+    value = frozen_value(kernel, op, pair)
+    left, right = (lax.stop_gradient(vector) for vector in _pairs.images(pair, op, kernel.shape))
+    return SingularTriplet(value, left, right, _residual(fixed, op, lax.stop_gradient(value), left, right))
+
+
+def _residual(kernel, op, value, left, right):
+    highest = lax.Precision.HIGHEST
+    errors = (
+        jnp.linalg.norm(op.apply(kernel, right, precision=highest) - value * left),
+        jnp.linalg.norm(op.transpose(kernel, left, precision=highest) - value * right),
+    )
+    return jnp.where(value == 0, 0.0, jnp.maximum(*errors) / jnp.where(value == 0, 1.0, value))
+
+
+def spectral_norm(kernel: Shaped[Array, "..."], op: Operator) -> Float[Array, ""]:
+    """`||T(kernel)||_2`, the largest singular value of exactly this operator.
+
+    Circular: the maximum over the whole half grid of frequencies, exact to rounding. Dense: an SVD. Zero padding:
+    Golub-Kahan-Lanczos to a relative residual of `eps ** (2/3)`. The gradient is the outer product of the leading
+    vectors, held constant: exact for a simple value, finite always (also at zero), in forward and reverse mode.
+
+    Args:
+      kernel: `(c_in, c_out)` or `(*taps, c_in // groups, c_out)`.
+      op: its operator.
+
+    Returns:
+      A scalar in float32 or wider; NaN where the kernel has one.
+
+    Raises:
+      ValueError: a kernel that does not fit.
+    """
+    return _spectral_norm(kernel_array(kernel, op), op)
+
+
+@jax.jit
+def _spectral_norm(kernel, op):
+    kernel = kernel.astype(float_dtype(kernel.dtype))
+    return norm_of(kernel, op)
+
+
+def norm_of(kernel: Float[Array, "..."], op: Operator) -> Float[Array, ""]:
+    """`spectral_norm` of a kernel that is already checked and wide enough."""
+    pair, _ = _pairs.leading(lax.stop_gradient(kernel), op, default_tolerance(kernel.dtype))
+    return frozen_value(kernel, op, pair)

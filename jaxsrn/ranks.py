@@ -1,0 +1,89 @@
+"""The stable rank of a layer, and the stable ranks that its kernels can have."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Shaped
+
+from jaxsrn._checks import float_dtype, kernel_array
+from jaxsrn.norms import norm_of
+from jaxsrn.operators import Operator, squared_frobenius_norm
+
+__all__ = ["stable_rank", "stable_rank_range"]
+
+
+def stable_rank(kernel: Shaped[Array, "..."], op: Operator) -> Float[Array, ""]:
+    """`srank(T) = ||T||_F^2 / ||T||_2^2` of the layer `T(kernel)`.
+
+    Scale invariant, between 1 and the rank; 0 at the zero kernel. The gradient is exact where the leading singular
+    value is simple, and finite always.
+
+    Args:
+      kernel: `(c_in, c_out)` or `(*taps, c_in // groups, c_out)`.
+      op: its operator.
+
+    Returns:
+      A scalar in float32 or wider; NaN where the kernel has one.
+
+    Raises:
+      ValueError: a kernel that does not fit.
+    """
+    return _stable_rank(kernel_array(kernel, op), op)
+
+
+@jax.jit
+def _stable_rank(kernel, op):
+    kernel = kernel.astype(float_dtype(kernel.dtype))
+    # The scale is taken out first: squares of small or large kernels would leave the range of the dtype.
+    scale = jax.lax.stop_gradient(jnp.max(jnp.abs(kernel)))
+    is_zero = scale == 0
+    kernel = kernel / jnp.where(is_zero, 1.0, scale)
+    squared_norm = jnp.where(is_zero, 1.0, norm_of(kernel, op) ** 2)
+    return jnp.where(is_zero, 0.0, squared_frobenius_norm(kernel, op) / squared_norm)
+
+
+def largest_functional(kernel_shape: tuple[int, ...], op: Operator) -> float:
+    """`e*`: no unit `u, v` have `<E, E>_d` above it, `E = grad_K <u, T(K) v> / d` tap by tap (static).
+
+    By Cauchy-Schwarz a tap contributes at most `|x|^2 |y|^2 / d_p`, of the input and output samples that it
+    touches. Taps of different phases (strides, input dilation) touch different samples, so the largest phase
+    counts: on each axis the sum of `1 / d_p` over one phase. Every kernel has `srank >= 1 / e*`.
+    """
+    total = 1.0
+    for axis, contacts in enumerate(op.axis_contacts(op.distinct_shape(kernel_shape))):
+        stride, dilation = op.strides[axis], op.input_dilation[axis]
+        common = math.gcd(stride, dilation)
+        phases: dict[tuple[int, int], float] = {}
+        for tap in contacts:
+            if len(tap.outputs):
+                phase = (tap.inputs[0] % (stride // common), tap.outputs[0] % (dilation // common))
+                phases[phase] = phases.get(phase, 0.0) + 1 / len(tap.outputs)
+        total *= max(phases.values(), default=0.0)
+    return total
+
+
+def stable_rank_range(kernel_shape: tuple[int, ...], op: Operator) -> tuple[float, float]:
+    """The interval of stable ranks that kernels of this shape can have: `(low, high)`, static floats.
+
+    Circular convolutions and dense layers: exact, both ends are attained. Circular: `N_out / (most distinct taps in
+    one stride phase)` to `N_out min(c_out, c_in * non-empty phases)`. Zero padding: certified, not always attained:
+    `1 / e*` from below, `e*` the sum of `1 / d_p` over the taps (of one phase), and from above the number of input
+    or output samples that the taps reach, times channels.
+
+    Args:
+      kernel_shape: `(c_in, c_out)` or `(*taps, c_in // groups, c_out)`.
+      op: its operator.
+
+    Raises:
+      ValueError: a shape that does not fit.
+    """
+    op.check_kernel_shape(kernel_shape)
+    contacts = op.axis_contacts(kernel_shape)
+    samples_in = math.prod(len(set().union(*(tap.inputs.tolist() for tap in axis))) for axis in contacts)
+    samples_out = math.prod(len(set().union(*(tap.outputs.tolist() for tap in axis))) for axis in contacts)
+    channels_in, channels_out = op.in_shape(kernel_shape)[-1], op.out_shape(kernel_shape)[-1]
+    bound = largest_functional(kernel_shape, op)
+    return (1 / bound if bound else 0.0), float(min(samples_in * channels_in, samples_out * channels_out))

@@ -1,0 +1,137 @@
+"""Singular values of layers: the symbol of a circular convolution, all singular values, the largest few."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental.sparse.linalg import lobpcg_standard
+from jaxtyping import Array, Complex, Float, Shaped
+
+from jaxsrn import _fourier
+from jaxsrn._checks import ensure, float_dtype, kernel_array
+from jaxsrn._lanczos import random_start
+from jaxsrn._pairs import unit
+from jaxsrn.operators import CircularConv, Dense, Operator
+
+__all__ = ["singular_values", "symbol", "top_singular_values"]
+
+# Entries of an explicit matrix that is still formed for a full SVD: 128 MiB in float64.
+_DENSE_LIMIT = 2**24
+_LOBPCG_STEPS = 300
+
+
+def symbol(kernel: Shaped[Array, "..."], op: CircularConv) -> Complex[Array, "..."]:
+    """The symbol `S(w) = sum_p K_p exp(-i <w, p>)` of a circular convolution at all its frequencies.
+
+    The singular values of the layer are the union of those of `S(w)` over the grid (Sedghi, Gupta, Long 2019,
+    Theorem 6). Taps are counted from index 0: a translation of the output does not change singular values.
+
+    Args:
+      kernel: `(*taps, c_in // groups, c_out)`.
+      op: a `CircularConv`.
+
+    Returns:
+      `(*grid, phases * c_in, c_out)`, with groups `(*grid, groups, phases * c_in // groups, c_out // groups)`,
+      complex; `grid = input_shape / strides`, `phases = prod(strides)` (polyphase; the phase is the slower index).
+
+    Raises:
+      ValueError: another operator, or a kernel that does not fit.
+    """
+    ensure(
+        isinstance(op, CircularConv),
+        f"op: got {op}, expected a CircularConv; other operators have no symbol, use singular_values(kernel, op).",
+    )
+    return _symbol(kernel_array(kernel, op), op)
+
+
+@jax.jit
+def _symbol(kernel, op):
+    out = _fourier.symbol_on(kernel.astype(float_dtype(kernel.dtype)), op, op.grid)
+    return out if op.feature_group_count > 1 else jnp.squeeze(out, op.num_axes)
+
+
+def singular_values(kernel: Shaped[Array, "..."], op: Operator) -> Float[Array, " n"]:
+    """All `min(prod(in_shape), prod(out_shape))` singular values of `T(kernel)`, descending.
+
+    Circular convolutions: from the symbol, half of the frequencies (Sedghi et al. 2019). Dense: an SVD. Zero
+    padding: an SVD of the explicit matrix, up to 2**24 entries. Differentiable, finite where values coincide.
+
+    Args:
+      kernel: `(c_in, c_out)` or `(*taps, c_in // groups, c_out)`.
+      op: its operator.
+
+    Raises:
+      ValueError: a kernel that does not fit, or a zero-padded matrix that is too large to form.
+    """
+    kernel = kernel_array(kernel, op)
+    size = math.prod(op.in_shape(kernel.shape)) * math.prod(op.out_shape(kernel.shape))
+    ensure(
+        isinstance(op, (CircularConv, Dense)) or size <= _DENSE_LIMIT,
+        f"kernel: the explicit matrix of {op} has {size} entries, expected at most {_DENSE_LIMIT}; "
+        "use top_singular_values(kernel, op, k), which never forms it.",
+    )
+    return _singular_values(kernel, op)
+
+
+@jax.jit
+def _singular_values(kernel, op):
+    kernel = kernel.astype(float_dtype(kernel.dtype))
+    if not isinstance(op, CircularConv):
+        return jnp.linalg.svd(kernel if isinstance(op, Dense) else op.to_dense(kernel), compute_uv=False)
+    values = jnp.linalg.svd(_fourier.half_symbol(kernel, op), compute_uv=False)
+    counts = _fourier.multiplicity(op)
+    values = jnp.repeat(values, counts, axis=0, total_repeat_length=int(counts.sum()))
+    return -jnp.sort(-values.reshape(-1))
+
+
+def top_singular_values(kernel: Shaped[Array, "..."], op: Operator, k: int) -> Float[Array, " k"]:
+    """The `k` largest singular values of `T(kernel)`, descending, with multiplicity.
+
+    Circular and dense layers: from `singular_values`. Zero padding: LOBPCG (Knyazev 2001) on the smaller Gram
+    operator, matrix-free; where the block would not fit into it (`5 k >= n`), from the explicit matrix. The
+    gradient holds the singular vectors constant, which is exact for simple values.
+
+    Args:
+      kernel: `(c_in, c_out)` or `(*taps, c_in // groups, c_out)`.
+      op: its operator.
+      k: static, from 1 to `min(prod(in_shape), prod(out_shape))`.
+
+    Raises:
+      ValueError: a kernel that does not fit, or a `k` out of range.
+    """
+    kernel = kernel_array(kernel, op)
+    n = min(math.prod(op.in_shape(kernel.shape)), math.prod(op.out_shape(kernel.shape)))
+    ensure(isinstance(k, (int, np.integer)) and 1 <= k <= n, f"k: got {k!r}, expected an integer from 1 to {n}.")
+    if isinstance(op, (CircularConv, Dense)) or 5 * k >= n:
+        return singular_values(kernel, op)[:k]
+    return _top_matrix_free(kernel, op, int(k))
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _top_matrix_free(kernel, op, k):
+    kernel = kernel.astype(float_dtype(kernel.dtype))
+    in_shape, out_shape = op.in_shape(kernel.shape), op.out_shape(kernel.shape)
+    forward = functools.partial(op.apply, precision=lax.Precision.HIGHEST)
+    backward = functools.partial(op.transpose, precision=lax.Precision.HIGHEST)
+    if math.prod(in_shape) > math.prod(out_shape):
+        forward, backward, in_shape, out_shape = backward, forward, out_shape, in_shape
+
+    def gram(columns):
+        x = columns.T.reshape((-1, *in_shape))
+        return backward(fixed, forward(fixed, x)).reshape(columns.T.shape).T
+
+    fixed = lax.stop_gradient(kernel)
+    start = random_start((math.prod(in_shape), k), kernel.dtype)
+    # Its own criterion is 20 n times laxer than a relative residual, too lax in float32.
+    residual = float(jnp.finfo(kernel.dtype).eps) ** (2 / 3)
+    _, vectors, _ = lobpcg_standard(gram, start, m=_LOBPCG_STEPS, tol=residual / (20 * len(start)))
+    # Of the zero map LOBPCG returns NaN, where any vectors are right.
+    vectors = jnp.where(jnp.any(fixed != 0), vectors, start).T.reshape((k, *in_shape))
+    others = lax.stop_gradient(jax.vmap(unit)(forward(fixed, vectors)))
+    values = jnp.sum((others * forward(kernel, lax.stop_gradient(vectors))).reshape((k, -1)), axis=-1)
+    return -jnp.sort(-values)
