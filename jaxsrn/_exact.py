@@ -122,9 +122,11 @@ def _merit(candidate: Candidate):
     )
 
 
-def _no_worse(new: Candidate, old: Candidate) -> Bool[Array, ""]:
+def _gains(new: Candidate, old: Candidate, scale) -> Bool[Array, ""]:
+    """Whether `new` is better than `old` by more than rounding, `scale` that of the squared distances."""
     (new_class, new_value), (old_class, old_value) = _merit(new), _merit(old)
-    return (new_class < old_class) | ((new_class == old_class) & (new_value <= old_value))
+    rounding = 4 * jnp.finfo(scale.dtype).eps * jnp.where(old.feasible, scale, old_value)
+    return (new_class < old_class) | ((new_class == old_class) & (new_value < old_value - rounding))
 
 
 class _Anderson(NamedTuple):
@@ -164,7 +166,7 @@ class _Ascent(NamedTuple):
     best: Candidate
     pair: Pair
     memory: _Anderson
-    change: Float[Array, ""]
+    finished: Bool[Array, ""]
     num_steps: Int[Array, ""]
 
 
@@ -172,11 +174,12 @@ def _ascend(problem: Problem, op: Operator, start: Pair, max_steps: int, toleran
     """Minorise-maximise passes from one pair, Anderson accelerated, to a relative change of the kernel.
 
     Every candidate is the closed form of a true unit pair, whatever point that pair was taken from: both guarantees
-    of the plain iteration hold for accelerated ones. An accelerated pass that would lose ground is undone and
-    repeated plainly; a plain one can lose only to rounding, which is where to stop.
+    of the plain iteration hold for accelerated ones. A pass that gains nothing is undone and repeated plainly from
+    the best kernel; a plain one can fail to gain only at the end.
     """
     shape, weights = problem.kernel.shape, problem.weights
     vector_tolerance = default_tolerance(weights.dtype)
+    scale = problem.inner(problem.kernel, problem.kernel)
 
     def step(state: _Ascent) -> _Ascent:
         pair = _pairs.nearby(state.point, op, state.pair, vector_tolerance)
@@ -184,25 +187,19 @@ def _ascend(problem: Problem, op: Operator, start: Pair, max_steps: int, toleran
         residual = new.kernel - state.point
         size = safe_sqrt(problem.inner(new.kernel, new.kernel))
         change = safe_sqrt(problem.inner(residual, residual)) / jnp.where(size == 0, 1.0, size)
-        accepted = _no_worse(new, state.best)
         memory, mixed = _anderson(state.memory, jnp.broadcast_to(weights, shape), state.point, residual)
-        was_plain = state.memory.count == 0
-        restart = (
-            state.best.kernel,
-            _anderson_start(new.kernel),
-            state.best,
-            state.pair,
-            jnp.where(was_plain, 0.0, jnp.inf),
-        )
-        accept = (mixed, memory, new, pair, change)
-        point, memory, best, pair, change = jax.tree.map(lambda a, b: jnp.where(accepted, a, b), accept, restart)
-        return _Ascent(point, best, pair, memory, change, state.num_steps + 1)
+        gained = _gains(new, state.best, scale)
+        finished = (change <= tolerance) | (~gained & (state.memory.count == 0))
+        go_on = (mixed, memory, new, pair)
+        retry = (state.best.kernel, _anderson_start(new.kernel), state.best, state.pair)
+        point, memory, best, pair = jax.tree.map(lambda a, b: jnp.where(gained, a, b), go_on, retry)
+        return _Ascent(point, best, pair, memory, finished, state.num_steps + 1)
 
     first = closed_form(problem, functional(start, op, weights, shape))
     state = _Ascent(
-        first.kernel, first, start, _anderson_start(first.kernel), jnp.asarray(jnp.inf, weights.dtype), jnp.asarray(0)
+        first.kernel, first, start, _anderson_start(first.kernel), jnp.asarray(False), jnp.asarray(0)
     )
-    return jax.lax.while_loop(lambda s: (s.change > tolerance) & (s.num_steps < max_steps), step, state)
+    return jax.lax.while_loop(lambda s: ~s.finished & (s.num_steps < max_steps), step, state)
 
 
 def solve(problem: Problem, op: Operator, starts: Pair, max_steps: int, tolerance) -> Solution:
