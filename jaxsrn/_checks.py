@@ -5,8 +5,12 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Shaped
 
-__all__ = ["ensure", "float_dtype", "int_tuple", "kernel_array", "positive_scalar"]
+__all__ = ["Kernel", "ensure", "float_dtype", "int_tuple", "kernel_array", "positive_scalar"]
+
+# What users pass: any real floating array; `kernel_array` says the rest.
+Kernel = Shaped[Array | np.ndarray, "..."]
 
 
 def ensure(condition: bool, message: str) -> None:
@@ -48,7 +52,7 @@ def positive_scalar(value, name: str, dtype) -> jax.Array:
     ensure(jnp.ndim(value) == 0, f"{name}: got shape {jnp.shape(value)}, expected a scalar; use jax.vmap over several.")
     if not isinstance(value, jax.core.Tracer):
         ensure(
-            bool(np.isfinite(value)) and value > 0,
+            bool(np.isfinite(value) and value > 0),
             f"{name}: got {value}, expected a positive finite number.",
         )
     return jnp.asarray(value).astype(dtype)

@@ -196,10 +196,16 @@ def _ascend(problem: Problem, op: Operator, start: Pair, max_steps: int, toleran
         return _Ascent(point, best, pair, memory, finished, state.num_steps + 1)
 
     first = closed_form(problem, functional(start, op, weights, shape))
-    state = _Ascent(
-        first.kernel, first, start, _anderson_start(first.kernel), jnp.asarray(False), jnp.asarray(0)
-    )
+    state = _Ascent(first.kernel, first, start, _anderson_start(first.kernel), jnp.asarray(False), jnp.asarray(0))
     return jax.lax.while_loop(lambda s: ~s.finished & (s.num_steps < max_steps), step, state)
+
+
+class _Rounds(NamedTuple):
+    """Starts of the next round, and what the last one found."""
+
+    starts: Pair
+    solution: Solution
+    count: Int[Array, ""]
 
 
 def solve(problem: Problem, op: Operator, starts: Pair, max_steps: int, tolerance) -> Solution:
@@ -208,24 +214,30 @@ def solve(problem: Problem, op: Operator, starts: Pair, max_steps: int, toleranc
     The passes follow one pair (one frequency, one Krylov space). Where the kernel they end at is larger elsewhere
     than `M`, its leading pair is a better start and the passes go on from there.
     """
-    ends = jax.vmap(lambda start: _ascend(problem, op, start, max_steps, tolerance))(starts)
-    order = jnp.lexsort(_merit(ends.best)[::-1])
-    end = jax.tree.map(lambda leaf: leaf[order[0]], ends)
+    norm_tolerance = default_tolerance(problem.weights.dtype)
 
-    def check(end: _Ascent, num_steps) -> Solution:
+    def round_(state: _Rounds) -> _Rounds:
+        ends = jax.vmap(lambda start: _ascend(problem, op, start, max_steps, tolerance))(state.starts)
+        best = jnp.lexsort(_merit(ends.best)[::-1])[0]
+        end = jax.tree.map(lambda leaf: leaf[best], ends)
         start = end.pair.right if isinstance(op, ZeroPaddedConv) else None
-        leading, _ = _pairs.leading(end.best.kernel, op, default_tolerance(problem.weights.dtype), start)
+        leading = _pairs.leading(end.best.kernel, op, norm_tolerance, start)
         norm = frozen_value(end.best.kernel, op, leading)
-        return Solution(end.best, end.pair, leading, norm, num_steps)
+        solution = Solution(end.best, end.pair, leading, norm, state.solution.num_steps + end.num_steps)
+        # All starts alike: a second copy of the passes for one start would double the compilation.
+        starts = jax.tree.map(lambda many, one: jnp.broadcast_to(one, many.shape), state.starts, leading)
+        return _Rounds(starts, solution, state.count + 1)
 
-    def unfinished(state):
-        solution, rounds = state
-        exceeds = solution.norm > problem.norm * (1 + 100 * jnp.finfo(problem.norm.dtype).eps)
-        return exceeds & (solution.num_steps < max_steps) & (rounds < _MAX_ROUNDS)
+    def unfinished(state: _Rounds) -> Bool[Array, ""]:
+        exceeds = state.solution.norm > problem.norm * (1 + 100 * jnp.finfo(problem.norm.dtype).eps)
+        more = exceeds & (state.solution.num_steps < max_steps) & (state.count < _MAX_ROUNDS)
+        return (state.count == 0) | more
 
-    def go_on(state):
-        solution, rounds = state
-        end = _ascend(problem, op, solution.leading, max_steps, tolerance)
-        return check(end, solution.num_steps + end.num_steps), rounds + 1
+    return jax.lax.while_loop(unfinished, round_, _Rounds(starts, _nothing(problem, starts), jnp.asarray(0))).solution
 
-    return jax.lax.while_loop(unfinished, go_on, (check(end, end.num_steps), jnp.asarray(0)))[0]
+
+def _nothing(problem: Problem, starts: Pair) -> Solution:
+    """The state before the first round: placeholders of the right shapes."""
+    zero, pair = jnp.zeros_like(problem.norm), jax.tree.map(lambda leaf: leaf[0], starts)
+    candidate = Candidate(problem.kernel, jnp.asarray(False), zero, zero)
+    return Solution(candidate, pair, pair, zero, jnp.asarray(0))

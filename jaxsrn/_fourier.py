@@ -132,7 +132,7 @@ def site_gradient(op: CircularConv, kernel_shape, site, u: Complex[Array, " in"]
     return out.reshape(kernel_shape)
 
 
-def squared_phase_sums(op: CircularConv, kernel_shape) -> tuple[np.ndarray, list[np.ndarray]]:
+def squared_phase_sums(op: CircularConv, kernel_shape) -> tuple[np.ndarray, np.ndarray]:
     """The taps of each phase and, per site, the sum of their squared phase factors `exp(-2i <w, t>)`.
 
     Returns `(counts, sums)`: counts `(phases,)`, and sums `(sites, phases)`.

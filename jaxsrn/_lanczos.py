@@ -81,7 +81,7 @@ def leading_singular_vectors(
     rmatvec: Callable,
     start: Float[Array, " in"],
     out_size: int,
-    tolerance: Float[Array, ""],
+    tolerance: float | Float[Array, ""],
     max_restarts: int = _MAX_RESTARTS,
 ) -> tuple[Float[Array, ""], Float[Array, " out"], Float[Array, " in"], Float[Array, ""]]:
     """The leading singular triplet of the map `matvec`, and the relative residual `||T^T u - sigma v|| / sigma`.

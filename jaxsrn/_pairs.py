@@ -90,7 +90,7 @@ def _first(pairs: Pair) -> Pair:
     return jax.tree.map(lambda leaf: leaf[0], pairs)
 
 
-def _matrix_free(kernel, op: Operator, start: Float[Array, "..."], tolerance) -> tuple[Pair, Float[Array, ""]]:
+def _matrix_free(kernel, op: Operator, start: Float[Array, "..."], tolerance) -> Pair:
     """Lanczos with the real operator from a given right vector."""
     in_shape, out_shape = op.in_shape(kernel.shape), op.out_shape(kernel.shape)
     highest = jax.lax.Precision.HIGHEST
@@ -101,26 +101,25 @@ def _matrix_free(kernel, op: Operator, start: Float[Array, "..."], tolerance) ->
     def rmatvec(y):
         return op.transpose(kernel, y.reshape(out_shape), precision=highest).reshape(-1)
 
-    _, left, right, residual = leading_singular_vectors(
+    _, left, right, _ = leading_singular_vectors(
         matvec, rmatvec, start.reshape(-1), int(np.prod(out_shape)), tolerance
     )
-    pair = Pair(jnp.asarray(0), unit(right).reshape(in_shape), unit(left).reshape(out_shape))
-    return pair, residual
+    return Pair(jnp.asarray(0), unit(right).reshape(in_shape), unit(left).reshape(out_shape))
 
 
-def leading(kernel: Float[Array, "..."], op: Operator, tolerance, start=None) -> tuple[Pair, Float[Array, ""]]:
-    """The leading pair of `T(kernel)`, found without any assumption, and its relative residual.
+def leading(kernel: Float[Array, "..."], op: Operator, tolerance, start=None) -> Pair:
+    """The leading pair of `T(kernel)`, found without any assumption.
 
     `start`, a right vector, only speeds up the matrix-free search: a fixed random part is mixed in, so that a start
     that happens to be another singular vector cannot trap it.
     """
     if isinstance(op, Dense):
         _, u, v = top_pairs(kernel[None])
-        return Pair(jnp.asarray(0), u[0], v[0]), jnp.zeros((), kernel.dtype)
+        return Pair(jnp.asarray(0), u[0], v[0])
     if isinstance(op, CircularConv):
         values = top_values(_fourier.half_symbol(kernel, op))
         _, pairs = site_pairs(kernel, op, jnp.argmax(values)[None])
-        return _first(pairs), jnp.zeros((), kernel.dtype)
+        return _first(pairs)
     noise = unit(random_start(op.in_shape(kernel.shape), kernel.dtype))
     return _matrix_free(kernel, op, noise if start is None else start + 1e-3 * noise, tolerance)
 
@@ -128,10 +127,10 @@ def leading(kernel: Float[Array, "..."], op: Operator, tolerance, start=None) ->
 def nearby(kernel: Float[Array, "..."], op: Operator, pair: Pair, tolerance) -> Pair:
     """The leading pair within reach of `pair`: at its site (circular), or in the Krylov space that it starts."""
     if isinstance(op, Dense):
-        return leading(kernel, op, tolerance)[0]
+        return leading(kernel, op, tolerance)
     if isinstance(op, CircularConv):
         return _first(site_pairs(kernel, op, pair.site[None])[1])
-    return _matrix_free(kernel, op, pair.right, tolerance)[0]
+    return _matrix_free(kernel, op, pair.right, tolerance)
 
 
 def plain_gradient(pair: Pair, op: Operator, kernel_shape: tuple[int, ...]) -> Float[Array, "..."]:

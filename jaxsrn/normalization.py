@@ -12,7 +12,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from jaxsrn import _pairs
-from jaxsrn._checks import ensure, float_dtype, kernel_array, positive_scalar
+from jaxsrn._checks import Kernel, ensure, float_dtype, kernel_array, positive_scalar
 from jaxsrn._exact import Problem, closed_form, functional, safe_sqrt, solve
 from jaxsrn._starts import survey
 from jaxsrn.norms import SingularTriplet, check_triplet, default_tolerance, frozen_value
@@ -66,7 +66,7 @@ def _deviation(value, wanted):
 # Matrices
 
 
-def srn(matrix: Shaped[Array, "..."], target, *, num_preserved: int = 1, raise_rank: bool = False) -> SRNResult:
+def srn(matrix: Kernel, target, *, num_preserved: int = 1, raise_rank: bool = False) -> SRNResult:
     """The matrix closest to `matrix` with stable rank `target` and its `num_preserved` leading singular values.
 
     Sanyal, Torr, Dokania 2020, Theorem 1: with `S1` the leading `max(1, k)` terms of the SVD and `S2` the rest, the
@@ -173,7 +173,7 @@ def _raised_values(s: Float[Array, " n"], target):
 
 
 def srnc(
-    kernel: Shaped[Array, "..."],
+    kernel: Kernel,
     op: Operator,
     target,
     *,
@@ -259,7 +259,7 @@ def _srnc(kernel, op, target, initial, tolerance, keep_norm, max_steps):
 
 def _problem(a: Float[Array, "..."], op: Operator, target) -> tuple[Problem, _pairs.Pair]:
     """Problem (7) for a kernel, its norm as a function of the kernel, and the leading pair."""
-    own, _ = _pairs.leading(lax.stop_gradient(a), op, default_tolerance(a.dtype))
+    own = _pairs.leading(lax.stop_gradient(a), op, default_tolerance(a.dtype))
     weights = op.frobenius_weights(a.shape, a.dtype)
     return Problem(a, weights, target, frozen_value(a, op, own)), own
 
@@ -296,7 +296,7 @@ def _measured(kernel, result, problem, norm, distance, gap, num_steps, keep_norm
     )
 
 
-def srnc_tanay(kernel: Shaped[Array, "..."], op: Operator, target) -> SRNResult:
+def srnc_tanay(kernel: Kernel, op: Operator, target) -> SRNResult:
     """The original SRN-C (Tanay et al. 2022; Zheng et al. 2025, eq. 5-6), kept to show what it misses.
 
     `a1 + gamma (a - a1)` with `a1 = sigma grad_K <u, T(K) v>` and `gamma = sqrt(target - 1) sigma / ||T(a - a1)||_F`,
@@ -325,7 +325,7 @@ def _srnc_tanay(kernel, op, target):
     squared = problem.inner(a, a)
     unchanged = target >= _ratio(squared, problem.norm**2)
     result = jnp.where(unchanged, a, first + gamma * rest)
-    leading, _ = _pairs.leading(lax.stop_gradient(result), op, default_tolerance(a.dtype))
+    leading = _pairs.leading(lax.stop_gradient(result), op, default_tolerance(a.dtype))
     distance = _ratio(safe_sqrt(problem.inner(result - a, result - a)), safe_sqrt(squared))
     low, high = stable_rank_range(a.shape, op)
     feasible = (target >= low) & (target <= high)

@@ -7,10 +7,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Shaped
+from jaxtyping import Array, Float
 
 from jaxsrn import _pairs
-from jaxsrn._checks import ensure, float_dtype, kernel_array, positive_scalar
+from jaxsrn._checks import Kernel, ensure, float_dtype, kernel_array, positive_scalar
 from jaxsrn.operators import Operator
 
 __all__ = ["SingularTriplet", "leading_triplet", "spectral_norm"]
@@ -48,7 +48,7 @@ def frozen_value(kernel: Float[Array, "..."], op: Operator, pair: _pairs.Pair) -
 
 
 def leading_triplet(
-    kernel: Shaped[Array, "..."], op: Operator, *, initial: SingularTriplet | None = None, tolerance=None
+    kernel: Kernel, op: Operator, *, initial: SingularTriplet | None = None, tolerance=None
 ) -> SingularTriplet:
     """The largest singular value of `T(kernel)` with its two vectors, from a cold start.
 
@@ -93,7 +93,7 @@ def _leading_triplet(kernel, op, initial, tolerance):
     kernel = kernel.astype(float_dtype(kernel.dtype))
     fixed = lax.stop_gradient(kernel)
     start = None if initial is None else lax.stop_gradient(initial.right).astype(kernel.dtype)
-    pair, _ = _pairs.leading(fixed, op, tolerance, start)
+    pair = _pairs.leading(fixed, op, tolerance, start)
     value = frozen_value(kernel, op, pair)
     left, right = (lax.stop_gradient(vector) for vector in _pairs.images(pair, op, kernel.shape))
     return SingularTriplet(value, left, right, _residual(fixed, op, lax.stop_gradient(value), left, right))
@@ -108,7 +108,7 @@ def _residual(kernel, op, value, left, right):
     return jnp.where(value == 0, 0.0, jnp.maximum(*errors) / jnp.where(value == 0, 1.0, value))
 
 
-def spectral_norm(kernel: Shaped[Array, "..."], op: Operator) -> Float[Array, ""]:
+def spectral_norm(kernel: Kernel, op: Operator) -> Float[Array, ""]:
     """`||T(kernel)||_2`, the largest singular value of exactly this operator.
 
     Circular: the maximum over the whole half grid of frequencies, exact to rounding. Dense: an SVD. Zero padding:
@@ -136,5 +136,5 @@ def _spectral_norm(kernel, op):
 
 def norm_of(kernel: Float[Array, "..."], op: Operator) -> Float[Array, ""]:
     """`spectral_norm` of a kernel that is already checked and wide enough."""
-    pair, _ = _pairs.leading(lax.stop_gradient(kernel), op, default_tolerance(kernel.dtype))
+    pair = _pairs.leading(lax.stop_gradient(kernel), op, default_tolerance(kernel.dtype))
     return frozen_value(kernel, op, pair)

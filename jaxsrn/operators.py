@@ -20,7 +20,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Shaped
 
-from jaxsrn._checks import ensure, float_dtype, int_tuple, kernel_array
+from jaxsrn._checks import Kernel, ensure, float_dtype, int_tuple, kernel_array
 
 __all__ = ["CircularConv", "Dense", "Operator", "ZeroPaddedConv"]
 
@@ -58,7 +58,7 @@ class Operator(abc.ABC):
     def _apply_batch(self, kernel, x, precision):
         """`apply` for exactly one batch axis and checked arguments."""
 
-    def apply(self, kernel: Shaped[Array, "..."], x: Shaped[Array, "..."], *, precision=None) -> Shaped[Array, "..."]:
+    def apply(self, kernel: Kernel, x: Kernel, *, precision=None) -> Shaped[Array, "..."]:
         """`T(kernel) x`: what the Flax layer computes, without its bias.
 
         Args:
@@ -83,7 +83,7 @@ class Operator(abc.ABC):
         y = self._apply_batch(kernel.astype(dtype), x.astype(dtype).reshape((-1, *in_shape)), precision)
         return y.reshape((*batch, *y.shape[1:]))
 
-    def transpose(self, kernel: Shaped[Array, "..."], y: Shaped[Array, "..."], *, precision=None):
+    def transpose(self, kernel: Kernel, y: Kernel, *, precision=None):
         """`T(kernel)^T y`: the adjoint in the input, from `(*batch, *out_shape)` to `(*batch, *in_shape)`.
 
         Raises:
@@ -134,7 +134,7 @@ class Operator(abc.ABC):
             "image.",
         )
 
-    def wrap(self, kernel: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
+    def wrap(self, kernel: Kernel) -> Shaped[Array, "..."]:
         """The kernel with taps that fall on each other summed: the same map, up to a translation."""
         for axis, (k, period) in enumerate(zip(kernel.shape, self.distinct_shape(kernel.shape), strict=True)):
             if k > period:
@@ -143,7 +143,7 @@ class Operator(abc.ABC):
                 kernel = jnp.moveaxis(wrapped, 0, axis)
         return kernel
 
-    def to_dense(self, kernel: Shaped[Array, "..."]) -> Shaped[Array, "out in"]:
+    def to_dense(self, kernel: Kernel) -> Shaped[Array, "out in"]:
         """The explicit matrix: `to_dense(K) @ x.ravel() == apply(K, x).ravel()`. For tests and small shapes."""
         kernel = kernel_array(kernel, self)
         in_shape = self.in_shape(kernel.shape)
@@ -389,7 +389,7 @@ class ZeroPaddedConv(_Conv):
         return self._convolve(kernel, x, self.pads(kernel.shape), self.input_dilation, precision)
 
 
-def squared_frobenius_norm(kernel: Shaped[Array, "..."], op: Operator) -> Shaped[Array, ""]:
+def squared_frobenius_norm(kernel: Kernel, op: Operator) -> Shaped[Array, ""]:
     """`||T(kernel)||_F^2`, aliased taps summed first."""
     kernel = op.wrap(kernel.astype(float_dtype(kernel.dtype)))
     return jnp.sum(op.frobenius_weights(kernel.shape, kernel.dtype) * kernel**2)

@@ -6,16 +6,16 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Shaped
+from jaxtyping import Array, Float
 
-from jaxsrn._checks import float_dtype, kernel_array
+from jaxsrn._checks import Kernel, float_dtype, kernel_array
 from jaxsrn.norms import norm_of
 from jaxsrn.operators import Operator, squared_frobenius_norm
 
 __all__ = ["stable_rank", "stable_rank_range"]
 
 
-def stable_rank(kernel: Shaped[Array, "..."], op: Operator) -> Float[Array, ""]:
+def stable_rank(kernel: Kernel, op: Operator) -> Float[Array, ""]:
     """`srank(T) = ||T||_F^2 / ||T||_2^2` of the layer `T(kernel)`.
 
     Scale invariant, between 1 and the rank; 0 at the zero kernel. The gradient is exact where the leading singular

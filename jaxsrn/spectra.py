@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.experimental.sparse.linalg import lobpcg_standard
-from jaxtyping import Array, Complex, Float, Shaped
+from jaxtyping import Array, Complex, Float
 
 from jaxsrn import _fourier
-from jaxsrn._checks import ensure, float_dtype, kernel_array
+from jaxsrn._checks import Kernel, ensure, float_dtype, kernel_array
 from jaxsrn._lanczos import random_start
 from jaxsrn._pairs import unit
 from jaxsrn.operators import CircularConv, Dense, Operator
@@ -25,7 +25,7 @@ _DENSE_LIMIT = 2**24
 _LOBPCG_STEPS = 300
 
 
-def symbol(kernel: Shaped[Array, "..."], op: CircularConv) -> Complex[Array, "..."]:
+def symbol(kernel: Kernel, op: CircularConv) -> Complex[Array, "..."]:
     """The symbol `S(w) = sum_p K_p exp(-i <w, p>)` of a circular convolution at all its frequencies.
 
     The singular values of the layer are the union of those of `S(w)` over the grid (Sedghi, Gupta, Long 2019,
@@ -55,7 +55,7 @@ def _symbol(kernel, op):
     return out if op.feature_group_count > 1 else jnp.squeeze(out, op.num_axes)
 
 
-def singular_values(kernel: Shaped[Array, "..."], op: Operator) -> Float[Array, " n"]:
+def singular_values(kernel: Kernel, op: Operator) -> Float[Array, " n"]:
     """All `min(prod(in_shape), prod(out_shape))` singular values of `T(kernel)`, descending.
 
     Circular convolutions: from the symbol, half of the frequencies (Sedghi et al. 2019). Dense: an SVD. Zero
@@ -89,7 +89,7 @@ def _singular_values(kernel, op):
     return -jnp.sort(-values.reshape(-1))
 
 
-def top_singular_values(kernel: Shaped[Array, "..."], op: Operator, k: int) -> Float[Array, " k"]:
+def top_singular_values(kernel: Kernel, op: Operator, k: int) -> Float[Array, " k"]:
     """The `k` largest singular values of `T(kernel)`, descending, with multiplicity.
 
     Circular and dense layers: from `singular_values`. Zero padding: LOBPCG (Knyazev 2001) on the smaller Gram

@@ -1,0 +1,17 @@
+"""Strict numerics for every test: float64 where it is meant, no silent promotion of dtypes or ranks."""
+
+import jax
+import jaxtyping
+import pytest
+
+jax.config.update("jax_enable_x64", True)
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture
+def no_type_checks():
+    """Switches off the annotation checks that only tests have, to see what users see of a wrong type."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)

@@ -1,0 +1,415 @@
+"""Exact SRN-C: both constraints by the explicit matrix, optimality by brute force, the certificate by what beats it."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import by_name, dense, kernel, pull_back, weights
+
+import jaxsrn
+from jaxsrn import CircularConv, Dense, ZeroPaddedConv
+
+SOLVED = by_name(
+    "dense-wide",
+    "circular-1d",
+    "circular-1d-even-taps",
+    "circular-1d-stride",
+    "circular-1d-stride-odd-dilation",
+    "circular-1d-groups",
+    "circular-2d",
+    "circular-2d-non-square",
+    "circular-2d-stride-groups",
+    "circular-3d",
+    "same-1d",
+    "same-2d-stride-groups",
+    "valid-2d-dilation",
+    "causal-1d",
+    "pairs-1d-crop",
+    "transposed-2d",
+)
+
+
+def measure(array, op):
+    """`(stable rank, spectral norm)` by NumPy on the explicit matrix."""
+    s = np.linalg.svd(dense(array, op), compute_uv=False)
+    return np.sum(s**2) / s[0] ** 2, s[0]
+
+
+def between(array, op, fraction):
+    """A target between the smallest stable rank that is certain not to be missed and the kernel's own."""
+    low, _ = jaxsrn.stable_rank_range(array.shape, op)
+    return low + fraction * (measure(array, op)[0] - low)
+
+
+def distance_between(a, b, op):
+    return np.linalg.norm(dense(a, op) - dense(b, op)) / np.linalg.norm(dense(b, op))
+
+
+@pytest.mark.parametrize("case", SOLVED, ids=str)
+def test_both_constraints_hold_and_the_numbers_are_true(case):
+    for fraction in (0.3, 0.6, 0.9):
+        a = kernel(case, seed=3)
+        target = between(a, case.op, fraction)
+        result = jaxsrn.srnc(a, case.op, target)
+        rank, norm = measure(result.kernel, case.op)
+        if not bool(result.feasible):
+            assert isinstance(case.op, ZeroPaddedConv), "circular and dense: every target in the range is feasible"
+            continue
+        np.testing.assert_allclose([rank, norm], [target, measure(a, case.op)[1]], rtol=1e-10)
+        np.testing.assert_allclose([result.stable_rank, result.spectral_norm], [rank, norm], rtol=1e-10)
+        np.testing.assert_allclose(result.distance, distance_between(result.kernel, a, case.op), rtol=1e-9)
+        assert float(result.residual) <= 1e-10
+        assert 0 <= float(result.gap) <= float(result.distance)
+
+
+@pytest.mark.parametrize("name", ["circular-1d-stride", "circular-2d", "same-1d", "transposed-2d"])
+def test_float32(name):
+    (case,) = by_name(name)
+    a = kernel(case, np.float32)
+    target = between(a, case.op, 0.5)
+    result = jaxsrn.srnc(a, case.op, target)
+    assert result.kernel.dtype == jnp.float32
+    np.testing.assert_allclose(measure(result.kernel, case.op), [target, measure(a, case.op)[1]], rtol=1e-4)
+
+
+def test_the_papers_case():
+    # Zheng et al. 2025, section 3.3: a = (1, 0, 0), N = 64.
+    a, op = jnp.array([1.0, 0, 0])[:, None, None], CircularConv((64,))
+    for target, expected in ((24.0, (1 / 2, 1 / 4, 1 / 4)), (32.0, (2 / 3, 1 / 6, 1 / 6))):
+        result = jaxsrn.srnc(a, op, target)
+        # The frequency pi does as well as 0: signs may alternate.
+        np.testing.assert_allclose(np.abs(result.kernel[:, 0, 0]), expected, rtol=1e-12)
+        np.testing.assert_allclose(measure(result.kernel, op), [target, 1.0], rtol=1e-12)
+        assert float(result.gap) <= 1e-14
+
+
+# Global optimality, one channel
+
+
+def brute_force(a, n, target, num_points=100_000):
+    """The smallest distance over the sphere `||K||^2 = r M^2 / n` with `max |fft(K, n)| >= M`, refined locally."""
+    rng = np.random.default_rng(0)
+    fourier = np.exp(-2j * np.pi * np.outer(np.arange(n), np.arange(3)) / n)
+    norm = np.abs(fourier @ a).max()
+    radius = norm * np.sqrt(target / n)
+
+    def onto_sphere(points):
+        return radius * points / np.linalg.norm(points, axis=-1, keepdims=True)
+
+    def distances(points):
+        feasible = np.abs(points @ fourier.T).max(axis=-1) >= norm
+        return np.where(feasible, np.linalg.norm(points - a, axis=-1), np.inf)
+
+    points = onto_sphere(rng.standard_normal((num_points, 3)))
+    found = distances(points)
+    order = np.argsort(found)[: np.isfinite(found).sum()]
+    seeds = points[order[:: max(len(order) // 40, 1)][:8]]
+    best = np.full(len(seeds), np.inf)
+    for i, point in enumerate(seeds):
+        step = 0.1 * radius
+        while step > 1e-7 * radius:
+            trial = onto_sphere(point + step * rng.standard_normal((300, 3)))
+            trial_distances = distances(trial)
+            j = np.argmin(trial_distances)
+            if trial_distances[j] < best[i]:
+                point, best[i] = trial[j], trial_distances[j]
+            else:
+                step *= 0.6
+    return best.min()
+
+
+@pytest.mark.parametrize("n", [5, 6, 9, 16, 33, 64])
+def test_one_channel_is_globally_optimal(n):
+    rng, op = np.random.default_rng(n), CircularConv((n,))
+    problems = [(rng.standard_normal(3), share) for share in (0.15, 0.5, 0.9)]
+    if n == 5:
+        problems.append((np.array([2.0, -1.0, 0.0]), None))
+    for a, share in problems:
+        array = jnp.asarray(a)[:, None, None]
+        target = 2.3 if share is None else between(array, op, share)
+        result = jaxsrn.srnc(array, op, target)
+        distance = float(result.distance) * np.linalg.norm(a)
+        np.testing.assert_allclose(distance, brute_force(a, n, target), atol=1e-4)
+        assert float(result.gap) <= 1e-12
+        if share is None:
+            np.testing.assert_allclose(distance, 0.876, atol=5e-4)
+
+
+# The certificate
+
+
+def feasible_by_bisection(a, op, target, seed):
+    """A kernel that meets both constraints, on the segment from `A` to a random kernel of small stable rank."""
+    rng = np.random.default_rng(seed)
+    norm, low = measure(a, op)[1], None
+    # Random rank-one taps along a wave have a small stable rank.
+    wave = np.cos(rng.choice([0, np.pi], 1) * np.arange(a.shape[0]))
+    low = wave[:, None, None] * np.outer(rng.standard_normal(a.shape[1]), rng.standard_normal(a.shape[2]))
+    low = low * np.linalg.norm(a) / np.linalg.norm(low)
+    if measure(low, op)[0] > target:
+        return None
+    t0, t1 = 0.0, 1.0
+    for _ in range(45):
+        t = (t0 + t1) / 2
+        t0, t1 = (t, t1) if measure((1 - t) * a + t * low, op)[0] > target else (t0, t)
+    found = (1 - t1) * a + t1 * low
+    return found * norm / measure(found, op)[1]
+
+
+@pytest.mark.parametrize(
+    ("op", "shape", "num_starts"),
+    [
+        (CircularConv((6,)), (3, 2, 2), 1000),
+        (CircularConv((6,), strides=2), (3, 2, 2), 1000),
+        (ZeroPaddedConv((6,)), (3, 1, 2), 50),
+    ],
+    ids=["circular", "strided", "same"],
+)
+def test_nothing_feasible_is_below_the_certificate(op, shape, num_starts):
+    a = jnp.asarray(np.random.default_rng(5).standard_normal(shape))
+    target = between(a, op, 0.6)
+    result = jaxsrn.srnc(a, op, target)
+    bound = float(result.distance - result.gap)
+
+    found = [feasible_by_bisection(np.asarray(a), op, target, seed) for seed in range(30)]
+    others = [distance_between(k, a, op) for k in found if k is not None]
+    assert len(others) >= 5
+    assert min(others) >= bound
+    assert min(others) >= float(result.distance) * (1 - 1e-9)
+
+    # The same passes from random pairs: none ends below the bound, nor below the starts of the scan.
+    kernels = jnp.asarray(np.random.default_rng(6).standard_normal((num_starts, *shape)))
+    triplets = jax.jit(jax.vmap(lambda k: jaxsrn.leading_triplet(k, op)))(kernels)
+    many = jax.jit(jax.vmap(lambda t: jaxsrn.srnc(a, op, target, initial=t)))(triplets)
+    ended = np.asarray(many.feasible) & (np.asarray(many.residual) < 1e-8)
+    assert ended.sum() >= num_starts // 2
+    best = np.asarray(many.distance)[ended].min()
+    assert bound <= best * (1 + 1e-9)
+    assert float(result.distance) <= best * (1 + 1e-7)
+
+
+def test_a_bad_start_is_told_by_its_gap():
+    a, op = jnp.array([2.0, -1.0, 0.0])[:, None, None], CircularConv((5,))
+    best = jaxsrn.srnc(a, op, 2.3)
+    # Random starts end in several local minima; the worst of them must not claim to be good.
+    kernels = jnp.asarray(np.random.default_rng(0).standard_normal((50, 3, 1, 1)))
+    triplets = jax.vmap(lambda k: jaxsrn.leading_triplet(k, op))(kernels)
+    many = jax.vmap(lambda t: jaxsrn.srnc(a, op, 2.3, initial=t))(triplets)
+    excess = np.asarray(many.distance - best.distance)
+    assert excess.max() > 0.05
+    assert np.all(np.asarray(many.gap) >= excess - 1e-12)
+
+
+def test_initial_continues_from_an_earlier_result():
+    (case,) = by_name("same-1d")
+    a = kernel(case)
+    target = between(a, case.op, 0.5)
+    first = jaxsrn.srnc(a, case.op, target)
+    again = jaxsrn.srnc(a, case.op, target, initial=jaxsrn.leading_triplet(first.kernel, case.op))
+    np.testing.assert_allclose(again.kernel, first.kernel, atol=1e-6)
+    assert int(again.num_steps) < int(first.num_steps)
+
+
+# The other forms
+
+
+def test_dense_equals_srn():
+    a = kernel(by_name("dense-wide")[0])
+    for target in (1.1, 1.6):
+        np.testing.assert_allclose(
+            jaxsrn.srnc(a, Dense(), target).kernel, jaxsrn.srn(a, target).kernel, rtol=1e-12, atol=1e-12
+        )
+    raised = jaxsrn.srnc(a, Dense(), 2.9, raise_rank=True)
+    np.testing.assert_array_equal(raised.kernel, jaxsrn.srn(a, 2.9, raise_rank=True).kernel)
+    np.testing.assert_allclose(measure(raised.kernel, Dense())[0], 2.9, rtol=1e-10)
+
+
+def test_dense_norm_free_equals_srn_without_preservation():
+    a = kernel(by_name("dense-wide")[0])
+    free, expected = jaxsrn.srnc(a, Dense(), 1.5, keep_norm=False), jaxsrn.srn(a, 1.5, num_preserved=0)
+    np.testing.assert_allclose(free.kernel, expected.kernel, rtol=1e-10)
+    np.testing.assert_allclose(free.distance, expected.distance, rtol=1e-10)
+
+
+def test_norm_free_is_globally_optimal_with_one_channel():
+    a, n, target = np.array([0.9, -0.4, 1.3]), 16, 5.7
+    op = CircularConv((n,))
+    result = jaxsrn.srnc(jnp.asarray(a)[:, None, None], op, target, keep_norm=False)
+    np.testing.assert_allclose(measure(result.kernel, op)[0], target, rtol=1e-10)
+    # Over all directions with srank <= r (the binding side): the distance to the ray is |a| sin(angle).
+    directions = np.random.default_rng(0).standard_normal((400_000, 3))
+    directions /= np.linalg.norm(directions, axis=-1, keepdims=True)
+    fourier = np.exp(-2j * np.pi * np.outer(np.arange(n), np.arange(3)) / n)
+    low_rank = n / np.abs(directions @ fourier.T).max(axis=-1) ** 2 <= target
+    cosine = (directions[low_rank] @ a).max() / np.linalg.norm(a)
+    sampled = np.sqrt(1 - cosine**2)
+    assert float(result.distance) <= sampled
+    np.testing.assert_allclose(result.distance, sampled, atol=5e-3)
+    assert float(result.gap) <= 1e-7
+    assert float(result.distance) < float(jaxsrn.srnc(jnp.asarray(a)[:, None, None], op, target).distance)
+
+
+def test_above_the_stable_rank_nothing_changes():
+    (case,) = by_name("same-1d")
+    a = kernel(case)
+    result = jaxsrn.srnc(a, case.op, 1e3)
+    np.testing.assert_array_equal(result.kernel, a)
+    np.testing.assert_allclose(result.stable_rank, measure(a, case.op)[0], rtol=1e-12)
+    assert bool(result.feasible)
+    assert float(result.distance) == float(result.gap) == 0
+
+
+def test_infeasible_circular_has_the_smallest_stable_rank():
+    a, op = jnp.array([1.0, 0, -1])[:, None, None], CircularConv((16,))
+    result = jaxsrn.srnc(a, op, 3.0)
+    assert not bool(result.feasible)
+    rank, norm = measure(result.kernel, op)
+    np.testing.assert_allclose([rank, norm], [16 / 3, measure(a, op)[1]], rtol=1e-12)
+    np.testing.assert_allclose(result.residual, 16 / 3 / 3 - 1, rtol=1e-10)
+
+
+def test_infeasible_strided_reaches_the_largest_phase():
+    op = CircularConv((12,), strides=2)
+    a = jnp.asarray(np.random.default_rng(2).standard_normal((3, 2, 2)))
+    result = jaxsrn.srnc(a, op, 1.0)
+    assert not bool(result.feasible)
+    # Taps 0 and 2 share a phase: 6 / 2.
+    np.testing.assert_allclose(measure(result.kernel, op)[0], 3.0, rtol=1e-8)
+
+
+def test_infeasible_zero_padding_has_the_smallest_stable_rank():
+    op, a = ZeroPaddedConv((7,)), np.array([0.4, -1.0, 0.7])[:, None, None]
+    result = jaxsrn.srnc(jnp.asarray(a), op, 1.0)
+    assert not bool(result.feasible)
+    rank, norm = measure(result.kernel, op)
+    np.testing.assert_allclose([result.stable_rank, result.spectral_norm], [rank, norm], rtol=1e-10)
+    # Brute force over all directions of the three taps.
+    directions = np.random.default_rng(0).standard_normal((30_000, 3))
+    basis = np.stack([dense(np.eye(3)[p][:, None, None], op) for p in range(3)])
+    s = np.linalg.svd(np.tensordot(directions, basis, axes=1), compute_uv=False)
+    smallest = np.min(np.sum(s**2, axis=-1) / s[:, 0] ** 2)
+    assert rank <= smallest
+    np.testing.assert_allclose(rank, smallest, rtol=1e-3)
+
+
+def test_taps_without_effect_stay():
+    (case,) = by_name("same-1d-five-taps-on-two")
+    a = kernel(case)
+    result = jaxsrn.srnc(a, case.op, 0.95 * measure(a, case.op)[0])
+    dead = np.broadcast_to(weights(a.shape, case.op) == 0, a.shape)
+    assert dead.sum() == 2
+    np.testing.assert_array_equal(np.asarray(result.kernel)[dead], np.asarray(a)[dead])
+    np.testing.assert_allclose(measure(result.kernel, case.op)[0], 0.95 * measure(a, case.op)[0], rtol=1e-8)
+
+
+@pytest.mark.parametrize(
+    ("a", "op", "target"),
+    [
+        (np.array([1.0, 0, 0])[:, None, None], CircularConv((64,)), 24.0),
+        (np.random.default_rng(1).standard_normal((3, 3, 1, 1)), CircularConv((8, 8)), 16.0),
+    ],
+    ids=["paper", "3x3"],
+)
+def test_the_original_misses_both_constraints(a, op, target):
+    result = jaxsrn.srnc_tanay(jnp.asarray(a), op, target)
+    # Transcribed: a1 = sigma grad <u, T(K) v>, with the circulant matrix's own vectors.
+    frequencies = np.fft.fftn(a[..., 0, 0], op.input_shape, axes=range(a.ndim - 2))
+    leading = np.unravel_index(np.argmax(np.abs(frequencies)), op.input_shape)
+    sigma, phase = np.abs(frequencies[leading]), np.angle(frequencies[leading])
+    taps = np.stack(np.meshgrid(*map(np.arange, a.shape[:-2]), indexing="ij"), axis=-1)
+    angle = taps @ (2 * np.pi * np.asarray(leading) / np.asarray(op.input_shape))
+    first = sigma * np.cos(angle + phase)[..., None, None]
+    rest = a - first
+    gamma = np.sqrt(target - 1) * sigma / np.linalg.norm(dense(rest, op))
+    np.testing.assert_allclose(result.kernel, first + gamma * rest, rtol=1e-9, atol=1e-12)
+
+    rank, norm = measure(result.kernel, op)
+    np.testing.assert_allclose([result.stable_rank, result.spectral_norm], [rank, norm], rtol=1e-10)
+    assert abs(rank / target - 1) > 0.01
+    assert abs(norm / sigma - 1) > 0.1
+    exact = jaxsrn.srnc(jnp.asarray(a), op, target)
+    np.testing.assert_allclose(result.distance - result.gap, exact.distance - exact.gap, rtol=1e-9)
+
+
+# Derivatives: exact for scalars, frozen vectors for the kernel
+
+
+@pytest.mark.parametrize("name", ["circular-1d", "same-1d"])
+def test_distance_and_norm_have_exact_derivatives(name):
+    (case,) = by_name(name)
+    a, direction = kernel(case, seed=1), kernel(case, seed=2)
+    target, step = between(a, case.op, 0.6), 1e-5
+    solve = jax.jit(lambda array: jaxsrn.srnc(array, case.op, target, tolerance=1e-12)[1:4])
+    above, below = solve(a + step * direction), solve(a - step * direction)
+    slopes = jax.jvp(solve, (a,), (direction,))[1]
+    # The stable rank is the target, whatever the kernel; to first order in the error of the vectors.
+    np.testing.assert_allclose(slopes[0], 0, atol=1e-7)
+    for slope, up, down in zip(slopes[1:], above[1:], below[1:], strict=True):
+        np.testing.assert_allclose(slope, (up - down) / (2 * step), rtol=1e-5)
+
+
+def test_kernel_derivative_is_the_frozen_vector_surrogate():
+    (case,) = by_name("circular-1d")
+    a, direction = np.asarray(kernel(case, seed=1)), np.asarray(kernel(case, seed=2))
+    target = between(a, case.op, 0.6)
+    result, slope = jax.jvp(
+        lambda array: jaxsrn.srnc(array, case.op, target, tolerance=1e-12).kernel,
+        (jnp.asarray(a),),
+        (jnp.asarray(direction),),
+    )
+    # math: K = alpha A + beta E with E and the vectors of A held constant, differenced numerically.
+    d = weights(a.shape, case.op)
+    u, _, vt = np.linalg.svd(dense(result, case.op))
+    e_kernel = pull(u[:, 0], vt[0], case.op, a.shape) / d
+    u, _, vt = np.linalg.svd(dense(a, case.op))
+    own = pull(u[:, 0], vt[0], case.op, a.shape)
+
+    def frozen(array):
+        norm = np.sum(own * array)
+        e, m, squared = (np.sum(d * x * y) for x, y in ((e_kernel, e_kernel), (array, e_kernel), (array, array)))
+        alpha = np.sqrt((target * norm**2 - norm**2 / e) / (squared - m**2 / e))
+        return alpha * array + (norm - alpha * m) / e * e_kernel
+
+    # The leading pair of an odd circulant at a complex frequency is defined up to a translation of both vectors,
+    # under which the functional does not change.
+    np.testing.assert_allclose(frozen(a), result, rtol=1e-6, atol=1e-8)
+    step = 1e-5
+    expected = (frozen(a + step * direction) - frozen(a - step * direction)) / (2 * step)
+    np.testing.assert_allclose(slope, expected, rtol=1e-5, atol=1e-6)
+
+
+def pull(left, right, op, shape):
+    """`grad_K <u, T(K) v>` from the explicit matrix."""
+    return pull_back(np.outer(left, right), op, shape)
+
+
+# Errors
+
+WRONG_TRIPLET = jaxsrn.SingularTriplet(jnp.ones(()), jnp.ones(8), jnp.ones(8), jnp.ones(()))
+
+
+@pytest.mark.parametrize(
+    ("array", "op", "target", "options", "message"),
+    [
+        (jnp.ones((3, 2)), CircularConv((8,)), 2.0, {}, r"kernel: got shape \(3, 2\), expected"),
+        (jnp.ones((3, 2, 3)), CircularConv((8,), feature_group_count=2), 2.0, {}, "expected a multiple of feature"),
+        (jnp.ones((3, 2, 2)), CircularConv((8,)), 0.0, {}, "target: got 0.0, expected a positive finite number"),
+        (jnp.ones((3, 2, 2)), CircularConv((8,)), float("inf"), {}, "target: got inf"),
+        (jnp.ones((3, 2, 2)), CircularConv((8,)), np.nan, {}, "target: got nan"),
+        (jnp.ones((5, 2, 2)), CircularConv((4,)), 2.0, {}, "fall on each other"),
+        (jnp.ones((3, 2, 2), jnp.int32), CircularConv((8,)), 2.0, {}, "dtype int32"),
+        (jnp.ones((3, 2, 2)), CircularConv((8,)), 2.0, {"raise_rank": True}, "raise_rank: got True"),
+        (jnp.ones((2, 2)), Dense(), 2.0, {"raise_rank": True, "keep_norm": False}, "keep_norm: got False"),
+        (jnp.ones((3, 2, 2)), CircularConv((8,)), 2.0, {"max_steps": 0}, "max_steps: got 0"),
+        (jnp.ones((3, 2, 2)), CircularConv((8,)), 2.0, {"tolerance": -1.0}, "tolerance: got -1.0"),
+        (jnp.ones((3, 2, 2)), CircularConv((8,)), 2.0, {"initial": WRONG_TRIPLET}, "initial: expected a Singular"),
+    ],
+)
+def test_bad_input(array, op, target, options, message):
+    with pytest.raises(ValueError, match=message):
+        jaxsrn.srnc(array, op, target, **options)
+
+
+def test_bad_input_of_the_original():
+    with pytest.raises(ValueError, match="fall on each other"):
+        jaxsrn.srnc_tanay(jnp.ones((5, 2, 2)), CircularConv((4,)), 2.0)
