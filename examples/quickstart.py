@@ -4,12 +4,11 @@ The stable rank of a layer, `||T||_F^2 / ||T||_2^2`, is that of the whole linear
 and not that of the kernel flattened into a matrix. `jaxsrn.srnc` finds the closest kernel with a prescribed one.
 
     pip install "jaxsrn[examples]"
-    python examples/quickstart.py            # under a minute on a laptop; writes quickstart.png
-    python examples/quickstart.py --fast     # a few seconds
+    python examples/quickstart.py            # under a minute, most of it compilation; writes quickstart.png
+    python examples/quickstart.py --fast     # fewer epochs
 """
 
 import argparse
-from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +26,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 BATCH = 64
-# Okabe and Ito's palette, safe for colour-blind readers.
+# From Okabe and Ito's palette, safe for colour-blind readers.
 BEFORE, AFTER, MISSED = "#000000", "#0072B2", "#D55E00"
 
 
@@ -67,45 +66,6 @@ def check_operators(model):
         np.testing.assert_allclose(op.apply(layer.kernel[...], x) + layer.bias[...], layer(x), atol=1e-4)
 
 
-# Training
-
-
-def load_data():
-    images, labels = load_digits(return_X_y=True)
-    images = (images / 16).astype(np.float32).reshape(-1, 8, 8, 1)
-    return train_test_split(images, labels, test_size=0.25, random_state=0, stratify=labels)
-
-
-def loss_of(model, x, y):
-    return optax.softmax_cross_entropy_with_integer_labels(model(x), y).mean()
-
-
-@nnx.jit
-def train_step(model, optimizer, x, y):
-    loss, grads = nnx.value_and_grad(loss_of)(model, x, y)
-    optimizer.update(model, grads)
-    return loss
-
-
-@nnx.jit
-def accuracy(model, x, y):
-    return jnp.mean(model(x).argmax(-1) == y)
-
-
-def train(model, x, y, *, epochs, learning_rate, seed, label, after_epoch=lambda: None):
-    optimizer = nnx.Optimizer(model, optax.adam(learning_rate), wrt=nnx.Param)
-    rng = np.random.default_rng(seed)
-    for _ in (bar := tqdm(range(epochs), desc=label, unit="epoch")):
-        # The last, smaller batch is left out, so that one compilation serves all.
-        batches = rng.permutation(len(x))[: len(x) // BATCH * BATCH].reshape(-1, BATCH)
-        loss = np.mean([train_step(model, optimizer, x[batch], y[batch]) for batch in batches])
-        after_epoch()
-        bar.set_postfix(loss=f"{loss:.4f}")
-
-
-# Stable rank normalization
-
-
 def choose_targets(model, share):
     """`share` of every stable rank, moved up to just above the least possible where it would fall below."""
     targets = {}
@@ -114,33 +74,45 @@ def choose_targets(model, share):
         low, _ = jaxsrn.stable_rank_range(kernel.shape, OPERATORS[name])
         targets[name] = max(wanted, 1.05 * low)
         if targets[name] > wanted:
-            print(f"{name}: {wanted:.2f} is below or at the least stable rank {low:.2f}; using {targets[name]:.2f}.")
+            print(f"\n{name}: {wanted:.2f} is too close to the least possible, {low:.2f}: {targets[name]:.2f} instead.")
     return targets
 
 
 def normalize(model, targets):
     """Replaces every kernel by the closest with the target stable rank and the same norm, and returns the results."""
-    # In threads, so that the layers compile side by side the first time.
-    with ThreadPoolExecutor() as pool:
-        futures = {
-            name: pool.submit(jaxsrn.srnc, kernel, OPERATORS[name], targets[name])
-            for name, kernel in kernels(model).items()
-        }
-    results = {name: future.result() for name, future in futures.items()}
-    for name in results:
-        getattr(model, name).kernel[...] = results[name].kernel
+    results = {name: jaxsrn.srnc(kernel, OPERATORS[name], targets[name]) for name, kernel in kernels(model).items()}
+    for name, result in results.items():
+        getattr(model, name).kernel[...] = result.kernel
     return results
 
 
-# What a person reads
+@nnx.jit
+def train_step(model, optimizer, x, y):
+    def loss_of(model):
+        return optax.softmax_cross_entropy_with_integer_labels(model(x), y).mean()
+
+    loss, grads = nnx.value_and_grad(loss_of)(model)
+    optimizer.update(model, grads)
+    return loss
 
 
-def print_table(title, header, *rows):
-    lines = [header, *rows]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
-    print(f"\n{title}")
-    for line in lines:
-        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+def train(model, x, y, *, epochs, learning_rate, rng, targets=None):
+    """Adam; with `targets` projected: steps leave the constraint, and after each epoch `normalize` leads back to it."""
+    optimizer = nnx.Optimizer(model, optax.adam(learning_rate), wrt=nnx.Param)
+    results = None
+    for _ in (bar := tqdm(range(epochs), desc="fine-tuning" if targets else "training", unit="epoch")):
+        # The last, smaller batch is left out, so that one compilation serves all.
+        batches = rng.permutation(len(x))[: len(x) // BATCH * BATCH].reshape(-1, BATCH)
+        loss = np.mean([train_step(model, optimizer, x[batch], y[batch]) for batch in batches])
+        if targets:
+            results = normalize(model, targets)
+        bar.set_postfix(loss=f"{loss:.4f}")
+    return results
+
+
+@nnx.jit
+def accuracy(model, x, y):
+    return jnp.mean(model(x).argmax(-1) == y)
 
 
 def short(op):
@@ -151,75 +123,75 @@ def short(op):
     return f"{type(op).__name__}({op.input_shape}{strides})"
 
 
+def print_table(title, *lines):
+    lines = [tuple(line) for line in lines]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    print(f"\n{title}")
+    for line in lines:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+
+
 def print_layers(model):
-    rows = []
+    table = [("layer", "kernel", "operator", "norm", "flattened", "stable rank", "feasible range")]
     for name, kernel in kernels(model).items():
         op = OPERATORS[name]
         flattened = jnp.linalg.norm(kernel.reshape(-1, kernel.shape[-1]), 2)
+        numbers = jaxsrn.spectral_norm(kernel, op), flattened, jaxsrn.stable_rank(kernel, op)
         low, high = jaxsrn.stable_rank_range(kernel.shape, op)
-        norm, rank = jaxsrn.spectral_norm(kernel, op), jaxsrn.stable_rank(kernel, op)
-        numbers = f"{norm:.4f}", f"{flattened:.4f}", f"{rank:.2f}", f"{low:.2f} to {high:.0f}"
-        rows.append((name, "x".join(map(str, kernel.shape)), short(op), *numbers))
-    header = ("layer", "kernel", "operator", "norm", "flattened", "stable rank", "feasible")
-    print_table("The trained layers ('flattened': the norm of the kernel reshaped to a matrix)", header, *rows)
+        shape = "x".join(map(str, kernel.shape))
+        table.append((name, shape, short(op), *(f"{number:.4f}" for number in numbers), f"{low:.2f} to {high:.0f}"))
+    print_table("The trained layers ('flattened': the norm of the kernel as a matrix, what nnx.SpectralNorm sees)", *table)
 
 
-def print_results(title, before, results, targets):
-    rows = []
+def print_results(title, trained, results, targets):
+    table = [("layer", "target", "achieved", "norm trained", "now", "distance", "gap", "residual", "feasible")]
     for name, result in results.items():
         # Measured on the new kernel by itself, not taken from the result.
         rank = jaxsrn.stable_rank(result.kernel, OPERATORS[name])
-        norms = [jaxsrn.spectral_norm(kernel, OPERATORS[name]) for kernel in (before[name], result.kernel)]
-        ranks = f"{targets[name]:.4f}", f"{rank:.4f}"
-        quality = f"{result.distance:.4f}", f"{result.gap:.4f}", f"{result.residual:.1e}", str(bool(result.feasible))
-        rows.append((name, *ranks, *(f"{norm:.5f}" for norm in norms), *quality))
-    header = ("layer", "target", "achieved", "norm trained", "now", "distance", "gap", "residual", "feasible")
-    print_table(title, header, *rows)
+        norms = [jaxsrn.spectral_norm(kernel, OPERATORS[name]) for kernel in (trained[name], result.kernel)]
+        numbers = [f"{number:.4f}" for number in (targets[name], rank, *norms, result.distance, result.gap)]
+        table.append((name, *numbers, f"{result.residual:.1e}", str(result.feasible)))
+    print_table(title, *table)
 
 
-def draw(before, after, path):
+def draw(trained, normalized, path):
     plt.rcParams.update({"font.size": 10, "axes.titlesize": 11, "axes.spines.top": False, "axes.spines.right": False})
     mosaic = [["conv1", "conv2", "paper"], ["conv3", "dense", "paper"]]
     figure, axes = plt.subplot_mosaic(mosaic, figsize=(14, 6.5), layout="constrained", width_ratios=[1, 1, 1.5])
     figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)
     for name, op in OPERATORS.items():
-        draw_spectrum(axes[name], name, op, before[name], after[name])
+        cases = (trained[name], "trained", BEFORE), (normalized[name], "normalized with srnc", AFTER)
+        for kernel, label, color in cases:
+            values = jaxsrn.singular_values(kernel, op)
+            # A dot on the leading value, which stays; where there are few, on each.
+            marks = [0] if len(values) > 10 else None
+            axes[name].plot(np.arange(len(values)) + 1, values, color=color, label=label, marker="o", markevery=marks)
+        ranks = [f"{jaxsrn.stable_rank(kernel, op):.1f}" for kernel, *_ in cases]
+        axes[name].set_title(f"{name}: {short(op)}\nstable rank {' → '.join(ranks)}")
+        axes[name].set(xlabel="index", ylabel="singular value", ylim=(0, None))
     axes["conv1"].legend(frameon=False, loc="lower left")
     draw_paper_case(axes["paper"])
     figure.savefig(path, dpi=150)
 
 
-def draw_spectrum(ax, name, op, before, after):
-    for kernel, label, color in ((before, "trained", BEFORE), (after, "normalized with srnc", AFTER)):
-        values = jaxsrn.singular_values(kernel, op)
-        # The leading value, which stays, gets a dot; of the ten of the dense layer, each.
-        marks = [0] if len(values) > 10 else None
-        ax.plot(np.arange(1, len(values) + 1), values, label=label, color=color, lw=1.8, marker="o", markevery=marks)
-    ranks = [jaxsrn.stable_rank(kernel, op) for kernel in (before, after)]
-    ax.set_title(f"{name}: {short(op)}\nstable rank {ranks[0]:.1f} → {ranks[1]:.1f}")
-    ax.set(xlabel="index", ylabel="singular value", ylim=(0, None))
-
-
 def draw_paper_case(ax):
-    """Lower the identity on 64 samples to stable rank 24 with three taps (Zheng et al. 2025)."""
+    """The identity on 64 samples, lowered to stable rank 24 within three taps (Zheng et al. 2025)."""
     op, target = jaxsrn.CircularConv((64,)), 24.0
     identity = jnp.array([1.0, 0.0, 0.0]).reshape(3, 1, 1)
-    exact, original_srnc = jaxsrn.srnc(identity, op, target).kernel, jaxsrn.srnc_tanay(identity, op, target).kernel
     frequencies = np.arange(-32, 33)
-    for kernel, name, color, style, place in (
-        (identity, "identity", BEFORE, "-", (-32, 1.06)),
-        (original_srnc, "srnc_tanay", MISSED, "--", (9, 1.8)),
-        (exact, "srnc", AFTER, "-", (-9, 0.1)),
+    for name, kernel, style, color, place in (
+        ("identity", identity, "-", BEFORE, (-32, 1.06)),
+        ("srnc_tanay", jaxsrn.srnc_tanay(identity, op, target).kernel, "--", MISSED, (9, 1.8)),
+        ("srnc", jaxsrn.srnc(identity, op, target).kernel, "-", AFTER, (-9, 0.1)),
     ):
         magnitudes = np.abs(jaxsrn.symbol(kernel, op)).ravel()
-        ax.plot(frequencies, magnitudes[frequencies % 64], color=color, ls=style, lw=2)
+        ax.plot(frequencies, magnitudes[frequencies], style, color=color, lw=2)
         ax.plot(33.5, np.sqrt(np.mean(magnitudes**2)), "<", color=color, ms=8, clip_on=False)
         taps = ", ".join(f"{tap:.3g}" for tap in kernel.ravel())
         numbers = f"norm {magnitudes.max():.3f}\nstable rank {jaxsrn.stable_rank(kernel, op):.2f}"
         ax.text(*place, f"{name}\ntaps ({taps})\n{numbers}", color=color, linespacing=1.3)
     levels = {1.0: "norm\nto keep", np.sqrt(target / 64): "root mean\nsquare\nto reach"}
-    for level in levels:
-        ax.axhline(level, color="0.7", lw=1, ls=":", zorder=0)
+    ax.hlines(list(levels), -33.5, 33.5, color="0.7", lw=1, ls=":", zorder=0)
     right = ax.secondary_yaxis("right")
     right.set_yticks(list(levels), levels.values())
     right.tick_params(length=0, pad=10)
@@ -236,13 +208,15 @@ def main():
     parser.add_argument("--share", type=float, default=0.5, help="of each stable rank to keep (default: %(default)s)")
     args = parser.parse_args()
 
-    x_train, x_test, y_train, y_test = load_data()
-    scores = {}
-    model = CNN(nnx.Rngs(args.seed))
-    check_operators(model)
+    images, labels = load_digits(return_X_y=True)
+    images = (images / 16).astype(np.float32).reshape(-1, 8, 8, 1)
+    split = train_test_split(images, labels, test_size=0.25, random_state=0, stratify=labels)
+    x_train, x_test, y_train, y_test = split
     epochs, tuning_epochs = (5, 2) if args.fast else (30, 5)
+    model, rng, scores = CNN(nnx.Rngs(args.seed)), np.random.default_rng(args.seed), {}
+    check_operators(model)
 
-    train(model, x_train, y_train, epochs=epochs, learning_rate=2e-3, seed=args.seed, label="training")
+    train(model, x_train, y_train, epochs=epochs, learning_rate=2e-3, rng=rng)
     trained, scores["trained"] = kernels(model), accuracy(model, x_test, y_test)
     print_layers(model)
 
@@ -251,29 +225,18 @@ def main():
     normalized, scores["normalized"] = kernels(model), accuracy(model, x_test, y_test)
     print_results(f"Normalized to {args.share:.0%} of each stable rank", trained, results, targets)
 
-    # Projected training: the gradient steps leave the constraint, and after each epoch srnc leads back to it.
-    train(
-        model,
-        x_train,
-        y_train,
-        epochs=tuning_epochs,
-        learning_rate=5e-4,
-        seed=args.seed + 1,
-        label="fine-tuning",
-        after_epoch=lambda: results.update(normalize(model, targets)),
-    )
+    results = train(model, x_train, y_train, epochs=tuning_epochs, learning_rate=5e-4, rng=rng, targets=targets)
     scores["fine-tuned"] = accuracy(model, x_test, y_test)
-    print_results("Fine-tuned (distance, gap and residual are those of the last epoch)", trained, results, targets)
+    print_results("Fine-tuned (distance, gap, residual: of the last normalization)", trained, results, targets)
     print(
-        f"Fine-tuning trained all parameters for {tuning_epochs} epochs and normalized every kernel to the same target "
-        "after each, the last included.\nThe norm it kept is that of the kernel at the end of the epoch."
+        f"Fine-tuning: {tuning_epochs} epochs over all parameters. After each, also the last, every kernel was "
+        "normalized again to the\nsame target, with the norm it had then. A layer that training itself has brought "
+        "below its target stays as it is."
     )
 
-    print_table(
-        f"Test accuracy, {len(y_test)} images", *zip(*((k, f"{v:.1%}") for k, v in scores.items()), strict=True)
-    )
+    print_table(f"Test accuracy, {len(y_test)} images", scores, [f"{score:.1%}" for score in scores.values()])
     draw(trained, normalized, args.figure)
-    print(f"\nThe spectra, and a case where the original method misses, are in {args.figure}.")
+    print(f"\nThe spectra, and a case where the original SRN-C misses both the norm and the rank, are in {args.figure}.")
 
 
 if __name__ == "__main__":

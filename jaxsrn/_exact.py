@@ -70,8 +70,8 @@ class Solution(NamedTuple):
 
 def safe_sqrt(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """`sqrt(max(x, 0))` with derivative 0 at 0: there the constraint it stands for is not active."""
-    positive = x > 0
-    return jnp.where(positive, jnp.sqrt(jnp.where(positive, x, 1.0)), 0.0)
+    clipped = x <= 0  # false for NaN, which must stay NaN
+    return jnp.where(clipped, 0.0, jnp.sqrt(jnp.where(clipped, 1.0, x)))
 
 
 def functional(pair: Pair, op: Operator, weights: Float[Array, "..."], kernel_shape) -> Float[Array, "..."]:

@@ -101,9 +101,7 @@ def _matrix_free(kernel, op: Operator, start: Float[Array, "..."], tolerance) ->
     def rmatvec(y):
         return op.transpose(kernel, y.reshape(out_shape), precision=highest).reshape(-1)
 
-    _, left, right, _ = leading_singular_vectors(
-        matvec, rmatvec, start.reshape(-1), int(np.prod(out_shape)), tolerance
-    )
+    _, left, right, _ = leading_singular_vectors(matvec, rmatvec, start.reshape(-1), int(np.prod(out_shape)), tolerance)
     return Pair(jnp.asarray(0), unit(right).reshape(in_shape), unit(left).reshape(out_shape))
 
 

@@ -26,6 +26,7 @@ _NUM_STARTS = 4
 _SCAN_CHUNK = 16
 _NUM_PHASES = 16
 _PHASE_ZOOMS = 8
+_MODEL_SIZE = 32
 
 
 def _circular_bounds(problem: Problem, op: CircularConv):
@@ -144,8 +145,12 @@ def _survey_circular(problem: Problem, op: CircularConv) -> Survey:
 
 
 def _circular_model(op: ZeroPaddedConv, kernel_shape) -> CircularConv:
-    """The circular convolution on the (dilated) image, grown to hold the kernel and a whole number of strides."""
-    sizes = [max(n, extent) for n, extent in zip(op.dilated_shape, op.extents(kernel_shape), strict=True)]
+    """A circular convolution with the same taps, on an image that holds them and a whole number of strides.
+
+    Its frequencies are only where to start, so it need not be as large as the true image.
+    """
+    limits = zip(op.dilated_shape, op.extents(kernel_shape), op.strides, strict=True)
+    sizes = [max(min(n, _MODEL_SIZE), extent, s) for n, extent, s in limits]
     return CircularConv(
         tuple(-(-n // s) * s for n, s in zip(sizes, op.strides, strict=True)),
         strides=op.strides,

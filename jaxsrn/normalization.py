@@ -107,7 +107,7 @@ def _srn(matrix, target, num_preserved, raise_rank):
     s = jnp.einsum("ij,ik,kj->j", u, a, vt.T, precision=lax.Precision.HIGHEST)
     rank = _ratio(jnp.sum(s**2), s[0] ** 2)
     lowered, preserved = _lowered_values(s, target, num_preserved)
-    feasible, unchanged = target >= 1, target >= rank
+    feasible, unchanged = (target >= 1) & jnp.isfinite(rank), target >= rank
     values = jnp.where(unchanged, s, lowered)
     wanted = jnp.where(unchanged | (preserved > 0), s[0], lowered[0])
     if raise_rank:
@@ -250,7 +250,7 @@ def _srnc(kernel, op, target, initial, tolerance, keep_norm, max_steps):
     squared = problem.inner(a, a)
     unchanged = target >= _ratio(squared, problem.norm**2)
     result = jnp.where(unchanged, a, lowered)
-    feasible = unchanged | solution.candidate.feasible
+    feasible = unchanged | (solution.candidate.feasible & jnp.isfinite(solution.norm))
     norm = jnp.where(unchanged, problem.norm, frozen_value(result, op, solution.leading))
     distance = _ratio(safe_sqrt(problem.inner(result - a, result - a)), safe_sqrt(squared))
     gap = _gap(frozen, bound, lax.stop_gradient(distance), keep_norm, feasible, unchanged)

@@ -1,7 +1,5 @@
 """The spectral norm and the leading singular triplet, against numpy's SVD of the explicit matrix."""
 
-import functools
-
 import cases
 import jax
 import jax.numpy as jnp
@@ -66,10 +64,14 @@ def test_norm_triplet_and_gradient(case):
 # Gradients
 
 
-@pytest.mark.parametrize("case", by_name("dense-wide", "circular-1d-groups", "same-1d"), ids=str)
+@quick_jit
+def both_jacobians(kernel, op):
+    return jax.jacfwd(spectral_norm)(kernel, op), jax.jacrev(spectral_norm)(kernel, op)
+
+
+@pytest.mark.parametrize("case", KINDS, ids=str)
 def test_gradient_by_finite_differences_in_both_modes(case):
-    function = functools.partial(spectral_norm, op=case.op)
-    forward, reverse = jax.jacfwd(function)(kernel(case)), jax.jacrev(function)(kernel(case))
+    forward, reverse = both_jacobians(kernel(case), case.op)
     np.testing.assert_allclose(forward, reverse, rtol=1e-12, atol=1e-12)
     for seed in (1, 2):
         direction = gaussian(case.kernel_shape, seed)
@@ -93,7 +95,8 @@ def test_zero_kernel(case):
     for vector in (triplet.left, triplet.right, gradient):
         assert np.all(np.isfinite(vector))
     np.testing.assert_allclose([np.linalg.norm(triplet.left), np.linalg.norm(triplet.right)], 1, rtol=1e-12)
-    assert np.all(np.isfinite(jax.jacfwd(spectral_norm)(zero, case.op)))
+    for jacobian in both_jacobians(zero, case.op):
+        assert np.all(np.isfinite(jacobian))
 
 
 def test_a_kernel_that_never_meets_the_image_has_norm_zero():
@@ -184,7 +187,7 @@ def test_tolerance_is_traced_and_has_an_effect():
 
     loose, tight = solve(0.3), solve(1e-12)
     assert len(traces) == 1
-    assert 1e-3 < loose.residual <= 0.3
+    assert 1e-6 < loose.residual <= 0.3
     assert tight.residual <= 1e-11
     assert loose.value < tight.value
     # The loose residual is measured, not the one that the search estimates.
@@ -219,12 +222,14 @@ def test_lower_precision(case, dtype):
 @pytest.mark.parametrize("case", by_name("dense-wide", "circular-1d-odd-image", "circular-1d", "same-1d"), ids=str)
 def test_extreme_scales(case, dtype, scale):
     """Squares of these kernels leave the range of the dtype; the norm itself does not."""
-    weights = kernel(case, dtype) * jnp.asarray(scale, dtype)
-    expected = norm(weights, case.op)
-    result, triplet, gradient = norm_and_triplet(weights, case.op)
     tolerance = 1e-10 if dtype == jnp.float64 else 1e-5
-    np.testing.assert_allclose([result, triplet.value], expected, rtol=tolerance)
-    np.testing.assert_allclose(np.sum(np.asarray(gradient * weights, np.float64)), expected, rtol=tolerance)
+    for seed in range(3):
+        weights = kernel(case, dtype, seed) * jnp.asarray(scale, dtype)
+        expected = norm(weights, case.op)
+        result, triplet, gradient = norm_and_triplet(weights, case.op)
+        np.testing.assert_allclose([result, triplet.value], expected, rtol=tolerance)
+        product = np.sum(np.asarray(gradient, np.float64) * np.asarray(weights, np.float64))
+        np.testing.assert_allclose(product, expected, rtol=tolerance)
 
 
 @pytest.mark.parametrize("case", by_name("dense-wide", "circular-1d", "circular-1d-depthwise", "same-1d"), ids=str)
@@ -319,7 +324,7 @@ def test_an_initial_triplet_must_fit(case):
 @pytest.mark.parametrize("tolerance", [0.0, -1e-3, np.nan, np.inf])
 @pytest.mark.parametrize("case", KINDS, ids=str)
 def test_tolerance_must_be_positive(case, tolerance):
-    with pytest.raises(ValueError, match="tolerance: got .*, expected a positive finite number"):
+    with pytest.raises(ValueError, match=r"tolerance: got .*, expected a positive finite number"):
         leading_triplet(kernel(case), case.op, tolerance=tolerance)
 
 
