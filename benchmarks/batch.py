@@ -11,6 +11,7 @@ else the machine does hits all of them. The script fails where a requirement is 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import functools
 import gc
 import json
@@ -33,6 +34,8 @@ import jaxsrn
 from jaxsrn import CircularConv
 
 REQUIRED_RATIO = 10.0
+# Linux: writing 5 resets the peak that getrusage reports.
+CLEAR_REFS = Path("/proc/self/clear_refs")
 MEMORY_BATCH = 256
 # Growth beyond inputs and outputs that still counts as flat: a few copies of them, and the allocator's rounding.
 FLAT_BYTES = 16e6
@@ -87,7 +90,7 @@ def seconds(call: Callable) -> float:
 def methods(load: Workload, loop_count: int) -> dict[str, tuple[int, Callable]]:
     """`{name: (kernels in a call, call)}`, compiled; the loops run over the first few and count per kernel."""
     xs = problems(load.op, load.shape, load.count)
-    some = [(kernel, target) for kernel, target, _ in zip(*xs, range(loop_count))]
+    some = [(kernel, target) for kernel, target in zip(*(x[:loop_count] for x in xs), strict=True)]
     compiled = jax.jit(functools.partial(solve, load.op))
 
     def loop(function):
@@ -122,18 +125,20 @@ def throughput(load: Workload, repetitions: int, loop_count: int, progress) -> d
 # Memory
 
 
+def forget_peak() -> None:
+    """Returns freed memory to the system and resets the peak: compiling takes more of both than running."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    CLEAR_REFS.write_text("5")
+
+
 def memory_of_run(count: int, method: str) -> dict[str, float]:
     """Bytes of one run after compilation: inputs and outputs, growth of the process at its peak, XLA's own plan."""
-    name, op, shape = ONE_CHANNEL
+    _, op, shape = ONE_CHANNEL
     xs = jax.block_until_ready(problems(op, shape, count))
     function = mapped(op, MEMORY_BATCH) if method == "lax.map" else jax.vmap(functools.partial(solve, op))
     compiled = jax.jit(function).lower(xs).compile()
-    # Starts the thread pools, whose stacks are not the batch's.
-    warm = problems(op, shape, MEMORY_BATCH)
-    jax.block_until_ready(jax.jit(function)(warm))
-    gc.collect()
-    # Compiling takes more memory than running: forget its peak, or nothing would be seen below it.
-    Path("/proc/self/clear_refs").write_text("5")
+    forget_peak()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     result = jax.block_until_ready(compiled(xs))
     after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -179,6 +184,8 @@ def megabytes(size: float) -> str:
 
 
 def memory_report(counts, progress) -> tuple[str, list[tuple[bool, str]]]:
+    if not CLEAR_REFS.exists():
+        return "Not measured: the peak of one run can be told from that of its compilation on Linux only.", []
     rows, extra = [], []
     for method in ("lax.map", "vmap"):
         for count in counts:

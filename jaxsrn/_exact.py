@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxsrn import _pairs
 from jaxsrn._pairs import Pair
 from jaxsrn.norms import default_tolerance, frozen_value
-from jaxsrn.operators import Operator, ZeroPaddedConv
+from jaxsrn.operators import Operator
 
 __all__ = [
     "Problem",
@@ -220,8 +220,7 @@ def solve(problem: Problem, op: Operator, starts: Pair, max_steps: int, toleranc
         ends = jax.vmap(lambda start: _ascend(problem, op, start, max_steps, tolerance))(state.starts)
         best = jnp.lexsort(_merit(ends.best)[::-1])[0]
         end = jax.tree.map(lambda leaf: leaf[best], ends)
-        start = end.pair.right if isinstance(op, ZeroPaddedConv) else None
-        leading = _pairs.leading(end.best.kernel, op, norm_tolerance, start)
+        leading = _pairs.leading(end.best.kernel, op, norm_tolerance, end.pair.right)
         norm = frozen_value(end.best.kernel, op, leading)
         solution = Solution(end.best, end.pair, leading, norm, state.solution.num_steps + end.num_steps)
         # All starts alike: a second copy of the passes for one start would double the compilation.

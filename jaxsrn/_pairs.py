@@ -25,6 +25,7 @@ __all__ = [
     "nearby",
     "pair_of_images",
     "plain_gradient",
+    "rescaled",
     "site_pairs",
     "top_pairs",
     "top_values",
@@ -38,6 +39,16 @@ class Pair(NamedTuple):
     site: Int[Array, "..."]
     right: Inexact[Array, "..."]
     left: Inexact[Array, "..."]
+
+
+def rescaled(kernel: Float[Array, "..."]) -> tuple[Float[Array, "..."], Float[Array, ""]]:
+    """`(kernel / scale, scale)` with the largest entry as a constant scale (1 for a zero kernel).
+
+    Squares of very small or large kernels leave the range of the dtype; pairs and stable ranks have no scale.
+    """
+    largest = jax.lax.stop_gradient(jnp.max(jnp.abs(kernel)))
+    scale = jnp.where(largest == 0, 1.0, largest)
+    return kernel / scale, scale
 
 
 def unit(vector: Inexact[Array, "..."]) -> Inexact[Array, "..."]:
@@ -106,7 +117,7 @@ def _matrix_free(kernel, op: Operator, start: Float[Array, "..."], tolerance) ->
 
 
 def leading(kernel: Float[Array, "..."], op: Operator, tolerance, start=None) -> Pair:
-    """The leading pair of `T(kernel)`, found without any assumption.
+    """The leading pair of `T(kernel)`, found without any assumption. The kernel's scale must not be extreme.
 
     `start`, a right vector, only speeds up the matrix-free search: a fixed random part is mixed in, so that a start
     that happens to be another singular vector cannot trap it.
@@ -124,8 +135,6 @@ def leading(kernel: Float[Array, "..."], op: Operator, tolerance, start=None) ->
 
 def nearby(kernel: Float[Array, "..."], op: Operator, pair: Pair, tolerance) -> Pair:
     """The leading pair within reach of `pair`: at its site (circular), or in the Krylov space that it starts."""
-    if isinstance(op, Dense):
-        return leading(kernel, op, tolerance)
     if isinstance(op, CircularConv):
         return _first(site_pairs(kernel, op, pair.site[None])[1])
     return _matrix_free(kernel, op, pair.right, tolerance)

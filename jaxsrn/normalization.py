@@ -34,7 +34,8 @@ class SRNResult(NamedTuple):
       distance: `||T(K) - T(A)||_F / ||T(A)||_F`.
       gap: `distance - gap` is a proven lower bound on the distance of every kernel that meets the constraints
         (equal to `distance`, which proves nothing, where none was found).
-      residual: the larger of `|stable_rank / target - 1|` and `|spectral_norm / M - 1|`, over the constraints asked.
+      residual: the larger of `|stable_rank / target - 1|` and `|spectral_norm / M - 1|`, over the constraints asked;
+        of a kernel returned unchanged, how far its stable rank is below the target.
       num_steps: minorise-maximise passes taken; 0 for matrices.
       num_preserved: leading singular values kept.
       feasible: whether a kernel that meets the constraints was found. If not, the kernel has the lowest (raising:
@@ -101,7 +102,7 @@ def srn(matrix: Kernel, target, *, num_preserved: int = 1, raise_rank: bool = Fa
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
 def _srn(matrix, target, num_preserved, raise_rank):
-    a = matrix.astype(float_dtype(matrix.dtype))
+    a, scale = _pairs.rescaled(matrix.astype(float_dtype(matrix.dtype)))
     u, _, vt = (lax.stop_gradient(part) for part in jnp.linalg.svd(lax.stop_gradient(a), full_matrices=False))
     # The singular values as functions of the matrix, with the vectors held constant.
     s = jnp.einsum("ij,ik,kj->j", u, a, vt.T, precision=lax.Precision.HIGHEST)
@@ -116,11 +117,10 @@ def _srn(matrix, target, num_preserved, raise_rank):
         preserved = jnp.where(raises, 1, preserved)
         feasible = jnp.where(raises, target <= len(s), feasible)
         unchanged = unchanged & ~raises
-    # Unchanged means to the last bit.
     change = jnp.matmul(u * (values - s)[None], vt, precision=lax.Precision.HIGHEST)
     new_rank = _ratio(jnp.sum(values**2), values[0] ** 2)
-    return SRNResult(
-        kernel=(a + change).astype(matrix.dtype),
+    result = SRNResult(
+        kernel=a + change,
         stable_rank=new_rank,
         spectral_norm=values[0],
         distance=_ratio(safe_sqrt(jnp.sum((values - s) ** 2)), safe_sqrt(jnp.sum(s**2))),
@@ -130,6 +130,7 @@ def _srn(matrix, target, num_preserved, raise_rank):
         num_preserved=jnp.where(unchanged, num_preserved, preserved),
         feasible=feasible,
     )
+    return _scaled(result, scale, matrix, unchanged)
 
 
 def _lowered_values(s: Float[Array, " n"], target, num_preserved: int):
@@ -189,7 +190,8 @@ def srnc(
     `||T(K)||_2 = ||T(A)||_2`, by a closed form per singular pair inside a minorise-maximise iteration. Circular
     convolutions: all frequencies and phases are scanned, which is the global solution with one channel; otherwise
     the best few are followed, and `gap` says how far from optimal the result can be at most. Zero padding: several
-    starts. Dense: `srn` with one value preserved. Where `stable_rank <= target` the kernel is returned unchanged.
+    starts. Dense: `srn`, with one value preserved (`keep_norm`) or none. Where `stable_rank <= target` the kernel is
+    returned unchanged.
 
     Args:
       kernel: `(c_in, c_out)` or `(*taps, c_in // groups, c_out)`.
@@ -224,17 +226,19 @@ def srnc(
         f"raise_rank: got True for {op}, expected Dense(); raising the stable rank of a convolution needs the "
         "projection on the spectral ball, which this version does not have.",
     )
-    if raise_rank:
-        ensure(keep_norm, "keep_norm: got False with raise_rank=True, expected True; raising keeps the norm.")
-        return _srn(kernel, target, 1, True)
+    ensure(
+        keep_norm or not raise_rank, "keep_norm: got False with raise_rank=True, expected True; raising keeps the norm."
+    )
     if initial is not None:
         check_triplet(initial, op, kernel.shape)
+    if isinstance(op, Dense):
+        return _srn(kernel, target, 1 if keep_norm else 0, bool(raise_rank))
     return _srnc(kernel, op, target, initial, tolerance, bool(keep_norm), int(max_steps))
 
 
 @functools.partial(jax.jit, static_argnums=(5, 6))
 def _srnc(kernel, op, target, initial, tolerance, keep_norm, max_steps):
-    a = kernel.astype(float_dtype(kernel.dtype))
+    a, scale = _pairs.rescaled(kernel.astype(float_dtype(kernel.dtype)))
     problem, own = _problem(a, op, target)
     frozen, tolerance = lax.stop_gradient((problem, tolerance))
     starts, bound = survey(frozen, op, own)
@@ -254,7 +258,8 @@ def _srnc(kernel, op, target, initial, tolerance, keep_norm, max_steps):
     norm = jnp.where(unchanged, problem.norm, frozen_value(result, op, solution.leading))
     distance = _ratio(safe_sqrt(problem.inner(result - a, result - a)), safe_sqrt(squared))
     gap = _gap(frozen, bound, lax.stop_gradient(distance), keep_norm, feasible, unchanged)
-    return _measured(kernel, result, problem, norm, distance, gap, solution.num_steps, keep_norm, feasible)
+    result = _measured(result, problem, norm, distance, gap, solution.num_steps, keep_norm, feasible)
+    return _scaled(result, scale, kernel, unchanged)
 
 
 def _problem(a: Float[Array, "..."], op: Operator, target) -> tuple[Problem, _pairs.Pair]:
@@ -277,14 +282,20 @@ def _gap(problem: Problem, bound, distance, keep_norm: bool, feasible, unchanged
     return jnp.where(unchanged, 0.0, jnp.where(feasible, gap, distance))
 
 
-def _measured(kernel, result, problem, norm, distance, gap, num_steps, keep_norm, feasible) -> SRNResult:
+def _scaled(result: SRNResult, scale, kernel: Shaped[Array, "..."], unchanged) -> SRNResult:
+    """The result for the kernel in its own scale and dtype; unchanged to the last bit."""
+    own = jnp.where(unchanged, kernel, (result.kernel * scale).astype(kernel.dtype))
+    return result._replace(kernel=own, spectral_norm=result.spectral_norm * scale)
+
+
+def _measured(result, problem, norm, distance, gap, num_steps, keep_norm, feasible) -> SRNResult:
     rank = _ratio(problem.inner(result, result), norm**2)
     wanted = jnp.where(problem.norm == 0, 0.0, problem.target)
     residual = _deviation(rank, wanted)
     if keep_norm:
         residual = jnp.maximum(residual, _deviation(norm, problem.norm))
     return SRNResult(
-        kernel=result.astype(kernel.dtype),
+        kernel=result,
         stable_rank=rank,
         spectral_norm=norm,
         distance=distance,
@@ -317,7 +328,7 @@ def srnc_tanay(kernel: Kernel, op: Operator, target) -> SRNResult:
 
 @jax.jit
 def _srnc_tanay(kernel, op, target):
-    a = kernel.astype(float_dtype(kernel.dtype))
+    a, scale = _pairs.rescaled(kernel.astype(float_dtype(kernel.dtype)))
     problem, own = _problem(a, op, target)
     first = problem.norm * lax.stop_gradient(_pairs.plain_gradient(own, op, a.shape))
     rest = a - first
@@ -332,4 +343,5 @@ def _srnc_tanay(kernel, op, target):
     bound = _ratio(safe_sqrt(survey(lax.stop_gradient(problem), op, own).bound), safe_sqrt(squared))
     gap = jnp.where(unchanged, 0.0, jnp.where(jnp.isfinite(bound), distance - bound, distance))
     norm = frozen_value(result, op, leading)
-    return _measured(kernel, result, problem, norm, distance, gap, jnp.asarray(0), True, feasible)
+    result = _measured(result, problem, norm, distance, gap, jnp.asarray(0), True, feasible)
+    return _scaled(result, scale, kernel, unchanged)

@@ -91,12 +91,12 @@ def check_triplet(initial: SingularTriplet, op: Operator, kernel_shape) -> None:
 @jax.jit
 def _leading_triplet(kernel, op, initial, tolerance):
     kernel = kernel.astype(float_dtype(kernel.dtype))
-    fixed = lax.stop_gradient(kernel)
+    fixed, scale = _pairs.rescaled(lax.stop_gradient(kernel))
     start = None if initial is None else lax.stop_gradient(initial.right).astype(kernel.dtype)
     pair = _pairs.leading(fixed, op, tolerance, start)
     value = frozen_value(kernel, op, pair)
     left, right = (lax.stop_gradient(vector) for vector in _pairs.images(pair, op, kernel.shape))
-    return SingularTriplet(value, left, right, _residual(fixed, op, lax.stop_gradient(value), left, right))
+    return SingularTriplet(value, left, right, _residual(fixed, op, lax.stop_gradient(value) / scale, left, right))
 
 
 def _residual(kernel, op, value, left, right):
@@ -136,5 +136,5 @@ def _spectral_norm(kernel, op):
 
 def norm_of(kernel: Float[Array, "..."], op: Operator) -> Float[Array, ""]:
     """`spectral_norm` of a kernel that is already checked and wide enough."""
-    pair = _pairs.leading(lax.stop_gradient(kernel), op, default_tolerance(kernel.dtype))
-    return frozen_value(kernel, op, pair)
+    fixed, _ = _pairs.rescaled(lax.stop_gradient(kernel))
+    return frozen_value(kernel, op, _pairs.leading(fixed, op, default_tolerance(kernel.dtype)))

@@ -179,6 +179,13 @@ class Dense(Operator):
 class _Conv(Operator):
     """Geometry and application shared by both convolutions; the subclasses add their padding."""
 
+    def __repr__(self) -> str:
+        """As a call, without the arguments that have their default."""
+        ones = (1,) * self.num_axes
+        given = [(f.name, getattr(self, f.name), f.default) for f in dataclasses.fields(self)[1:]]
+        options = [f", {name}={value!r}" for name, value, default in given if value not in (default, ones)]
+        return f"{type(self).__name__}({self.input_shape}{''.join(options)})"
+
     @property
     def num_axes(self) -> int:
         """Number of spatial axes."""
@@ -230,7 +237,7 @@ class _Conv(Operator):
 
 
 @jax.tree_util.register_static
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class CircularConv(_Conv):
     """A convolution with circular padding, equal to `flax.nnx.Conv(padding="CIRCULAR")` element by element.
 
@@ -297,7 +304,7 @@ class CircularConv(_Conv):
 
 
 @jax.tree_util.register_static
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class ZeroPaddedConv(_Conv):
     """A convolution with zero padding, equal to `flax.nnx.Conv` with the same arguments.
 

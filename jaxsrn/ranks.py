@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxsrn._checks import Kernel, float_dtype, kernel_array
+from jaxsrn._pairs import rescaled
 from jaxsrn.norms import norm_of
 from jaxsrn.operators import Operator, squared_frobenius_norm
 
@@ -36,11 +37,8 @@ def stable_rank(kernel: Kernel, op: Operator) -> Float[Array, ""]:
 
 @jax.jit
 def _stable_rank(kernel, op):
-    kernel = kernel.astype(float_dtype(kernel.dtype))
-    # The scale is taken out first: squares of small or large kernels would leave the range of the dtype.
-    scale = jax.lax.stop_gradient(jnp.max(jnp.abs(kernel)))
-    is_zero = scale == 0
-    kernel = kernel / jnp.where(is_zero, 1.0, scale)
+    kernel, _ = rescaled(kernel.astype(float_dtype(kernel.dtype)))
+    is_zero = jnp.all(kernel == 0)
     squared_norm = jnp.where(is_zero, 1.0, norm_of(kernel, op) ** 2)
     return jnp.where(is_zero, 0.0, squared_frobenius_norm(kernel, op) / squared_norm)
 

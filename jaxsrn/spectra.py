@@ -15,7 +15,7 @@ from jaxtyping import Array, Complex, Float
 from jaxsrn import _fourier
 from jaxsrn._checks import Kernel, ensure, float_dtype, kernel_array
 from jaxsrn._lanczos import random_start
-from jaxsrn._pairs import unit
+from jaxsrn._pairs import rescaled, unit
 from jaxsrn.operators import CircularConv, Dense, Operator
 
 __all__ = ["singular_values", "symbol", "top_singular_values"]
@@ -125,7 +125,7 @@ def _top_matrix_free(kernel, op, k):
         x = columns.T.reshape((-1, *in_shape))
         return backward(fixed, forward(fixed, x)).reshape(columns.T.shape).T
 
-    fixed = lax.stop_gradient(kernel)
+    fixed, _ = rescaled(lax.stop_gradient(kernel))
     start = random_start((math.prod(in_shape), k), kernel.dtype)
     # Its own criterion is 20 n times laxer than a relative residual, too lax in float32.
     residual = float(jnp.finfo(kernel.dtype).eps) ** (2 / 3)

@@ -213,22 +213,25 @@ def test_initial_continues_from_an_earlier_result():
 # The other forms
 
 
-def test_dense_equals_srn():
+@pytest.mark.parametrize("op", [Dense(), CircularConv((1,)), ZeroPaddedConv((1, 1))], ids=["dense", "circular", "same"])
+def test_a_single_sample_is_a_matrix(op):
+    """A one-tap convolution of one sample: the theorem on matrices against the iteration on convolutions."""
+    matrix = kernel(by_name("dense-wide")[0])
+    taps = (1,) * (len(op.input_shape) if op != Dense() else 0)
+    a = matrix.reshape((*taps, *matrix.shape))
+    for target, keep_norm in ((1.1, True), (1.6, True), (1.5, False)):
+        result = jaxsrn.srnc(a, op, target, keep_norm=keep_norm)
+        expected = jaxsrn.srn(matrix, target, num_preserved=1 if keep_norm else 0)
+        np.testing.assert_allclose(result.kernel.reshape(matrix.shape), expected.kernel, rtol=1e-9, atol=1e-12)
+        np.testing.assert_allclose(result.distance, expected.distance, rtol=1e-9)
+        assert float(result.gap) <= 1e-7
+
+
+def test_raising_a_dense_layer():
     a = kernel(by_name("dense-wide")[0])
-    for target in (1.1, 1.6):
-        np.testing.assert_allclose(
-            jaxsrn.srnc(a, Dense(), target).kernel, jaxsrn.srn(a, target).kernel, rtol=1e-12, atol=1e-12
-        )
     raised = jaxsrn.srnc(a, Dense(), 2.9, raise_rank=True)
     np.testing.assert_array_equal(raised.kernel, jaxsrn.srn(a, 2.9, raise_rank=True).kernel)
     np.testing.assert_allclose(measure(raised.kernel, Dense())[0], 2.9, rtol=1e-10)
-
-
-def test_dense_norm_free_equals_srn_without_preservation():
-    a = kernel(by_name("dense-wide")[0])
-    free, expected = jaxsrn.srnc(a, Dense(), 1.5, keep_norm=False), jaxsrn.srn(a, 1.5, num_preserved=0)
-    np.testing.assert_allclose(free.kernel, expected.kernel, rtol=1e-10)
-    np.testing.assert_allclose(free.distance, expected.distance, rtol=1e-10)
 
 
 def test_norm_free_is_globally_optimal_with_one_channel():
