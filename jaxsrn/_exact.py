@@ -10,10 +10,12 @@ minorise-maximise iteration, so the distance never grows. It stops at `||T(K)||_
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxsrn import _pairs
@@ -129,6 +131,9 @@ def _gains(new: Candidate, old: Candidate, scale) -> Bool[Array, ""]:
     return (new_class < old_class) | ((new_class == old_class) & (new_value < old_value - rounding))
 
 
+_dot = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
+
+
 class _Anderson(NamedTuple):
     """Differences of the last iterates and of their residuals (rows), and the last of each."""
 
@@ -152,16 +157,18 @@ def _anderson(memory: _Anderson, weights, point, residual) -> tuple[_Anderson, F
     residuals = memory.residuals.at[row].set(fresh * (residual - memory.residual))
     flat = residuals.reshape((_ANDERSON_DEPTH, -1))
     weighted = (residuals * weights[None]).reshape((_ANDERSON_DEPTH, -1))
-    gram = weighted @ flat.T
+    gram = _dot(weighted, flat.T)
     # Empty rows, and differences that no longer carry information, must not blow up the coefficients.
     ridge = 10 * jnp.finfo(point.dtype).eps * jnp.trace(gram)
     gram = gram + jnp.where(ridge == 0, 1.0, ridge) * jnp.eye(_ANDERSON_DEPTH, dtype=point.dtype)
-    coefficients = jnp.linalg.solve(gram, weighted @ residual.reshape(-1))
-    correction = jnp.tensordot(coefficients, steps + residuals, axes=1)
+    coefficients = jnp.linalg.solve(gram, _dot(weighted, residual.reshape(-1)))
+    correction = _dot(coefficients, (steps + residuals).reshape(flat.shape)).reshape(point.shape)
     return _Anderson(steps, residuals, point, residual, memory.count + 1), point + residual - correction
 
 
 class _Ascent(NamedTuple):
+    """Where the next pass starts, the best candidate so far with its pair, and the memory of the acceleration."""
+
     point: Float[Array, "..."]
     best: Candidate
     pair: Pair
@@ -197,7 +204,7 @@ def _ascend(problem: Problem, op: Operator, start: Pair, max_steps: int, toleran
 
     first = closed_form(problem, functional(start, op, weights, shape))
     state = _Ascent(first.kernel, first, start, _anderson_start(first.kernel), jnp.asarray(False), jnp.asarray(0))
-    return jax.lax.while_loop(lambda s: ~s.finished & (s.num_steps < max_steps), step, state)
+    return lax.while_loop(lambda s: ~s.finished & (s.num_steps < max_steps), step, state)
 
 
 class _Rounds(NamedTuple):
@@ -232,7 +239,7 @@ def solve(problem: Problem, op: Operator, starts: Pair, max_steps: int, toleranc
         more = exceeds & (state.solution.num_steps < max_steps) & (state.count < _MAX_ROUNDS)
         return (state.count == 0) | more
 
-    return jax.lax.while_loop(unfinished, round_, _Rounds(starts, _nothing(problem, starts), jnp.asarray(0))).solution
+    return lax.while_loop(unfinished, round_, _Rounds(starts, _nothing(problem, starts), jnp.asarray(0))).solution
 
 
 def _nothing(problem: Problem, starts: Pair) -> Solution:

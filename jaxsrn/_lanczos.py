@@ -5,6 +5,7 @@ Golub, Kahan 1965; the restart keeps the leading Ritz vectors (Baglama, Reichel 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -109,8 +110,8 @@ def leading_singular_vectors(
 
     def cycle(state: _State) -> _State:
         first = jnp.where(state.restarts == 0, 0, kept)
-        body = lambda j, basis: _extend(matvec, rmatvec, j, basis)  # noqa: E731
-        basis, residual = _ritz(lax.fori_loop(first, size, body, state.basis), kept)
+        extend = functools.partial(_extend, matvec, rmatvec)
+        basis, residual = _ritz(lax.fori_loop(first, size, extend, state.basis), kept)
         return _State(basis, residual, state.restarts + 1)
 
     def unfinished(state: _State):

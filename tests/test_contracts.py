@@ -120,7 +120,9 @@ def test_derivatives(contract, op, shape):
 
     @jax.jit
     def both(kernel):
-        function = lambda k: real_parts(contract.function(k, op))  # noqa: E731
+        def function(kernel):
+            return real_parts(contract.function(kernel, op))
+
         return jax.jacfwd(function)(kernel), jax.jacrev(function)(kernel)
 
     forward, reverse = both(gaussian(shape))
