@@ -12,8 +12,13 @@ symbol by NumPy's FFT, in float64, and NumPy's SVD. The script fails where a req
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from typing import NamedTuple
+
+# NumPy's and jaxlib's SVDs of many small matrices only wait for a second thread: 2 times slower on a quiet machine, 100
+# on a busy one. Read when NumPy is imported.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import jax
 import numpy as np
@@ -97,18 +102,24 @@ GAP_CASES = {
 
 
 class Outcome(NamedTuple):
-    """Results (leaves stacked) with what was measured of them, all in NumPy."""
+    """Results (leaves stacked) with what was measured of them, all in NumPy.
+
+    `refuted`: called infeasible although another kernel of the same shape got below the target. What stable ranks
+    there are depends on the shape alone, and by continuity all those between two that are reached can be.
+    """
 
     result: jaxsrn.SRNResult
     residual: np.ndarray
     misreported: np.ndarray
+    refuted: np.ndarray
 
 
-def measured_numbers(rank, norm, original_norm, distance, target, result) -> tuple[np.ndarray, np.ndarray]:
-    """The residual by measured numbers, and the largest relative error in the numbers of the result itself."""
+def judge(result, target, rank, norm, original_norm, distance) -> Outcome:
+    """Compares results with the targets and with the measured numbers (arrays over the same problems)."""
     residual = np.maximum(np.abs(rank / target - 1), np.abs(norm / original_norm - 1))
     pairs = ((result.stable_rank, rank), (result.spectral_norm, norm), (1 + result.distance, 1 + distance))
-    return residual, np.max([np.abs(claimed / found - 1) for claimed, found in pairs], axis=0)
+    misreported = np.max([np.abs(claimed / found - 1) for claimed, found in pairs], axis=0)
+    return Outcome(result, residual, misreported, ~result.feasible & (target > 1.0001 * np.min(rank)))
 
 
 # Random kernels: the explicit matrix
@@ -143,8 +154,7 @@ def solve_and_measure(op, kernels: np.ndarray, fractions: np.ndarray) -> Outcome
     assert result.kernel.dtype == kernels.dtype
     new_matrices, new_squared, new_norms = spectra(op, result.kernel)
     change = np.linalg.norm(new_matrices - matrices[repeated], axis=(-2, -1)) / np.sqrt(squared[repeated])
-    numbers = (new_squared / new_norms**2, new_norms, norms[repeated], change)
-    return Outcome(result, *measured_numbers(*numbers, targets, result))
+    return judge(result, targets, new_squared / new_norms**2, new_norms, norms[repeated], change)
 
 
 # The trained network: the symbol
@@ -172,12 +182,7 @@ def solve_layer(layer: resnet50.Layer, dtype: str) -> Outcome:
         new_squared, new_norm = fft_spectrum(result.kernel, layer.input_shape)
         change = result.kernel.astype(np.float64) - kernel.astype(np.float64)
         distance = np.linalg.norm(change) / np.linalg.norm(kernel.astype(np.float64))
-        numbers = (new_squared / new_norm**2, new_norm, norm, distance)
-        outcomes.append(Outcome(result, *measured_numbers(*numbers, target, result)))
-    return stack(outcomes)
-
-
-def stack(outcomes: list[Outcome]) -> Outcome:
+        outcomes.append(judge(result, target, new_squared / new_norm**2, new_norm, norm, distance))
     return jax.tree.map(lambda *leaves: np.stack(leaves), *outcomes)
 
 
@@ -235,8 +240,8 @@ class Row(NamedTuple):
         missed = self.feasible & ~(self.residual <= self.required)
         return int(np.sum(missed if self.padding == "circular" else missed & ~self.not_converged))
 
-    def cells(self) -> list[str]:
-        solved = self.feasible & ~self.not_converged
+    def cells(self) -> list:
+        solved = self.feasible if self.padding == "circular" else self.feasible & ~self.not_converged
         gap, steps = self.column(lambda o: o.result.gap)[solved], self.column(lambda o: o.result.num_steps)[solved]
         residual = self.residual[solved]
         return [
@@ -298,15 +303,14 @@ def network_rows(layers, progress) -> list[Row]:
     return rows
 
 
-def gap_table(total: int, progress) -> str:
-    """`total` kernels per padding with one random target each: how often the result is provably optimal."""
+def gap_table(num_cases: int, per_case: int, progress) -> str:
+    """Kernels of both paddings with one random target each: how often the result is provably optimal."""
     lines = []
     for padding, cases in GAP_CASES.items():
         progress.set_description(f"gap, {padding}")
         rng = np.random.default_rng(0)
-        per_case = total // len(cases)
         outcomes = []
-        for op, shape in cases:
+        for op, shape in cases[:num_cases]:
             kernels = rng.normal(size=(per_case, *shape))
             outcomes.append(solve_and_measure(op, kernels, rng.uniform(0.01, 0.99, size=(per_case, 1))))
         row = Row(padding, padding, "float64", outcomes)
@@ -361,18 +365,21 @@ def requirements(rows: list[Row]) -> list[tuple[bool, str]]:
         bad = [f"{row.family} ({row.violations})" for row in chosen if row.violations]
         excuse = "" if padding == "circular" else ", or the result says otherwise"
         checks.append((not bad, f"{padding}, {dtype}: measured residual <= {limit:g}{excuse}{tell(bad)}"))
-    bad = [
-        f"{row.family}, {row.dtype} ({np.sum(~row.feasible)})"
-        for row in rows
-        if row.padding == "circular" and not row.feasible.all()
-    ]
-    checks.append((not bad, f"circular: every target, all of which are feasible, is reached{tell(bad)}"))
+    checks.append(no_wrong_infeasible(rows, "circular", lambda row: ~row.feasible, "every target is feasible"))
+    refuted = "no target is called infeasible that lies above a stable rank reached with another kernel of its shape"
+    checks.append(no_wrong_infeasible(rows, "zero padding", lambda row: row.column(lambda o: o.refuted), refuted))
     for dtype, limit in AGREEMENT.items():
         worst = {row.family: row.column(lambda o: o.misreported).max() for row in rows if row.dtype == dtype}
         bad = [f"{name} ({error:.1e})" for name, error in worst.items() if not error <= limit]
         text = f"{dtype}: stable rank, norm and distance in the results agree with the measured ones to {limit:g}"
         checks.append((not bad, f"{text}{tell(bad)}"))
     return checks
+
+
+def no_wrong_infeasible(rows: list[Row], padding: str, wrong, text: str) -> tuple[bool, str]:
+    counts = {f"{row.family}, {row.dtype}": int(np.sum(wrong(row))) for row in rows if row.padding == padding}
+    bad = [f"{name} ({count})" for name, count in counts.items() if count]
+    return not bad, f"{padding}: {text}{tell(bad)}"
 
 
 def tell(bad: list[str]) -> str:
@@ -396,12 +403,14 @@ def main() -> None:
     args = parser.parse_args()
     count = 2 if args.fast else 18 if args.full else 6
     resnet = args.resnet or ("none" if args.fast else "all" if args.full else "stages")
-    families = [family for family in FAMILIES if not args.fast or family.name in FAST_FAMILIES]
+    families = FAMILIES
+    if args.fast:
+        families = [family._replace(cases=family.cases[:1]) for family in FAMILIES if family.name in FAST_FAMILIES]
     layers = chosen_layers(resnet)
     total = len(families) * len(DTYPES) + sum(len(dtypes) for _, dtypes in layers.values()) + len(GAP_CASES)
     with tqdm(total=total) as progress:
         rows = random_rows(families, count, progress) + network_rows(layers, progress)
-        gaps = gap_table(16 if args.fast else 200, progress)
+        gaps = gap_table(*(1, 10) if args.fast else (8, 25), progress)
     checks = requirements(rows)
     sections = [
         ("Constraints", f"{ABOUT}\n\n{table(HEADER, [row.cells() for row in rows])}"),

@@ -19,8 +19,8 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxsrn import _pairs
-from jaxsrn._pairs import Pair
-from jaxsrn.norms import default_tolerance, frozen_value
+from jaxsrn._pairs import Pair, default_tolerance
+from jaxsrn.norms import frozen_value
 from jaxsrn.operators import Operator
 
 __all__ = [
@@ -103,7 +103,6 @@ def closed_form(problem: Problem, direction: Float[Array, "..."]) -> Candidate:
     `K = (M / e) E + rho A_perp / |A_perp|`, `rho = M sqrt(r - 1/e)`: the same point of `span(A, E)` as
     `alpha A + beta E`, written so that both constraints hold to rounding also where `A` is nearly parallel to `E`.
     Infeasible: the part along `A_perp` vanishes, which leaves the smallest stable rank that this pair allows.
-    Taps without a real sample stay as they are.
     """
     e = problem.inner(direction, direction)
     e = jnp.where(e == 0, 1.0, e)
@@ -113,7 +112,6 @@ def closed_form(problem: Problem, direction: Float[Array, "..."]) -> Candidate:
     radius = problem.norm * safe_sqrt(problem.target - 1 / e)
     kernel = (problem.norm / e) * direction + radius / jnp.where(rest_norm == 0, 1.0, rest_norm) * rest
     distance = (radius - rest_norm) ** 2 + (problem.norm - m) ** 2 / e
-    kernel = jnp.where(problem.weights == 0, problem.kernel, kernel)
     return Candidate(kernel, is_feasible(e, problem.target), distance, e)
 
 

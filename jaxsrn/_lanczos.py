@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-__all__ = ["leading_singular_vectors", "random_start"]
+__all__ = ["leading_singular_vectors", "random_start", "top_singular_vectors"]
 
 # Ritz vectors carried through a restart resolve the cluster at the top; the rest of the basis is the memory price.
 _BASIS = 20
@@ -122,6 +122,29 @@ def leading_singular_vectors(
     return basis.projected[0, 0], basis.left[0], basis.right[0], state.residual
 
 
-def random_start(shape: tuple[int, ...], dtype) -> Float[Array, "..."]:
+def random_start(shape: tuple[int, ...], dtype, seed: int | Int[Array, ""] = 0) -> Float[Array, "..."]:
     """A fixed Gaussian vector: never orthogonal to a leading vector for reasons of symmetry."""
-    return jax.random.normal(jax.random.key(0), shape, dtype)
+    return jax.random.normal(jax.random.key(seed), shape, dtype)
+
+
+def top_singular_vectors(
+    matvec: Callable, rmatvec: Callable, in_size: int, out_size: int, k: int, tolerance, dtype
+) -> tuple[Float[Array, "k out"], Float[Array, "k in"]]:
+    """`k` leading pairs of singular vectors, one after the other: what is found is subtracted from the map.
+
+    A Krylov space of one vector sees every singular value once; deflation leaves the other copies of a repeated one.
+    """
+
+    def find(i: Int[Array, ""], found):
+        values, lefts, rights = found
+        value, left, right, _ = leading_singular_vectors(
+            lambda x: matvec(x) - _dot(values * _dot(rights, x), lefts),
+            lambda y: rmatvec(y) - _dot(values * _dot(lefts, y), rights),
+            random_start((in_size,), dtype, seed=i),
+            out_size,
+            tolerance,
+        )
+        return values.at[i].set(value), lefts.at[i].set(left), rights.at[i].set(right)
+
+    nothing = jnp.zeros(k, dtype), jnp.zeros((k, out_size), dtype), jnp.zeros((k, in_size), dtype)
+    return lax.fori_loop(0, k, find, nothing)[1:]

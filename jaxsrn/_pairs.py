@@ -7,6 +7,7 @@ the leading pair, a leading pair near a given one, the functional, and the two r
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -20,6 +21,8 @@ from jaxsrn.operators import CircularConv, Dense, Operator
 
 __all__ = [
     "Pair",
+    "default_tolerance",
+    "flat_products",
     "images",
     "leading",
     "nearby",
@@ -41,11 +44,13 @@ class Pair(NamedTuple):
     left: Inexact[Array, "..."]
 
 
-def rescaled(kernel: Float[Array, "..."]) -> tuple[Float[Array, "..."], Float[Array, ""]]:
-    """`(kernel / scale, scale)` with the largest entry as a constant scale (1 for a zero kernel).
+def rescaled(kernel: Float[Array, "..."], op: Operator) -> tuple[Float[Array, "..."], Float[Array, ""]]:
+    """The same map up to its scale: `(kernel / scale, scale)`, the largest entry as a constant (1 for zero).
 
-    Squares of very small or large kernels leave the range of the dtype; pairs and stable ranks have no scale.
+    Squares of very small or large kernels leave the range of the dtype; pairs and stable ranks have no scale. Taps
+    that meet no sample have no part in the map: they become 0.
     """
+    kernel = jnp.where(jnp.asarray(op.tap_counts(kernel.shape) > 0), kernel, 0.0)
     largest = jax.lax.stop_gradient(jnp.max(jnp.abs(kernel)))
     scale = jnp.where(largest == 0, 1.0, largest)
     return kernel / scale, scale
@@ -101,8 +106,13 @@ def _first(pairs: Pair) -> Pair:
     return jax.tree.map(lambda leaf: leaf[0], pairs)
 
 
-def _matrix_free(kernel, op: Operator, start: Float[Array, "..."], tolerance) -> Pair:
-    """Lanczos with the real operator from a given right vector."""
+def default_tolerance(dtype) -> float:
+    """Relative residual of singular vectors that is asked for: the value's error is of the order of its square."""
+    return float(jnp.finfo(dtype).eps) ** (2 / 3)
+
+
+def flat_products(kernel: Float[Array, "..."], op: Operator):
+    """The map on flat vectors: `(matvec, rmatvec, in_size, out_size)`."""
     in_shape, out_shape = op.in_shape(kernel.shape), op.out_shape(kernel.shape)
     highest = jax.lax.Precision.HIGHEST
 
@@ -112,8 +122,15 @@ def _matrix_free(kernel, op: Operator, start: Float[Array, "..."], tolerance) ->
     def rmatvec(y):
         return op.transpose(kernel, y.reshape(out_shape), precision=highest).reshape(-1)
 
-    _, left, right, _ = leading_singular_vectors(matvec, rmatvec, start.reshape(-1), int(np.prod(out_shape)), tolerance)
-    return Pair(jnp.asarray(0), unit(right).reshape(in_shape), unit(left).reshape(out_shape))
+    return matvec, rmatvec, math.prod(in_shape), math.prod(out_shape)
+
+
+def _matrix_free(kernel, op: Operator, start: Float[Array, "..."], tolerance) -> Pair:
+    """Lanczos with the real operator from a given right vector."""
+    matvec, rmatvec, _, out_size = flat_products(kernel, op)
+    _, left, right, _ = leading_singular_vectors(matvec, rmatvec, start.reshape(-1), out_size, tolerance)
+    left, right = left.reshape(op.out_shape(kernel.shape)), right.reshape(op.in_shape(kernel.shape))
+    return Pair(jnp.asarray(0), unit(right), unit(left))
 
 
 def leading(kernel: Float[Array, "..."], op: Operator, tolerance, start=None) -> Pair:

@@ -14,8 +14,9 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 from jaxsrn import _pairs
 from jaxsrn._checks import Kernel, ensure, float_dtype, kernel_array, positive_scalar
 from jaxsrn._exact import Problem, closed_form, functional, safe_sqrt, solve
+from jaxsrn._pairs import default_tolerance
 from jaxsrn._starts import survey
-from jaxsrn.norms import SingularTriplet, check_triplet, default_tolerance, frozen_value
+from jaxsrn.norms import SingularTriplet, check_triplet, frozen_value
 from jaxsrn.operators import Dense, Operator
 from jaxsrn.ranks import stable_rank_range
 
@@ -102,7 +103,7 @@ def srn(matrix: Kernel, target, *, num_preserved: int = 1, raise_rank: bool = Fa
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
 def _srn(matrix, target, num_preserved, raise_rank):
-    a, scale = _pairs.rescaled(matrix.astype(float_dtype(matrix.dtype)))
+    a, scale = _pairs.rescaled(matrix.astype(float_dtype(matrix.dtype)), Dense())
     u, _, vt = (lax.stop_gradient(part) for part in jnp.linalg.svd(lax.stop_gradient(a), full_matrices=False))
     # The singular values as functions of the matrix, with the vectors held constant.
     s = jnp.einsum("ij,ik,kj->j", u, a, vt.T, precision=lax.Precision.HIGHEST)
@@ -130,7 +131,7 @@ def _srn(matrix, target, num_preserved, raise_rank):
         num_preserved=jnp.where(unchanged, num_preserved, preserved),
         feasible=feasible,
     )
-    return _scaled(result, scale, matrix, unchanged)
+    return _scaled(result, scale, matrix, Dense(), unchanged)
 
 
 def _lowered_values(s: Float[Array, " n"], target, num_preserved: int):
@@ -191,7 +192,7 @@ def srnc(
     convolutions: all frequencies and phases are scanned, which is the global solution with one channel; otherwise
     the best few are followed, and `gap` says how far from optimal the result can be at most. Zero padding: several
     starts. Dense: `srn`, with one value preserved (`keep_norm`) or none. Where `stable_rank <= target` the kernel is
-    returned unchanged.
+    returned unchanged; taps that never meet a sample of the image always are.
 
     Args:
       kernel: `(c_in, c_out)` or `(*taps, c_in // groups, c_out)`.
@@ -238,7 +239,7 @@ def srnc(
 
 @functools.partial(jax.jit, static_argnums=(5, 6))
 def _srnc(kernel, op, target, initial, tolerance, keep_norm, max_steps):
-    a, scale = _pairs.rescaled(kernel.astype(float_dtype(kernel.dtype)))
+    a, scale = _pairs.rescaled(kernel.astype(float_dtype(kernel.dtype)), op)
     problem, own = _problem(a, op, target)
     frozen, tolerance = lax.stop_gradient((problem, tolerance))
     starts, bound = survey(frozen, op, own)
@@ -259,7 +260,7 @@ def _srnc(kernel, op, target, initial, tolerance, keep_norm, max_steps):
     distance = _ratio(safe_sqrt(problem.inner(result - a, result - a)), safe_sqrt(squared))
     gap = _gap(frozen, bound, lax.stop_gradient(distance), keep_norm, feasible, unchanged)
     result = _measured(result, problem, norm, distance, gap, solution.num_steps, keep_norm, feasible)
-    return _scaled(result, scale, kernel, unchanged)
+    return _scaled(result, scale, kernel, op, unchanged)
 
 
 def _problem(a: Float[Array, "..."], op: Operator, target) -> tuple[Problem, _pairs.Pair]:
@@ -282,9 +283,10 @@ def _gap(problem: Problem, bound, distance, keep_norm: bool, feasible, unchanged
     return jnp.where(unchanged, 0.0, jnp.where(feasible, gap, distance))
 
 
-def _scaled(result: SRNResult, scale, kernel: Shaped[Array, "..."], unchanged) -> SRNResult:
-    """The result for the kernel in its own scale and dtype; unchanged to the last bit."""
-    own = jnp.where(unchanged, kernel, (result.kernel * scale).astype(kernel.dtype))
+def _scaled(result: SRNResult, scale, kernel: Shaped[Array, "..."], op: Operator, unchanged) -> SRNResult:
+    """The result for the kernel in its own scale and dtype; what is unchanged, to the last bit."""
+    keep = unchanged | jnp.asarray(op.tap_counts(kernel.shape) == 0)
+    own = jnp.where(keep, kernel, (result.kernel * scale).astype(kernel.dtype))
     return result._replace(kernel=own, spectral_norm=result.spectral_norm * scale)
 
 
@@ -328,7 +330,7 @@ def srnc_tanay(kernel: Kernel, op: Operator, target) -> SRNResult:
 
 @jax.jit
 def _srnc_tanay(kernel, op, target):
-    a, scale = _pairs.rescaled(kernel.astype(float_dtype(kernel.dtype)))
+    a, scale = _pairs.rescaled(kernel.astype(float_dtype(kernel.dtype)), op)
     problem, own = _problem(a, op, target)
     first = problem.norm * lax.stop_gradient(_pairs.plain_gradient(own, op, a.shape))
     rest = a - first
@@ -344,4 +346,4 @@ def _srnc_tanay(kernel, op, target):
     gap = jnp.where(unchanged, 0.0, jnp.where(jnp.isfinite(bound), distance - bound, distance))
     norm = frozen_value(result, op, leading)
     result = _measured(result, problem, norm, distance, gap, jnp.asarray(0), True, feasible)
-    return _scaled(result, scale, kernel, unchanged)
+    return _scaled(result, scale, kernel, op, unchanged)

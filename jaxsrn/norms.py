@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 
 from jaxsrn import _pairs
 from jaxsrn._checks import Kernel, ensure, float_dtype, kernel_array, positive_scalar
+from jaxsrn._pairs import default_tolerance
 from jaxsrn.operators import Operator
 
 __all__ = ["SingularTriplet", "leading_triplet", "spectral_norm"]
@@ -30,11 +31,6 @@ class SingularTriplet(NamedTuple):
     left: Float[Array, "..."]
     right: Float[Array, "..."]
     residual: Float[Array, "..."]
-
-
-def default_tolerance(dtype) -> float:
-    """Relative residual of singular vectors that is asked for: the value's error is of the order of its square."""
-    return float(jnp.finfo(dtype).eps) ** (2 / 3)
 
 
 def frozen_value(kernel: Float[Array, "..."], op: Operator, pair: _pairs.Pair) -> Float[Array, ""]:
@@ -91,7 +87,7 @@ def check_triplet(initial: SingularTriplet, op: Operator, kernel_shape) -> None:
 @jax.jit
 def _leading_triplet(kernel, op, initial, tolerance):
     kernel = kernel.astype(float_dtype(kernel.dtype))
-    fixed, scale = _pairs.rescaled(lax.stop_gradient(kernel))
+    fixed, scale = _pairs.rescaled(lax.stop_gradient(kernel), op)
     start = None if initial is None else lax.stop_gradient(initial.right).astype(kernel.dtype)
     pair = _pairs.leading(fixed, op, tolerance, start)
     value = frozen_value(kernel, op, pair)
@@ -136,5 +132,5 @@ def _spectral_norm(kernel, op):
 
 def norm_of(kernel: Float[Array, "..."], op: Operator) -> Float[Array, ""]:
     """`spectral_norm` of a kernel that is already checked and wide enough."""
-    fixed, _ = _pairs.rescaled(lax.stop_gradient(kernel))
+    fixed, _ = _pairs.rescaled(lax.stop_gradient(kernel), op)
     return frozen_value(kernel, op, _pairs.leading(fixed, op, default_tolerance(kernel.dtype)))

@@ -117,9 +117,12 @@ class Operator(abc.ABC):
         """
         self.check_kernel_shape(kernel_shape)
         self.check_not_aliased(kernel_shape)
+        return jnp.asarray(self.tap_counts(kernel_shape), dtype=float if dtype is None else dtype)
+
+    def tap_counts(self, kernel_shape: tuple[int, ...]) -> np.ndarray:
+        """How often each tap meets a real input sample, `(*taps, 1, 1)`; 0 for taps without effect (static)."""
         counts = [[len(tap.outputs) for tap in axis] for axis in self.axis_contacts(kernel_shape)]
-        weights = functools.reduce(np.multiply.outer, counts, np.ones(()))
-        return jnp.asarray(weights[..., None, None], dtype=float if dtype is None else dtype)
+        return functools.reduce(np.multiply.outer, counts, np.ones(()))[..., None, None]
 
     def distinct_shape(self, kernel_shape: tuple[int, ...]) -> tuple[int, ...]:
         """`kernel_shape` without the taps that fall on others (circular convolutions reaching around the image)."""
@@ -251,7 +254,7 @@ class CircularConv(_Conv):
       ValueError: sizes that are not positive integers, or a stride that does not divide the image.
     """
 
-    input_shape: tuple[int, ...]
+    input_shape: int | Sequence[int]
     _: dataclasses.KW_ONLY
     strides: int | Sequence[int] = 1
     kernel_dilation: int | Sequence[int] = 1
@@ -319,7 +322,7 @@ class ZeroPaddedConv(_Conv):
       ValueError: sizes that are not positive integers, or an unknown padding.
     """
 
-    input_shape: tuple[int, ...]
+    input_shape: int | Sequence[int]
     _: dataclasses.KW_ONLY
     padding: str | Sequence[tuple[int, int]] = "SAME"
     strides: int | Sequence[int] = 1

@@ -37,9 +37,11 @@ def stable_rank(kernel: Kernel, op: Operator) -> Float[Array, ""]:
 
 @jax.jit
 def _stable_rank(kernel, op):
-    kernel, _ = rescaled(kernel.astype(float_dtype(kernel.dtype)))
-    is_zero = jnp.all(kernel == 0)
-    squared_norm = jnp.where(is_zero, 1.0, norm_of(kernel, op) ** 2)
+    kernel, _ = rescaled(kernel.astype(float_dtype(kernel.dtype)), op)
+    norm = norm_of(kernel, op)
+    # Of the map, not of the kernel: taps can miss the image, and aliased ones can cancel.
+    is_zero = norm == 0
+    squared_norm = jnp.where(is_zero, 1.0, norm) ** 2
     return jnp.where(is_zero, 0.0, squared_frobenius_norm(kernel, op) / squared_norm)
 
 
@@ -68,8 +70,8 @@ def stable_rank_range(kernel_shape: tuple[int, ...], op: Operator) -> tuple[floa
 
     Circular convolutions and dense layers: exact, both ends are attained. Circular: `N_out / (most distinct taps in
     one stride phase)` to `N_out min(c_out, c_in * non-empty phases)`. Zero padding: certified, not always attained:
-    `1 / e*` from below, `e*` the sum of `1 / d_p` over the taps (of one phase), and from above the number of input
-    or output samples that the taps reach, times channels.
+    `max(1, 1 / e*)` from below, `e*` the sum of `1 / d_p` over the taps (of one phase), and from above the number of
+    input or output samples that the taps reach, times channels.
 
     Args:
       kernel_shape: `(c_in, c_out)` or `(*taps, c_in // groups, c_out)`.
@@ -84,4 +86,4 @@ def stable_rank_range(kernel_shape: tuple[int, ...], op: Operator) -> tuple[floa
     samples_out = math.prod(len(set().union(*(tap.outputs.tolist() for tap in axis))) for axis in contacts)
     channels_in, channels_out = op.in_shape(kernel_shape)[-1], op.out_shape(kernel_shape)[-1]
     bound = largest_functional(kernel_shape, op)
-    return (1 / bound if bound else 0.0), float(min(samples_in * channels_in, samples_out * channels_out))
+    return (max(1.0, 1 / bound) if bound else 0.0), float(min(samples_in * channels_in, samples_out * channels_out))

@@ -9,23 +9,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.experimental.sparse.linalg import lobpcg_standard
 from jaxtyping import Array, Complex, Float
 
 from jaxsrn import _fourier
 from jaxsrn._checks import Kernel, ensure, float_dtype, kernel_array
-from jaxsrn._lanczos import random_start
-from jaxsrn._pairs import rescaled, unit
+from jaxsrn._lanczos import top_singular_vectors
+from jaxsrn._pairs import default_tolerance, flat_products, rescaled
 from jaxsrn.operators import CircularConv, Dense, Operator
 
 __all__ = ["singular_values", "symbol", "top_singular_values"]
 
 # Entries of an explicit matrix that is still formed for a full SVD: 128 MiB in float64.
 _DENSE_LIMIT = 2**24
-_LOBPCG_STEPS = 300
 
 
-def symbol(kernel: Kernel, op: CircularConv) -> Complex[Array, "..."]:
+def symbol(kernel: Kernel, op: Operator) -> Complex[Array, "..."]:
     """The symbol `S(w) = sum_p K_p exp(-i <w, p>)` of a circular convolution at all its frequencies.
 
     The singular values of the layer are the union of those of `S(w)` over the grid (Sedghi, Gupta, Long 2019,
@@ -86,15 +84,16 @@ def _singular_values(kernel, op):
     values = jnp.linalg.svd(_fourier.half_symbol(kernel, op), compute_uv=False)
     counts = _fourier.multiplicity(op)
     values = jnp.repeat(values, counts, axis=0, total_repeat_length=int(counts.sum()))
-    return -jnp.sort(-values.reshape(-1))
+    # Ascending and back: NaN comes first, and never passes for a plausible largest value.
+    return jnp.sort(values.reshape(-1))[::-1]
 
 
 def top_singular_values(kernel: Kernel, op: Operator, k: int) -> Float[Array, " k"]:
     """The `k` largest singular values of `T(kernel)`, descending, with multiplicity.
 
-    Circular and dense layers: from `singular_values`. Zero padding: LOBPCG (Knyazev 2001) on the smaller Gram
-    operator, matrix-free; where the block would not fit into it (`5 k >= n`), from the explicit matrix. The
-    gradient holds the singular vectors constant, which is exact for simple values.
+    Circular and dense layers: from `singular_values`. Zero padding: Golub-Kahan-Lanczos with deflation, matrix-free;
+    from the explicit matrix where a large part of a small one is asked for. The gradient holds the singular vectors
+    constant, which is exact for simple values.
 
     Args:
       kernel: `(c_in, c_out)` or `(*taps, c_in // groups, c_out)`.
@@ -106,8 +105,10 @@ def top_singular_values(kernel: Kernel, op: Operator, k: int) -> Float[Array, " 
     """
     kernel = kernel_array(kernel, op)
     n = min(math.prod(op.in_shape(kernel.shape)), math.prod(op.out_shape(kernel.shape)))
-    ensure(isinstance(k, (int, np.integer)) and 1 <= k <= n, f"k: got {k!r}, expected an integer from 1 to {n}.")
-    if isinstance(op, (CircularConv, Dense)) or 5 * k >= n:
+    integral = isinstance(k, (int, np.integer)) and not isinstance(k, bool)
+    ensure(integral and 1 <= k <= n, f"k: got {k!r}, expected an integer from 1 to {n}.")
+    size = math.prod(op.in_shape(kernel.shape)) * math.prod(op.out_shape(kernel.shape))
+    if isinstance(op, (CircularConv, Dense)) or (5 * k >= n and size <= _DENSE_LIMIT):
         return singular_values(kernel, op)[:k]
     return _top_matrix_free(kernel, op, int(k))
 
@@ -115,23 +116,9 @@ def top_singular_values(kernel: Kernel, op: Operator, k: int) -> Float[Array, " 
 @functools.partial(jax.jit, static_argnums=2)
 def _top_matrix_free(kernel, op, k):
     kernel = kernel.astype(float_dtype(kernel.dtype))
-    in_shape, out_shape = op.in_shape(kernel.shape), op.out_shape(kernel.shape)
-    forward = functools.partial(op.apply, precision=lax.Precision.HIGHEST)
-    backward = functools.partial(op.transpose, precision=lax.Precision.HIGHEST)
-    if math.prod(in_shape) > math.prod(out_shape):
-        forward, backward, in_shape, out_shape = backward, forward, out_shape, in_shape
-
-    def gram(columns):
-        x = columns.T.reshape((-1, *in_shape))
-        return backward(fixed, forward(fixed, x)).reshape(columns.T.shape).T
-
-    fixed, _ = rescaled(lax.stop_gradient(kernel))
-    start = random_start((math.prod(in_shape), k), kernel.dtype)
-    # Its own criterion is 20 n times laxer than a relative residual, too lax in float32.
-    residual = float(jnp.finfo(kernel.dtype).eps) ** (2 / 3)
-    _, vectors, _ = lobpcg_standard(gram, start, m=_LOBPCG_STEPS, tol=residual / (20 * len(start)))
-    # Of the zero map LOBPCG returns NaN, where any vectors are right.
-    vectors = jnp.where(jnp.any(fixed != 0), vectors, start).T.reshape((k, *in_shape))
-    others = lax.stop_gradient(jax.vmap(unit)(forward(fixed, vectors)))
-    values = jnp.sum((others * forward(kernel, lax.stop_gradient(vectors))).reshape((k, -1)), axis=-1)
-    return -jnp.sort(-values)
+    fixed, _ = rescaled(lax.stop_gradient(kernel), op)
+    lefts, rights = top_singular_vectors(*flat_products(fixed, op), k, default_tolerance(kernel.dtype), kernel.dtype)
+    rights = rights.reshape((k, *op.in_shape(kernel.shape)))
+    images = op.apply(kernel, lax.stop_gradient(rights), precision=lax.Precision.HIGHEST)
+    values = jnp.sum(lax.stop_gradient(lefts) * images.reshape((k, -1)), axis=-1)
+    return jnp.sort(values)[::-1]

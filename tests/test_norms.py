@@ -232,6 +232,14 @@ def test_extreme_scales(case, dtype, scale):
         np.testing.assert_allclose(product, expected, rtol=tolerance)
 
 
+def test_taps_that_never_meet_the_image_set_no_scale():
+    """Beside a tap of size 1 that has no effect, the squares of the others leave the range of the dtype."""
+    op = ZeroPaddedConv((2,))
+    weights = jnp.asarray([1, 1e-25, 2e-25, -1e-25, 1], jnp.float32).reshape((5, 1, 1))
+    result, triplet, _ = norm_and_triplet(weights, op)
+    np.testing.assert_allclose([result, triplet.value], norm(weights, op), rtol=1e-5)
+
+
 @pytest.mark.parametrize("case", by_name("dense-wide", "circular-1d", "circular-1d-depthwise", "same-1d"), ids=str)
 def test_nan_in_nan_out(case):
     for index in [(0,) * len(case.kernel_shape), (-1,) * len(case.kernel_shape)]:

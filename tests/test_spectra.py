@@ -260,6 +260,17 @@ def test_top_singular_values_in_single_precision():
         np.testing.assert_allclose(values, expected, rtol=1e-5)
 
 
+@pytest.mark.parametrize("k", [1, 3])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float64, 1e-10), (jnp.float32, 1e-5)])
+def test_top_singular_values_of_a_clustered_spectrum(dtype, tolerance, k):
+    """The largest values of a smoothing kernel lie within 1e-4 of each other."""
+    op = ZeroPaddedConv((300,))
+    top = quick_jit(lambda kernel: top_singular_values(kernel, op, k))
+    # The identity plus a path graph, whose eigenvalues are known.
+    expected = 1 + 2 * np.cos(np.pi * np.arange(1, k + 1) / 301)
+    np.testing.assert_allclose(top(jnp.ones((3, 1, 1), dtype)), expected, rtol=tolerance)
+
+
 @pytest.mark.parametrize("name", ["same-2d", "circular-2d-groups", "dense-wide"])
 def test_gradient_of_top_singular_values_by_finite_differences(name):
     case = cases.BY_NAME[name]
