@@ -16,7 +16,6 @@ import functools
 import gc
 import json
 import os
-import resource
 import subprocess
 import sys
 import time
@@ -34,7 +33,7 @@ import jaxsrn
 from jaxsrn import CircularConv
 
 REQUIRED_RATIO = 10.0
-# Linux: writing 5 resets the peak that getrusage reports.
+# Linux: writing 5 resets the peak of the resident memory, VmHWM.
 CLEAR_REFS = Path("/proc/self/clear_refs")
 MEMORY_BATCH = 256
 # Growth beyond the outputs that still counts as flat: a copy of 1e5 inputs and outputs, and the allocator's rounding.
@@ -132,6 +131,12 @@ def forget_peak() -> None:
     CLEAR_REFS.write_text("5")
 
 
+def peak() -> int:
+    """Bytes of resident memory at the peak. Not `getrusage`: that counts the parent process before the fork too."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
+
+
 def memory_of_run(count: int, method: str) -> dict[str, float]:
     """Bytes of one run after compilation: inputs, outputs, growth of the process at its peak, XLA's plan."""
     _, op, shape = ONE_CHANNEL
@@ -139,11 +144,11 @@ def memory_of_run(count: int, method: str) -> dict[str, float]:
     function = mapped(op, MEMORY_BATCH) if method == "lax.map" else jax.vmap(functools.partial(solve, op))
     compiled = jax.jit(function).lower(xs).compile()
     forget_peak()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak()
     result = jax.block_until_ready(compiled(xs))
-    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    growth = peak() - before
     sizes = {name: sum(leaf.nbytes for leaf in tree) for name, tree in (("inputs", xs), ("outputs", result))}
-    return {**sizes, "growth": 1024 * (after - before), "planned": compiled.memory_analysis().temp_size_in_bytes}
+    return {**sizes, "growth": growth, "planned": compiled.memory_analysis().temp_size_in_bytes}
 
 
 def memory_in_process(count: int, method: str) -> dict[str, float]:

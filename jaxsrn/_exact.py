@@ -34,7 +34,7 @@ __all__ = [
     "squared_distance",
 ]
 
-_ANDERSON_DEPTH = 5
+_ANDERSON_DEPTH = 3
 _MAX_ROUNDS = 10
 
 
@@ -149,10 +149,12 @@ def _anderson_start(kernel: Float[Array, "..."]) -> _Anderson:
 
 def _anderson(memory: _Anderson, weights, point, residual) -> tuple[_Anderson, Float[Array, "..."]]:
     """The next point of the fixed-point iteration `x -> x + residual(x)` (Walker, Ni 2011)."""
-    row = (memory.count - 1) % _ANDERSON_DEPTH
-    fresh = jnp.where(memory.count > 0, 1.0, 0.0).astype(point.dtype)
-    steps = memory.steps.at[row].set(fresh * (point - memory.point))
-    residuals = memory.residuals.at[row].set(fresh * (residual - memory.residual))
+    # Shifting the rows costs less under vmap than writing one of them.
+    first = memory.count == 0
+    steps, residuals = (
+        jnp.concatenate([jnp.where(first, 0.0, new - last)[None], rows[:-1]])
+        for new, last, rows in ((point, memory.point, memory.steps), (residual, memory.residual, memory.residuals))
+    )
     flat = residuals.reshape((_ANDERSON_DEPTH, -1))
     weighted = (residuals * weights[None]).reshape((_ANDERSON_DEPTH, -1))
     gram = _dot(weighted, flat.T)
@@ -233,7 +235,7 @@ def solve(problem: Problem, op: Operator, starts: Pair, max_steps: int, toleranc
         return _Rounds(starts, solution, state.count + 1)
 
     def unfinished(state: _Rounds) -> Bool[Array, ""]:
-        exceeds = state.solution.norm > problem.norm * (1 + 100 * jnp.finfo(problem.norm.dtype).eps)
+        exceeds = state.solution.norm > problem.norm * (1 + norm_tolerance)
         more = exceeds & (state.solution.num_steps < max_steps) & (state.count < _MAX_ROUNDS)
         return (state.count == 0) | more
 

@@ -24,8 +24,10 @@ __all__ = ["Survey", "survey"]
 _NUM_STARTS = 4
 # Frequencies whose vectors are computed at a time, best bound first.
 _SCAN_CHUNK = 16
+_CHEAP_CHUNK = 4
 _NUM_PHASES = 16
-_PHASE_ZOOMS = 8
+_PHASE_ZOOMS = 12
+_ZOOM_PHASES = 6
 _MODEL_SIZE = 32
 
 
@@ -80,20 +82,19 @@ def _phase_scores(problem: Problem, op: CircularConv, values, pairs: Pair, num_z
         distance = squared_distance(jnp.where(feasible, e, 1.0), m, problem.target, problem.norm, squared)
         return jnp.where(feasible, distance, jnp.inf)
 
-    grid = jnp.linspace(0.0, 1.0, _NUM_PHASES, dtype=values.dtype)[None]
-    low, high = jnp.zeros_like(q), -jnp.angle(c) / 2
-
-    def zoom(_, ends):
+    def search(ends, num_phases: int):
+        """The best of equidistant phases: `(score, phase, the interval between its neighbours)`."""
+        grid = jnp.linspace(0.0, 1.0, num_phases, dtype=values.dtype)[None]
         theta = ends[0][:, None] + (ends[1] - ends[0])[:, None] * grid
-        best = jnp.argmin(score(theta), axis=-1)[:, None]
-        around = [jnp.clip(best + side, 0, _NUM_PHASES - 1) for side in (-1, 1)]
-        return tuple(jnp.take_along_axis(theta, index, axis=-1)[:, 0] for index in around)
+        scores = score(theta)
+        best = jnp.argmin(scores, axis=-1)[:, None]
+        low, middle, high = (
+            jnp.take_along_axis(theta, jnp.clip(best + side, 0, num_phases - 1), axis=-1)[:, 0] for side in (-1, 0, 1)
+        )
+        return jnp.take_along_axis(scores, best, axis=-1)[:, 0], middle, (low, high)
 
-    low, high = jax.lax.fori_loop(0, num_zooms, zoom, (low, high))
-    theta = low[:, None] + (high - low)[:, None] * grid
-    scores = score(theta)
-    best = jnp.argmin(scores, axis=-1)[:, None]
-    return jnp.take_along_axis(scores, best, axis=-1)[:, 0], jnp.take_along_axis(theta, best, axis=-1)[:, 0]
+    found = search((jnp.zeros_like(q), -jnp.angle(c) / 2), _NUM_PHASES)
+    return jax.lax.fori_loop(0, num_zooms, lambda _, found: search(found[2], _ZOOM_PHASES), found)[:2]
 
 
 def _turn(pairs: Pair, theta) -> Pair:
@@ -111,14 +112,15 @@ def _survey_circular(problem: Problem, op: CircularConv) -> Survey:
     """
     values, bounds = _circular_bounds(problem, op)
     num_sites = len(values)
-    chunk, kept = min(_SCAN_CHUNK, num_sites), min(_NUM_STARTS, num_sites)
+    # One input and one output per site: site and phase are all there is. The scan is the solution and the certificate.
+    one_channel = _fourier.site_shape(op, problem.kernel.shape) == (1, 1)
+    scan_zooms = _PHASE_ZOOMS if one_channel else 0
+    chunk, kept = (_CHEAP_CHUNK, 1) if one_channel else (_SCAN_CHUNK, _NUM_STARTS)
+    chunk, kept = min(chunk, num_sites), min(kept, num_sites)
     num_chunks = -(-num_sites // chunk)
     order = jnp.argsort(bounds)
     order = jnp.concatenate([order, jnp.broadcast_to(order[:1], (num_chunks * chunk - num_sites,))])
     order = order.reshape((num_chunks, chunk))
-    # One input and one output per site: the scan itself is the certificate, so its phases must be exact.
-    one_channel = _fourier.site_shape(op, problem.kernel.shape) == (1, 1)
-    scan_zooms = _PHASE_ZOOMS if one_channel else 0
 
     def evaluate(sites, num_zooms):
         pair_values, pairs = _pairs.site_pairs(problem.kernel, op, sites)
