@@ -229,7 +229,7 @@ def main() -> None:
     if args.memory:
         print(json.dumps(memory_of_run(int(args.memory[0]), args.memory[1])))
         return
-    loads, repetitions, loop_count = (FAST_WORKLOADS, 3, 40) if args.fast else (WORKLOADS, 7, 300)
+    loads, repetitions, loop_count = (FAST_WORKLOADS, 3, 40) if args.fast else (WORKLOADS, 5, 300)
     counts = (1_000, 10_000) if args.fast else (1_000, 10_000, 100_000)
     rows, checks = [], []
     with tqdm(total=len(loads) * repetitions + 2 * len(counts)) as progress:

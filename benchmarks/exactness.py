@@ -365,7 +365,7 @@ def requirements(rows: list[Row]) -> list[tuple[bool, str]]:
         bad = [f"{row.family} ({row.violations})" for row in chosen if row.violations]
         excuse = "" if padding == "circular" else ", or the result says otherwise"
         checks.append((not bad, f"{padding}, {dtype}: measured residual <= {limit:g}{excuse}{tell(bad)}"))
-    checks.append(no_wrong_infeasible(rows, "circular", lambda row: ~row.feasible, "every target is feasible"))
+    checks.append(no_wrong_infeasible(rows, "circular", lambda row: ~row.feasible, "every target is called feasible"))
     refuted = "no target is called infeasible that lies above a stable rank reached with another kernel of its shape"
     checks.append(no_wrong_infeasible(rows, "zero padding", lambda row: row.column(lambda o: o.refuted), refuted))
     for dtype, limit in AGREEMENT.items():
