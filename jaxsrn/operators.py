@@ -20,7 +20,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Shaped
 
-from jaxsrn._checks import Kernel, ensure, float_dtype, int_tuple, kernel_array
+from jaxsrn._checks import Kernel, ensure, int_tuple, kernel_array
 
 __all__ = ["CircularConv", "Dense", "Operator", "ZeroPaddedConv"]
 
@@ -397,9 +397,3 @@ class ZeroPaddedConv(_Conv):
 
     def _apply_batch(self, kernel, x, precision):
         return self._convolve(kernel, x, self.pads(kernel.shape), self.input_dilation, precision)
-
-
-def squared_frobenius_norm(kernel: Kernel, op: Operator) -> Shaped[Array, ""]:
-    """`||T(kernel)||_F^2`, aliased taps summed first."""
-    kernel = op.wrap(kernel.astype(float_dtype(kernel.dtype)))
-    return jnp.sum(op.frobenius_weights(kernel.shape, kernel.dtype) * kernel**2)

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 from jaxsrn._checks import Kernel, float_dtype, kernel_array
 from jaxsrn._pairs import rescaled
 from jaxsrn.norms import norm_of
-from jaxsrn.operators import Operator, squared_frobenius_norm
+from jaxsrn.operators import Operator
 
 __all__ = ["stable_rank", "stable_rank_range"]
 
@@ -43,6 +43,12 @@ def _stable_rank(kernel, op):
     is_zero = norm == 0
     squared_norm = jnp.where(is_zero, 1.0, norm) ** 2
     return jnp.where(is_zero, 0.0, squared_frobenius_norm(kernel, op) / squared_norm)
+
+
+def squared_frobenius_norm(kernel: Kernel, op: Operator) -> Shaped[Array, ""]:
+    """`||T(kernel)||_F^2`, aliased taps summed first."""
+    kernel = op.wrap(kernel.astype(float_dtype(kernel.dtype)))
+    return jnp.sum(op.frobenius_weights(kernel.shape, kernel.dtype) * kernel**2)
 
 
 def largest_functional(kernel_shape: tuple[int, ...], op: Operator) -> float:

@@ -104,6 +104,12 @@ CASES = [
     Case("same-3d", ZeroPaddedConv((2, 3, 2)), (3, 2, 1, 1, 2)),
     Case("valid-3d-groups", ZeroPaddedConv((3, 3, 2), padding="VALID", feature_group_count=2), (2, 2, 2, 1, 2)),
 ]
+# Kernels that no function takes for a convolution of two axes, and what it says.
+BAD_KERNELS = [
+    (jnp.ones((3, 1, 2)), r"kernel: got shape \(3, 1, 2\), expected \(2 tap sizes"),
+    (jnp.ones((3, 3, 1, 2), jnp.int32), "kernel: got dtype int32, expected a real floating-point"),
+    (jnp.ones((3, 3, 1, 2), jnp.complex64), "kernel: got dtype complex64, expected a real floating-point"),
+]
 BY_NAME = {case.name: case for case in CASES}
 
 

@@ -298,14 +298,7 @@ def test_k_must_be_an_integer(k):
 
 
 @pytest.mark.parametrize("function", [singular_values, symbol, lambda kernel, op: top_singular_values(kernel, op, 1)])
-@pytest.mark.parametrize(
-    ("weights", "message"),
-    [
-        (jnp.ones((3, 1, 2)), r"kernel: got shape \(3, 1, 2\), expected \(2 tap sizes"),
-        (jnp.ones((3, 3, 1, 2), jnp.int32), "kernel: got dtype int32, expected a real floating-point"),
-        (jnp.ones((3, 3, 1, 2), jnp.complex64), "kernel: got dtype complex64, expected a real floating-point"),
-    ],
-)
+@pytest.mark.parametrize(("weights", "message"), cases.BAD_KERNELS)
 def test_bad_kernels(function, weights, message):
     with pytest.raises(ValueError, match=message):
         function(weights, CircularConv((4, 4)))
