@@ -1,8 +1,10 @@
 """Singular values, norms and stable rank of layers, convolutions above all.
 
 Every function has the form `f(kernel, op, *, options)`: the kernel in Flax's layout, and the operator that says
-which linear map it stands for.
+which linear map it stands for. The modules `sphere`, `optim` and `surrogate` are imported when first used.
 """
+
+import importlib
 
 from jaxsrn.normalization import SRNResult, srn, srnc, srnc_tanay
 from jaxsrn.norms import SingularTriplet, leading_triplet, spectral_norm
@@ -17,13 +19,25 @@ __all__ = [
     "SingularTriplet",
     "ZeroPaddedConv",
     "leading_triplet",
+    "optim",
     "singular_values",
     "spectral_norm",
+    "sphere",
     "srn",
     "srnc",
     "srnc_tanay",
     "stable_rank",
     "stable_rank_range",
+    "surrogate",
     "symbol",
     "top_singular_values",
 ]
+
+_MODULES = ("optim", "sphere", "surrogate")
+
+
+def __getattr__(name: str):
+    # `import jaxsrn` stays light: optim and surrogate need optax.
+    if name in _MODULES:
+        return importlib.import_module(f"jaxsrn.{name}")
+    raise AttributeError(f"module 'jaxsrn' has no attribute {name!r}")

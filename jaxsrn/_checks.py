@@ -47,12 +47,12 @@ def float_dtype(dtype) -> jnp.dtype:
     return jnp.dtype(dtype) if jnp.finfo(dtype).bits >= 32 else jnp.dtype(jnp.float32)
 
 
-def positive_scalar(value, name: str, dtype) -> jax.Array:
-    """`value` as a scalar of `dtype`; positive and finite wherever it is concrete."""
+def positive_scalar(value, name: str, dtype, *, or_zero: bool = False) -> jax.Array:
+    """`value` as a scalar of `dtype`; positive (`or_zero`: not negative) and finite wherever it is concrete."""
     ensure(jnp.ndim(value) == 0, f"{name}: got shape {jnp.shape(value)}, expected a scalar; use jax.vmap over several.")
     if not isinstance(value, jax.core.Tracer):
         ensure(
-            bool(np.isfinite(value) and value > 0),
-            f"{name}: got {value}, expected a positive finite number.",
+            bool(np.isfinite(value) and (value > 0 or (or_zero and value == 0))),
+            f"{name}: got {value}, expected a positive finite number{' or 0' if or_zero else ''}.",
         )
     return jnp.asarray(value).astype(dtype)

@@ -131,7 +131,7 @@ def _srn(matrix, target, num_preserved, raise_rank):
         num_preserved=jnp.where(unchanged, num_preserved, preserved),
         feasible=feasible,
     )
-    return _scaled(result, scale, matrix, Dense(), unchanged)
+    return in_own_scale(result, scale, matrix, Dense(), unchanged)
 
 
 def _lowered_values(s: Float[Array, " n"], target, num_preserved: int):
@@ -240,7 +240,7 @@ def srnc(
 @functools.partial(jax.jit, static_argnums=(5, 6))
 def _srnc(kernel, op, target, initial, tolerance, keep_norm, max_steps):
     a, scale = _pairs.rescaled(kernel.astype(float_dtype(kernel.dtype)), op)
-    problem, own = _problem(a, op, target)
+    problem, own = problem_of(a, op, target)
     frozen, tolerance = lax.stop_gradient((problem, tolerance))
     starts, bound = survey(frozen, op, own)
     if initial is not None:
@@ -260,10 +260,10 @@ def _srnc(kernel, op, target, initial, tolerance, keep_norm, max_steps):
     distance = _ratio(safe_sqrt(problem.inner(result - a, result - a)), safe_sqrt(squared))
     gap = _gap(frozen, bound, lax.stop_gradient(distance), keep_norm, feasible, unchanged)
     result = _measured(result, problem, norm, distance, gap, solution.num_steps, keep_norm, feasible)
-    return _scaled(result, scale, kernel, op, unchanged)
+    return in_own_scale(result, scale, kernel, op, unchanged)
 
 
-def _problem(a: Float[Array, "..."], op: Operator, target) -> tuple[Problem, _pairs.Pair]:
+def problem_of(a: Float[Array, "..."], op: Operator, target) -> tuple[Problem, _pairs.Pair]:
     """Problem (7) for a kernel, its norm as a function of the kernel, and the leading pair."""
     own = _pairs.leading(lax.stop_gradient(a), op, default_tolerance(a.dtype))
     weights = op.frobenius_weights(a.shape, a.dtype)
@@ -283,7 +283,7 @@ def _gap(problem: Problem, bound, distance, keep_norm: bool, feasible, unchanged
     return jnp.where(unchanged, 0.0, jnp.where(feasible, gap, distance))
 
 
-def _scaled(result: SRNResult, scale, kernel: Shaped[Array, "..."], op: Operator, unchanged) -> SRNResult:
+def in_own_scale(result: SRNResult, scale, kernel: Shaped[Array, "..."], op: Operator, unchanged) -> SRNResult:
     """The result for the kernel in its own scale and dtype; what is unchanged, to the last bit."""
     keep = unchanged | jnp.asarray(op.tap_counts(kernel.shape) == 0)
     own = jnp.where(keep, kernel, (result.kernel * scale).astype(kernel.dtype))
@@ -331,19 +331,25 @@ def srnc_tanay(kernel: Kernel, op: Operator, target) -> SRNResult:
 @jax.jit
 def _srnc_tanay(kernel, op, target):
     a, scale = _pairs.rescaled(kernel.astype(float_dtype(kernel.dtype)), op)
-    problem, own = _problem(a, op, target)
+    problem, own = problem_of(a, op, target)
     first = problem.norm * lax.stop_gradient(_pairs.plain_gradient(own, op, a.shape))
     rest = a - first
     gamma = _ratio(safe_sqrt(target - 1) * problem.norm, safe_sqrt(problem.inner(rest, rest)))
-    squared = problem.inner(a, a)
-    unchanged = target >= _ratio(squared, problem.norm**2)
-    result = jnp.where(unchanged, a, first + gamma * rest)
-    leading = _pairs.leading(lax.stop_gradient(result), op, default_tolerance(a.dtype))
-    distance = _ratio(safe_sqrt(problem.inner(result - a, result - a)), safe_sqrt(squared))
-    low, high = stable_rank_range(a.shape, op)
-    feasible = (target >= low) & (target <= high)
+    unchanged = target >= _ratio(problem.inner(a, a), problem.norm**2)
+    result = assessed(jnp.where(unchanged, a, first + gamma * rest), problem, own, op, jnp.asarray(0))
+    return in_own_scale(result._replace(gap=jnp.where(unchanged, 0.0, result.gap)), scale, kernel, op, unchanged)
+
+
+def assessed(candidate, problem: Problem, own: _pairs.Pair, op: Operator, num_steps) -> SRNResult:
+    """What is known of a candidate for (7), whoever found it; `own` is the leading pair of the original kernel."""
+    leading = _pairs.leading(lax.stop_gradient(candidate), op, default_tolerance(candidate.dtype))
+    change, squared = candidate - problem.kernel, problem.inner(problem.kernel, problem.kernel)
+    distance = _ratio(safe_sqrt(problem.inner(change, change)), safe_sqrt(squared))
+    low, high = stable_rank_range(candidate.shape, op)
+    feasible = (problem.target >= low) & (problem.target <= high)
     bound = _ratio(safe_sqrt(survey(lax.stop_gradient(problem), op, own).bound), safe_sqrt(squared))
-    gap = jnp.where(unchanged, 0.0, jnp.where(jnp.isfinite(bound), distance - bound, distance))
-    norm = frozen_value(result, op, leading)
-    result = _measured(result, problem, norm, distance, gap, jnp.asarray(0), True, feasible)
-    return _scaled(result, scale, kernel, op, unchanged)
+    # The bound is one for targets below the stable rank of the original.
+    proves = jnp.isfinite(bound) & (problem.target < _ratio(squared, problem.norm**2))
+    gap = jnp.where(proves, distance - bound, distance)
+    norm = frozen_value(candidate, op, leading)
+    return _measured(candidate, problem, norm, distance, gap, num_steps, True, feasible)

@@ -15,3 +15,10 @@ def no_type_checks():
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture
+def standard_promotion():
+    """JAX's own promotion rules, for optax's Adam: its bias correction raises a float to an integer count."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield

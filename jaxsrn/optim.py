@@ -1,0 +1,168 @@
+"""Optax transformations for parameters on the unit sphere."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float, Int
+
+from jaxsrn import sphere
+from jaxsrn._checks import ensure, float_dtype
+
+__all__ = ["SphereSGDState", "on_sphere", "sphere_sgd"]
+
+
+def _map(function, updates, *trees):
+    """`jax.tree.map` that leaves missing updates (`None`) missing, as optax does."""
+    return jax.tree.map(
+        lambda update, *rest: None if update is None else function(update, *rest),
+        updates,
+        *trees,
+        is_leaf=lambda leaf: leaf is None,
+    )
+
+
+def _point(leaf) -> Float[Array, "..."]:
+    """The point that a parameter stands for, `x / |x|` over the whole leaf, in float32 or wider."""
+    leaf = jnp.asarray(leaf)
+    ensure(
+        jnp.issubdtype(leaf.dtype, jnp.floating),
+        f"params: got a leaf of dtype {leaf.dtype}, expected real floating-point ones; leave it out with optax.masked.",
+    )
+    leaf = leaf.astype(float_dtype(leaf.dtype))
+    return sphere.retract(leaf, jnp.zeros_like(leaf), axis=None)
+
+
+def _points(params):
+    """The points that the parameters stand for."""
+    ensure(
+        params is not None,
+        "You are using a transformation that requires the current value of parameters, but you are not passing "
+        "`params` when calling `update`; call update(updates, state, params).",
+    )
+    return jax.tree.map(_point, params)
+
+
+def _tangent(vector, point):
+    """`vector` projected on the tangent space, in the precision of the point."""
+    return sphere.tangent(point, jnp.asarray(vector).astype(point.dtype), axis=None)
+
+
+def _displacement(target, leaf):
+    """What `optax.apply_updates` must add to the leaf to land on the target."""
+    leaf = jnp.asarray(leaf)
+    return (target - leaf.astype(target.dtype)).astype(leaf.dtype)
+
+
+def on_sphere(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """Makes any optax transformation Riemannian: every leaf stays on its unit sphere, as one point.
+
+    Each step projects the gradient on the tangent space, `g - <g, x> x`, hands it to `inner`, projects what comes
+    back, and retracts, `x' = (x + u) / |x + u|` (Zheng et al. 2025, eqs. 18 and 19, for any `u`). The update is
+    `x' - x`, so `optax.apply_updates` lands on the sphere to rounding, step after step: nothing accumulates. Hence
+    it comes last in a chain: learning rates and clipping belong into `inner`. States of `inner` (momentum, Adam's
+    moments) are ambient and not transported; `sphere_sgd` transports.
+
+    A parameter off the sphere is treated as `x / |x|` and lands on the sphere with the first step (to the rounding of
+    the parameter, as updates are differences); a zero one lands where the step leads. A zero step leaves a point
+    where it is. Narrow dtypes are computed in float32, the state of `inner` included.
+
+        optimizer = on_sphere(optax.adam(1e-2))
+        parts = {"sphere": on_sphere(optax.sgd(schedule)), "plain": optax.adam(1e-3)}
+        optimizer = optax.partition(parts, {"direction": "sphere", "scale": "plain"})
+
+    Args:
+      inner: the transformation; its extra arguments are passed through. It sees the projected gradients and the
+        normalized parameters, both in float32 or wider.
+
+    Returns:
+      The transformation; its state is that of `inner`. `update` needs `params`.
+
+    Raises:
+      ValueError: something else than a transformation; in `init` and `update`, leaves that aren't real floating;
+        in `update`, missing `params` or gradients of other shapes.
+    """
+    ensure(
+        callable(getattr(inner, "init", None)) and callable(getattr(inner, "update", None)),
+        f"inner: got {inner!r}, expected an optax.GradientTransformation such as optax.sgd(0.1).",
+    )
+    inner = optax.with_extra_args_support(inner)
+
+    def init(params):
+        # Of the points, so that inner's state has the dtype that its updates will have.
+        return inner.init(_points(params))
+
+    def move(step, point, leaf):
+        return _displacement(sphere.retract(point, _tangent(step, point), axis=None), leaf)
+
+    def update(updates, state, params=None, **extra_args):
+        points = _points(params)
+        steps, state = inner.update(_map(_tangent, updates, points), state, points, **extra_args)
+        return _map(move, steps, points, params), state
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+class SphereSGDState(NamedTuple):
+    """The state of `sphere_sgd` with momentum.
+
+    Attributes:
+      count: steps taken.
+      momentum: the velocities, tangent at the parameters, in float32 or wider.
+    """
+
+    count: Int[Array, "..."]
+    momentum: Any
+
+
+def sphere_sgd(learning_rate, momentum=None) -> optax.GradientTransformationExtraArgs:
+    """Riemannian gradient descent on the unit sphere, every leaf one point (Zheng et al. 2025, eqs. 17 to 19).
+
+    `d` the gradient, `d~ = d - <d, x> x`, `x' = (x - eta d~) / |x - eta d~|`. With momentum, the heavy ball: the
+    velocity `m = momentum * m + d~` takes the place of `d~`, and is carried to `x'` by parallel transport, so it
+    stays tangent and keeps its length. Points off the sphere, updates and precision as in `on_sphere`.
+
+    Args:
+      learning_rate: `eta`, a number or an optax schedule.
+      momentum: the share of the velocity that is kept, a number `>= 0`; `None` for none.
+
+    Returns:
+      The transformation; with momentum its state is a `SphereSGDState`. `update` needs `params`.
+
+    Raises:
+      ValueError: a negative momentum; in `update`, as `on_sphere`.
+    """
+    if momentum is None:
+        return on_sphere(optax.sgd(learning_rate))
+    if not isinstance(momentum, jax.core.Tracer):
+        ensure(
+            np.ndim(momentum) == 0 and bool(momentum >= 0),
+            f"momentum: got {momentum}, expected a number >= 0, as a rule below 1; None for plain gradient descent.",
+        )
+
+    def accumulate(update, point, velocity):
+        kept = jnp.asarray(momentum).astype(point.dtype) * _tangent(velocity, point)
+        return kept + _tangent(update, point)
+
+    def init(params):
+        velocities = jax.tree.map(jnp.zeros_like, _points(params))
+        return SphereSGDState(jnp.zeros((), jnp.int32), velocities)
+
+    def update(updates, state, params=None, **extra_args):
+        del extra_args
+        points = _points(params)
+        rate = jnp.asarray(learning_rate(state.count) if callable(learning_rate) else learning_rate)
+        velocities = _map(accumulate, updates, points, state.momentum)
+        targets = _map(lambda m, x: sphere.retract(x, -rate.astype(x.dtype) * m, axis=None), velocities, points)
+        carried = _map(lambda m, x, y: sphere.transport(x, y, m, axis=None), velocities, points, targets)
+        # Where an update is missing, the velocity waits.
+        carried = jax.tree.map(
+            lambda new, old: old if new is None else new, carried, state.momentum, is_leaf=lambda leaf: leaf is None
+        )
+        return _map(_displacement, targets, params), SphereSGDState(optax.safe_increment(state.count), carried)
+
+    return optax.GradientTransformationExtraArgs(init, update)
