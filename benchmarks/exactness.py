@@ -1,9 +1,8 @@
 """Is the stable rank really what was asked for, and how far from optimal can the result be?
 
-    python benchmarks/exactness.py           # random kernels and one ResNet-50 kernel per stage; records the tables
-    python benchmarks/exactness.py --full    # more kernels, and every 3x3 kernel of the ResNet-50 in float32
-    python benchmarks/exactness.py --network # one ResNet-50 kernel per stage, float32, three targets
-    python benchmarks/exactness.py --fast    # under a minute: few families, no download, nothing recorded
+    python benchmarks/exactness.py              # random kernels, and all 3x3 kernels of the trained ResNet-50: an hour
+    python benchmarks/exactness.py --no-network # random kernels only: a quarter of that, no download
+    python benchmarks/exactness.py --fast       # under a minute: few families, no download, nothing recorded
 
 Every kernel is lowered to stable ranks from 1% to 99% of the way from the low end of `stable_rank_range` to its own.
 What `jaxsrn.srnc` returns is then measured without `jaxsrn.srnc`: the explicit matrix, or for the ResNet-50 the
@@ -171,13 +170,13 @@ def fft_spectrum(kernel: np.ndarray, input_shape) -> tuple[float, float]:
     return np.sum(np.abs(symbol) ** 2), np.max(np.linalg.svd(half, compute_uv=False))
 
 
-def solve_layer(layer: resnet50.Layer, dtype: str, fractions=FRACTIONS) -> Outcome:
+def solve_layer(layer: resnet50.Layer, dtype: str) -> Outcome:
     """One kernel of the network with circular padding at its true size, to all fractions."""
     op, kernel = CircularConv(layer.input_shape), layer.kernel.astype(dtype)
     squared, norm = fft_spectrum(kernel, layer.input_shape)
     low, _ = jaxsrn.stable_rank_range(kernel.shape, op)
     outcomes = []
-    for fraction in fractions:
+    for fraction in FRACTIONS:
         target = np.asarray(low + fraction * (squared / norm**2 - low), dtype)
         result = jax.tree.map(np.asarray, jaxsrn.srnc(kernel, op, target))
         new_squared, new_norm = fft_spectrum(result.kernel, layer.input_shape)
@@ -187,21 +186,14 @@ def solve_layer(layer: resnet50.Layer, dtype: str, fractions=FRACTIONS) -> Outco
     return jax.tree.map(lambda *leaves: np.stack(leaves), *outcomes)
 
 
-def chosen_layers(choice: str) -> dict[str, tuple[list[resnet50.Layer], tuple[str, ...]]]:
-    """Table rows of the network, `{name: (layers, dtypes)}`: one kernel per stage, or all of them in float32."""
-    if choice == "none":
-        return {}
-    stages: dict[int, list[resnet50.Layer]] = {}
+def stages() -> dict[str, list[resnet50.Layer]]:
+    """The 3x3 kernels of the network by their shape: table rows, `{name: layers}`."""
+    found: dict[str, list[resnet50.Layer]] = {}
     for layer in resnet50.load().values():
         if layer.kernel.shape[:2] == (3, 3):
-            stages.setdefault(layer.kernel.shape[-1], []).append(layer)
-    rows = {}
-    for channels, layers in stages.items():
-        n, name = layers[0].input_shape[0], f"ResNet-50, 3x3, {channels} channels"
-        rows[f"{name}, n = {n}"] = (layers[:1], DTYPES)
-        if choice == "all":
-            rows[f"{name}, n = {n}, the others"] = (layers[1:], ("float32",))
-    return rows
+            name = f"ResNet-50, 3x3, {layer.kernel.shape[-1]} channels, n = {layer.input_shape[0]}"
+            found.setdefault(name, []).append(layer)
+    return found
 
 
 # Tables
@@ -294,10 +286,10 @@ def random_rows(families, count: int, progress) -> list[Row]:
     return rows
 
 
-def network_rows(layers, progress) -> list[Row]:
+def network_rows(layers: dict[str, list[resnet50.Layer]], progress) -> list[Row]:
     rows = []
-    for name, (members, dtypes) in layers.items():
-        for dtype in dtypes:
+    for dtype in DTYPES:
+        for name, members in layers.items():
             progress.set_description(f"{name}, {dtype}")
             rows.append(Row(name, "circular", dtype, [solve_layer(layer, dtype) for layer in members]))
             progress.update()
@@ -395,42 +387,17 @@ results whose own `residual` says that they did not converge; neither enters the
 to the norm of the original layer, and an upper bound on what could be gained."""
 
 
-NETWORK_FRACTIONS = (0.01, 0.50, 0.99)
-
-
-def record_network() -> None:
-    """The trained kernels by themselves: SVDs of up to 512 channels, in float32, three targets each."""
-    rows = []
-    for name, (members, _) in tqdm(chosen_layers("stages").items()):
-        outcomes = [solve_layer(layer, "float32", NETWORK_FRACTIONS) for layer in members]
-        rows.append(Row(name, "circular", "float32", outcomes))
-    text = document(
-        "Exactness on the trained ResNet-50",
-        "python benchmarks/exactness.py --network",
-        [("Constraints", f"Targets at 1, 50 and 99%.\n\n{table(HEADER, [row.cells() for row in rows])}")],
-    )
-    print(text)
-    record("exactness_resnet50", text)
-    sys.exit(any(row.violations for row in rows))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    size = parser.add_mutually_exclusive_group()
-    size.add_argument("--fast", action="store_true", help="few families, no download, nothing recorded")
-    size.add_argument("--full", action="store_true", help="more kernels")
-    parser.add_argument("--resnet", choices=("none", "stages", "all"), help="3x3 kernels of the trained ResNet-50")
-    size.add_argument("--network", action="store_true", help="the trained kernels alone, in float32")
+    parser.add_argument("--fast", action="store_true", help="few families, no download, nothing recorded")
+    parser.add_argument("--no-network", action="store_true", help="without the trained ResNet-50")
     args = parser.parse_args()
-    if args.network:
-        record_network()
-    count = 2 if args.fast else 18 if args.full else 6
-    resnet = args.resnet or ("none" if args.fast else "all" if args.full else "stages")
+    count = 2 if args.fast else 6
     families = FAMILIES
     if args.fast:
         families = [family._replace(cases=family.cases[:1]) for family in FAMILIES if family.name in FAST_FAMILIES]
-    layers = chosen_layers(resnet)
-    total = len(families) * len(DTYPES) + sum(len(dtypes) for _, dtypes in layers.values()) + len(GAP_CASES)
+    layers = {} if args.fast or args.no_network else stages()
+    total = (len(families) + len(layers)) * len(DTYPES) + len(GAP_CASES)
     with tqdm(total=total) as progress:
         rows = random_rows(families, count, progress) + network_rows(layers, progress)
         gaps = gap_table(*(1, 10) if args.fast else (8, 25), progress)
