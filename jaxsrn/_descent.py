@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxsrn import sphere
 from jaxsrn._checks import float_dtype, positive_scalar
-from jaxsrn._pairs import unit
+from jaxsrn._linalg import unit
 
 __all__ = ["State", "advance", "by_step", "geometric", "start", "starting_points"]
 

@@ -9,21 +9,24 @@ kernel is real, `S(-w) = conj(S(w))`, so half of the last axis suffices.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Complex, Float, Int
+from jaxtyping import Array, Complex, Float, Int, Shaped
 
 from jaxsrn.operators import CircularConv
 
 __all__ = [
+    "complex_dtype",
     "dft_rows",
     "half_grid",
     "half_symbol",
     "is_self_conjugate",
     "multiplicity",
+    "polynomial",
     "site_gradient",
     "site_of_images",
     "site_shape",
@@ -61,14 +64,19 @@ def is_self_conjugate(op: CircularConv) -> np.ndarray:
     return np.repeat(functools.reduce(np.logical_and.outer, axes), op.feature_group_count)
 
 
+def _polyphase(op: CircularConv, kernel_shape: tuple[int, ...]) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Per axis, how many strides each tap lies into its phase, `(taps,)`, and which phase that is, `(phases, taps)`."""
+    offsets = [np.arange(kernel_shape[j]) * op.kernel_dilation[j] for j in range(op.num_axes)]
+    pairs = zip(offsets, op.strides, strict=True)
+    return [(offset // s, offset % s == np.arange(s)[:, None]) for offset, s in pairs]
+
+
 def dft_rows(op: CircularConv, kernel_shape: tuple[int, ...]) -> list[np.ndarray]:
     """Per axis `(grid, phases, taps)`: `exp(-i w t)` where the tap lies `t` strides into that phase, else 0."""
     rows = []
-    for j, (n, s) in enumerate(zip(op.grid, op.strides, strict=True)):
-        offset = np.arange(kernel_shape[j]) * op.kernel_dilation[j]
+    for n, (exponent, in_phase) in zip(op.grid, _polyphase(op, kernel_shape), strict=True):
         # Reducing the integer angle first keeps full precision on large grids.
-        angle = np.outer(np.arange(n), offset // s) % n
-        in_phase = offset % s == np.arange(s)[:, None]
+        angle = np.outer(np.arange(n), exponent) % n
         rows.append(np.exp(-2j * np.pi * angle / n)[:, None, :] * in_phase)
     return rows
 
@@ -78,14 +86,39 @@ def _grouped(kernel: Float[Array, "..."], op: CircularConv) -> Float[Array, "...
     return kernel.reshape((*kernel.shape[:-1], op.feature_group_count, -1))
 
 
-def symbol_on(kernel: Float[Array, "..."], op: CircularConv, grid: tuple[int, ...]) -> Complex[Array, "..."]:
-    """The symbol `(*grid, groups, phases * c_in // groups, c_out // groups)` at the first frequencies per axis."""
-    d, dtype = op.num_axes, complex_dtype(kernel.dtype)
-    rows = [jnp.asarray(row[:m], dtype) for row, m in zip(dft_rows(op, kernel.shape), grid, strict=True)]
+def _contract(kernel, op: CircularConv, rows: list[np.ndarray], dtype) -> Shaped[Array, "..."]:
+    """The taps of each axis contracted with `(points, phases, taps)`.
+
+    Returns:
+      `(*points, groups, phases * c_in // groups, c_out // groups)`.
+    """
+    d = op.num_axes
     axes = ",".join(f + p + t for f, p, t in zip(_FREQ[:d], _PHASE[:d], _TAP[:d], strict=True))
     spec = f"{_TAP[:d]}igo,{axes}->{_FREQ[:d]}g{_PHASE[:d]}io"
-    out = _einsum(spec, _grouped(kernel, op).astype(dtype), *rows)
-    return out.reshape((*grid, op.feature_group_count, -1, out.shape[-1]))
+    out = _einsum(spec, _grouped(kernel, op).astype(dtype), *(jnp.asarray(row, dtype) for row in rows))
+    return out.reshape((*out.shape[: d + 1], -1, out.shape[-1]))
+
+
+def symbol_on(kernel: Float[Array, "..."], op: CircularConv, grid: tuple[int, ...]) -> Complex[Array, "..."]:
+    """The symbol `(*grid, groups, phases * c_in // groups, c_out // groups)` at the first frequencies per axis."""
+    rows = [row[:m] for row, m in zip(dft_rows(op, kernel.shape), grid, strict=True)]
+    return _contract(kernel, op, rows, complex_dtype(kernel.dtype))
+
+
+def polynomial(kernel: Float[Array, "..."], op: CircularConv) -> tuple[Float[Array, "..."], np.ndarray]:
+    """The symbol of each group as a polynomial, `S(w) = sum_t exp(-i <w, t>) C_t`.
+
+    Returns:
+      `(coefficients, exponents)`: `C` of shape `(groups, terms, phases * c_in // groups, c_out // groups)`, and the
+      static integers `t`, `(terms, axes)`.
+    """
+    rows, exponents = [], []
+    for exponent, in_phase in _polyphase(op, kernel.shape):
+        exponents.append(np.unique(exponent))
+        rows.append((exponent == exponents[-1][:, None])[:, None, :] & in_phase)
+    coefficients = _contract(kernel, op, rows, kernel.dtype)
+    coefficients = coefficients.reshape((-1, *coefficients.shape[-3:]))
+    return jnp.moveaxis(coefficients, 1, 0), np.array(list(itertools.product(*exponents)))
 
 
 def half_symbol(kernel: Float[Array, "..."], op: CircularConv) -> Complex[Array, "sites in out"]:

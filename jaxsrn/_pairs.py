@@ -17,6 +17,8 @@ from jaxtyping import Array, Float, Inexact, Int
 
 from jaxsrn import _fourier
 from jaxsrn._lanczos import leading_singular_vectors, random_start
+from jaxsrn._linalg import top_pairs, top_values, unit
+from jaxsrn._search import branch_and_bound, branch_and_bound_pays
 from jaxsrn.operators import CircularConv, Dense, Operator
 
 __all__ = [
@@ -30,9 +32,6 @@ __all__ = [
     "plain_gradient",
     "rescaled",
     "site_pairs",
-    "top_pairs",
-    "top_values",
-    "unit",
 ]
 
 
@@ -54,45 +53,6 @@ def rescaled(kernel: Float[Array, "..."], op: Operator) -> tuple[Float[Array, ".
     largest = jax.lax.stop_gradient(jnp.max(jnp.abs(kernel)))
     scale = jnp.where(largest == 0, 1.0, largest)
     return kernel / scale, scale
-
-
-def unit(vector: Inexact[Array, "..."]) -> Inexact[Array, "..."]:
-    """`vector` with norm 1; the first basis vector in place of zero."""
-    norm = jnp.linalg.norm(vector)
-    first = jnp.zeros(vector.size, vector.dtype).at[0].set(1).reshape(vector.shape)
-    return jnp.where(norm == 0, first, vector / jnp.where(norm == 0, 1, norm).astype(vector.dtype))
-
-
-def top_pairs(matrices: Inexact[Array, "batch in out"]):
-    """Leading singular values and vectors of a stack: `(values, u, v)` with `u^H A v = value`.
-
-    The largest entry of `u` is real and positive, so that both vectors are real where the matrix is.
-    """
-    if min(matrices.shape[-2:]) == 1:
-        u, v, values = _pair_of_vector(matrices)
-    else:
-        u, values, vh = jnp.linalg.svd(matrices, full_matrices=False)
-        u, values, v = u[..., 0], values[..., 0], jnp.conj(vh[..., 0, :])
-    largest = jnp.take_along_axis(u, jnp.argmax(jnp.abs(u), axis=-1, keepdims=True), axis=-1)
-    turn = jnp.conj(largest) / jnp.abs(largest).astype(u.dtype)
-    return values, u * turn, v * turn
-
-
-def _pair_of_vector(matrices):
-    """`top_pairs` of rows or columns, without an SVD."""
-    row = matrices.shape[-2] == 1
-    vector = matrices[..., 0, :] if row else matrices[..., 0]
-    values = jnp.linalg.norm(vector, axis=-1)
-    direction = jax.vmap(unit)(vector)
-    one = jnp.ones((*values.shape, 1), matrices.dtype)
-    return (one, jnp.conj(direction), values) if row else (direction, one, values)
-
-
-def top_values(matrices: Inexact[Array, "batch in out"]) -> Float[Array, " batch"]:
-    """Largest singular value of each matrix of a stack."""
-    if min(matrices.shape[-2:]) == 1:
-        return jnp.linalg.norm(matrices, axis=(-2, -1))
-    return jnp.linalg.svd(matrices, compute_uv=False)[..., 0]
 
 
 def site_pairs(kernel, op: CircularConv, sites: Int[Array, " k"]) -> tuple[Float[Array, " k"], Pair]:
@@ -143,6 +103,8 @@ def leading(kernel: Float[Array, "..."], op: Operator, tolerance, start=None) ->
         _, u, v = top_pairs(kernel[None])
         return Pair(jnp.asarray(0), u[0], v[0])
     if isinstance(op, CircularConv):
+        if branch_and_bound_pays(kernel.shape, op):
+            return Pair(*branch_and_bound(kernel, op))
         values = top_values(_fourier.half_symbol(kernel, op))
         _, pairs = site_pairs(kernel, op, jnp.argmax(values)[None])
         return _first(pairs)

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxsrn import _fourier, _pairs
 from jaxsrn._exact import Problem, is_feasible, squared_distance
+from jaxsrn._linalg import top_values, unit
 from jaxsrn._pairs import Pair
 from jaxsrn.operators import CircularConv, Operator, ZeroPaddedConv
 from jaxsrn.ranks import largest_functional
@@ -33,7 +34,7 @@ _MODEL_SIZE = 32
 
 def _circular_bounds(problem: Problem, op: CircularConv):
     """Per site: the largest singular value of `A`, and a lower bound of the squared distance of all its pairs."""
-    values = _pairs.top_values(_fourier.half_symbol(problem.kernel, op))
+    values = top_values(_fourier.half_symbol(problem.kernel, op))
     counts, sums = _fourier.squared_phase_sums(op, problem.kernel.shape)
     largest = np.max(counts + np.abs(sums), axis=-1) / (2 * np.prod(op.grid))
     largest = jnp.asarray(largest, values.dtype)
@@ -177,7 +178,7 @@ def _image_starts(problem: Problem, op: ZeroPaddedConv, own: Pair) -> Pair:
     """
     shape = problem.kernel.shape
     model = _circular_model(op, shape)
-    norm = jnp.max(_pairs.top_values(_fourier.half_symbol(problem.kernel, model)))
+    norm = jnp.max(top_values(_fourier.half_symbol(problem.kernel, model)))
     weights = model.frobenius_weights(shape, norm.dtype)
     ratio = largest_functional(shape, op) / largest_functional(shape, model)
     squared = jnp.sum(weights * problem.kernel**2)
@@ -194,7 +195,7 @@ def _image_starts(problem: Problem, op: ZeroPaddedConv, own: Pair) -> Pair:
         right = _fourier.wave(model, pair.site, pair.right, reach, op.strides) * _window(op.input_shape, norm.dtype)
         left = _fourier.wave(model, pair.site, pair.left, outputs, (1,) * op.num_axes)
         left = left * _window(left.shape[:-1], norm.dtype)
-        return Pair(jnp.asarray(0), _pairs.unit(right), _pairs.unit(left))
+        return Pair(jnp.asarray(0), unit(right), unit(left))
 
     return jax.tree.map(lambda a, b: jnp.concatenate([a[None], b]), own, jax.vmap(to_images)(waves))
 

@@ -1,0 +1,384 @@
+"""Where a symbol is largest over all its frequencies, without an SVD at each: branch and bound, guaranteed.
+
+For a unit vector `x`, `||S(w) x||^2` is a trigonometric polynomial of degree `d_j` in the angle of axis `j`. With `U`
+the supremum of all singular values, `arccos(||S(w) x|| / U)` therefore changes by at most `1/2 sum_j d_j |dw_j|`
+(Bernstein, Szegoe). If the grid's maximum `L` is in a block of frequencies, then at the block's centre, at most `phi`
+away in that measure,
+
+    sigma_max(S(centre)) >= L cos(phi) - sqrt(U^2 - L^2) sin(phi),    U <= L / prod_j cos(pi d_j / (2 n_j)),
+
+the latter by M. Riesz. A block whose centre is below that cannot hold a frequency larger than the best one known: one
+Cholesky factorization of its Gram matrix tells. The other blocks are split, down to single frequencies. How many are
+looked at depends on the taps and on how flat the spectrum is, not on the size of the image.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Bool, Complex, Float, Int
+
+from jaxsrn import _fourier
+from jaxsrn._lanczos import leading_singular_vectors, random_start
+from jaxsrn._linalg import top_pairs, unit
+from jaxsrn.operators import CircularConv
+
+__all__ = ["branch_and_bound", "branch_and_bound_pays"]
+
+# Blocks start at this phi: wider ones are discarded too rarely in a flat spectrum, narrower ones are too many.
+_WIDEST = 0.4
+# Entries of the Gram matrices that are factorized at a time.
+_CHUNK = 2**18
+_POWER_STEPS = 8
+_NUM_CLIMBERS = 8
+# The SVDs of so much work take as long as branch and bound at its least, each counted with its overhead.
+_SVD_WORK, _SVD_OVERHEAD = 2e6, 400
+_einsum = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
+
+
+# Blocks of frequencies (static)
+
+
+class _Blocks(NamedTuple):
+    """Boxes of indices of the half grid, from coarse to fine.
+
+    Attributes:
+      sizes: `(levels, axes)`; those of the last level are 1.
+      corners: `(boxes, axes)`, of the coarsest ones.
+      ends: `(axes,)`, how many indices there are.
+      factors: `(levels,)`: a block with a frequency of value `L` has at least `L` times this at its centre.
+    """
+
+    sizes: np.ndarray
+    corners: np.ndarray
+    ends: np.ndarray
+    factors: np.ndarray
+
+
+def _blocks(op: CircularConv, degrees: np.ndarray) -> _Blocks:
+    grid, ends = np.array(op.grid), np.array(_fourier.half_grid(op))
+    # Half the angle between neighbours in the measure of phi.
+    rate = np.pi * degrees / (2 * grid)
+    certified = bool(np.all(rate < np.pi / 2))
+    overshoot = math.sqrt(1 / np.prod(np.cos(rate)) ** 2 - 1) if certified else 0.0
+    share = _WIDEST / max(1, np.count_nonzero(degrees))
+    sizes = [np.ones_like(ends)]
+    while certified:
+        wider = np.where((sizes[0] < ends) & (rate * (2 * sizes[0] - 1) <= share), 2 * sizes[0], sizes[0])
+        if np.all(wider == sizes[0]):
+            break
+        sizes.insert(0, wider)
+    phi = np.sum(rate * (np.array(sizes) - 1), axis=-1)
+    corners = np.array(list(itertools.product(*(range(0, e, s) for e, s in zip(ends, sizes[0], strict=True)))))
+    return _Blocks(np.array(sizes), corners, ends, np.cos(phi) - overshoot * np.sin(phi))
+
+
+# The symbol and its Gram matrices at any angle
+
+
+class _Polynomial(NamedTuple):
+    """The symbol of every group, transposed where that makes the columns the shorter side, and its Gram matrix.
+
+    Attributes:
+      coefficients: `S(w) = sum_t exp(-i <w, t>) C_t`, `(groups, terms, rows, columns)`.
+      exponents: the `t`, `(terms, axes)`; static.
+      even, odd: `S^H S = sum_l cos<w, l> even_l + i sin<w, l> odd_l`, `(lags, groups, columns, columns)`.
+      lags: the `l`, `(lags, axes)`, one of each pair `+-l`; static.
+    """
+
+    coefficients: Float[Array, "groups terms rows columns"]
+    exponents: np.ndarray
+    even: Float[Array, "lags groups columns columns"]
+    odd: Float[Array, "lags groups columns columns"]
+    lags: np.ndarray
+
+
+def _polynomial(kernel: Float[Array, "..."], op: CircularConv) -> _Polynomial:
+    coefficients, exponents = _fourier.polynomial(kernel, op)
+    if coefficients.shape[-2] < coefficients.shape[-1]:
+        coefficients = jnp.swapaxes(coefficients, -1, -2)
+    even, odd, lags = _autocorrelation(coefficients, exponents)
+    return _Polynomial(coefficients, exponents, even, odd, lags)
+
+
+def _autocorrelation(coefficients, exponents: np.ndarray):
+    """`(even, odd, lags)` of the Gram matrices: sums over the pairs of terms that lie a lag apart."""
+    groups, _, _, columns = coefficients.shape
+    # Terms are in lexicographic order, so the lags from each term to those before it are zero or "positive".
+    first, second = np.tril_indices(len(exponents))
+    lags, which = np.unique(exponents[first] - exponents[second], axis=0, return_inverse=True)
+    batch = int(np.clip(_CHUNK // (groups * columns**2), 1, len(first)))
+    # A few pairs at a time: all at once can be too much to hold. Those that fill up the last batch are dropped.
+    padding = (0, -len(first) % batch)
+    pairs = [
+        np.pad(first, padding),
+        np.pad(second, padding),
+        np.pad(which.reshape(-1), padding, constant_values=len(lags)),
+    ]
+    pairs = [jnp.asarray(index.reshape((-1, batch))) for index in pairs]
+
+    def add(sums, pair):
+        i, j, lag = pair
+        products = _einsum("gpri,gprj->pgij", coefficients[:, i], coefficients[:, j])
+        return sums.at[lag].add(products, mode="drop"), None
+
+    sums, _ = lax.scan(add, jnp.zeros((len(lags), groups, columns, columns), coefficients.dtype), pairs)
+    transposed = jnp.swapaxes(sums, -1, -2)
+    return (sums + transposed).at[0].set(sums[0]), sums - transposed, lags
+
+
+def _phases(doubled: Int[Array, "points axes"], exponents: np.ndarray, op: CircularConv, dtype):
+    """`<w, t>` at half-integer indices, `(points, exponents)`; reduced as integers, which keeps full precision."""
+    angles = jnp.zeros((len(doubled), len(exponents)), dtype)
+    for axis, n in enumerate(op.grid):
+        turns = doubled[:, axis, None] * exponents[None, :, axis] % (2 * n)
+        angles = angles + turns.astype(dtype) * (math.pi / n)
+    return angles
+
+
+def _grams(poly: _Polynomial, op: CircularConv, doubled) -> Complex[Array, "points groups columns columns"]:
+    angles = _phases(doubled, poly.lags, op, poly.even.dtype)
+    parts = (
+        _einsum("pl,lgij->pgij", wave, part)
+        for wave, part in ((jnp.cos(angles), poly.even), (jnp.sin(angles), poly.odd))
+    )
+    return lax.complex(*parts)
+
+
+def _waves(poly: _Polynomial, op: CircularConv, doubled) -> Complex[Array, "points terms"]:
+    angles = _phases(doubled, poly.exponents, op, poly.even.dtype)
+    return lax.complex(jnp.cos(angles), -jnp.sin(angles))
+
+
+def _symbol(coefficients: Float[Array, "... terms rows columns"], waves: Complex[Array, " terms"]):
+    real, imag = (_einsum("t,...trc->...rc", part, coefficients) for part in (waves.real, waves.imag))
+    return lax.complex(real, imag)
+
+
+def _times(coefficients: Float[Array, "... columns"], vector: Complex[Array, " columns"]):
+    """Real coefficients times a complex vector, without a complex copy of them."""
+    return lax.complex(
+        _einsum("...c,c->...", coefficients, vector.real), _einsum("...c,c->...", coefficients, vector.imag)
+    )
+
+
+# A good lower bound
+
+
+class _Pair(NamedTuple):
+    """A frequency, the group, unit vectors of its symbol, and their value."""
+
+    index: Int[Array, " axes"]
+    group: Int[Array, ""]
+    left: Complex[Array, " rows"]
+    right: Complex[Array, " columns"]
+    value: Float[Array, ""]
+
+
+def _estimates(poly: _Polynomial, op: CircularConv, blocks: _Blocks, chunk: int):
+    """At the centres of the coarsest blocks: power steps, and an upper bound of the largest singular value.
+
+    Returns:
+      `(values, right vectors)` of every block and group, and the upper bounds of every block.
+    """
+    count, columns = len(blocks.corners), poly.even.shape[-1]
+    padded = np.resize(blocks.corners, (-count % chunk + count, op.num_axes))
+    centres = _doubled_centres(padded, blocks.sizes[:1], blocks.ends).reshape((-1, chunk, op.num_axes))
+    start = unit(random_start((columns,), poly.even.dtype)).astype(_fourier.complex_dtype(poly.even.dtype))
+
+    def estimate(doubled):
+        grams = _grams(poly, op, doubled)
+        # ||G||_F^2 is the sum of the fourth powers of the singular values.
+        bounds = jnp.sqrt(jnp.max(jnp.linalg.norm(grams, axis=(-2, -1)), axis=-1))
+        vectors = jnp.broadcast_to(start, grams.shape[:-1])
+        for _ in range(_POWER_STEPS):
+            vectors = _einsum("pgij,pgj->pgi", grams, vectors)
+            values = jnp.linalg.norm(vectors, axis=-1, keepdims=True)
+            vectors = vectors / jnp.where(values == 0, 1, values).astype(vectors.dtype)
+        return values[..., 0], vectors, bounds
+
+    values, vectors, bounds = lax.map(estimate, jnp.asarray(centres))
+    values, vectors = (leaf.reshape((-1, *leaf.shape[2:]))[:count] for leaf in (values, vectors))
+    return values, vectors, bounds.reshape(-1)[:count]
+
+
+def _doubled_centres(corners, sizes, ends):
+    """Twice the central index of boxes, the last ones cut off at the end of the grid."""
+    return corners + (corners + sizes).clip(max=ends[None]) - 1
+
+
+def _climb(poly: _Polynomial, op: CircularConv, blocks: _Blocks, index, group, right) -> _Pair:
+    """Uphill from one frequency: vectors fixed, the best frequency around; frequency fixed, power steps."""
+    coefficients = poly.coefficients[group]
+    around = np.array(list(itertools.product((-2, -1, 0, 1, 2), repeat=op.num_axes)))
+    grid, halvings = np.array(op.grid), int(np.max(blocks.sizes)).bit_length()
+
+    def power(index, right):
+        symbol = _symbol(coefficients, _waves(poly, op, 2 * index[None])[0])
+        for _ in range(3):
+            left = unit(_einsum("rc,c->r", symbol, right))
+            right = unit(_einsum("rc,r->c", symbol.conj(), left))
+        return left, right, jnp.linalg.norm(_einsum("rc,c->r", symbol, right))
+
+    def step(k, pair: _Pair) -> _Pair:
+        stride = jnp.maximum(jnp.asarray(blocks.sizes[:1]) // 2 ** (k + 1), 1)
+        candidates = (pair.index[None] + around * stride) % grid[None]
+        filters = _einsum("r,tr->t", pair.left.conj(), _times(coefficients, pair.right))
+        values = jnp.abs(_einsum("pt,t->p", _waves(poly, op, 2 * candidates), filters))
+        index = candidates[jnp.argmax(values)]
+        return _Pair(index, group, *power(index, pair.right))
+
+    return lax.fori_loop(0, halvings, step, _Pair(index, group, *power(index, right)))
+
+
+def _best_climb(poly: _Polynomial, op: CircularConv, blocks: _Blocks, values, vectors) -> _Pair:
+    """The best frequency of the half grid that climbing reaches from the most promising blocks, with its pair."""
+    _, chosen = lax.top_k(values.reshape(-1), min(_NUM_CLIMBERS if len(blocks.sizes) > 1 else 1, values.size))
+    box, group = jnp.unravel_index(chosen.astype(int), values.shape)
+    starts = jnp.asarray(_doubled_centres(blocks.corners, blocks.sizes[:1], blocks.ends) // 2)[box]
+    pairs = jax.vmap(functools.partial(_climb, poly, op, blocks))(starts, group, vectors[box, group])
+    best = jax.tree.map(lambda leaf: leaf[jnp.argmax(pairs.value)], pairs)
+    mirrored = best.index[-1] >= blocks.ends[-1]
+    index = jnp.where(mirrored, -best.index % np.array(op.grid), best.index)
+    right = jnp.where(mirrored, best.right.conj(), best.right)
+    return _polished(poly, op, index, best.group, right)
+
+
+def _polished(poly: _Polynomial, op: CircularConv, index, group, right) -> _Pair:
+    """The leading pair of the symbol of one frequency and group, by Lanczos from a vector near it."""
+    symbol = _symbol(poly.coefficients[group], _waves(poly, op, 2 * index[None])[0])
+
+    def complex_of(x):
+        return lax.complex(*jnp.split(x, 2))
+
+    def real_of(z):
+        return jnp.concatenate([z.real, z.imag])
+
+    _, left, right, _ = leading_singular_vectors(
+        lambda x: real_of(_einsum("rc,c->r", symbol, complex_of(x))),
+        lambda y: real_of(_einsum("rc,r->c", symbol.conj(), complex_of(y))),
+        real_of(right),
+        2 * len(symbol),
+        float(jnp.finfo(poly.even.dtype).eps) ** (2 / 3),
+    )
+    left, right = unit(complex_of(left)), unit(complex_of(right))
+    return _Pair(index, group, left, right, jnp.linalg.norm(_einsum("rc,c->r", symbol, right)))
+
+
+# The proof that nothing is larger
+
+
+class _Proof(NamedTuple):
+    """Boxes still to look at (a stack, the finest on top), and the best pair so far."""
+
+    corners: Int[Array, "capacity axes"]
+    levels: Int[Array, " capacity"]
+    size: Int[Array, ""]
+    best: _Pair
+
+
+def branch_and_bound_pays(kernel_shape: tuple[int, ...], op: CircularConv) -> bool:
+    """Whether an SVD at every site would take longer; static."""
+    smaller = min(_fourier.site_shape(op, kernel_shape))
+    sites = math.prod(_fourier.half_grid(op)) * op.feature_group_count
+    return smaller > 1 and sites * (smaller**3 + _SVD_OVERHEAD) > _SVD_WORK
+
+
+def branch_and_bound(kernel: Float[Array, "..."], op: CircularConv):
+    """The largest singular value of the whole grid, up to a relative `2 sqrt(channels) eps`, with its vectors.
+
+    The kernel's scale must not be extreme.
+
+    Returns:
+      `(site, u, v)`, unit vectors with `u^H S v` that value.
+    """
+    poly = _polynomial(kernel, op)
+    blocks = _blocks(op, np.ptp(poly.exponents, axis=0))
+    chunk = int(np.clip(_CHUNK // math.prod(poly.even.shape[1:]), 4, 512))
+    values, vectors, bounds = _estimates(poly, op, blocks, chunk)
+    best = _best_climb(poly, op, blocks, values, vectors)
+    # Of each level at most one chunk's children wait at a time, as the finest are taken first.
+    capacity = len(blocks.corners) + (len(blocks.sizes) * 2**op.num_axes + 1) * chunk
+    stack = jnp.zeros((capacity, op.num_axes), best.index.dtype), jnp.zeros(capacity, jnp.int32), jnp.asarray(0)
+    high = ~(bounds <= best.value * float(blocks.factors[0]))
+    proof = _push(_Proof(*stack, best), blocks.corners, jnp.zeros(len(bounds), jnp.int32), high)
+    step = functools.partial(_look, poly, op, blocks, chunk)
+    # Zero and NaN need no proof.
+    best = lax.while_loop(lambda proof: (proof.size > 0) & (proof.best.value > 0), step, proof).best
+    sites = (*_fourier.half_grid(op), len(poly.coefficients))
+    site = jnp.ravel_multi_index((*best.index, best.group), sites, mode="clip")
+    is_transposed = kernel.shape[-2] * math.prod(op.strides) < kernel.shape[-1] // op.feature_group_count
+    return site, *((best.right.conj(), best.left.conj()) if is_transposed else (best.left, best.right))
+
+
+def _push(proof: _Proof, corners, levels, keep: Bool[Array, " boxes"]) -> _Proof:
+    """Puts the boxes to keep on the stack, in their order."""
+    place = jnp.where(keep, proof.size + jnp.cumsum(keep) - 1, len(proof.levels))
+    return proof._replace(
+        corners=proof.corners.at[place].set(corners, mode="drop"),
+        levels=proof.levels.at[place].set(levels, mode="drop"),
+        size=proof.size + jnp.sum(keep),
+    )
+
+
+def _look(poly: _Polynomial, op: CircularConv, blocks: _Blocks, chunk: int, proof: _Proof) -> _Proof:
+    """Takes boxes from the stack, discards those proven to be low, and puts back the parts of the others."""
+    bottom = jnp.maximum(proof.size - chunk, 0)
+    corners = lax.dynamic_slice_in_dim(proof.corners, bottom, chunk)
+    levels = lax.dynamic_slice_in_dim(proof.levels, bottom, chunk)
+    waiting = bottom + jnp.arange(chunk) < proof.size
+    high = waiting & ~_are_low(poly, op, blocks, corners, levels, proof.best.value)
+    single = levels == len(blocks.sizes) - 1
+    best = _largest_of(poly, op, corners, high & single, proof.best)
+    parts, is_part = _split(blocks, corners, levels)
+    keep = (is_part & (high & ~single)[:, None]).reshape(-1)
+    # The chunk's order is kept, so the finest stay on top.
+    proof = proof._replace(size=bottom, best=best)
+    return _push(proof, parts.reshape((-1, op.num_axes)), jnp.repeat(levels + 1, parts.shape[1]), keep)
+
+
+def _are_low(poly: _Polynomial, op: CircularConv, blocks: _Blocks, corners, levels, best) -> Bool[Array, " boxes"]:
+    """Whether boxes are proven to hold nothing above `best`, up to rounding."""
+    dtype = poly.even.dtype
+    sizes, factors = jnp.asarray(blocks.sizes)[levels], jnp.asarray(blocks.factors, dtype)[levels]
+    grams = _grams(poly, op, _doubled_centres(corners, sizes, blocks.ends))
+    # Rounding of the Gram matrix and of its factorization; half of this in terms of the singular value.
+    slack = 4 * math.sqrt(poly.coefficients.shape[-2]) * float(jnp.finfo(dtype).eps)
+    level = jnp.where(factors > 0, best * factors, 0) ** 2 * (1 + slack)
+    scaled = grams / jnp.where(level == 0, 1, level)[:, None, None, None].astype(grams.dtype)
+    identity = jnp.eye(grams.shape[-1], dtype=grams.dtype)[None, None]
+    factor = lax.linalg.cholesky(identity - scaled, symmetrize_input=False)
+    definite = jnp.all(jnp.isfinite(jnp.diagonal(factor, axis1=-2, axis2=-1).real), axis=(-2, -1))
+    return definite & (level > 0)
+
+
+def _largest_of(poly: _Polynomial, op: CircularConv, indices, among: Bool[Array, " chunk"], known: _Pair) -> _Pair:
+    """The largest of the known pair and those at single frequencies, one SVD after the other: they are few."""
+
+    def step(state):
+        among, known = state
+        k = jnp.argmax(among)
+        values, left, right = top_pairs(_symbol(poly.coefficients, _waves(poly, op, 2 * indices[k][None])[0]))
+        group = jnp.argmax(values).astype(known.group.dtype)
+        found = _Pair(indices[k], group, left[group], right[group], values[group])
+        larger = found.value > known.value
+        return among.at[k].set(False), jax.tree.map(lambda a, b: jnp.where(larger, a, b), found, known)
+
+    return lax.while_loop(lambda state: jnp.any(state[0]), step, (among, known))[1]
+
+
+def _split(blocks: _Blocks, corners, levels):
+    """The boxes of the next level in each box, `(boxes, parts, axes)`, and which of them there are."""
+    sizes = jnp.asarray(blocks.sizes)
+    own, next_ = sizes[levels], sizes[jnp.minimum(levels + 1, len(sizes) - 1)]
+    halves = np.array(list(itertools.product((0, 1), repeat=corners.shape[-1])))
+    parts = corners[:, None] + halves[None] * next_[:, None]
+    exists = (parts < blocks.ends[None, None]) & ((halves == 0)[None] | (own > next_)[:, None])
+    return parts, jnp.all(exists, axis=-1)

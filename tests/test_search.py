@@ -1,0 +1,116 @@
+"""Branch and bound over frequencies against NumPy's SVD at all of them, with good starts and with bad ones."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import CASES, dense, gaussian, quick_jit
+
+from jaxsrn import CircularConv, _fourier, _search, spectral_norm
+
+CIRCULAR = [case for case in CASES if isinstance(case.op, CircularConv)]
+
+
+def found(kernel, op):
+    """The value of the vectors found, at the frequency found."""
+    site, left, right = _search.branch_and_bound(kernel, op)
+    symbol = _fourier.site_symbol(kernel, op, site)
+    return jnp.vdot(left, symbol @ right), jnp.linalg.norm(left), jnp.linalg.norm(right)
+
+
+one = quick_jit(found)
+several = quick_jit(lambda kernels, op: jax.vmap(found, (0, None))(kernels, op))
+
+
+@pytest.mark.parametrize("case", CIRCULAR, ids=str)
+def test_every_circular_operator(case):
+    kernel = gaussian(case.kernel_shape)
+    value, *norms = one(jnp.asarray(kernel), case.op)
+    np.testing.assert_allclose(value, np.linalg.norm(dense(kernel, case.op), 2), rtol=1e-12)
+    np.testing.assert_allclose(norms, 1, rtol=1e-12)
+
+
+def fft_norms(kernels, size):
+    """Largest singular values of a stack of kernels with stride 1, over the half grid: Sedghi's two lines."""
+    axes = tuple(range(1, 1 + len(size)))
+    symbols = np.fft.rfftn(np.asarray(kernels, np.float64), size, axes=axes)
+    values = np.linalg.svd(symbols, compute_uv=False)
+    return values.max(axis=tuple(range(1, values.ndim)))
+
+
+def orthogonal(rng, count, channels):
+    return np.linalg.qr(rng.standard_normal((count, channels, channels)))[0]
+
+
+def kinds(count: int, taps: tuple[int, ...], channels: int) -> dict[str, np.ndarray]:
+    """Stacks of kernels whose spectra are flat, constant, peaked, or of many equal peaks."""
+    rng = np.random.default_rng(0)
+    shape = (count, *taps, channels, channels)
+    last, first, middle = (-1,) * len(taps), (0,) * len(taps), tuple(t // 2 for t in taps)
+    delta, two_taps = np.zeros(shape), np.zeros(shape)
+    delta[(slice(None), *middle)] = orthogonal(rng, count, channels)
+    # The extremal polynomials of the certificate, of the highest degree there is.
+    two_taps[(slice(None), *first)] = orthogonal(rng, count, channels)
+    two_taps[(slice(None), *last)] = orthogonal(rng, count, channels)
+    smooth = np.abs(rng.standard_normal((count, *taps, 1, 1))) * np.ones((1,) * (1 + len(taps)) + (channels, channels))
+    signs = rng.choice([-1.0, 1.0], size=shape)
+    near = delta + 1e-3 * rng.standard_normal(shape)
+    gauss = rng.standard_normal(shape)
+    return {"gaussian": gauss, "delta": delta, "two taps": two_taps, "smooth": smooth, "signs": signs, "near": near}
+
+
+GRIDS = [
+    ((61,), (5,)),
+    ((64,), (3,)),
+    ((24, 24), (3, 3)),
+    ((31, 18), (3, 4)),
+    ((9, 8, 10), (3, 2, 3)),
+    ((96, 5), (7, 2)),
+]
+
+
+@pytest.mark.parametrize(("size", "taps"), GRIDS, ids=str)
+def test_spectra_of_all_kinds(size, taps):
+    """In float32, over stacks: not one miss."""
+    op = CircularConv(size)
+    for name, kernels in kinds(16, taps, 3).items():
+        values, *_ = several(jnp.asarray(kernels, jnp.float32), op)
+        np.testing.assert_allclose(values, fft_norms(kernels, size), rtol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize(("size", "taps"), GRIDS, ids=str)
+def test_the_proof_alone_finds_the_largest(size, taps, monkeypatch):
+    """From the pair of frequency 0, whatever that is, instead of the climb."""
+
+    def poor(poly, op, blocks, values, vectors):
+        start = jnp.ones(poly.even.shape[-1], vectors.dtype)
+        return _search._polished(poly, op, jnp.zeros(op.num_axes, int), jnp.asarray(0), start)
+
+    monkeypatch.setattr(_search, "_best_climb", poor)
+    op = CircularConv(size)
+    # A new function: nothing compiled with the climb is used again.
+    search = quick_jit(lambda kernels: jax.vmap(lambda kernel: _search.branch_and_bound(kernel, op))(kernels))
+    for name, kernels in kinds(4, taps, 3).items():
+        sites, *_ = search(jnp.asarray(kernels))
+        values = np.linalg.svd(jax.vmap(_fourier.half_symbol, (0, None))(jnp.asarray(kernels), op), compute_uv=False)
+        reached = values[np.arange(4), np.asarray(sites), 0]
+        np.testing.assert_allclose(reached, fft_norms(kernels, size), rtol=1e-12, err_msg=name)
+
+
+def test_large_images():
+    size, kernel = (1024, 1000), gaussian((3, 3, 2, 2))
+    np.testing.assert_allclose(spectral_norm(kernel, CircularConv(size)), fft_norms(kernel[None], size)[0], rtol=1e-12)
+
+
+def test_degenerate_kernels():
+    op, shape = CircularConv((16, 16)), (3, 3, 4, 4)
+    assert one(jnp.zeros(shape), op)[0] == 0
+    assert np.isnan(one(jnp.zeros(shape).at[1, 1, 0, 0].set(jnp.nan), op)[0])
+
+
+def test_it_is_used_where_it_pays():
+    """Not for small layers, nor where the singular values are norms of vectors."""
+    assert not _search.branch_and_bound_pays((3, 3, 8, 8), CircularConv((16, 16)))
+    assert not _search.branch_and_bound_pays((3, 3, 1, 64), CircularConv((64, 64)))
+    assert _search.branch_and_bound_pays((3, 3, 64, 64), CircularConv((32, 32)))
+    assert _search.branch_and_bound_pays((3, 3, 512, 512), CircularConv((7, 7)))
