@@ -1,7 +1,8 @@
 """Singular values, norms and stable rank of layers, convolutions above all.
 
 Every function has the form `f(kernel, op, *, options)`: the kernel in Flax's layout, and the operator that says
-which linear map it stands for. The modules `sphere`, `optim` and `surrogate` are imported when first used.
+which linear map it stands for. The modules `bounds`, `sphere`, `optim` and `surrogate`
+are imported when first used.
 """
 
 import importlib
@@ -18,6 +19,7 @@ __all__ = [
     "SRNResult",
     "SingularTriplet",
     "ZeroPaddedConv",
+    "bounds",
     "leading_triplet",
     "optim",
     "singular_values",
@@ -33,7 +35,7 @@ __all__ = [
     "top_singular_values",
 ]
 
-_MODULES = ("optim", "sphere", "surrogate")
+_MODULES = ("bounds", "optim", "sphere", "surrogate")
 
 
 def __getattr__(name: str):

@@ -21,6 +21,7 @@ from jaxsrn.operators import CircularConv
 
 __all__ = [
     "complex_dtype",
+    "degrees",
     "dft_rows",
     "half_grid",
     "half_symbol",
@@ -69,6 +70,11 @@ def _polyphase(op: CircularConv, kernel_shape: tuple[int, ...]) -> list[tuple[np
     offsets = [np.arange(kernel_shape[j]) * op.kernel_dilation[j] for j in range(op.num_axes)]
     pairs = zip(offsets, op.strides, strict=True)
     return [(offset // s, offset % s == np.arange(s)[:, None]) for offset, s in pairs]
+
+
+def degrees(op: CircularConv, kernel_shape: tuple[int, ...]) -> list[int]:
+    """The degree of `||S(w) x||^2` in the angle of each axis."""
+    return [int(np.ptp(exponent)) for exponent, _ in _polyphase(op, kernel_shape)]
 
 
 def dft_rows(op: CircularConv, kernel_shape: tuple[int, ...]) -> list[np.ndarray]:

@@ -30,7 +30,7 @@ from jaxsrn._lanczos import leading_singular_vectors, random_start
 from jaxsrn._linalg import top_pairs, unit
 from jaxsrn.operators import CircularConv
 
-__all__ = ["branch_and_bound", "branch_and_bound_pays"]
+__all__ = ["branch_and_bound", "branch_and_bound_pays", "rounding"]
 
 # Blocks start at this phi: wider ones are discarded too rarely in a flat spectrum, narrower ones are too many.
 _WIDEST = 0.4
@@ -284,6 +284,11 @@ class _Proof(NamedTuple):
     best: _Pair
 
 
+def rounding(rows: int, dtype) -> float:
+    """What a singular value may be off by, relatively: from the Gram matrix and its factorization."""
+    return 2 * math.sqrt(rows) * float(jnp.finfo(dtype).eps)
+
+
 def branch_and_bound_pays(kernel_shape: tuple[int, ...], op: CircularConv) -> bool:
     """Whether an SVD at every site would take longer; static."""
     smaller = min(_fourier.site_shape(op, kernel_shape))
@@ -291,25 +296,26 @@ def branch_and_bound_pays(kernel_shape: tuple[int, ...], op: CircularConv) -> bo
     return smaller > 1 and sites * (smaller**3 + _SVD_OVERHEAD) > _SVD_WORK
 
 
-def branch_and_bound(kernel: Float[Array, "..."], op: CircularConv):
+def branch_and_bound(kernel: Float[Array, "..."], op: CircularConv, excess: float = 0.0):
     """The largest singular value of the whole grid, up to a relative `2 sqrt(channels) eps`, with its vectors.
 
-    The kernel's scale must not be extreme.
+    With `excess` a singular value that no other one exceeds by more than that share. The kernel's scale must not be
+    extreme.
 
     Returns:
       `(site, u, v)`, unit vectors with `u^H S v` that value.
     """
     poly = _polynomial(kernel, op)
-    blocks = _blocks(op, np.ptp(poly.exponents, axis=0))
+    blocks = _blocks(op, np.array(_fourier.degrees(op, kernel.shape)))
     chunk = int(np.clip(_CHUNK // math.prod(poly.even.shape[1:]), 4, 512))
     values, vectors, bounds = _estimates(poly, op, blocks, chunk)
     best = _best_climb(poly, op, blocks, values, vectors)
     # Of each level at most one chunk's children wait at a time, as the finest are taken first.
     capacity = len(blocks.corners) + (len(blocks.sizes) * 2**op.num_axes + 1) * chunk
     stack = jnp.zeros((capacity, op.num_axes), best.index.dtype), jnp.zeros(capacity, jnp.int32), jnp.asarray(0)
-    high = ~(bounds <= best.value * float(blocks.factors[0]))
+    high = ~(bounds <= (1 + excess) * best.value * float(blocks.factors[0]))
     proof = _push(_Proof(*stack, best), blocks.corners, jnp.zeros(len(bounds), jnp.int32), high)
-    step = functools.partial(_look, poly, op, blocks, chunk)
+    step = functools.partial(_look, poly, op, blocks, chunk, excess)
     # Zero and NaN need no proof.
     best = lax.while_loop(lambda proof: (proof.size > 0) & (proof.best.value > 0), step, proof).best
     sites = (*_fourier.half_grid(op), len(poly.coefficients))
@@ -328,13 +334,13 @@ def _push(proof: _Proof, corners, levels, keep: Bool[Array, " boxes"]) -> _Proof
     )
 
 
-def _look(poly: _Polynomial, op: CircularConv, blocks: _Blocks, chunk: int, proof: _Proof) -> _Proof:
+def _look(poly: _Polynomial, op: CircularConv, blocks: _Blocks, chunk: int, excess: float, proof: _Proof) -> _Proof:
     """Takes boxes from the stack, discards those proven to be low, and puts back the parts of the others."""
     bottom = jnp.maximum(proof.size - chunk, 0)
     corners = lax.dynamic_slice_in_dim(proof.corners, bottom, chunk)
     levels = lax.dynamic_slice_in_dim(proof.levels, bottom, chunk)
     waiting = bottom + jnp.arange(chunk) < proof.size
-    high = waiting & ~_are_low(poly, op, blocks, corners, levels, proof.best.value)
+    high = waiting & ~_are_low(poly, op, blocks, corners, levels, (1 + excess) * proof.best.value)
     single = levels == len(blocks.sizes) - 1
     best = _largest_of(poly, op, corners, high & single, proof.best)
     parts, is_part = _split(blocks, corners, levels)
@@ -344,14 +350,14 @@ def _look(poly: _Polynomial, op: CircularConv, blocks: _Blocks, chunk: int, proo
     return _push(proof, parts.reshape((-1, op.num_axes)), jnp.repeat(levels + 1, parts.shape[1]), keep)
 
 
-def _are_low(poly: _Polynomial, op: CircularConv, blocks: _Blocks, corners, levels, best) -> Bool[Array, " boxes"]:
-    """Whether boxes are proven to hold nothing above `best`, up to rounding."""
+def _are_low(poly: _Polynomial, op: CircularConv, blocks: _Blocks, corners, levels, limit) -> Bool[Array, " boxes"]:
+    """Whether boxes are proven to hold nothing above the limit, up to rounding."""
     dtype = poly.even.dtype
     sizes, factors = jnp.asarray(blocks.sizes)[levels], jnp.asarray(blocks.factors, dtype)[levels]
     grams = _grams(poly, op, _doubled_centres(corners, sizes, blocks.ends))
-    # Rounding of the Gram matrix and of its factorization; half of this in terms of the singular value.
-    slack = 4 * math.sqrt(poly.coefficients.shape[-2]) * float(jnp.finfo(dtype).eps)
-    level = jnp.where(factors > 0, best * factors, 0) ** 2 * (1 + slack)
+    # Half of it in terms of the singular value.
+    slack = 2 * rounding(poly.coefficients.shape[-2], dtype)
+    level = jnp.where(factors > 0, limit * factors, 0) ** 2 * (1 + slack)
     scaled = grams / jnp.where(level == 0, 1, level)[:, None, None, None].astype(grams.dtype)
     identity = jnp.eye(grams.shape[-1], dtype=grams.dtype)[None, None]
     factor = lax.linalg.cholesky(identity - scaled, symmetrize_input=False)

@@ -259,3 +259,32 @@ def derivative(function, point, direction, step: float = 1e-6) -> float:
     """The derivative of a function of a float64 array along a direction, by central differences."""
     point, direction = np.asarray(point), np.asarray(direction)
     return (function(point + step * direction) - function(point - step * direction)) / (2 * step)
+
+
+def fft_norms(kernels, size):
+    """Largest singular values of a stack of kernels with stride 1, over the half grid: Sedghi's two lines."""
+    axes = tuple(range(1, 1 + len(size)))
+    symbols = np.fft.rfftn(np.asarray(kernels, np.float64), size, axes=axes)
+    values = np.linalg.svd(symbols, compute_uv=False)
+    return values.max(axis=tuple(range(1, values.ndim)))
+
+
+def orthogonal(rng, count, channels):
+    return np.linalg.qr(rng.standard_normal((count, channels, channels)))[0]
+
+
+def spectral_kinds(count: int, taps: tuple[int, ...], channels: int) -> dict[str, np.ndarray]:
+    """Stacks of kernels whose spectra are flat, constant, peaked, or of many equal peaks."""
+    rng = np.random.default_rng(0)
+    shape = (count, *taps, channels, channels)
+    last, first, middle = (-1,) * len(taps), (0,) * len(taps), tuple(t // 2 for t in taps)
+    delta, two_taps = np.zeros(shape), np.zeros(shape)
+    delta[(slice(None), *middle)] = orthogonal(rng, count, channels)
+    # The extremal polynomials of the certificate, of the highest degree there is.
+    two_taps[(slice(None), *first)] = orthogonal(rng, count, channels)
+    two_taps[(slice(None), *last)] = orthogonal(rng, count, channels)
+    smooth = np.abs(rng.standard_normal((count, *taps, 1, 1))) * np.ones((1,) * (1 + len(taps)) + (channels, channels))
+    signs = rng.choice([-1.0, 1.0], size=shape)
+    near = delta + 1e-3 * rng.standard_normal(shape)
+    gauss = rng.standard_normal(shape)
+    return {"gaussian": gauss, "delta": delta, "two taps": two_taps, "smooth": smooth, "signs": signs, "near": near}

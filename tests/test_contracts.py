@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import jaxsrn
-from jaxsrn import CircularConv, Dense, ZeroPaddedConv, optim, surrogate
+from jaxsrn import CircularConv, Dense, ZeroPaddedConv, bounds, optim, surrogate
 
 DENSE = (Dense(), (3, 2))
 CIRCULAR = (CircularConv((4,)), (3, 2, 2))
@@ -41,6 +41,9 @@ CONTRACTS = [
     Contract("top_singular_values", lambda k, op: jaxsrn.top_singular_values(k, op, 1)),
     Contract("leading_triplet", jaxsrn.leading_triplet),
     Contract("spectral_norm", jaxsrn.spectral_norm),
+    Contract("bounds.certified", bounds.certified),
+    Contract("bounds.certified at any size", lambda k, op: bounds.certified(k, op, any_size=True)),
+    Contract("bounds.gram_iteration", bounds.gram_iteration),
     Contract("stable_rank", jaxsrn.stable_rank),
     Contract("srn", lambda k, op: jaxsrn.srn(k, 1.2, num_preserved=0), (DENSE,), True),
     Contract("srn raising", lambda k, op: jaxsrn.srn(k, 1.9, raise_rank=True), (DENSE,), True),
@@ -194,5 +197,7 @@ def test_bad_kernels(contract, op, shape):
 def test_every_public_function_has_a_contract():
     static = {"stable_rank_range", "surrogate.forms", "surrogate.form_eigenvalues"}  # of shapes, not of kernels
     public = {name for name in jaxsrn.__all__ if inspect.isfunction(getattr(jaxsrn, name))}
-    public |= {f"surrogate.{name}" for name in surrogate.__all__ if inspect.isfunction(getattr(surrogate, name))}
+    for module in (bounds, surrogate):
+        short = module.__name__.removeprefix("jaxsrn.")
+        public |= {f"{short}.{name}" for name in module.__all__ if inspect.isfunction(getattr(module, name))}
     assert public - static == {contract.name.split()[0] for contract in CONTRACTS}

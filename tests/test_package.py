@@ -21,6 +21,7 @@ ORDER = [
     "_pairs",
     "spectra",
     "norms",
+    "bounds",
     "ranks",
     "_exact",
     "_starts",
@@ -58,7 +59,7 @@ def test_imports_point_one_way(module):
 
 
 @pytest.mark.parametrize(
-    "module", ["operators", "spectra", "norms", "ranks", "normalization", "sphere", "optim", "surrogate"]
+    "module", ["operators", "spectra", "norms", "bounds", "ranks", "normalization", "sphere", "optim", "surrogate"]
 )
 def test_public_names_are_listed_and_documented(module):
     loaded = getattr(__import__(f"jaxsrn.{module}"), module)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import CASES, dense, gaussian, quick_jit
+from cases import CASES, dense, fft_norms, gaussian, quick_jit, spectral_kinds
 
 from jaxsrn import CircularConv, _fourier, _search, spectral_norm
 
@@ -30,35 +30,6 @@ def test_every_circular_operator(case):
     np.testing.assert_allclose(norms, 1, rtol=1e-12)
 
 
-def fft_norms(kernels, size):
-    """Largest singular values of a stack of kernels with stride 1, over the half grid: Sedghi's two lines."""
-    axes = tuple(range(1, 1 + len(size)))
-    symbols = np.fft.rfftn(np.asarray(kernels, np.float64), size, axes=axes)
-    values = np.linalg.svd(symbols, compute_uv=False)
-    return values.max(axis=tuple(range(1, values.ndim)))
-
-
-def orthogonal(rng, count, channels):
-    return np.linalg.qr(rng.standard_normal((count, channels, channels)))[0]
-
-
-def kinds(count: int, taps: tuple[int, ...], channels: int) -> dict[str, np.ndarray]:
-    """Stacks of kernels whose spectra are flat, constant, peaked, or of many equal peaks."""
-    rng = np.random.default_rng(0)
-    shape = (count, *taps, channels, channels)
-    last, first, middle = (-1,) * len(taps), (0,) * len(taps), tuple(t // 2 for t in taps)
-    delta, two_taps = np.zeros(shape), np.zeros(shape)
-    delta[(slice(None), *middle)] = orthogonal(rng, count, channels)
-    # The extremal polynomials of the certificate, of the highest degree there is.
-    two_taps[(slice(None), *first)] = orthogonal(rng, count, channels)
-    two_taps[(slice(None), *last)] = orthogonal(rng, count, channels)
-    smooth = np.abs(rng.standard_normal((count, *taps, 1, 1))) * np.ones((1,) * (1 + len(taps)) + (channels, channels))
-    signs = rng.choice([-1.0, 1.0], size=shape)
-    near = delta + 1e-3 * rng.standard_normal(shape)
-    gauss = rng.standard_normal(shape)
-    return {"gaussian": gauss, "delta": delta, "two taps": two_taps, "smooth": smooth, "signs": signs, "near": near}
-
-
 GRIDS = [
     ((61,), (5,)),
     ((64,), (3,)),
@@ -73,7 +44,7 @@ GRIDS = [
 def test_spectra_of_all_kinds(size, taps):
     """In float32, over stacks: not one miss."""
     op = CircularConv(size)
-    for name, kernels in kinds(16, taps, 3).items():
+    for name, kernels in spectral_kinds(16, taps, 3).items():
         values, *_ = several(jnp.asarray(kernels, jnp.float32), op)
         np.testing.assert_allclose(values, fft_norms(kernels, size), rtol=1e-5, err_msg=name)
 
@@ -90,7 +61,7 @@ def test_the_proof_alone_finds_the_largest(size, taps, monkeypatch):
     op = CircularConv(size)
     # A new function: nothing compiled with the climb is used again.
     search = quick_jit(lambda kernels: jax.vmap(lambda kernel: _search.branch_and_bound(kernel, op))(kernels))
-    for name, kernels in kinds(4, taps, 3).items():
+    for name, kernels in spectral_kinds(4, taps, 3).items():
         sites, *_ = search(jnp.asarray(kernels))
         values = np.linalg.svd(jax.vmap(_fourier.half_symbol, (0, None))(jnp.asarray(kernels), op), compute_uv=False)
         reached = values[np.arange(4), np.asarray(sites), 0]

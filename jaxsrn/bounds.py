@@ -1,0 +1,264 @@
+"""Bounds of the spectral norm of a layer: a certified interval, and Gram iteration.
+
+Zero padding is bounded through circular layers that **cover** it: the zero-padded map is a circular one on the padded
+image, restricted to some inputs and outputs, which can only lower the norm. A coarse grid of frequencies bounds the
+supremum over all, and with it every image size: a symbol of degree `d` is at most `1 / cos(pi d / (2 m))` times its
+maximum over `m` equispaced angles per axis (M. Riesz).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float, Inexact
+
+from jaxsrn import _fourier, _pairs
+from jaxsrn._checks import Kernel, ensure, float_dtype, kernel_array
+from jaxsrn._search import branch_and_bound, branch_and_bound_pays, rounding
+from jaxsrn.norms import frozen_value
+from jaxsrn.operators import CircularConv, Dense, Operator, ZeroPaddedConv
+
+__all__ = ["NormInterval", "certified", "gram_iteration"]
+
+# Angles per degree and axis of the grid that stands for all frequencies: 0.25% above the supremum in two dimensions.
+_OVERSAMPLING = 32
+# Relative residual of the lower end with zero padding; its error is the square.
+_LOOSE = 3e-3
+
+
+class NormInterval(NamedTuple):
+    """`lower <= ||T(K)||_2 <= upper`."""
+
+    lower: Float[Array, "..."]
+    upper: Float[Array, "..."]
+
+
+# Circular layers whose norm is at least that of the layer
+
+
+def _covers(
+    kernel: Float[Array, "..."], op: Operator, any_size: bool
+) -> list[tuple[Float[Array, "..."], CircularConv]]:
+    """Kernels and circular operators, the norm of each an upper bound; at any size, on a grid for all frequencies."""
+    if isinstance(op, CircularConv):
+        covers = [(kernel, op)]
+    else:
+        strided = _cover(op, kernel.shape, op.strides)
+        # Of the upsampled input the adjoint is strided. Each bound ignores the other of stride and input dilation.
+        upsampled = _cover(op, kernel.shape, op.input_dilation)
+        keep = (
+            [strided]
+            if set(op.input_dilation) == {1}
+            else [upsampled]
+            if set(op.strides) == {1}
+            else [strided, upsampled]
+        )
+        covers = [(_adjoint(kernel, op) if cover is upsampled else kernel, cover) for cover in keep]
+    return [(k, _for_any_size(cover, k.shape) if any_size else cover) for k, cover in covers]
+
+
+def _cover(op: ZeroPaddedConv, kernel_shape, strides: tuple[int, ...]) -> CircularConv:
+    """The circular operator on the padded image, or a little more where the strides want it."""
+    padded = (n + sum(pad) for n, pad in zip(op.dilated_shape, op.pads(kernel_shape), strict=True))
+    needed = (max(size, extent) for size, extent in zip(padded, op.extents(kernel_shape), strict=True))
+    size = tuple(-(-n // s) * s for n, s in zip(needed, strides, strict=True))
+    groups = op.feature_group_count
+    return CircularConv(size, strides=strides, kernel_dilation=op.kernel_dilation, feature_group_count=groups)
+
+
+def _adjoint(kernel: Float[Array, "..."], op: ZeroPaddedConv) -> Float[Array, "..."]:
+    """The kernel with inputs and outputs of each group exchanged (the taps' order does not matter to norms)."""
+    by_group = kernel.reshape((*kernel.shape[:-1], op.feature_group_count, -1))
+    return jnp.swapaxes(by_group, -3, -1).reshape((*kernel.shape[:-2], by_group.shape[-1], -1))
+
+
+def _for_any_size(op: CircularConv, kernel_shape, oversampling: int = _OVERSAMPLING) -> CircularConv:
+    """The same symbol on a grid that is fine enough for its supremum."""
+    # Without strides dilation only repeats the spectrum.
+    dilation = tuple(1 if s == 1 else e for s, e in zip(op.strides, op.kernel_dilation, strict=True))
+    op = dataclasses.replace(op, kernel_dilation=dilation)
+    grid = [oversampling * max(d, 1) for d in _fourier.degrees(op, kernel_shape)]
+    return dataclasses.replace(op, input_shape=tuple(m * s for m, s in zip(grid, op.strides, strict=True)))
+
+
+def _overshoot(op: CircularConv, kernel_shape) -> float:
+    """What the supremum over all frequencies can exceed the maximum of the grid by, as a factor."""
+    degrees = _fourier.degrees(op, kernel_shape)
+    return 1 / math.prod(math.cos(math.pi * d / (2 * m)) for d, m in zip(degrees, op.grid, strict=True))
+
+
+# The interval
+
+
+def certified(kernel: Kernel, op: Operator, *, resolution: float = 0.01, any_size: bool = False) -> NormInterval:
+    """An interval that is guaranteed to hold the spectral norm of `T(kernel)`, faster than the norm itself.
+
+    Circular: from below the value of a frequency, from above the proof by branch and bound that no other one exceeds
+    it by more than `resolution`. Dense: an SVD. Zero padding: from below a Rayleigh quotient of the real operator
+    (Lanczos), from above the circular layers that cover it. The ends are widened for rounding. The cost does not
+    depend on the size of the image, but for the Lanczos steps of zero padding.
+
+    With zero padding the width is what the covers lose, most on small images; it does not shrink with `resolution`.
+
+    Args:
+      kernel: `(c_in, c_out)` or `(*taps, c_in // groups, c_out)`.
+      op: its operator.
+      resolution: static; the relative width of the interval that is good enough (circular).
+      any_size: static; an interval for the layers of **all** image sizes at once: from above the supremum of the
+        symbol over all frequencies, from below frequency 0 (circular), or the smallest norm of a tap (zero padding).
+
+    Returns:
+      A `NormInterval` in float32 or wider; NaN where the kernel has one. The ends' gradients hold the singular
+      vectors constant, and are finite.
+
+    Raises:
+      ValueError: a kernel that does not fit, or a resolution that is not between 0 and 1.
+    """
+    kernel = kernel_array(kernel, op)
+    ensure(
+        isinstance(resolution, (int, float)) and 0 <= resolution < 1,
+        f"resolution: got {resolution!r}, expected a static number from 0 to 1, such as 0.01.",
+    )
+    return _certified(kernel, op, float(resolution), bool(any_size))
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _certified(kernel, op, resolution, any_size):
+    kernel = kernel.astype(float_dtype(kernel.dtype))
+    # At any size, taps that miss this image meet others.
+    kernel, scale = _by_largest(kernel) if any_size else _pairs.rescaled(kernel, op)
+    if isinstance(op, Dense):
+        interval = _frozen_leading(kernel, op, _pairs.default_tolerance(kernel.dtype))
+        interval = NormInterval(interval, interval)
+    else:
+        ends = [_of_circular(k, cover, resolution) for k, cover in _covers(kernel, op, any_size)]
+        overshoots = [_overshoot(cover, k.shape) if any_size else 1.0 for k, cover in _covers(kernel, op, any_size)]
+        upper = functools.reduce(jnp.minimum, [end.upper * above for end, above in zip(ends, overshoots, strict=True)])
+        if any_size:
+            lower = _lower_at_any_size(kernel, op)
+        else:
+            lower = ends[0].lower if isinstance(op, CircularConv) else _frozen_leading(kernel, op, _LOOSE)
+        interval = NormInterval(lower, upper)
+    widened = _widened(interval, kernel, may_cancel=any_size or op.distinct_shape(kernel.shape) != kernel.shape)
+    return NormInterval(widened.lower * scale, widened.upper * scale)
+
+
+def _widened(interval: NormInterval, kernel: Float[Array, "..."], may_cancel: bool) -> NormInterval:
+    """The interval with room for rounding; where taps can cancel, also for that of what they cancel from."""
+    slack = 2 * rounding(math.prod(kernel.shape[:-1]), kernel.dtype)
+    margin = slack * lax.stop_gradient(jnp.linalg.norm(kernel)) if may_cancel else 0.0
+    lower = jnp.maximum(interval.lower * (1 - slack) - margin, 0)
+    return NormInterval(lower, interval.upper * (1 + slack) + margin)
+
+
+def _by_largest(kernel: Float[Array, "..."]):
+    """`(kernel / scale, scale)`, its largest entry as a constant (1 for zero)."""
+    largest = lax.stop_gradient(jnp.max(jnp.abs(kernel)))
+    scale = jnp.where(largest == 0, 1.0, largest)
+    return kernel / scale, scale
+
+
+def _of_circular(kernel: Float[Array, "..."], op: CircularConv, resolution: float) -> NormInterval:
+    fixed = lax.stop_gradient(kernel)
+    if branch_and_bound_pays(kernel.shape, op):
+        value = frozen_value(kernel, op, _pairs.Pair(*branch_and_bound(fixed, op, resolution)))
+        return NormInterval(value, (1 + resolution) * value)
+    value = _frozen_leading(kernel, op, _pairs.default_tolerance(kernel.dtype))
+    return NormInterval(value, value)
+
+
+def _frozen_leading(kernel: Float[Array, "..."], op: Operator, tolerance: float) -> Float[Array, ""]:
+    return frozen_value(kernel, op, _pairs.leading(lax.stop_gradient(kernel), op, tolerance))
+
+
+def _lower_at_any_size(kernel: Float[Array, "..."], op: Operator) -> Float[Array, ""]:
+    """Every circular grid has frequency 0; every zero-padded layer connects some two samples by a tap of its own."""
+    if isinstance(op, CircularConv):
+        at_zero = jnp.arange(op.feature_group_count)
+        return jnp.max(_pairs.site_pairs(kernel, op, at_zero)[0])
+    by_group = kernel.reshape((*kernel.shape[:-1], op.feature_group_count, -1))
+    taps = jnp.moveaxis(by_group, -2, -3).reshape((-1, op.feature_group_count, kernel.shape[-2], by_group.shape[-1]))
+    return jnp.min(jnp.max(jnp.linalg.svd(taps, compute_uv=False)[..., 0], axis=-1))
+
+
+# Gram iteration
+
+
+def gram_iteration(kernel: Kernel, op: Operator, *, num_steps: int = 6, oversampling: int = 8) -> Float[Array, ""]:
+    """A guaranteed upper bound of the spectral norm by repeated squaring of the symbol's Gram matrices.
+
+    Delattre et al. 2023: `G_0 = S^H S`, `G <- G^H G`, rescaled; `||G_t||_F^(1/2^(t+1))` bounds the singular values of
+    `S` from above at every `t`, and converges quadratically to the largest where that is simple; `k` equal ones leave
+    a factor `k^(1/2^(t+2))`. Here on the layer's own frequencies where they are few, else on a coarse grid over the
+    cosines, which bounds all frequencies at once. Zero padding: of the circular layers that cover it.
+
+    Args:
+      kernel: `(c_in, c_out)` or `(*taps, c_in // groups, c_out)`.
+      op: its operator.
+      num_steps: static; squarings.
+      oversampling: static; angles per degree and axis of the coarse grid.
+
+    Returns:
+      A scalar in float32 or wider, differentiable; NaN where the kernel has one.
+
+    Raises:
+      ValueError: a kernel that does not fit, fewer than one step, an oversampling below 2.
+    """
+    kernel = kernel_array(kernel, op)
+    for name, value, least in (("num_steps", num_steps, 1), ("oversampling", oversampling, 2)):
+        ensure(
+            isinstance(value, (int, np.integer)) and value >= least,
+            f"{name}: got {value!r}, expected a static integer >= {least}.",
+        )
+    return _gram_iteration(kernel, op, int(num_steps), int(oversampling))
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _gram_iteration(kernel, op, num_steps, oversampling):
+    kernel, scale = _pairs.rescaled(kernel.astype(float_dtype(kernel.dtype)), op)
+    if isinstance(op, Dense):
+        bounds = [_squared(kernel[None], num_steps)]
+    else:
+        bounds = [_squared_symbol(k, cover, num_steps, oversampling) for k, cover in _covers(kernel, op, False)]
+    bound = functools.reduce(jnp.minimum, bounds)
+    may_cancel = op.distinct_shape(kernel.shape) != kernel.shape
+    return _widened(NormInterval(bound, bound), kernel, may_cancel).upper * scale
+
+
+def _squared_symbol(kernel: Float[Array, "..."], op: CircularConv, num_steps: int, oversampling: int):
+    """On the layer's own grid, or on a coarse one for all frequencies where that is smaller."""
+    coarse = _for_any_size(op, kernel.shape, oversampling)
+    if math.prod(coarse.grid) >= math.prod(op.grid):
+        return _squared(_fourier.half_symbol(kernel, op), num_steps)
+    return _squared(_fourier.half_symbol(kernel, coarse), num_steps) * _overshoot(coarse, kernel.shape)
+
+
+def _squared(matrices: Inexact[Array, "batch in out"], num_steps: int) -> Float[Array, ""]:
+    """The largest of the bounds of a stack of matrices."""
+    if matrices.shape[-2] < matrices.shape[-1]:
+        matrices = jnp.swapaxes(matrices, -1, -2)
+    product = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
+    grams = product(jnp.swapaxes(matrices.conj(), -1, -2), matrices)
+    norms = _frobenius(grams)
+    is_zero, log_bounds = norms == 0, 0.0
+    for step in range(num_steps):
+        # Of what the matrices are divided by, the root that the bound takes.
+        scale = jnp.where(is_zero, 1.0, norms)
+        log_bounds = log_bounds + jnp.log(scale) / 2 ** (step + 1)
+        grams = grams / scale[:, None, None].astype(grams.dtype)
+        grams = product(grams, grams)
+        norms = _frobenius(grams)
+    log_bounds = log_bounds + jnp.log(jnp.where(is_zero, 1.0, norms)) / 2 ** (num_steps + 1)
+    return jnp.max(jnp.where(is_zero, 0.0, jnp.exp(log_bounds)))
+
+
+def _frobenius(matrices: Inexact[Array, "batch n n"]) -> Float[Array, " batch"]:
+    squares = jnp.sum(jnp.real(matrices * matrices.conj()), axis=(-2, -1))
+    return jnp.where(squares == 0, 0.0, jnp.sqrt(jnp.where(squares == 0, 1.0, squares)))

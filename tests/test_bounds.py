@@ -1,0 +1,157 @@
+"""Certified intervals and Gram iteration: never violated, against explicit matrices and NumPy's FFT."""
+
+import dataclasses
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import BAD_KERNELS, BY_NAME, CASES, dense, fft_norms, gaussian, quick_jit, spectral_kinds
+
+from jaxsrn import CircularConv, Dense, ZeroPaddedConv, bounds
+
+
+def holds(interval, norm) -> bool:
+    return bool(interval.lower <= norm <= interval.upper)
+
+
+def as_float64(tree):
+    """For comparisons with NumPy's numbers."""
+    return jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), tree)
+
+
+@quick_jit
+def all_bounds(kernel, op):
+    return bounds.certified(kernel, op), bounds.certified(kernel, op, any_size=True), bounds.gram_iteration(kernel, op)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_every_operator(case):
+    kernel = gaussian(case.kernel_shape)
+    norm = np.linalg.norm(dense(kernel, case.op), 2)
+    interval, any_size, gram = all_bounds(jnp.asarray(kernel), case.op)
+    assert holds(interval, norm)
+    assert holds(any_size, norm)
+    assert gram >= norm
+    if not isinstance(case.op, ZeroPaddedConv):
+        np.testing.assert_allclose(interval.upper, interval.lower, rtol=1e-12)
+        # The coarse grid may cost 1 / cos(pi / 16) per axis, equal singular values a little more.
+        assert gram <= 1.1 * norm
+
+
+SIZES = [(4, 9), (3, 5), (16, 31), (8, 8)]
+
+
+@pytest.mark.parametrize(
+    "name", ["circular-2d", "circular-2d-dilation", "circular-2d-groups", "same-2d", "valid-2d-dilation"]
+)
+def test_one_interval_for_all_sizes(name):
+    _, op, shape = BY_NAME[name]
+    kernel = gaussian(shape)
+    interval = bounds.certified(kernel, op, any_size=True)
+    norms = [np.linalg.norm(dense(kernel, dataclasses.replace(op, input_shape=size)), 2) for size in SIZES]
+    assert all(holds(interval, norm) for norm in norms)
+    # It is the supremum over sizes: large images come close.
+    if isinstance(op, CircularConv):
+        assert interval.upper <= 1.02 * max(norms)
+
+
+@pytest.mark.parametrize("name", ["circular-1d-stride", "same-1d-stride", "transposed-1d", "same-1d-depthwise"])
+def test_all_sizes_of_strided_and_transposed_layers(name):
+    _, op, shape = BY_NAME[name]
+    for seed in range(3):
+        kernel = gaussian(shape, seed)
+        interval = bounds.certified(kernel, op, any_size=True)
+        for n in (8, 12, 30):
+            norm = np.linalg.norm(dense(kernel, dataclasses.replace(op, input_shape=(n,))), 2)
+            assert holds(interval, norm)
+
+
+@pytest.mark.parametrize("n", [2, 3, 5, 8, 16, 33])
+def test_thousands_of_extremal_polynomials(n):
+    """One channel in float32: two taps at the ends attain the certificate at a half-step offset; random phases."""
+    op, count = CircularConv((n,)), 2000
+    rng = np.random.default_rng(n)
+    taps = rng.standard_normal((count, 3))
+    taps[: count // 2, 1] = 0
+    taps[: count // 4, 2] = taps[: count // 4, 0] * rng.choice([-1, 1], count // 4)
+    taps *= 10.0 ** rng.uniform(-6, 6, (count, 1))
+    kernels = jnp.asarray(taps.reshape((count, 3, 1, 1)), jnp.float32)
+    wide = np.asarray(kernels, np.float64)[..., 0, 0]
+    folded = np.zeros((count, n))
+    for p in range(3):
+        folded[:, p % n] += wide[:, p]
+    norms = np.abs(np.fft.fft(folded, axis=-1)).max(axis=-1)
+    interval, any_size, gram = as_float64(jax.vmap(all_bounds.__wrapped__, (0, None))(kernels, op))
+    for bound in (interval, any_size):
+        assert np.all(bound.lower <= norms)
+        assert np.all(norms <= bound.upper)
+    assert np.all(norms <= gram)
+
+
+GRIDS = [((61,), (5,)), ((24, 24), (3, 3)), ((9, 8, 10), (3, 2, 3))]
+
+
+@pytest.mark.parametrize("resolution", [0.0, 0.01, 0.2])
+@pytest.mark.parametrize(("size", "taps"), GRIDS, ids=str)
+def test_interval_by_branch_and_bound(size, taps, resolution, monkeypatch):
+    """As in large layers, on small ones of all kinds of spectra, in float32."""
+    monkeypatch.setattr(bounds, "branch_and_bound_pays", lambda *_: True)
+    jax.clear_caches()
+    interval_of = quick_jit(
+        jax.vmap(lambda kernel: bounds.certified(kernel, CircularConv(size), resolution=resolution))
+    )
+    for name, kernels in spectral_kinds(12, taps, 3).items():
+        kernels = jnp.asarray(kernels, jnp.float32)
+        interval, norms = as_float64(interval_of(kernels)), fft_norms(kernels, size)
+        assert np.all(interval.lower <= norms), name
+        assert np.all(norms <= interval.upper), name
+        assert np.all(interval.upper <= (1 + resolution) * (1 + 1e-4) * interval.lower), name
+    jax.clear_caches()
+
+
+def test_gram_iteration_is_the_published_one():
+    """On a layer's own frequencies: `||G^(2^t)||_F^(1/2^(t+1))`, written out."""
+    op, kernel = CircularConv((5, 4)), gaussian((3, 3, 2, 3))
+    symbol = np.fft.fft2(kernel, (5, 4), axes=(0, 1)).reshape((-1, 2, 3))
+    gram = symbol @ symbol.conj().swapaxes(1, 2)
+    for steps in (1, 2, 5):
+        power = np.linalg.matrix_power(gram, 2**steps)
+        expected = np.max(np.linalg.norm(power, axis=(1, 2)) ** (1 / 2 ** (steps + 1)))
+        np.testing.assert_allclose(bounds.gram_iteration(kernel, op, num_steps=steps), expected, rtol=1e-6)
+        assert bounds.gram_iteration(kernel, op, num_steps=steps) >= expected
+
+
+def test_gram_iteration_on_a_coarse_grid():
+    op, kernel = CircularConv((200,)), gaussian((3, 4, 4))
+    norm = fft_norms(kernel[None], (200,))[0]
+    previous = np.inf
+    for oversampling in (2, 4, 16):
+        bound = bounds.gram_iteration(kernel, op, num_steps=10, oversampling=oversampling)
+        assert norm <= bound < previous
+        assert bound <= norm * (1 + 1e-3) / np.cos(np.pi / (2 * oversampling))
+        previous = bound
+
+
+def test_gradients():
+    """The ends move as the norm does; Gram iteration is smooth."""
+    for op, shape in ((CircularConv((6, 5)), (3, 3, 2, 3)), (Dense(), (4, 3))):
+        kernel, direction = jnp.asarray(gaussian(shape)), gaussian(shape, seed=1)
+        for function in (lambda k, op=op: bounds.certified(k, op).upper, lambda k, op=op: bounds.gram_iteration(k, op)):
+            step = 1e-6
+            slope = (function(kernel + step * direction) - function(kernel - step * direction)) / (2 * step)
+            np.testing.assert_allclose(jnp.vdot(jax.grad(function)(kernel), direction), slope, rtol=1e-5)
+
+
+def test_errors():
+    op, kernel = CircularConv((8, 8)), gaussian((3, 3, 1, 2))
+    for (bad, message), function in itertools.product(BAD_KERNELS, (bounds.certified, bounds.gram_iteration)):
+        with pytest.raises(ValueError, match=message):
+            function(bad, op)
+    with pytest.raises(ValueError, match=r"resolution: got 1\.5, expected a static number from 0 to 1"):
+        bounds.certified(kernel, op, resolution=1.5)
+    with pytest.raises(ValueError, match="num_steps: got 0, expected a static integer >= 1"):
+        bounds.gram_iteration(kernel, op, num_steps=0)
+    with pytest.raises(ValueError, match="oversampling: got 1, expected a static integer >= 2"):
+        bounds.gram_iteration(kernel, op, oversampling=1)
