@@ -392,7 +392,7 @@ def report_times(runs, size: Size, misses: list) -> str:
             ratios[name].append(elapsed / runs["exact"][target].seconds)
             off[name].append(abs(rank / target - 1))
             steps = f"{int(result.num_steps):,}"
-            steps = f"16 x {steps}" if name == "continuation" else steps
+            steps = f"32 x {steps}" if name == "continuation" else steps
             row = [title, f"{target:g}", steps, seconds(elapsed), significant(ratios[name][-1])]
             rows.append([*row, f"{rank:.6f}", f"{norm:.6f}", f"{distance(result.kernel, KERNEL):.4f}"])
             if name == "exact":
@@ -401,7 +401,7 @@ def report_times(runs, size: Size, misses: list) -> str:
     gap = max(float(run.result.gap) for run in runs["exact"].values())
     return paragraphs(
         f"a = (1, 0, 0), N = {N}; medians of times, compiled before. The published surrogate: from one start{cut}. "
-        "With continuation: `surrogate.solve` by default, the best of 16 starts. Norms and distances relative to a's.",
+        "With continuation: `surrogate.solve` by default, the best of 32 starts. Norms and distances relative to a's.",
         table(("method", "target", "iterations", "time", "time / exact", "stable rank", "norm", "distance"), rows),
         f"Median ratio of times: published / exact **{significant(np.median(ratios['published']))}**, continuation / "
         f"exact **{significant(np.median(ratios['continuation']))}**. The stable rank is off by up to "

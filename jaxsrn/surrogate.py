@@ -242,7 +242,7 @@ def solve(
     target,
     *,
     key,
-    num_restarts: int = 16,
+    num_restarts: int = 32,
     num_steps: int = 2000,
     optimizer: optax.GradientTransformation | None = None,
     alpha=None,
