@@ -47,20 +47,14 @@ def _covers(
     kernel: Float[Array, "..."], op: Operator, any_size: bool
 ) -> list[tuple[Float[Array, "..."], CircularConv]]:
     """Kernels and circular operators, the norm of each an upper bound; at any size, on a grid for all frequencies."""
+    covers = []
     if isinstance(op, CircularConv):
-        covers = [(kernel, op)]
-    else:
-        strided = _cover(op, kernel.shape, op.strides)
+        covers.append((kernel, op))
+    elif set(op.input_dilation) == {1} or set(op.strides) != {1}:
+        covers.append((kernel, _cover(op, kernel.shape, op.strides)))
+    if set(op.input_dilation) != {1}:
         # Of the upsampled input the adjoint is strided. Each bound ignores the other of stride and input dilation.
-        upsampled = _cover(op, kernel.shape, op.input_dilation)
-        keep = (
-            [strided]
-            if set(op.input_dilation) == {1}
-            else [upsampled]
-            if set(op.strides) == {1}
-            else [strided, upsampled]
-        )
-        covers = [(_adjoint(kernel, op) if cover is upsampled else kernel, cover) for cover in keep]
+        covers.append((_adjoint(kernel, op), _cover(op, kernel.shape, op.input_dilation)))
     return [(k, _for_any_size(cover, k.shape) if any_size else cover) for k, cover in covers]
 
 
@@ -138,13 +132,14 @@ def _certified(kernel, op, resolution, any_size):
         interval = _frozen_leading(kernel, op, _pairs.default_tolerance(kernel.dtype))
         interval = NormInterval(interval, interval)
     else:
-        ends = [_of_circular(k, cover, resolution) for k, cover in _covers(kernel, op, any_size)]
-        overshoots = [_overshoot(cover, k.shape) if any_size else 1.0 for k, cover in _covers(kernel, op, any_size)]
-        upper = functools.reduce(jnp.minimum, [end.upper * above for end, above in zip(ends, overshoots, strict=True)])
+        covers = _covers(kernel, op, any_size)
+        found = [_of_circular(k, cover, resolution) for k, cover in covers]
+        above = [_overshoot(cover, k.shape) if any_size else 1.0 for k, cover in covers]
+        upper = functools.reduce(jnp.minimum, [one.upper * factor for one, factor in zip(found, above, strict=True)])
         if any_size:
             lower = _lower_at_any_size(kernel, op)
         else:
-            lower = ends[0].lower if isinstance(op, CircularConv) else _frozen_leading(kernel, op, _LOOSE)
+            lower = found[0].lower if isinstance(op, CircularConv) else _frozen_leading(kernel, op, _LOOSE)
         interval = NormInterval(lower, upper)
     widened = _widened(interval, kernel, may_cancel=any_size or op.distinct_shape(kernel.shape) != kernel.shape)
     return NormInterval(widened.lower * scale, widened.upper * scale)

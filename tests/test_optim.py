@@ -408,7 +408,7 @@ def test_parameters_are_needed():
 
 
 @pytest.mark.usefixtures("no_type_checks")
-@pytest.mark.parametrize("inner", [0.1, optax.sgd, None, "adam"], ids=str)
+@pytest.mark.parametrize("inner", [0.1, optax.sgd, None, "adam"], ids=["number", "function", "nothing", "name"])
 def test_only_transformations(inner):
     with pytest.raises(ValueError, match=r"inner: got .* expected an optax.GradientTransformation"):
         on_sphere(inner)
