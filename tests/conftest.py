@@ -22,3 +22,10 @@ def standard_promotion():
     """JAX's own promotion rules, for optax's Adam: its bias correction raises a float to an integer count."""
     with jax.numpy_dtype_promotion("standard"):
         yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def released_programs():
+    """Compiled programs hold memory maps, and XLA crashes where a process has too many: none outlives its module."""
+    yield
+    jax.clear_caches()
