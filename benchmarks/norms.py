@@ -1,7 +1,7 @@
 """How fast and how exact are the norms, beside everything else that computes, bounds or estimates them?
 
-    python benchmarks/norms.py                 # everything, some 20 minutes on 2 quiet cores; recorded with pictures
-    python benchmarks/norms.py --only memory   # one part of it (may be repeated), nothing recorded
+    python benchmarks/norms.py                 # everything, some 20 minutes on 2 quiet cores; records every part
+    python benchmarks/norms.py --only memory   # one part of it (may be repeated)
     python benchmarks/norms.py --no-network    # without the trained ResNet-50: no download, nothing recorded
     python benchmarks/norms.py --fast          # tiny kernels, a minute or two, no download, nothing recorded
 
@@ -1041,7 +1041,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--fast", action="store_true", help="tiny kernels, no download, nothing recorded")
     parser.add_argument("--no-network", action="store_true", help="without the trained ResNet-50, nothing recorded")
-    parser.add_argument("--only", action="append", choices=PARTS, help="this part, nothing recorded; may be repeated")
+    parser.add_argument("--only", action="append", choices=PARTS, help="this part; may be repeated")
     parser.add_argument("--memory", nargs=3, metavar=("METHOD", "N", "C"), help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -1060,25 +1060,26 @@ def main() -> None:
         method, n, c = args.memory
         print(json.dumps(memory_of_run(method, int(n), int(c))))
         return
-    keep = not (args.fast or args.no_network or args.only)
+    keep = not (args.fast or args.no_network)
     effort = Effort(True, False, 2, 0.1) if args.fast else Effort(False, not args.no_network, 9, 4.0)
+    met = [run(name, effort, keep) for name in args.only or PARTS]
+    sys.exit(0 if all(met) else 1)
+
+
+def run(name: str, effort: Effort, keep: bool) -> bool:
+    """Prints one part, and records it where it is to be kept; whether all its requirements are met."""
     setting = describe_setting()
-    print(setting)
-    parts = []
-    for name in args.only or PARTS:
-        parts.append(PARTS[name](effort))
-        print("\n".join(f"\n## {heading}\n\n{body}" for heading, body in parts[-1].sections), flush=True)
-    checks = [check for part in parts for check in part.checks]
-    requirements = "\n".join(verdict(*check) for check in checks)
-    print(f"\n## Requirements\n\n{requirements}")
-    for part in parts:
-        save(part.figures, keep)
+    part = PARTS[name](effort)
+    pictures = [("Pictures", "\n\n".join(f"![{figure}]({figure}.png)" for figure in part.figures))]
+    requirements = [("Requirements", "\n".join(verdict(*check) for check in part.checks))]
+    sections = [("Setting", setting), *part.sections]
+    sections += (pictures if part.figures else []) + (requirements if part.checks else [])
+    text = document(f"Norms: {name}", f"python benchmarks/norms.py --only {name}", sections)
+    print(text, flush=True)
+    save(part.figures, keep)
     if keep:
-        found = [section for part in parts for section in part.sections]
-        pictures = "\n\n".join(f"![{name}]({name}.png)" for part in parts for name in part.figures)
-        sections = [("Setting", setting), *found, ("Pictures", pictures), ("Requirements", requirements)]
-        record("norms", document("Norms: how fast, how exact", "python benchmarks/norms.py", sections))
-    sys.exit(0 if all(met for met, _ in checks) else 1)
+        record(f"norms_{name.replace('-', '_')}", text)
+    return all(met for met, _ in part.checks)
 
 
 if __name__ == "__main__":
