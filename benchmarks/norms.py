@@ -1061,7 +1061,7 @@ def main() -> None:
         print(json.dumps(memory_of_run(method, int(n), int(c))))
         return
     keep = not (args.fast or args.no_network)
-    effort = Effort(True, False, 2, 0.1) if args.fast else Effort(False, not args.no_network, 9, 4.0)
+    effort = Effort(True, False, 2, 0.1) if args.fast else Effort(False, not args.no_network, 5, 0.5)
     met = [run(name, effort, keep) for name in args.only or PARTS]
     sys.exit(0 if all(met) else 1)
 

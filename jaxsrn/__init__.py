@@ -1,8 +1,8 @@
 """Singular values, norms and stable rank of layers, convolutions above all.
 
 Every function has the form `f(kernel, op, *, options)`: the kernel in Flax's layout, and the operator that says
-which linear map it stands for. The modules `bounds`, `sphere`, `optim` and `surrogate`
-are imported when first used.
+which linear map it stands for. The modules `bounds`, `optim`, `sphere` and `surrogate` are
+imported when first used.
 """
 
 import importlib
