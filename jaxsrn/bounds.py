@@ -92,7 +92,7 @@ def _overshoot(op: CircularConv, kernel_shape) -> float:
 
 
 def certified(kernel: Kernel, op: Operator, *, resolution: float = 0.01, any_size: bool = False) -> NormInterval:
-    """An interval that is guaranteed to hold the spectral norm of `T(kernel)`, faster than the norm itself.
+    """An interval that is guaranteed to hold the spectral norm of `T(kernel)`.
 
     Circular: from below the value of a frequency, from above the proof by branch and bound that no other one exceeds
     it by more than `resolution`. Dense: an SVD. Zero padding: from below a Rayleigh quotient of the real operator
