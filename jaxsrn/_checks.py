@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Shaped
 
-__all__ = ["Kernel", "ensure", "float_dtype", "int_tuple", "kernel_array", "positive_scalar"]
+__all__ = ["Kernel", "ensure", "float_dtype", "int_tuple", "kernel_array", "positive_scalar", "static_int"]
 
 # What users pass: any real floating array; `kernel_array` says the rest.
 Kernel = Shaped[Array | np.ndarray, "..."]
@@ -29,6 +29,13 @@ def int_tuple(value, length: int | None, name: str, minimum: int = 1) -> tuple[i
         f"{length or 'one to three'} integers >= {minimum}; give one per spatial axis.",
     )
     return tuple(int(v) for v in values)
+
+
+def static_int(value, name: str, minimum: int = 1) -> int:
+    """`value` as an int, checked."""
+    integral = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+    ensure(integral and value >= minimum, f"{name}: got {value!r}, expected a static integer >= {minimum}.")
+    return int(value)
 
 
 def kernel_array(kernel, op) -> jax.Array:

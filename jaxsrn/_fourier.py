@@ -17,16 +17,18 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Complex, Float, Int, Shaped
 
-from jaxsrn.operators import CircularConv
+from jaxsrn.operators import CircularConv, ZeroPaddedConv
 
 __all__ = [
     "complex_dtype",
     "degrees",
     "dft_rows",
+    "grouped",
     "half_grid",
     "half_symbol",
     "is_self_conjugate",
     "multiplicity",
+    "overshoot",
     "polynomial",
     "site_gradient",
     "site_of_images",
@@ -77,6 +79,15 @@ def degrees(op: CircularConv, kernel_shape: tuple[int, ...]) -> list[int]:
     return [int(np.ptp(exponent)) for exponent, _ in _polyphase(op, kernel_shape)]
 
 
+def overshoot(op: CircularConv, kernel_shape: tuple[int, ...]) -> float:
+    """The supremum of the singular values over all frequencies is at most this times their maximum on the grid.
+
+    `1 / prod_j cos(pi d_j / (2 n_j))` (M. Riesz); infinite where the grid is too coarse to say anything.
+    """
+    ratios = [d / n for d, n in zip(degrees(op, kernel_shape), op.grid, strict=True)]
+    return 1 / math.prod(math.cos(math.pi * r / 2) for r in ratios) if max(ratios) < 1 else math.inf
+
+
 def dft_rows(op: CircularConv, kernel_shape: tuple[int, ...]) -> list[np.ndarray]:
     """Per axis `(grid, phases, taps)`: `exp(-i w t)` where the tap lies `t` strides into that phase, else 0."""
     rows = []
@@ -87,7 +98,7 @@ def dft_rows(op: CircularConv, kernel_shape: tuple[int, ...]) -> list[np.ndarray
     return rows
 
 
-def _grouped(kernel: Float[Array, "..."], op: CircularConv) -> Float[Array, "..."]:
+def grouped(kernel: Float[Array, "..."], op: CircularConv | ZeroPaddedConv) -> Float[Array, "..."]:
     """`(*taps, c_in // groups, groups, c_out // groups)`."""
     return kernel.reshape((*kernel.shape[:-1], op.feature_group_count, -1))
 
@@ -101,7 +112,7 @@ def _contract(kernel, op: CircularConv, rows: list[np.ndarray], dtype) -> Shaped
     d = op.num_axes
     axes = ",".join(f + p + t for f, p, t in zip(_FREQ[:d], _PHASE[:d], _TAP[:d], strict=True))
     spec = f"{_TAP[:d]}igo,{axes}->{_FREQ[:d]}g{_PHASE[:d]}io"
-    out = _einsum(spec, _grouped(kernel, op).astype(dtype), *(jnp.asarray(row, dtype) for row in rows))
+    out = _einsum(spec, grouped(kernel, op).astype(dtype), *(jnp.asarray(row, dtype) for row in rows))
     return out.reshape((*out.shape[: d + 1], -1, out.shape[-1]))
 
 
@@ -152,7 +163,7 @@ def site_symbol(kernel: Float[Array, "..."], op: CircularConv, site: Int[Array, 
     """`S(w)` of one group, `(phases * c_in // groups, c_out // groups)`."""
     d, dtype = op.num_axes, complex_dtype(kernel.dtype)
     index, group = _locate(op, site)
-    taps = jnp.take(_grouped(kernel, op), group, axis=-2).astype(dtype)
+    taps = jnp.take(grouped(kernel, op), group, axis=-2).astype(dtype)
     axes = ",".join(p + t for p, t in zip(_PHASE[:d], _TAP[:d], strict=True))
     out = _einsum(f"{_TAP[:d]}io,{axes}->{_PHASE[:d]}io", taps, *_site_rows(op, kernel.shape, index, dtype))
     return out.reshape((-1, out.shape[-1]))

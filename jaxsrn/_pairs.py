@@ -23,6 +23,7 @@ from jaxsrn.operators import CircularConv, Dense, Operator
 
 __all__ = [
     "Pair",
+    "by_largest",
     "default_tolerance",
     "flat_products",
     "images",
@@ -49,7 +50,11 @@ def rescaled(kernel: Float[Array, "..."], op: Operator) -> tuple[Float[Array, ".
     Squares of very small or large kernels leave the range of the dtype; pairs and stable ranks have no scale. Taps
     that meet no sample have no part in the map: they become 0.
     """
-    kernel = jnp.where(jnp.asarray(op.tap_counts(kernel.shape) > 0), kernel, 0.0)
+    return by_largest(jnp.where(jnp.asarray(op.tap_counts(kernel.shape) > 0), kernel, 0.0))
+
+
+def by_largest(kernel: Float[Array, "..."]) -> tuple[Float[Array, "..."], Float[Array, ""]]:
+    """`(kernel / scale, scale)`, the largest entry as a constant (1 for zero)."""
     largest = jax.lax.stop_gradient(jnp.max(jnp.abs(kernel)))
     scale = jnp.where(largest == 0, 1.0, largest)
     return kernel / scale, scale

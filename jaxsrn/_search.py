@@ -62,12 +62,13 @@ class _Blocks(NamedTuple):
     factors: np.ndarray
 
 
-def _blocks(op: CircularConv, degrees: np.ndarray) -> _Blocks:
-    grid, ends = np.array(op.grid), np.array(_fourier.half_grid(op))
+def _blocks(op: CircularConv, kernel_shape: tuple[int, ...]) -> _Blocks:
+    degrees, ends = np.array(_fourier.degrees(op, kernel_shape)), np.array(_fourier.half_grid(op))
     # Half the angle between neighbours in the measure of phi.
-    rate = np.pi * degrees / (2 * grid)
-    certified = bool(np.all(rate < np.pi / 2))
-    overshoot = math.sqrt(1 / np.prod(np.cos(rate)) ** 2 - 1) if certified else 0.0
+    rate = np.pi * degrees / (2 * np.array(op.grid))
+    overshoot = _fourier.overshoot(op, kernel_shape)
+    certified = math.isfinite(overshoot)
+    excess = math.sqrt(overshoot**2 - 1) if certified else 0.0
     share = _WIDEST / max(1, np.count_nonzero(degrees))
     sizes = [np.ones_like(ends)]
     while certified:
@@ -77,7 +78,7 @@ def _blocks(op: CircularConv, degrees: np.ndarray) -> _Blocks:
         sizes.insert(0, wider)
     phi = np.sum(rate * (np.array(sizes) - 1), axis=-1)
     corners = np.array(list(itertools.product(*(range(0, e, s) for e, s in zip(ends, sizes[0], strict=True)))))
-    return _Blocks(np.array(sizes), corners, ends, np.cos(phi) - overshoot * np.sin(phi))
+    return _Blocks(np.array(sizes), corners, ends, np.cos(phi) - excess * np.sin(phi))
 
 
 # The symbol and its Gram matrices at any angle
@@ -157,7 +158,9 @@ def _waves(poly: _Polynomial, op: CircularConv, doubled) -> Complex[Array, "poin
     return lax.complex(jnp.cos(angles), -jnp.sin(angles))
 
 
-def _symbol(coefficients: Float[Array, "... terms rows columns"], waves: Complex[Array, " terms"]):
+def _symbol(poly: _Polynomial, op: CircularConv, index, coefficients: Float[Array, "... terms rows columns"]):
+    """At one frequency, of the given coefficients: of all groups, or of one."""
+    waves = _waves(poly, op, 2 * index[None])[0]
     real, imag = (_einsum("t,...trc->...rc", part, coefficients) for part in (waves.real, waves.imag))
     return lax.complex(real, imag)
 
@@ -221,7 +224,7 @@ def _climb(poly: _Polynomial, op: CircularConv, blocks: _Blocks, index, group, r
     grid, halvings = np.array(op.grid), int(np.max(blocks.sizes)).bit_length()
 
     def power(index, right):
-        symbol = _symbol(coefficients, _waves(poly, op, 2 * index[None])[0])
+        symbol = _symbol(poly, op, index, coefficients)
         for _ in range(3):
             left = unit(_einsum("rc,c->r", symbol, right))
             right = unit(_einsum("rc,r->c", symbol.conj(), left))
@@ -253,7 +256,7 @@ def _best_climb(poly: _Polynomial, op: CircularConv, blocks: _Blocks, values, ve
 
 def _polished(poly: _Polynomial, op: CircularConv, index, group, right) -> _Pair:
     """The leading pair of the symbol of one frequency and group, by Lanczos from a vector near it."""
-    symbol = _symbol(poly.coefficients[group], _waves(poly, op, 2 * index[None])[0])
+    symbol = _symbol(poly, op, index, poly.coefficients[group])
 
     def complex_of(x):
         return lax.complex(*jnp.split(x, 2))
@@ -306,7 +309,7 @@ def branch_and_bound(kernel: Float[Array, "..."], op: CircularConv, excess: floa
       `(site, u, v)`, unit vectors with `u^H S v` that value.
     """
     poly = _polynomial(kernel, op)
-    blocks = _blocks(op, np.array(_fourier.degrees(op, kernel.shape)))
+    blocks = _blocks(op, kernel.shape)
     chunk = int(np.clip(_CHUNK // math.prod(poly.even.shape[1:]), 4, 512))
     values, vectors, bounds = _estimates(poly, op, blocks, chunk)
     best = _best_climb(poly, op, blocks, values, vectors)
@@ -320,8 +323,8 @@ def branch_and_bound(kernel: Float[Array, "..."], op: CircularConv, excess: floa
     best = lax.while_loop(lambda proof: (proof.size > 0) & (proof.best.value > 0), step, proof).best
     sites = (*_fourier.half_grid(op), len(poly.coefficients))
     site = jnp.ravel_multi_index((*best.index, best.group), sites, mode="clip")
-    is_transposed = kernel.shape[-2] * math.prod(op.strides) < kernel.shape[-1] // op.feature_group_count
-    return site, *((best.right.conj(), best.left.conj()) if is_transposed else (best.left, best.right))
+    rows, columns = _fourier.site_shape(op, kernel.shape)
+    return site, *((best.right.conj(), best.left.conj()) if rows < columns else (best.left, best.right))
 
 
 def _push(proof: _Proof, corners, levels, keep: Bool[Array, " boxes"]) -> _Proof:
@@ -371,7 +374,7 @@ def _largest_of(poly: _Polynomial, op: CircularConv, indices, among: Bool[Array,
     def step(state):
         among, known = state
         k = jnp.argmax(among)
-        values, left, right = top_pairs(_symbol(poly.coefficients, _waves(poly, op, 2 * indices[k][None])[0]))
+        values, left, right = top_pairs(_symbol(poly, op, indices[k], poly.coefficients))
         group = jnp.argmax(values).astype(known.group.dtype)
         found = _Pair(indices[k], group, left[group], right[group], values[group])
         larger = found.value > known.value

@@ -15,12 +15,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Inexact
 
 from jaxsrn import _fourier, _pairs
-from jaxsrn._checks import Kernel, ensure, float_dtype, kernel_array
+from jaxsrn._checks import Kernel, ensure, float_dtype, kernel_array, static_int
 from jaxsrn._search import branch_and_bound, branch_and_bound_pays, rounding
 from jaxsrn.norms import frozen_value
 from jaxsrn.operators import CircularConv, Dense, Operator, ZeroPaddedConv
@@ -69,7 +68,7 @@ def _cover(op: ZeroPaddedConv, kernel_shape, strides: tuple[int, ...]) -> Circul
 
 def _adjoint(kernel: Float[Array, "..."], op: ZeroPaddedConv) -> Float[Array, "..."]:
     """The kernel with inputs and outputs of each group exchanged (the taps' order does not matter to norms)."""
-    by_group = kernel.reshape((*kernel.shape[:-1], op.feature_group_count, -1))
+    by_group = _fourier.grouped(kernel, op)
     return jnp.swapaxes(by_group, -3, -1).reshape((*kernel.shape[:-2], by_group.shape[-1], -1))
 
 
@@ -80,12 +79,6 @@ def _for_any_size(op: CircularConv, kernel_shape, oversampling: int = _OVERSAMPL
     op = dataclasses.replace(op, kernel_dilation=dilation)
     grid = [oversampling * max(d, 1) for d in _fourier.degrees(op, kernel_shape)]
     return dataclasses.replace(op, input_shape=tuple(m * s for m, s in zip(grid, op.strides, strict=True)))
-
-
-def _overshoot(op: CircularConv, kernel_shape) -> float:
-    """What the supremum over all frequencies can exceed the maximum of the grid by, as a factor."""
-    degrees = _fourier.degrees(op, kernel_shape)
-    return 1 / math.prod(math.cos(math.pi * d / (2 * m)) for d, m in zip(degrees, op.grid, strict=True))
 
 
 # The interval
@@ -127,14 +120,14 @@ def certified(kernel: Kernel, op: Operator, *, resolution: float = 0.01, any_siz
 def _certified(kernel, op, resolution, any_size):
     kernel = kernel.astype(float_dtype(kernel.dtype))
     # At any size, taps that miss this image meet others.
-    kernel, scale = _by_largest(kernel) if any_size else _pairs.rescaled(kernel, op)
+    kernel, scale = _pairs.by_largest(kernel) if any_size else _pairs.rescaled(kernel, op)
     if isinstance(op, Dense):
         interval = _frozen_leading(kernel, op, _pairs.default_tolerance(kernel.dtype))
         interval = NormInterval(interval, interval)
     else:
         covers = _covers(kernel, op, any_size)
         found = [_of_circular(k, cover, resolution) for k, cover in covers]
-        above = [_overshoot(cover, k.shape) if any_size else 1.0 for k, cover in covers]
+        above = [_fourier.overshoot(cover, k.shape) if any_size else 1.0 for k, cover in covers]
         upper = functools.reduce(jnp.minimum, [one.upper * factor for one, factor in zip(found, above, strict=True)])
         if any_size:
             lower = _lower_at_any_size(kernel, op)
@@ -151,13 +144,6 @@ def _widened(interval: NormInterval, kernel: Float[Array, "..."], may_cancel: bo
     margin = slack * lax.stop_gradient(jnp.linalg.norm(kernel)) if may_cancel else 0.0
     lower = jnp.maximum(interval.lower * (1 - slack) - margin, 0)
     return NormInterval(lower, interval.upper * (1 + slack) + margin)
-
-
-def _by_largest(kernel: Float[Array, "..."]):
-    """`(kernel / scale, scale)`, its largest entry as a constant (1 for zero)."""
-    largest = lax.stop_gradient(jnp.max(jnp.abs(kernel)))
-    scale = jnp.where(largest == 0, 1.0, largest)
-    return kernel / scale, scale
 
 
 def _of_circular(kernel: Float[Array, "..."], op: CircularConv, resolution: float) -> NormInterval:
@@ -178,7 +164,7 @@ def _lower_at_any_size(kernel: Float[Array, "..."], op: Operator) -> Float[Array
     if isinstance(op, CircularConv):
         at_zero = jnp.arange(op.feature_group_count)
         return jnp.max(_pairs.site_pairs(kernel, op, at_zero)[0])
-    by_group = kernel.reshape((*kernel.shape[:-1], op.feature_group_count, -1))
+    by_group = _fourier.grouped(kernel, op)
     taps = jnp.moveaxis(by_group, -2, -3).reshape((-1, op.feature_group_count, kernel.shape[-2], by_group.shape[-1]))
     return jnp.min(jnp.max(jnp.linalg.svd(taps, compute_uv=False)[..., 0], axis=-1))
 
@@ -207,12 +193,8 @@ def gram_iteration(kernel: Kernel, op: Operator, *, num_steps: int = 6, oversamp
       ValueError: a kernel that does not fit, fewer than one step, an oversampling below 2.
     """
     kernel = kernel_array(kernel, op)
-    for name, value, least in (("num_steps", num_steps, 1), ("oversampling", oversampling, 2)):
-        ensure(
-            isinstance(value, (int, np.integer)) and value >= least,
-            f"{name}: got {value!r}, expected a static integer >= {least}.",
-        )
-    return _gram_iteration(kernel, op, int(num_steps), int(oversampling))
+    num_steps, oversampling = static_int(num_steps, "num_steps"), static_int(oversampling, "oversampling", 2)
+    return _gram_iteration(kernel, op, num_steps, oversampling)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
@@ -232,7 +214,7 @@ def _squared_symbol(kernel: Float[Array, "..."], op: CircularConv, num_steps: in
     coarse = _for_any_size(op, kernel.shape, oversampling)
     if math.prod(coarse.grid) >= math.prod(op.grid):
         return _squared(_fourier.half_symbol(kernel, op), num_steps)
-    return _squared(_fourier.half_symbol(kernel, coarse), num_steps) * _overshoot(coarse, kernel.shape)
+    return _squared(_fourier.half_symbol(kernel, coarse), num_steps) * _fourier.overshoot(coarse, kernel.shape)
 
 
 def _squared(matrices: Inexact[Array, "batch in out"], num_steps: int) -> Float[Array, ""]:

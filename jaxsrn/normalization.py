@@ -7,12 +7,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from jaxsrn import _pairs
-from jaxsrn._checks import Kernel, ensure, float_dtype, kernel_array, positive_scalar
+from jaxsrn._checks import Kernel, ensure, float_dtype, kernel_array, positive_scalar, static_int
 from jaxsrn._exact import Problem, closed_form, functional, safe_sqrt, solve
 from jaxsrn._pairs import default_tolerance
 from jaxsrn._starts import survey
@@ -93,12 +92,9 @@ def srn(matrix: Kernel, target, *, num_preserved: int = 1, raise_rank: bool = Fa
       ValueError: a matrix of the wrong rank or dtype, a bad target, a negative `num_preserved`.
     """
     matrix = kernel_array(matrix, Dense())
-    ensure(
-        isinstance(num_preserved, (int, np.integer)) and num_preserved >= 0,
-        f"num_preserved: got {num_preserved!r}, expected a static integer >= 0.",
-    )
+    num_preserved = static_int(num_preserved, "num_preserved", 0)
     target = positive_scalar(target, "target", float_dtype(matrix.dtype))
-    return _srn(matrix, target, int(num_preserved), bool(raise_rank))
+    return _srn(matrix, target, num_preserved, bool(raise_rank))
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
@@ -218,10 +214,7 @@ def srnc(
     target = positive_scalar(target, "target", dtype)
     tolerance = float(jnp.finfo(dtype).eps) ** 0.6 if tolerance is None else tolerance
     tolerance = positive_scalar(tolerance, "tolerance", dtype)
-    ensure(
-        isinstance(max_steps, (int, np.integer)) and max_steps >= 1,
-        f"max_steps: got {max_steps!r}, expected a static integer >= 1.",
-    )
+    max_steps = static_int(max_steps, "max_steps")
     ensure(
         not raise_rank or isinstance(op, Dense),
         f"raise_rank: got True for {op}, expected Dense(); raising the stable rank of a convolution needs the "
@@ -234,7 +227,7 @@ def srnc(
         check_triplet(initial, op, kernel.shape)
     if isinstance(op, Dense):
         return _srn(kernel, target, 1 if keep_norm else 0, bool(raise_rank))
-    return _srnc(kernel, op, target, initial, tolerance, bool(keep_norm), int(max_steps))
+    return _srnc(kernel, op, target, initial, tolerance, bool(keep_norm), max_steps)
 
 
 @functools.partial(jax.jit, static_argnums=(5, 6))

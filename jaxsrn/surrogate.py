@@ -20,7 +20,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from jaxsrn import _fourier, _pairs, optim
-from jaxsrn._checks import Kernel, ensure, float_dtype, kernel_array, positive_scalar
+from jaxsrn._checks import Kernel, ensure, float_dtype, kernel_array, positive_scalar, static_int
 from jaxsrn._descent import State, advance, by_step, geometric, start, starting_points
 from jaxsrn._exact import Problem
 from jaxsrn._linalg import unit
@@ -282,13 +282,10 @@ def solve(
     Raises:
       ValueError: as `objective`, or a number of restarts or steps below 1.
     """
-    kernel, target = _checked(kernel, op, target)
-    schedules = by_step(alpha, "alpha", kernel.dtype), by_step(penalty, "penalty", kernel.dtype, or_zero=True)
-    _check_count(num_restarts, "num_restarts")
-    _check_count(num_steps, "num_steps")
-    initial = initial if initial is None else _point(initial, "initial", kernel, op)
-    keys = jax.random.split(key, num_restarts)
-    return _solve(kernel, op, target, keys, initial, schedules, optimizer, int(num_steps), bool(smooth))
+    kernel, target, schedules, initial = _descent_arguments(kernel, op, target, alpha, penalty, initial)
+    keys = jax.random.split(key, static_int(num_restarts, "num_restarts"))
+    num_steps = static_int(num_steps, "num_steps")
+    return _solve(kernel, op, target, keys, initial, schedules, optimizer, num_steps, bool(smooth))
 
 
 @functools.partial(jax.jit, static_argnums=(1, 6, 7, 8))
@@ -334,16 +331,11 @@ def trajectory(
     Raises:
       ValueError: as `solve`, or an `every` that does not divide `num_steps`.
     """
-    kernel, target = _checked(kernel, op, target)
-    schedules = by_step(alpha, "alpha", kernel.dtype), by_step(penalty, "penalty", kernel.dtype, or_zero=True)
-    _check_count(num_steps, "num_steps")
-    _check_count(every, "every")
+    kernel, target, schedules, initial = _descent_arguments(kernel, op, target, alpha, penalty, initial)
+    num_steps, every = static_int(num_steps, "num_steps"), static_int(every, "every")
     ensure(num_steps % every == 0, f"every: got {every}, expected a divisor of num_steps={num_steps}.")
-    initial = initial if initial is None else _point(initial, "initial", kernel, op)
     keys = jax.random.split(key, 1)
-    return _trajectory(
-        kernel, op, target, keys, initial, schedules, optimizer, int(num_steps), int(every), bool(smooth)
-    )
+    return _trajectory(kernel, op, target, keys, initial, schedules, optimizer, num_steps, every, bool(smooth))
 
 
 @functools.partial(jax.jit, static_argnums=(1, 6, 7, 8, 9))
@@ -362,6 +354,13 @@ def _trajectory(kernel, op, target, keys, initial, schedules, optimizer, num_ste
     first = start(starting_points(keys, a, initial)[0], optimizer)
     _, rest = lax.scan(block, first, length=num_steps // every)
     return jax.tree.map(lambda one, others: jnp.concatenate([one[None], others]), record(first), rest)
+
+
+def _descent_arguments(kernel, op, target, alpha, penalty, initial):
+    """What `solve` and `trajectory` ask of the arguments that they share."""
+    kernel, target = _checked(kernel, op, target)
+    schedules = by_step(alpha, "alpha", kernel.dtype), by_step(penalty, "penalty", kernel.dtype, or_zero=True)
+    return kernel, target, schedules, None if initial is None else _point(initial, "initial", kernel, op)
 
 
 def _prepared(kernel, op, target, schedules, optimizer, num_steps: int, smooth: bool):
@@ -383,8 +382,3 @@ def _prepared(kernel, op, target, schedules, optimizer, num_steps: int, smooth: 
     if optimizer is None:
         optimizer = optim.on_sphere(optax.adam(optax.exponential_decay(_RATES[0], num_steps, _RATES[1] / _RATES[0])))
     return a, scale, problem, own, optax.with_extra_args_support(optimizer), loss
-
-
-def _check_count(value, name: str) -> None:
-    integral = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
-    ensure(integral and value >= 1, f"{name}: got {value!r}, expected a static integer >= 1.")
