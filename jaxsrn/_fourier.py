@@ -129,13 +129,21 @@ def polynomial(kernel: Float[Array, "..."], op: CircularConv) -> tuple[Float[Arr
       `(coefficients, exponents)`: `C` of shape `(groups, terms, phases * c_in // groups, c_out // groups)`, and the
       static integers `t`, `(terms, axes)`.
     """
-    rows, exponents = [], []
-    for exponent, in_phase in _polyphase(op, kernel.shape):
+    taps = grouped(kernel, op)
+    taps = taps.reshape((-1, *taps.shape[op.num_axes :]))
+    # Which tap is in which phase of a term, if any: axis by axis.
+    which, exponents = np.zeros((1, 1), int), []
+    for size, (exponent, in_phase) in zip(kernel.shape, _polyphase(op, kernel.shape), strict=False):
         exponents.append(np.unique(exponent))
-        rows.append((exponent == exponents[-1][:, None])[:, None, :] & in_phase)
-    coefficients = _contract(kernel, op, rows, kernel.dtype)
-    coefficients = coefficients.reshape((-1, *coefficients.shape[-3:]))
-    return jnp.moveaxis(coefficients, 1, 0), np.array(list(itertools.product(*exponents)))
+        here = (exponent == exponents[-1][:, None])[:, None, :] & in_phase
+        tap = np.where(here.any(axis=-1), here.argmax(axis=-1), len(taps))
+        which = which[:, None, :, None] * size + tap[None, :, None, :]
+        which = which.reshape((-1, which.shape[-2] * which.shape[-1]))
+    # (terms, phases, in, groups, out)
+    coefficients = jnp.take(taps, jnp.asarray(which), axis=0, mode="fill", fill_value=0)
+    coefficients = jnp.moveaxis(coefficients, -2, 0)
+    coefficients = coefficients.reshape((*coefficients.shape[:2], -1, coefficients.shape[-1]))
+    return coefficients, np.array(list(itertools.product(*exponents)))
 
 
 def half_symbol(kernel: Float[Array, "..."], op: CircularConv) -> Complex[Array, "sites in out"]:

@@ -19,6 +19,8 @@ __all__ = ["leading_singular_vectors", "random_start", "top_singular_vectors"]
 # Ritz vectors carried through a restart resolve the cluster at the top; the rest of the basis is the memory price.
 _BASIS = 20
 _KEPT = 8
+# Steps after which it is seen whether more are needed: a small SVD.
+_BETWEEN_CHECKS = 4
 _MAX_RESTARTS = 200
 
 
@@ -32,7 +34,10 @@ class _Basis(NamedTuple):
 
 
 class _State(NamedTuple):
+    """`used` vectors of the basis are there."""
+
     basis: _Basis
+    used: Int[Array, ""]
     residual: Float[Array, ""]
     restarts: Int[Array, ""]
 
@@ -65,16 +70,21 @@ def _extend(matvec, rmatvec, j: Int[Array, ""], basis: _Basis) -> _Basis:
     return _Basis(basis.right.at[j + 1].set(next_vector), left, projected, coupling)
 
 
-def _ritz(basis: _Basis, kept: int):
-    """Rotates the basis to its leading Ritz vectors, ready to go on; and the residual of the first."""
+def _restarted(basis: _Basis, kept: int) -> _Basis:
+    """The basis rotated to its leading Ritz vectors, ready to go on."""
     size = basis.left.shape[0]
     x, values, yt = jnp.linalg.svd(basis.projected)
     right = jnp.zeros_like(basis.right).at[:kept].set(_dot(yt[:kept], basis.right[:size]))
     right = right.at[kept].set(basis.right[size])
     left = jnp.zeros_like(basis.left).at[:kept].set(_dot(x[:, :kept].T, basis.left))
     projected = jnp.zeros_like(basis.projected).at[jnp.arange(kept), jnp.arange(kept)].set(values[:kept])
-    residual = basis.coupling * jnp.abs(x[-1, 0]) / jnp.where(values[0] == 0, 1.0, values[0])
-    return _Basis(right, left, projected, basis.coupling), residual
+    return _Basis(right, left, projected, basis.coupling)
+
+
+def _residual(basis: _Basis, used: Int[Array, ""]) -> Float[Array, ""]:
+    """Relative residual of the leading Ritz vectors, of which `T v = sigma u` holds exactly."""
+    x, values, _ = jnp.linalg.svd(basis.projected)
+    return basis.coupling * jnp.abs(x[used - 1, 0]) / jnp.where(values[0] == 0, 1.0, values[0])
 
 
 def leading_singular_vectors(
@@ -108,17 +118,20 @@ def leading_singular_vectors(
         jnp.zeros((), start.dtype),
     )
 
-    def cycle(state: _State) -> _State:
-        first = jnp.where(state.restarts == 0, 0, kept)
-        extend = functools.partial(_extend, matvec, rmatvec)
-        basis, residual = _ritz(lax.fori_loop(first, size, extend, state.basis), kept)
-        return _State(basis, residual, state.restarts + 1)
+    def advance(state: _State) -> _State:
+        full = state.used == size
+        basis = lax.cond(full, lambda: _restarted(state.basis, kept), lambda: state.basis)
+        first = jnp.where(full, kept, state.used)
+        used = jnp.minimum(first + _BETWEEN_CHECKS, size)
+        basis = lax.fori_loop(first, used, functools.partial(_extend, matvec, rmatvec), basis)
+        return _State(basis, used, _residual(basis, used), state.restarts + full)
 
     def unfinished(state: _State):
         return (state.residual > tolerance) & (state.restarts < max_restarts)
 
-    state = lax.while_loop(unfinished, cycle, _State(empty, jnp.asarray(jnp.inf, start.dtype), jnp.asarray(0)))
-    basis = state.basis
+    start = _State(empty, jnp.asarray(0), jnp.asarray(jnp.inf, start.dtype), jnp.asarray(0))
+    state = lax.while_loop(unfinished, advance, start)
+    basis = _restarted(state.basis, 1)
     return basis.projected[0, 0], basis.left[0], basis.right[0], state.residual
 
 

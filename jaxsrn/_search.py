@@ -26,6 +26,19 @@ from jax import lax
 from jaxtyping import Array, Bool, Complex, Float, Int
 
 from jaxsrn import _fourier
+from jaxsrn._grams import (
+    CHUNK,
+    GramPolynomial,
+    gram_polynomial,
+    grams_at,
+    is_reduced,
+    is_transposed,
+    symbol_at,
+    times,
+    waves_at,
+    whole_grams,
+    with_all_directions,
+)
 from jaxsrn._lanczos import leading_singular_vectors, random_start
 from jaxsrn._linalg import top_pairs, unit
 from jaxsrn.operators import CircularConv
@@ -34,8 +47,6 @@ __all__ = ["branch_and_bound", "branch_and_bound_pays", "rounding"]
 
 # Blocks start at this phi: wider ones are discarded too rarely in a flat spectrum, narrower ones are too many.
 _WIDEST = 0.4
-# Entries of the Gram matrices that are factorized at a time.
-_CHUNK = 2**18
 _POWER_STEPS = 8
 _NUM_CLIMBERS = 8
 # The SVDs of so much work take as long as branch and bound at its least, each counted with its overhead.
@@ -71,7 +82,8 @@ def _blocks(op: CircularConv, kernel_shape: tuple[int, ...]) -> _Blocks:
     excess = math.sqrt(overshoot**2 - 1) if certified else 0.0
     share = _WIDEST / max(1, np.count_nonzero(degrees))
     sizes = [np.ones_like(ends)]
-    while certified:
+    # Reduced Gram matrices belong to single frequencies.
+    while certified and not is_reduced(op, kernel_shape):
         wider = np.where((sizes[0] < ends) & (rate * (2 * sizes[0] - 1) <= share), 2 * sizes[0], sizes[0])
         if np.all(wider == sizes[0]):
             break
@@ -79,97 +91,6 @@ def _blocks(op: CircularConv, kernel_shape: tuple[int, ...]) -> _Blocks:
     phi = np.sum(rate * (np.array(sizes) - 1), axis=-1)
     corners = np.array(list(itertools.product(*(range(0, e, s) for e, s in zip(ends, sizes[0], strict=True)))))
     return _Blocks(np.array(sizes), corners, ends, np.cos(phi) - excess * np.sin(phi))
-
-
-# The symbol and its Gram matrices at any angle
-
-
-class _Polynomial(NamedTuple):
-    """The symbol of every group, transposed where that makes the columns the shorter side, and its Gram matrix.
-
-    Attributes:
-      coefficients: `S(w) = sum_t exp(-i <w, t>) C_t`, `(groups, terms, rows, columns)`.
-      exponents: the `t`, `(terms, axes)`; static.
-      even, odd: `S^H S = sum_l cos<w, l> even_l + i sin<w, l> odd_l`, `(lags, groups, columns, columns)`.
-      lags: the `l`, `(lags, axes)`, one of each pair `+-l`; static.
-    """
-
-    coefficients: Float[Array, "groups terms rows columns"]
-    exponents: np.ndarray
-    even: Float[Array, "lags groups columns columns"]
-    odd: Float[Array, "lags groups columns columns"]
-    lags: np.ndarray
-
-
-def _polynomial(kernel: Float[Array, "..."], op: CircularConv) -> _Polynomial:
-    coefficients, exponents = _fourier.polynomial(kernel, op)
-    if coefficients.shape[-2] < coefficients.shape[-1]:
-        coefficients = jnp.swapaxes(coefficients, -1, -2)
-    even, odd, lags = _autocorrelation(coefficients, exponents)
-    return _Polynomial(coefficients, exponents, even, odd, lags)
-
-
-def _autocorrelation(coefficients, exponents: np.ndarray):
-    """`(even, odd, lags)` of the Gram matrices: sums over the pairs of terms that lie a lag apart."""
-    groups, _, _, columns = coefficients.shape
-    # Terms are in lexicographic order, so the lags from each term to those before it are zero or "positive".
-    first, second = np.tril_indices(len(exponents))
-    lags, which = np.unique(exponents[first] - exponents[second], axis=0, return_inverse=True)
-    batch = int(np.clip(_CHUNK // (groups * columns**2), 1, len(first)))
-    # A few pairs at a time: all at once can be too much to hold. Those that fill up the last batch are dropped.
-    padding = (0, -len(first) % batch)
-    pairs = [
-        np.pad(first, padding),
-        np.pad(second, padding),
-        np.pad(which.reshape(-1), padding, constant_values=len(lags)),
-    ]
-    pairs = [jnp.asarray(index.reshape((-1, batch))) for index in pairs]
-
-    def add(sums, pair):
-        i, j, lag = pair
-        products = _einsum("gpri,gprj->pgij", coefficients[:, i], coefficients[:, j])
-        return sums.at[lag].add(products, mode="drop"), None
-
-    sums, _ = lax.scan(add, jnp.zeros((len(lags), groups, columns, columns), coefficients.dtype), pairs)
-    transposed = jnp.swapaxes(sums, -1, -2)
-    return (sums + transposed).at[0].set(sums[0]), sums - transposed, lags
-
-
-def _phases(doubled: Int[Array, "points axes"], exponents: np.ndarray, op: CircularConv, dtype):
-    """`<w, t>` at half-integer indices, `(points, exponents)`; reduced as integers, which keeps full precision."""
-    angles = jnp.zeros((len(doubled), len(exponents)), dtype)
-    for axis, n in enumerate(op.grid):
-        turns = doubled[:, axis, None] * exponents[None, :, axis] % (2 * n)
-        angles = angles + turns.astype(dtype) * (math.pi / n)
-    return angles
-
-
-def _grams(poly: _Polynomial, op: CircularConv, doubled) -> Complex[Array, "points groups columns columns"]:
-    angles = _phases(doubled, poly.lags, op, poly.even.dtype)
-    parts = (
-        _einsum("pl,lgij->pgij", wave, part)
-        for wave, part in ((jnp.cos(angles), poly.even), (jnp.sin(angles), poly.odd))
-    )
-    return lax.complex(*parts)
-
-
-def _waves(poly: _Polynomial, op: CircularConv, doubled) -> Complex[Array, "points terms"]:
-    angles = _phases(doubled, poly.exponents, op, poly.even.dtype)
-    return lax.complex(jnp.cos(angles), -jnp.sin(angles))
-
-
-def _symbol(poly: _Polynomial, op: CircularConv, index, coefficients: Float[Array, "... terms rows columns"]):
-    """At one frequency, of the given coefficients: of all groups, or of one."""
-    waves = _waves(poly, op, 2 * index[None])[0]
-    real, imag = (_einsum("t,...trc->...rc", part, coefficients) for part in (waves.real, waves.imag))
-    return lax.complex(real, imag)
-
-
-def _times(coefficients: Float[Array, "... columns"], vector: Complex[Array, " columns"]):
-    """Real coefficients times a complex vector, without a complex copy of them."""
-    return lax.complex(
-        _einsum("...c,c->...", coefficients, vector.real), _einsum("...c,c->...", coefficients, vector.imag)
-    )
 
 
 # A good lower bound
@@ -185,7 +106,7 @@ class _Pair(NamedTuple):
     value: Float[Array, ""]
 
 
-def _estimates(poly: _Polynomial, op: CircularConv, blocks: _Blocks, chunk: int):
+def _estimates(poly: GramPolynomial, op: CircularConv, blocks: _Blocks, chunk: int):
     """At the centres of the coarsest blocks: power steps, and an upper bound of the largest singular value.
 
     Returns:
@@ -197,9 +118,9 @@ def _estimates(poly: _Polynomial, op: CircularConv, blocks: _Blocks, chunk: int)
     start = unit(random_start((columns,), poly.even.dtype)).astype(_fourier.complex_dtype(poly.even.dtype))
 
     def estimate(doubled):
-        grams = _grams(poly, op, doubled)
+        grams = grams_at(poly, op, doubled)
         # ||G||_F^2 is the sum of the fourth powers of the singular values.
-        bounds = jnp.sqrt(jnp.max(jnp.linalg.norm(grams, axis=(-2, -1)), axis=-1))
+        bounds = jnp.sqrt(jnp.max(jnp.linalg.norm(grams, axis=(-2, -1)), axis=-1) + poly.loss)
         vectors = jnp.broadcast_to(start, grams.shape[:-1])
         for _ in range(_POWER_STEPS):
             vectors = _einsum("pgij,pgj->pgi", grams, vectors)
@@ -217,14 +138,14 @@ def _doubled_centres(corners, sizes, ends):
     return corners + (corners + sizes).clip(max=ends[None]) - 1
 
 
-def _climb(poly: _Polynomial, op: CircularConv, blocks: _Blocks, index, group, right) -> _Pair:
+def _climb(poly: GramPolynomial, op: CircularConv, blocks: _Blocks, index, group, right) -> _Pair:
     """Uphill from one frequency: vectors fixed, the best frequency around; frequency fixed, power steps."""
     coefficients = poly.coefficients[group]
     around = np.array(list(itertools.product((-2, -1, 0, 1, 2), repeat=op.num_axes)))
     grid, halvings = np.array(op.grid), int(np.max(blocks.sizes)).bit_length()
 
     def power(index, right):
-        symbol = _symbol(poly, op, index, coefficients)
+        symbol = symbol_at(poly, op, index, coefficients)
         for _ in range(3):
             left = unit(_einsum("rc,c->r", symbol, right))
             right = unit(_einsum("rc,r->c", symbol.conj(), left))
@@ -233,20 +154,24 @@ def _climb(poly: _Polynomial, op: CircularConv, blocks: _Blocks, index, group, r
     def step(k, pair: _Pair) -> _Pair:
         stride = jnp.maximum(jnp.asarray(blocks.sizes[:1]) // 2 ** (k + 1), 1)
         candidates = (pair.index[None] + around * stride) % grid[None]
-        filters = _einsum("r,tr->t", pair.left.conj(), _times(coefficients, pair.right))
-        values = jnp.abs(_einsum("pt,t->p", _waves(poly, op, 2 * candidates), filters))
+        filters = _einsum("r,tr->t", pair.left.conj(), times(coefficients, pair.right))
+        values = jnp.abs(_einsum("pt,t->p", waves_at(poly, op, 2 * candidates), filters))
         index = candidates[jnp.argmax(values)]
         return _Pair(index, group, *power(index, pair.right))
 
     return lax.fori_loop(0, halvings, step, _Pair(index, group, *power(index, right)))
 
 
-def _best_climb(poly: _Polynomial, op: CircularConv, blocks: _Blocks, values, vectors) -> _Pair:
+def _best_climb(poly: GramPolynomial, op: CircularConv, blocks: _Blocks, values, vectors) -> _Pair:
     """The best frequency of the half grid that climbing reaches from the most promising blocks, with its pair."""
     _, chosen = lax.top_k(values.reshape(-1), min(_NUM_CLIMBERS if len(blocks.sizes) > 1 else 1, values.size))
     box, group = jnp.unravel_index(chosen.astype(int), values.shape)
     starts = jnp.asarray(_doubled_centres(blocks.corners, blocks.sizes[:1], blocks.ends) // 2)[box]
-    pairs = jax.vmap(functools.partial(_climb, poly, op, blocks))(starts, group, vectors[box, group])
+    rights = jax.vmap(functools.partial(with_all_directions, poly))(group, vectors[box, group])
+    if len(blocks.sizes) == 1:
+        # Every frequency was estimated: there is nowhere to climb to.
+        return _polished(poly, op, starts[0], group[0], rights[0])
+    pairs = jax.vmap(functools.partial(_climb, poly, op, blocks))(starts, group, rights)
     best = jax.tree.map(lambda leaf: leaf[jnp.argmax(pairs.value)], pairs)
     mirrored = best.index[-1] >= blocks.ends[-1]
     index = jnp.where(mirrored, -best.index % np.array(op.grid), best.index)
@@ -254,9 +179,9 @@ def _best_climb(poly: _Polynomial, op: CircularConv, blocks: _Blocks, values, ve
     return _polished(poly, op, index, best.group, right)
 
 
-def _polished(poly: _Polynomial, op: CircularConv, index, group, right) -> _Pair:
+def _polished(poly: GramPolynomial, op: CircularConv, index, group, right) -> _Pair:
     """The leading pair of the symbol of one frequency and group, by Lanczos from a vector near it."""
-    symbol = _symbol(poly, op, index, poly.coefficients[group])
+    symbol = symbol_at(poly, op, index, poly.coefficients[group])
 
     def complex_of(x):
         return lax.complex(*jnp.split(x, 2))
@@ -308,9 +233,9 @@ def branch_and_bound(kernel: Float[Array, "..."], op: CircularConv, excess: floa
     Returns:
       `(site, u, v)`, unit vectors with `u^H S v` that value.
     """
-    poly = _polynomial(kernel, op)
+    poly = gram_polynomial(kernel, op)
     blocks = _blocks(op, kernel.shape)
-    chunk = int(np.clip(_CHUNK // math.prod(poly.even.shape[1:]), 4, 512))
+    chunk = int(np.clip(CHUNK // math.prod(poly.even.shape[1:]), 4, 512))
     values, vectors, bounds = _estimates(poly, op, blocks, chunk)
     best = _best_climb(poly, op, blocks, values, vectors)
     # Of each level at most one chunk's children wait at a time, as the finest are taken first.
@@ -323,8 +248,8 @@ def branch_and_bound(kernel: Float[Array, "..."], op: CircularConv, excess: floa
     best = lax.while_loop(lambda proof: (proof.size > 0) & (proof.best.value > 0), step, proof).best
     sites = (*_fourier.half_grid(op), len(poly.coefficients))
     site = jnp.ravel_multi_index((*best.index, best.group), sites, mode="clip")
-    rows, columns = _fourier.site_shape(op, kernel.shape)
-    return site, *((best.right.conj(), best.left.conj()) if rows < columns else (best.left, best.right))
+    swap = is_transposed(op, kernel.shape)
+    return site, *((best.right.conj(), best.left.conj()) if swap else (best.left, best.right))
 
 
 def _push(proof: _Proof, corners, levels, keep: Bool[Array, " boxes"]) -> _Proof:
@@ -337,7 +262,7 @@ def _push(proof: _Proof, corners, levels, keep: Bool[Array, " boxes"]) -> _Proof
     )
 
 
-def _look(poly: _Polynomial, op: CircularConv, blocks: _Blocks, chunk: int, excess: float, proof: _Proof) -> _Proof:
+def _look(poly: GramPolynomial, op: CircularConv, blocks: _Blocks, chunk: int, excess: float, proof: _Proof) -> _Proof:
     """Takes boxes from the stack, discards those proven to be low, and puts back the parts of the others."""
     bottom = jnp.maximum(proof.size - chunk, 0)
     corners = lax.dynamic_slice_in_dim(proof.corners, bottom, chunk)
@@ -345,7 +270,7 @@ def _look(poly: _Polynomial, op: CircularConv, blocks: _Blocks, chunk: int, exce
     waiting = bottom + jnp.arange(chunk) < proof.size
     high = waiting & ~_are_low(poly, op, blocks, corners, levels, (1 + excess) * proof.best.value)
     single = levels == len(blocks.sizes) - 1
-    best = _largest_of(poly, op, corners, high & single, proof.best)
+    best = _largest_of(poly, op, excess, corners, high & single, proof.best)
     parts, is_part = _split(blocks, corners, levels)
     keep = (is_part & (high & ~single)[:, None]).reshape(-1)
     # The chunk's order is kept, so the finest stay on top.
@@ -353,32 +278,52 @@ def _look(poly: _Polynomial, op: CircularConv, blocks: _Blocks, chunk: int, exce
     return _push(proof, parts.reshape((-1, op.num_axes)), jnp.repeat(levels + 1, parts.shape[1]), keep)
 
 
-def _are_low(poly: _Polynomial, op: CircularConv, blocks: _Blocks, corners, levels, limit) -> Bool[Array, " boxes"]:
+def _are_low(poly: GramPolynomial, op: CircularConv, blocks: _Blocks, corners, levels, limit) -> Bool[Array, " boxes"]:
     """Whether boxes are proven to hold nothing above the limit, up to rounding."""
-    dtype = poly.even.dtype
-    sizes, factors = jnp.asarray(blocks.sizes)[levels], jnp.asarray(blocks.factors, dtype)[levels]
-    grams = _grams(poly, op, _doubled_centres(corners, sizes, blocks.ends))
+    sizes, factors = jnp.asarray(blocks.sizes)[levels], jnp.asarray(blocks.factors, poly.even.dtype)[levels]
+    limits = jnp.where(factors > 0, limit * factors, 0)
+    grams = grams_at(poly, op, _doubled_centres(corners, sizes, blocks.ends))
+    return _are_below(grams, _squared_limit(poly, limits) - poly.loss)
+
+
+def _squared_limit(poly: GramPolynomial, limits: Float[Array, "..."]) -> Float[Array, "..."]:
+    """The squares of limits of singular values, with room for rounding."""
     # Half of it in terms of the singular value.
-    slack = 2 * rounding(poly.coefficients.shape[-2], dtype)
-    level = jnp.where(factors > 0, limit * factors, 0) ** 2 * (1 + slack)
-    scaled = grams / jnp.where(level == 0, 1, level)[:, None, None, None].astype(grams.dtype)
+    return limits**2 * (1 + 2 * rounding(poly.coefficients.shape[-2], limits.dtype))
+
+
+def _are_below(grams: Complex[Array, "points groups n n"], levels: Float[Array, " points"]) -> Bool[Array, " points"]:
+    """Whether all eigenvalues are below the levels: the differences have Cholesky factors."""
+    scaled = grams / jnp.where(levels > 0, levels, 1)[:, None, None, None].astype(grams.dtype)
     identity = jnp.eye(grams.shape[-1], dtype=grams.dtype)[None, None]
     factor = lax.linalg.cholesky(identity - scaled, symmetrize_input=False)
     definite = jnp.all(jnp.isfinite(jnp.diagonal(factor, axis1=-2, axis2=-1).real), axis=(-2, -1))
-    return definite & (level > 0)
+    return definite & (levels > 0)
 
 
-def _largest_of(poly: _Polynomial, op: CircularConv, indices, among: Bool[Array, " chunk"], known: _Pair) -> _Pair:
-    """The largest of the known pair and those at single frequencies, one SVD after the other: they are few."""
+def _largest_of(
+    poly: GramPolynomial, op: CircularConv, excess: float, indices, among: Bool[Array, " chunk"], known: _Pair
+) -> _Pair:
+    """The largest of the known pair and those at single frequencies, one after the other: they are few."""
+
+    def examine(index, known: _Pair) -> _Pair:
+        values, left, right = top_pairs(symbol_at(poly, op, index, poly.coefficients))
+        group = jnp.argmax(values).astype(known.group.dtype)
+        found = _Pair(index, group, left[group], right[group], values[group])
+        larger = found.value > known.value
+        return jax.tree.map(lambda a, b: jnp.where(larger, a, b), found, known)
 
     def step(state):
         among, known = state
         k = jnp.argmax(among)
-        values, left, right = top_pairs(_symbol(poly, op, indices[k], poly.coefficients))
-        group = jnp.argmax(values).astype(known.group.dtype)
-        found = _Pair(indices[k], group, left[group], right[group], values[group])
-        larger = found.value > known.value
-        return among.at[k].set(False), jax.tree.map(lambda a, b: jnp.where(larger, a, b), found, known)
+        if poly.basis is None:
+            known = examine(indices[k], known)
+        else:
+            # That its reduced Gram matrix did not prove it low says little yet.
+            level = _squared_limit(poly, (1 + excess) * known.value)
+            low = _are_below(whole_grams(poly, op, indices[k])[None], level[None])[0]
+            known = lax.cond(low, lambda: known, lambda: examine(indices[k], known))
+        return among.at[k].set(False), known
 
     return lax.while_loop(lambda state: jnp.any(state[0]), step, (among, known))[1]
 

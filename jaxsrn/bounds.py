@@ -16,10 +16,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Inexact
+from jaxtyping import Array, Float
 
 from jaxsrn import _fourier, _pairs
 from jaxsrn._checks import Kernel, ensure, float_dtype, kernel_array, static_int
+from jaxsrn._linalg import gram_bound
 from jaxsrn._search import branch_and_bound, branch_and_bound_pays, rounding
 from jaxsrn.norms import frozen_value
 from jaxsrn.operators import CircularConv, Dense, Operator, ZeroPaddedConv
@@ -201,7 +202,7 @@ def gram_iteration(kernel: Kernel, op: Operator, *, num_steps: int = 6, oversamp
 def _gram_iteration(kernel, op, num_steps, oversampling):
     kernel, scale = _pairs.rescaled(kernel.astype(float_dtype(kernel.dtype)), op)
     if isinstance(op, Dense):
-        bounds = [_squared(kernel[None], num_steps)]
+        bounds = [gram_bound(kernel[None], num_steps)]
     else:
         bounds = [_squared_symbol(k, cover, num_steps, oversampling) for k, cover in _covers(kernel, op, False)]
     bound = functools.reduce(jnp.minimum, bounds)
@@ -213,29 +214,5 @@ def _squared_symbol(kernel: Float[Array, "..."], op: CircularConv, num_steps: in
     """On the layer's own grid, or on a coarse one for all frequencies where that is smaller."""
     coarse = _for_any_size(op, kernel.shape, oversampling)
     if math.prod(coarse.grid) >= math.prod(op.grid):
-        return _squared(_fourier.half_symbol(kernel, op), num_steps)
-    return _squared(_fourier.half_symbol(kernel, coarse), num_steps) * _fourier.overshoot(coarse, kernel.shape)
-
-
-def _squared(matrices: Inexact[Array, "batch in out"], num_steps: int) -> Float[Array, ""]:
-    """The largest of the bounds of a stack of matrices."""
-    if matrices.shape[-2] < matrices.shape[-1]:
-        matrices = jnp.swapaxes(matrices, -1, -2)
-    product = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
-    grams = product(jnp.swapaxes(matrices.conj(), -1, -2), matrices)
-    norms = _frobenius(grams)
-    is_zero, log_bounds = norms == 0, 0.0
-    for step in range(num_steps):
-        # Of what the matrices are divided by, the root that the bound takes.
-        scale = jnp.where(is_zero, 1.0, norms)
-        log_bounds = log_bounds + jnp.log(scale) / 2 ** (step + 1)
-        grams = grams / scale[:, None, None].astype(grams.dtype)
-        grams = product(grams, grams)
-        norms = _frobenius(grams)
-    log_bounds = log_bounds + jnp.log(jnp.where(is_zero, 1.0, norms)) / 2 ** (num_steps + 1)
-    return jnp.max(jnp.where(is_zero, 0.0, jnp.exp(log_bounds)))
-
-
-def _frobenius(matrices: Inexact[Array, "batch n n"]) -> Float[Array, " batch"]:
-    squares = jnp.sum(jnp.real(matrices * matrices.conj()), axis=(-2, -1))
-    return jnp.where(squares == 0, 0.0, jnp.sqrt(jnp.where(squares == 0, 1.0, squares)))
+        return gram_bound(_fourier.half_symbol(kernel, op), num_steps)
+    return gram_bound(_fourier.half_symbol(kernel, coarse), num_steps) * _fourier.overshoot(coarse, kernel.shape)

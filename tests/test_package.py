@@ -17,6 +17,7 @@ ORDER = [
     "_fourier",
     "_linalg",
     "_lanczos",
+    "_grams",
     "_search",
     "_pairs",
     "spectra",

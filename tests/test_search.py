@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from cases import CASES, dense, fft_norms, gaussian, quick_jit, spectral_kinds
 
-from jaxsrn import CircularConv, _fourier, _search, spectral_norm
+from jaxsrn import CircularConv, _fourier, _grams, _search, spectral_norm
 
 CIRCULAR = [case for case in CASES if isinstance(case.op, CircularConv)]
 
@@ -66,6 +66,30 @@ def test_the_proof_alone_finds_the_largest(size, taps, monkeypatch):
         values = np.linalg.svd(jax.vmap(_fourier.half_symbol, (0, None))(jnp.asarray(kernels), op), compute_uv=False)
         reached = values[np.arange(4), np.asarray(sites), 0]
         np.testing.assert_allclose(reached, fft_norms(kernels, size), rtol=1e-12, err_msg=name)
+
+
+@pytest.mark.parametrize("kept", [1, 3, 8])
+@pytest.mark.parametrize(("size", "shape"), [((7, 7), (3, 3, 16, 20)), ((6,), (3, 24, 16))], ids=str)
+def test_reduced_kernels(size, shape, kept, monkeypatch):
+    """Few leading directions stand for all of a wide kernel: however many they are, nothing is missed."""
+    monkeypatch.setattr(_grams, "_KEPT", kept)
+    op, tapered = CircularConv(size), np.exp(-np.arange(shape[-1]) / 2)
+    assert _grams.is_reduced(op, shape)
+    kernels = np.stack([gaussian(shape, seed) * taper for seed in range(8) for taper in (1, tapered)])
+    search = quick_jit(lambda kernels: jax.vmap(lambda kernel: found(kernel, op)[0])(kernels))
+    np.testing.assert_allclose(search(jnp.asarray(kernels)), fft_norms(kernels, size), rtol=1e-12)
+
+
+@pytest.mark.parametrize("kept", [1, 4])
+def test_the_loss_covers_the_other_directions(kept, monkeypatch):
+    monkeypatch.setattr(_grams, "_KEPT", kept)
+    op, kernel = CircularConv((5, 6)), gaussian((3, 2, 8, 9)) * np.exp(-np.arange(9))
+    poly = _grams.gram_polynomial(jnp.asarray(kernel), op)
+    values = np.linalg.svd(_fourier.half_symbol(jnp.asarray(kernel), op), compute_uv=False)[:, 0].reshape((5, 4))
+    for index in np.ndindex(5, 4):
+        reduced = np.linalg.eigvalsh(_grams.grams_at(poly, op, jnp.asarray([index]) * 2)[0, 0])[-1]
+        assert reduced <= values[index] ** 2 * (1 + 1e-12)
+        assert values[index] ** 2 <= reduced + poly.loss
 
 
 def test_large_images():
