@@ -7,6 +7,7 @@ the leading pair, a leading pair near a given one, the functional, and the two r
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -18,12 +19,13 @@ from jaxtyping import Array, Float, Inexact, Int
 from jaxsrn import _fourier
 from jaxsrn._lanczos import leading_singular_vectors, random_start
 from jaxsrn._linalg import top_pairs, top_values, unit
-from jaxsrn._search import branch_and_bound, branch_and_bound_pays
-from jaxsrn.operators import CircularConv, Dense, Operator
+from jaxsrn._search import branch_and_bound, branch_and_bound_pays, climb
+from jaxsrn.operators import CircularConv, Dense, Operator, ZeroPaddedConv
 
 __all__ = [
     "Pair",
     "by_largest",
+    "circular_layer",
     "default_tolerance",
     "flat_products",
     "images",
@@ -33,7 +35,11 @@ __all__ = [
     "plain_gradient",
     "rescaled",
     "site_pairs",
+    "windowed",
 ]
+
+# Of the random part of a cold start, relative to the wave.
+_NOISE = 0.3
 
 
 class Pair(NamedTuple):
@@ -98,6 +104,44 @@ def _matrix_free(kernel, op: Operator, start: Float[Array, "..."], tolerance) ->
     return Pair(jnp.asarray(0), unit(right), unit(left))
 
 
+def circular_layer(op: ZeroPaddedConv, kernel_shape, sizes: tuple[int, ...], strides: tuple[int, ...]) -> CircularConv:
+    """A circular convolution with the same taps, on an image of at least `sizes` that holds them and whole strides."""
+    sizes = (max(size, extent) for size, extent in zip(sizes, op.extents(kernel_shape), strict=True))
+    return CircularConv(
+        tuple(-(-n // s) * s for n, s in zip(sizes, strides, strict=True)),
+        strides=strides,
+        kernel_dilation=op.kernel_dilation,
+        feature_group_count=op.feature_group_count,
+    )
+
+
+def _window(shape: tuple[int, ...], dtype) -> Float[Array, "... 1"]:
+    """A half sine on each axis: what the leading vectors of a zero-padded convolution look like."""
+    axes = [np.sin(np.pi * (np.arange(n) + 0.5) / n) for n in shape]
+    return jnp.asarray(functools.reduce(np.multiply.outer, axes)[..., None], dtype)
+
+
+def windowed(pair: Pair, layer: CircularConv, op: ZeroPaddedConv, kernel_shape) -> Pair:
+    """The waves of a circular layer with the same taps on the images of a zero-padded one, faded out at the edges."""
+    samples = zip(op.input_shape, op.input_dilation, op.pads(kernel_shape), strict=True)
+    reach = [np.arange(n) * dilation + low for n, dilation, (low, _) in samples]
+    outputs = [np.arange(n) for n in op.out_shape(kernel_shape)[:-1]]
+    right = _fourier.wave(layer, pair.site, pair.right, reach, op.strides)
+    left = _fourier.wave(layer, pair.site, pair.left, outputs, (1,) * op.num_axes)
+    right, left = (unit(image * _window(image.shape[:-1], image.dtype)) for image in (right, left))
+    return Pair(jnp.asarray(0), right, left)
+
+
+def _circular_start(kernel: Float[Array, "..."], op: ZeroPaddedConv) -> Float[Array, "..."]:
+    """Near the leading right vector: the leading wave of the circular layer on the same image."""
+    layer = circular_layer(op, kernel.shape, op.dilated_shape, op.strides)
+    if branch_and_bound_pays(kernel.shape, layer):
+        pair = Pair(*climb(kernel, layer))
+    else:
+        pair = leading(kernel, layer, default_tolerance(kernel.dtype))
+    return windowed(pair, layer, op, kernel.shape).right
+
+
 def leading(kernel: Float[Array, "..."], op: Operator, tolerance, start=None) -> Pair:
     """The leading pair of `T(kernel)`, found without any assumption. The kernel's scale must not be extreme.
 
@@ -114,7 +158,10 @@ def leading(kernel: Float[Array, "..."], op: Operator, tolerance, start=None) ->
         _, pairs = site_pairs(kernel, op, jnp.argmax(values)[None])
         return _first(pairs)
     noise = unit(random_start(op.in_shape(kernel.shape), kernel.dtype))
-    return _matrix_free(kernel, op, noise if start is None else start + 1e-3 * noise, tolerance)
+    if start is None:
+        # As others may be as large as the wave's, all take part.
+        return _matrix_free(kernel, op, _circular_start(kernel, op) + _NOISE * noise, tolerance)
+    return _matrix_free(kernel, op, start + 1e-3 * noise, tolerance)
 
 
 def nearby(kernel: Float[Array, "..."], op: Operator, pair: Pair, tolerance) -> Pair:

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxsrn import _fourier, _pairs
 from jaxsrn._exact import Problem, is_feasible, squared_distance
-from jaxsrn._linalg import top_values, unit
+from jaxsrn._linalg import top_values
 from jaxsrn._pairs import Pair
 from jaxsrn.operators import CircularConv, Operator, ZeroPaddedConv
 from jaxsrn.ranks import largest_functional
@@ -32,15 +32,26 @@ _ZOOM_PHASES = 6
 _MODEL_SIZE = 32
 
 
-def _circular_bounds(problem: Problem, op: CircularConv):
-    """Per site: the largest singular value of `A`, and a lower bound of the squared distance of all its pairs."""
-    values = top_values(_fourier.half_symbol(problem.kernel, op))
-    counts, sums = _fourier.squared_phase_sums(op, problem.kernel.shape)
-    largest = np.max(counts + np.abs(sums), axis=-1) / (2 * np.prod(op.grid))
-    largest = jnp.asarray(largest, values.dtype)
+class _Reach(NamedTuple):
+    """What no pair of a site can exceed: its `e`, and a lower bound of its squared distance."""
+
+    largest: Float[Array, " sites"]
+    bounds: Float[Array, " sites"]
+
+
+def _squared_bounds(problem: Problem, largest, values):
+    """Lower bounds of the squared distance from upper bounds of `e` and `m`; infinite where nothing is feasible."""
     squared = problem.inner(problem.kernel, problem.kernel)
     bounds = squared_distance(largest, values, problem.target, problem.norm, squared)
-    return values, jnp.where(is_feasible(largest, problem.target), bounds, jnp.inf)
+    return jnp.where(is_feasible(largest, problem.target), bounds, jnp.inf)
+
+
+def _reach(problem: Problem, op: CircularConv) -> _Reach:
+    """Without an SVD: a singular value is at most the norm of the operator, and the Frobenius norm of its symbol."""
+    counts, sums = _fourier.squared_phase_sums(op, problem.kernel.shape)
+    largest = jnp.asarray(np.max(counts + np.abs(sums), axis=-1) / (2 * np.prod(op.grid)), problem.norm.dtype)
+    sizes = jnp.linalg.norm(_fourier.half_symbol(problem.kernel, op), axis=(-2, -1))
+    return _Reach(largest, _squared_bounds(problem, largest, jnp.minimum(sizes, problem.norm)))
 
 
 class Survey(NamedTuple):
@@ -54,10 +65,11 @@ class Survey(NamedTuple):
 
 
 class _Scan(NamedTuple):
-    """The best sites so far; `position` counts chunks of the sorted sites."""
+    """The best sites so far, the lowest bound of all seen; `position` counts chunks of the sorted sites."""
 
     scores: Float[Array, " starts"]
     sites: Int[Array, " starts"]
+    bound: Float[Array, ""]
     position: Int[Array, ""]
 
 
@@ -106,69 +118,48 @@ def _turn(pairs: Pair, theta) -> Pair:
 def _survey_circular(problem: Problem, op: CircularConv) -> Survey:
     """The best few sites with their best phases, by the closed form on `A`'s own leading pairs.
 
-    Sites are taken in the order of their bound, until the bound exceeds the best distance found: all others are
-    provably worse. With one channel per site, site and phase are all there is to a pair, so what the scan finds is
+    Sites are taken in the order of a bound that needs no SVD, until it exceeds the best distance found: all others
+    are provably worse. With one channel per site, site and phase are all there is to a pair, so what the scan finds is
     the global solution and its own lower bound. If no pair is feasible, the real frequencies with the largest
     singular values: they allow the smallest stable rank there is.
     """
-    values, bounds = _circular_bounds(problem, op)
-    num_sites = len(values)
+    reach = _reach(problem, op)
+    num_sites = len(reach.bounds)
     # One input and one output per site: site and phase are all there is. The scan is the solution and the certificate.
     one_channel = _fourier.site_shape(op, problem.kernel.shape) == (1, 1)
     scan_zooms = _PHASE_ZOOMS if one_channel else 0
     chunk, kept = (_CHEAP_CHUNK, 1) if one_channel else (_SCAN_CHUNK, _NUM_STARTS)
     chunk, kept = min(chunk, num_sites), min(kept, num_sites)
     num_chunks = -(-num_sites // chunk)
-    order = jnp.argsort(bounds)
+    order = jnp.argsort(reach.bounds)
     order = jnp.concatenate([order, jnp.broadcast_to(order[:1], (num_chunks * chunk - num_sites,))])
     order = order.reshape((num_chunks, chunk))
 
     def evaluate(sites, num_zooms):
         pair_values, pairs = _pairs.site_pairs(problem.kernel, op, sites)
         scores, theta = _phase_scores(problem, op, pair_values, pairs, num_zooms)
-        return scores, _turn(pairs, theta)
+        bounds = _squared_bounds(problem, reach.largest[sites], pair_values)
+        return scores, _turn(pairs, theta), jnp.min(bounds)
 
     def body(state: _Scan) -> _Scan:
         sites = order[state.position]
-        scores = jnp.concatenate([state.scores, evaluate(sites, scan_zooms)[0]])
+        scores, _, bound = evaluate(sites, scan_zooms)
+        scores, sites = jnp.concatenate([state.scores, scores]), jnp.concatenate([state.sites, sites])
         best = jnp.argsort(scores)[:kept]
-        return _Scan(scores[best], jnp.concatenate([state.sites, sites])[best], state.position + 1)
+        return _Scan(scores[best], sites[best], jnp.minimum(state.bound, bound), state.position + 1)
 
     def unfinished(state: _Scan):
-        next_bound = bounds[order[jnp.minimum(state.position, num_chunks - 1), 0]]
+        next_bound = reach.bounds[order[jnp.minimum(state.position, num_chunks - 1), 0]]
         return (state.position < num_chunks) & (next_bound < state.scores[0])
 
-    empty = _Scan(jnp.full(kept, jnp.inf, values.dtype), order[0, :kept], jnp.asarray(0))
+    infinite = jnp.asarray(jnp.inf, reach.bounds.dtype)
+    empty = _Scan(jnp.broadcast_to(infinite, (kept,)), order[0, :kept], infinite, jnp.asarray(0))
     scan = jax.lax.while_loop(unfinished, body, empty)
     real = jnp.asarray(np.flatnonzero(_fourier.is_self_conjugate(op)))
-    strongest = real[jnp.argsort(-values[real])[jnp.arange(kept) % len(real)]]
+    strongest = real[jnp.argsort(-_pairs.site_pairs(problem.kernel, op, real)[0])[jnp.arange(kept) % len(real)]]
     found = jnp.isfinite(scan.scores[0])
     starts = evaluate(jnp.where(found, scan.sites, strongest), _PHASE_ZOOMS)[1]
-    return Survey(starts, scan.scores[0] if one_channel else jnp.min(bounds))
-
-
-def _circular_model(op: ZeroPaddedConv, kernel_shape) -> CircularConv:
-    """A circular convolution with the same taps, on an image that holds them and a whole number of strides.
-
-    Its frequencies are only where to start, so it need not be as large as the true image.
-    """
-    limits = zip(op.dilated_shape, op.extents(kernel_shape), op.strides, strict=True)
-    sizes = [max(min(n, _MODEL_SIZE), extent, s) for n, extent, s in limits]
-    return CircularConv(
-        tuple(-(-n // s) * s for n, s in zip(sizes, op.strides, strict=True)),
-        strides=op.strides,
-        kernel_dilation=op.kernel_dilation,
-        feature_group_count=op.feature_group_count,
-    )
-
-
-def _window(shape: tuple[int, ...], dtype) -> Float[Array, "... 1"]:
-    """A half sine on each axis: what the leading vectors of a zero-padded convolution look like."""
-    axes = [np.sin(np.pi * (np.arange(n) + 0.5) / n) for n in shape]
-    window = axes[0]
-    for axis in axes[1:]:
-        window = np.multiply.outer(window, axis)
-    return jnp.asarray(window[..., None], dtype)
+    return Survey(starts, scan.scores[0] if one_channel else scan.bound)
 
 
 def _image_starts(problem: Problem, op: ZeroPaddedConv, own: Pair) -> Pair:
@@ -177,7 +168,9 @@ def _image_starts(problem: Problem, op: ZeroPaddedConv, own: Pair) -> Pair:
     The model's target stands as high above its smallest stable rank as the target does above this operator's.
     """
     shape = problem.kernel.shape
-    model = _circular_model(op, shape)
+    # Its frequencies are only where to start, so it need not be as large as the true image.
+    sizes = tuple(min(n, _MODEL_SIZE) for n in op.dilated_shape)
+    model = _pairs.circular_layer(op, shape, sizes, op.strides)
     norm = jnp.max(top_values(_fourier.half_symbol(problem.kernel, model)))
     weights = model.frobenius_weights(shape, norm.dtype)
     ratio = largest_functional(shape, op) / largest_functional(shape, model)
@@ -187,17 +180,8 @@ def _image_starts(problem: Problem, op: ZeroPaddedConv, own: Pair) -> Pair:
     target = jnp.minimum(problem.target * ratio, highest)
     waves = _survey_circular(Problem(problem.kernel, weights, target, norm), model).starts
 
-    samples = zip(op.input_shape, op.input_dilation, op.pads(shape), strict=True)
-    reach = [np.arange(n) * dilation + low for n, dilation, (low, _) in samples]
-    outputs = [np.arange(n) for n in op.out_shape(shape)[:-1]]
-
-    def to_images(pair: Pair) -> Pair:
-        right = _fourier.wave(model, pair.site, pair.right, reach, op.strides) * _window(op.input_shape, norm.dtype)
-        left = _fourier.wave(model, pair.site, pair.left, outputs, (1,) * op.num_axes)
-        left = left * _window(left.shape[:-1], norm.dtype)
-        return Pair(jnp.asarray(0), unit(right), unit(left))
-
-    return jax.tree.map(lambda a, b: jnp.concatenate([a[None], b]), own, jax.vmap(to_images)(waves))
+    images = jax.vmap(lambda pair: _pairs.windowed(pair, model, op, shape))(waves)
+    return jax.tree.map(lambda a, b: jnp.concatenate([a[None], b]), own, images)
 
 
 def survey(problem: Problem, op: Operator, own: Pair) -> Survey:

@@ -60,11 +60,8 @@ def _covers(
 
 def _cover(op: ZeroPaddedConv, kernel_shape, strides: tuple[int, ...]) -> CircularConv:
     """The circular operator on the padded image, or a little more where the strides want it."""
-    padded = (n + sum(pad) for n, pad in zip(op.dilated_shape, op.pads(kernel_shape), strict=True))
-    needed = (max(size, extent) for size, extent in zip(padded, op.extents(kernel_shape), strict=True))
-    size = tuple(-(-n // s) * s for n, s in zip(needed, strides, strict=True))
-    groups = op.feature_group_count
-    return CircularConv(size, strides=strides, kernel_dilation=op.kernel_dilation, feature_group_count=groups)
+    padded = tuple(n + sum(pad) for n, pad in zip(op.dilated_shape, op.pads(kernel_shape), strict=True))
+    return _pairs.circular_layer(op, kernel_shape, padded, strides)
 
 
 def _adjoint(kernel: Float[Array, "..."], op: ZeroPaddedConv) -> Float[Array, "..."]:
