@@ -23,6 +23,7 @@ __all__ = [
     "complex_dtype",
     "degrees",
     "dft_rows",
+    "distinct_sites",
     "grouped",
     "half_grid",
     "half_symbol",
@@ -59,6 +60,19 @@ def multiplicity(op: CircularConv) -> np.ndarray:
     # The columns 0 and n/2 already hold both members of their pairs.
     counts = np.where((last == 0) | (2 * last == op.grid[-1]), 1, 2)
     return np.repeat(np.broadcast_to(counts, half_grid(op)), op.feature_group_count)
+
+
+def distinct_sites(op: CircularConv) -> tuple[np.ndarray, np.ndarray]:
+    """Sites of which no two are conjugate, and how many frequencies of the full grid each stands for, 1 or 2."""
+    index = np.indices(half_grid(op)).reshape((op.num_axes, -1))
+    shape = np.array(op.grid)[:, None]
+    own, conjugate = (np.ravel_multi_index(tuple(i), op.grid) for i in (index, -index % shape))
+    # Conjugates outside the half grid have a larger last index than the site, those inside have it equal.
+    kept = (own <= conjugate) | (2 * index[-1] % op.grid[-1] != 0)
+    counts = np.where(own == conjugate, 1, 2)[kept]
+    groups = np.arange(op.feature_group_count)
+    sites = np.flatnonzero(kept)[:, None] * len(groups) + groups
+    return sites.reshape(-1), np.repeat(counts, len(groups))
 
 
 def is_self_conjugate(op: CircularConv) -> np.ndarray:

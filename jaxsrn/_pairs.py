@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Inexact, Int
 from jaxsrn import _fourier
 from jaxsrn._lanczos import leading_singular_vectors, random_start
 from jaxsrn._linalg import top_pairs, top_values, unit
-from jaxsrn._search import branch_and_bound, branch_and_bound_pays, climb
+from jaxsrn._search import branch_and_bound, branch_and_bound_pays
 from jaxsrn.operators import CircularConv, Dense, Operator, ZeroPaddedConv
 
 __all__ = [
@@ -135,10 +135,7 @@ def windowed(pair: Pair, layer: CircularConv, op: ZeroPaddedConv, kernel_shape) 
 def _circular_start(kernel: Float[Array, "..."], op: ZeroPaddedConv) -> Float[Array, "..."]:
     """Near the leading right vector: the leading wave of the circular layer on the same image."""
     layer = circular_layer(op, kernel.shape, op.dilated_shape, op.strides)
-    if branch_and_bound_pays(kernel.shape, layer):
-        pair = Pair(*climb(kernel, layer))
-    else:
-        pair = leading(kernel, layer, default_tolerance(kernel.dtype))
+    pair = leading(kernel, layer, default_tolerance(kernel.dtype))
     return windowed(pair, layer, op, kernel.shape).right
 
 
@@ -154,8 +151,9 @@ def leading(kernel: Float[Array, "..."], op: Operator, tolerance, start=None) ->
     if isinstance(op, CircularConv):
         if branch_and_bound_pays(kernel.shape, op):
             return Pair(*branch_and_bound(kernel, op))
-        values = top_values(_fourier.half_symbol(kernel, op))
-        _, pairs = site_pairs(kernel, op, jnp.argmax(values)[None])
+        sites = jnp.asarray(_fourier.distinct_sites(op)[0])
+        values = top_values(_fourier.half_symbol(kernel, op)[sites])
+        _, pairs = site_pairs(kernel, op, sites[jnp.argmax(values)][None])
         return _first(pairs)
     noise = unit(random_start(op.in_shape(kernel.shape), kernel.dtype))
     if start is None:

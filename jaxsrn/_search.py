@@ -43,7 +43,7 @@ from jaxsrn._lanczos import leading_singular_vectors, random_start
 from jaxsrn._linalg import top_pairs, unit
 from jaxsrn.operators import CircularConv
 
-__all__ = ["branch_and_bound", "branch_and_bound_pays", "climb", "rounding"]
+__all__ = ["branch_and_bound", "branch_and_bound_pays", "rounding"]
 
 # Blocks start at this phi: wider ones are discarded too rarely in a flat spectrum, narrower ones are too many.
 _WIDEST = 0.4
@@ -224,36 +224,6 @@ def branch_and_bound_pays(kernel_shape: tuple[int, ...], op: CircularConv) -> bo
     return smaller > 1 and sites * (smaller**3 + _SVD_OVERHEAD) > _SVD_WORK
 
 
-class _Survey(NamedTuple):
-    """What is known before any proof: the blocks, upper bounds at the coarsest, and a pair that is likely the best."""
-
-    blocks: _Blocks
-    chunk: int
-    bounds: Float[Array, " boxes"]
-    best: _Pair
-
-
-def _survey(poly: GramPolynomial, op: CircularConv, kernel_shape: tuple[int, ...]) -> _Survey:
-    blocks = _blocks(op, kernel_shape)
-    chunk = int(np.clip(CHUNK // math.prod(poly.even.shape[1:]), 4, 512))
-    values, vectors, bounds = _estimates(poly, op, blocks, chunk)
-    return _Survey(blocks, chunk, bounds, _best_climb(poly, op, blocks, values, vectors))
-
-
-def _at_site(best: _Pair, op: CircularConv, kernel_shape: tuple[int, ...]):
-    """`(site, u, v)` in the order of the symbol's own rows and columns."""
-    sites = (*_fourier.half_grid(op), op.feature_group_count)
-    site = jnp.ravel_multi_index((*best.index, best.group), sites, mode="clip")
-    swap = is_transposed(op, kernel_shape)
-    return site, *((best.right.conj(), best.left.conj()) if swap else (best.left, best.right))
-
-
-def climb(kernel: Float[Array, "..."], op: CircularConv):
-    """`(site, u, v)` of a large singular value: mostly the largest, but that is not proven."""
-    poly = gram_polynomial(kernel, op)
-    return _at_site(_survey(poly, op, kernel.shape).best, op, kernel.shape)
-
-
 def branch_and_bound(kernel: Float[Array, "..."], op: CircularConv, excess: float = 0.0):
     """The largest singular value of the whole grid, up to a relative `2 sqrt(channels) eps`, with its vectors.
 
@@ -264,7 +234,10 @@ def branch_and_bound(kernel: Float[Array, "..."], op: CircularConv, excess: floa
       `(site, u, v)`, unit vectors with `u^H S v` that value.
     """
     poly = gram_polynomial(kernel, op)
-    blocks, chunk, bounds, best = _survey(poly, op, kernel.shape)
+    blocks = _blocks(op, kernel.shape)
+    chunk = int(np.clip(CHUNK // math.prod(poly.even.shape[1:]), 4, 512))
+    values, vectors, bounds = _estimates(poly, op, blocks, chunk)
+    best = _best_climb(poly, op, blocks, values, vectors)
     # Of each level at most one chunk's children wait at a time, as the finest are taken first.
     capacity = len(blocks.corners) + (len(blocks.sizes) * 2**op.num_axes + 1) * chunk
     stack = jnp.zeros((capacity, op.num_axes), best.index.dtype), jnp.zeros(capacity, jnp.int32), jnp.asarray(0)
@@ -273,7 +246,10 @@ def branch_and_bound(kernel: Float[Array, "..."], op: CircularConv, excess: floa
     step = functools.partial(_look, poly, op, blocks, chunk, excess)
     # Zero and NaN need no proof.
     best = lax.while_loop(lambda proof: (proof.size > 0) & (proof.best.value > 0), step, proof).best
-    return _at_site(best, op, kernel.shape)
+    sites = (*_fourier.half_grid(op), len(poly.coefficients))
+    site = jnp.ravel_multi_index((*best.index, best.group), sites, mode="clip")
+    swap = is_transposed(op, kernel.shape)
+    return site, *((best.right.conj(), best.left.conj()) if swap else (best.left, best.right))
 
 
 def _push(proof: _Proof, corners, levels, keep: Bool[Array, " boxes"]) -> _Proof:

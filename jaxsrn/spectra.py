@@ -81,8 +81,8 @@ def _singular_values(kernel, op):
     kernel = kernel.astype(float_dtype(kernel.dtype))
     if not isinstance(op, CircularConv):
         return jnp.linalg.svd(kernel if isinstance(op, Dense) else op.to_dense(kernel), compute_uv=False)
-    values = jnp.linalg.svd(_fourier.half_symbol(kernel, op), compute_uv=False)
-    counts = _fourier.multiplicity(op)
+    sites, counts = _fourier.distinct_sites(op)
+    values = jnp.linalg.svd(_fourier.half_symbol(kernel, op)[sites], compute_uv=False)
     values = jnp.repeat(values, counts, axis=0, total_repeat_length=int(counts.sum()))
     # Ascending and back: NaN comes first, and never passes for a plausible largest value.
     return jnp.sort(values.reshape(-1))[::-1]
