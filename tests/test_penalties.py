@@ -173,7 +173,7 @@ def test_initial_pairs_are_the_two_farthest(gram):
 
 @pytest.mark.parametrize(("shape", "gram"), [((3, 3, 1, 3), "small"), ((3, 3, 3, 1), "small"), ((3, 3, 2, 2), "input")])
 def test_tracked_pairs_follow_gradient_descent(shape, gram):
-    """Steps of Algorithm 2.1, always from below; with enough power steps the tracked penalty stays with the exact one."""
+    """Algorithm 2.1: never above the exact penalty, and with enough power steps close to it."""
     op, rate = ZeroPaddedConv((7, 7)), 0.01
     kernel = jnp.asarray(np.random.default_rng(0).uniform(0, 1, shape))
 
@@ -329,7 +329,7 @@ def test_errors_of_batch_norm_and_sums():
         penalties.fold_batch_norm(kernel, np.ones(3), ones)
     with pytest.raises(ValueError, match=r"var: got dtype int"):
         penalties.fold_batch_norm(kernel, ones, np.ones(2, int))
-    with pytest.raises(ValueError, match="epsilon: got 0.0, expected a positive finite number"):
+    with pytest.raises(ValueError, match=r"epsilon: got 0\.0, expected a positive finite number"):
         penalties.fold_batch_norm(kernel, ones, ones, epsilon=0.0)
     params, norm = nested(), jaxsrn.spectral_norm
     with pytest.raises(ValueError, match=r"the path \('z', 'kernel'\) names 0 arrays, .* has \('a', 'b"):

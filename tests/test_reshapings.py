@@ -20,7 +20,8 @@ def all_bounds(kernel, op):
     return [function(kernel, op) for function in ALL], bounds.certified(kernel, op, resolution=0.0).upper
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+# Every kind of geometry is there in several forms; compiling all of them would take minutes.
+@pytest.mark.parametrize("case", CASES[::2], ids=str)
 def test_every_operator(case):
     """Never below the norm, each not above the looser ones, and certified is the tightest where there are taps."""
     kernel = gaussian(case.kernel_shape)
