@@ -13,6 +13,7 @@ Exits with code 1 where Theorem 2.1 is violated, or the barrier is not where it 
 """
 
 import argparse
+import functools
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -83,23 +84,31 @@ def exact_penalty(values, alpha: float, gram: str, op, shape) -> float:
     return max(values[0] ** 2 - alpha, alpha - lowest)
 
 
+@functools.partial(jax.jit, static_argnums=(3, 4, 5))
+def value_and_gradient(kernel, pairs, alpha, op, gram: str, exact: bool):
+    """`((R_alpha, stepped pairs), gradient)`: from tracked pairs, or exactly."""
+
+    def value_and_pairs(kernel):
+        if exact:
+            return penalties.extreme_singular_values(kernel, op, alpha=alpha, gram=gram), pairs
+        return penalties.extreme_singular_values_step(kernel, pairs, op, alpha=alpha, gram=gram, num_steps=POWER_STEPS)
+
+    return jax.value_and_grad(value_and_pairs, has_aux=True)(kernel)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def dense(kernel, op):
+    return op.to_dense(kernel)
+
+
 def descend(shape, size: int, alpha: float, gram: str, *, exact: bool = False) -> Run:
     """Gradient descent from the uniform kernel: Algorithm 2.1, or with the exact gradient at every step."""
     op, kernel = ZeroPaddedConv((size, size)), jax.numpy.asarray(uniform_kernel(shape))
-    options = {"alpha": alpha, "gram": gram}
-
-    def value_and_pairs(kernel, pairs):
-        if exact:
-            return penalties.extreme_singular_values(kernel, op, **options), pairs
-        return penalties.extreme_singular_values_step(kernel, pairs, op, num_steps=POWER_STEPS, **options)
-
-    step = jax.jit(jax.value_and_grad(value_and_pairs, has_aux=True))
-    dense = jax.jit(op.to_dense)
-    pairs = None if exact else penalties.init_pairs(kernel, op, **options)
+    pairs = None if exact else penalties.init_pairs(kernel, op, alpha=alpha, gram=gram)
     records = []
     for _ in range(NUM_STEPS + 1):
-        (tracked, pairs), gradient = step(kernel, pairs)
-        values = np.linalg.svd(np.asarray(dense(kernel)), compute_uv=False)
+        (tracked, pairs), gradient = value_and_gradient(kernel, pairs, alpha, op, gram, exact)
+        values = np.linalg.svd(np.asarray(dense(kernel, op)), compute_uv=False)
         penalty = exact_penalty(values, alpha, gram, op, shape)
         records.append((values, penalty, float(tracked), float(np.linalg.norm(gradient))))
         kernel = kernel - RATE * gradient

@@ -56,8 +56,8 @@ def extreme_singular_values(kernel: Kernel, op: Operator, *, alpha=1.0, gram: st
 
     Circular: extreme singular values over all frequencies. Dense and small zero-padded layers (up to 2**20 matrix
     entries): an SVD. Larger zero-padded layers, whose both ends come from Lanczos: the upper one as in
-    `spectral_norm`; the lower one to a residual of `1e-4 sigma_max^2`, within which there is an eigenvalue of the Gram
-    matrix, so that `R_alpha` may be too small by that much where the lower end decides.
+    `spectral_norm`; the lower one to a residual of `1e-4 sigma_max^2` (at most 200 restarts), within which there is an
+    eigenvalue of the Gram matrix. Where the lower end decides, `R_alpha` may be too small by that much.
 
     Args:
       kernel: `(c_in, c_out)` or `(*taps, c_in // groups, c_out)`.
