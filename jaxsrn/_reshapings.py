@@ -94,7 +94,7 @@ def _matrix_norm(matrices: Float[Array, "groups rows columns"], num_steps: int |
 # The tensor norm
 
 
-def tensor_norm(kernel: Kernel, op: Operator, *, num_starts: int = 4, num_steps: int = 50) -> Float[Array, ""]:
+def tensor_norm(kernel: Kernel, op: Operator, *, num_starts: int = 8, num_steps: int = 50) -> Float[Array, ""]:
     """TN, `sqrt(q) ||K||_sigma`, by the higher-order power method: an estimate from below of an upper bound.
 
     Grishina, Gorbunov, Rakhuba 2024: the spectral norm `||K||_sigma` of the kernel as a tensor, over **complex** unit
@@ -171,7 +171,7 @@ def _rank_one(tensor: Float[Array, "..."], num_starts: int, num_steps: int) -> F
     return jnp.real(_einsum("q,i,o->qio", turn * taps[best], left[best], right[best])).reshape(tensor.shape)
 
 
-def _plane_waves(terms: tuple[int, ...], num_starts: int, dtype) -> list[Complex[Array, "starts terms"]]:
+def _plane_waves(terms: tuple[int, ...], num_starts: int, dtype) -> list[Complex[Array, "starts _"]]:
     """Unit vectors on the axes' taps: `exp(i w t)` at frequency 0, then at fixed random ones."""
     angles = np.random.default_rng(0).uniform(0, 2 * np.pi, (num_starts, len(terms)))
     angles[0] = 0
@@ -181,7 +181,7 @@ def _plane_waves(terms: tuple[int, ...], num_starts: int, dtype) -> list[Complex
     return [jnp.asarray(wave, _fourier.complex_dtype(dtype)) for wave in waves]
 
 
-def _outer(factors: list[Complex[Array, "starts terms"]]) -> Complex[Array, "starts taps"]:
+def _outer(factors: list[Complex[Array, "starts _"]]) -> Complex[Array, "starts taps"]:
     """The products of the axes' vectors, on all taps."""
     flat = factors[0]
     for factor in factors[1:]:
@@ -209,7 +209,7 @@ def _channel_vectors(matrices: Complex[Array, "starts rows columns"], right: Com
     return left, right
 
 
-def _tap_vectors(values: Complex[Array, "..."], factors: list[Complex[Array, "starts terms"]]):
+def _tap_vectors(values: Complex[Array, "..."], factors: list[Complex[Array, "starts _"]]):
     """Alternating steps towards the unit vectors of the largest `|sum_t A_t x_t1 y_t2 ...|`."""
     letters = "hwd"[: len(factors)]
     factors = list(factors)
