@@ -67,7 +67,8 @@ def _smallest(bound, kernel: Float[Array, "..."], op: Operator, *, guaranteed: b
 def _leading_vectors(matrix: Float[Array, "rows columns"], num_steps: int | None):
     """The leading singular vectors `(u, v)`: by an SVD or Lanczos, or so many steps of the power method."""
     product = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
-    start = random_start((matrix.shape[1],), matrix.dtype)
+    # The same numbers in every dtype: what few steps find depends on them.
+    start = random_start((matrix.shape[1],), jnp.float32).astype(matrix.dtype)
     if num_steps is not None:
 
         def step(_, pair):
@@ -143,7 +144,7 @@ def _rank_one(tensor: Float[Array, "..."], num_starts: int, num_steps: int) -> F
     terms, channels = tensor.shape[:-2], tensor.shape[-2:]
     flat = tensor.reshape((-1, *channels))
     waves = _plane_waves(terms, num_starts, tensor.dtype)
-    right = random_start((2, num_starts, channels[1]), tensor.dtype)
+    right = random_start((2, num_starts, channels[1]), jnp.float32).astype(tensor.dtype)
     right = jax.vmap(unit)(lax.complex(right[0], right[1]))
 
     def sweep(state):
