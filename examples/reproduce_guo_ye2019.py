@@ -131,6 +131,21 @@ def violations(run: Run, is_barred: bool) -> list[str]:
     return found
 
 
+def failures(first: dict, tracked: dict, exact: dict, small: dict) -> list[str]:
+    """Of everything that must hold, what does not."""
+    bad = [text for (shape, _), run in first.items() for text in violations(run, shape[2] > shape[3])]
+    bad += [text for runs in (tracked, exact, small) for run in runs.values() for text in violations(run, True)]
+    barred = all(np.isclose(run.penalty[-1], alpha, rtol=1e-9) and run.slope[-1] == 0 for alpha, run in exact.items())
+    free = all(run.penalty.min() < alpha for alpha, run in small.items())
+    late = [
+        named(s) for (s, gram), run in first.items() if gram == "input" and settled_after(run.penalty) > PUBLISHED_STEPS
+    ]
+    bad += [] if barred else ["the input side does not end at alpha with gradient 0"]
+    bad += [] if free else ["the small side does not fall below alpha"]
+    bad += [f"not settled within {PUBLISHED_STEPS} iterations: {name}" for name in late]
+    return bad
+
+
 def settled_after(values) -> int:
     """From which step on the values stay within 1% of the start of where the descent ends (its last quarter)."""
     end = np.median(values[-len(values) // 4 :])
@@ -316,14 +331,7 @@ def main():
     draw_runs({rf"$\alpha = {alpha:g}$": tracked[alpha] for alpha in ALPHAS}, output / "figure2.png")
     draw_barrier(tracked, exact, small, output / "figure3.png")
 
-    bad = [text for (shape, _), run in first.items() for text in violations(run, shape[2] > shape[3])]
-    bad += [text for runs in (tracked, exact, small) for run in runs.values() for text in violations(run, True)]
-    barred = all(np.isclose(run.penalty[-1], alpha, rtol=1e-9) and run.slope[-1] == 0 for alpha, run in exact.items())
-    free = all(run.penalty.min() < alpha for alpha, run in small.items())
-    late = [named(s) for (s, gram), run in first.items() if gram == "input" and settled_after(run.penalty) > 20]
-    bad += [] if barred else ["the input side does not end at alpha with gradient 0"]
-    bad += [] if free else ["the small side does not fall below alpha"]
-    bad += [f"not settled within {PUBLISHED_STEPS} iterations: {name}" for name in late]
+    bad = failures(first, tracked, exact, small)
     sections = {
         "Example 1 (figure1.png, the paper's 3.1)": report_first(first, size),
         "Example 2 (figure2.png, the paper's 3.2) and the barrier (figure3.png)": report_second(tracked, exact, small),
