@@ -205,8 +205,8 @@ def report_first(runs: dict, size: int) -> str:
         table(HEADER, rows),
         f"`settled after`: from which step on R stays within {SETTLED:.0%} of its first value of where it ends. On the "
         f"paper's side that is {min(published)} to {max(published)} steps (the paper: all converge well within "
-        f"{PUBLISHED_STEPS}); what is left falls slowly. As in the paper R and the condition number fall with sigma_max, while sigma_min hardly "
-        "moves.",
+        f"{PUBLISHED_STEPS}); what is left falls slowly. As in the paper R and the condition number fall with "
+        "sigma_max, while sigma_min moves much less.",
     )
 
 
@@ -228,6 +228,7 @@ def report_second(tracked: dict, exact: dict, small: dict) -> str:
             ]
         )
     dips = {a: int(run.tracked.argmin()) for a, run in tracked.items() if run.tracked.min() < a * (1 - 1e-9)}
+    listed = ", ".join(f"{alpha:g} (least at iteration {i})" for alpha, i in dips.items())
     unreached = [alpha for alpha in ALPHAS if exact[alpha].penalty.min() > alpha * (1 + 1e-9)]
     header = ("alpha", "tracked R / alpha", "R / alpha", "exact gradient", "its end", "small side", "its end")
     return paragraphs(
@@ -238,8 +239,8 @@ def report_second(tracked: dict, exact: dict, small: dict) -> str:
         "M has more columns than rows, so M^T M is singular: R = max(sigma_max^2 - alpha, alpha) is alpha as soon as "
         "sigma_max^2 <= 2 alpha, and its gradient, that of ||M v||^2 with M v = 0, is exactly 0. This is the barrier "
         "that the paper observed. Values below alpha are impossible; Algorithm 2.1 reports some at alpha = "
-        f"{', '.join(f'{a:g} (least at iteration {i})' for a, i in dips.items()) or 'none'}, where its power steps have not yet found the null "
-        "space: such are the dips of the paper's Figure 3.2, at iterations 6 and 4 for alpha = 5 and 10. With M M^T there is no null space, R falls below alpha, "
+        f"{listed or 'none'}, where its power steps have not yet found the null space: such are the dips of the paper's "
+        "Figure 3.2, at iterations 6 and 4 for alpha = 5 and 10. With M M^T there is no null space, R falls below alpha, "
         "and Theorem 2.1 says something about the smallest singular value. "
         f"Not reached in {NUM_STEPS} steps: alpha = {', '.join(f'{a:g}' for a in unreached) or 'none'}.",
     )
