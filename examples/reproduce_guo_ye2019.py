@@ -239,9 +239,9 @@ def report_second(tracked: dict, exact: dict, small: dict) -> str:
         "M has more columns than rows, so M^T M is singular: R = max(sigma_max^2 - alpha, alpha) is alpha as soon as "
         "sigma_max^2 <= 2 alpha, and its gradient, that of ||M v||^2 with M v = 0, is exactly 0. This is the barrier "
         "that the paper observed. Values below alpha are impossible; Algorithm 2.1 reports some at alpha = "
-        f"{listed or 'none'}, where its power steps have not yet found the null space: such are the dips of the paper's "
-        "Figure 3.2, at iterations 6 and 4 for alpha = 5 and 10. With M M^T there is no null space, R falls below alpha, "
-        "and Theorem 2.1 says something about the smallest singular value. "
+        f"{listed or 'none'}, where its power steps have not yet found the null space: such are the dips of the "
+        "paper's Figure 3.2, at iterations 6 and 4 for alpha = 5 and 10. With M M^T there is no null space, R falls "
+        "below alpha, and Theorem 2.1 says something about the smallest singular value. "
         f"Not reached in {NUM_STEPS} steps: alpha = {', '.join(f'{a:g}' for a in unreached) or 'none'}.",
     )
 
