@@ -6,8 +6,8 @@ their Algorithm 2.1, `jaxsrn.penalties.extreme_singular_values_step`, measures e
 matrix, and compares the paper's Gram matrix M^T M with the smaller one of M^T M and M M^T.
 
     pip install "jaxsrn[examples]"
-    python examples/reproduce_guo_ye2019.py           # some minutes; writes report.md and figures to guo_ye2019/
-    python examples/reproduce_guo_ye2019.py --fast    # seconds: smaller images
+    python examples/reproduce_guo_ye2019.py           # about a minute; writes report.md and figures to guo_ye2019/
+    python examples/reproduce_guo_ye2019.py --fast    # half of it: smaller images
 
 Exits with code 1 where Theorem 2.1 is violated, or the barrier is not where it must be.
 """
