@@ -13,10 +13,7 @@ Exits with code 1 where the exact solution misses a stable rank or norm by more 
 
 import argparse
 import functools
-import os
-import platform
 import sys
-import textwrap
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -25,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import matplotlib
 import numpy as np
-from PIL import Image
+from _report import paragraphs, save, steps_of, table, write
 from tqdm import tqdm
 
 import jaxsrn
@@ -184,31 +181,6 @@ def all_ends(run: Descents) -> list[End]:
 
 
 # The report
-
-
-def machine() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    cpu = names[0] if names else platform.machine()
-    versions = f"Python {platform.python_version()}, jax {jax.__version__}, numpy {np.__version__}"
-    return f"{cpu}, {os.cpu_count()} cores; {versions}"
-
-
-def table(header, rows) -> str:
-    """Markdown, padded so that it also reads well in a terminal."""
-    lines = [header, *([str(cell) for cell in row] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    padded = [
-        [c.rjust(w) if j else c.ljust(w) for j, (c, w) in enumerate(zip(line, widths, strict=True))] for line in lines
-    ]
-    rule = [("-" * (w - 1) + ":") if j else "-" * w for j, w in enumerate(widths)]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in [padded[0], rule, *padded[1:]])
-
-
-def paragraphs(*texts: str) -> str:
-    """Tables as they are, all else in lines of moderate length."""
-    return "\n\n".join(text if text.startswith("|") else textwrap.fill(" ".join(text.split()), 118) for text in texts)
 
 
 def seconds(value: float) -> str:
@@ -414,13 +386,6 @@ def report_times(runs, size: Size, misses: list) -> str:
 # Figures
 
 
-def save(figure, path, dpi):
-    """With 256 colours: a third of the size."""
-    figure.savefig(path, dpi=dpi)
-    plt.close(figure)
-    Image.open(path).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
-
-
 def draw_forms(values, path):
     """Figure 1."""
     low, high = jaxsrn.stable_rank_range(KERNEL.shape, OP)
@@ -550,17 +515,6 @@ def draw_progress(run: Descents, exact, path):
 # All of it
 
 
-def steps_of(progress):
-    """A function that names the part that begins, and counts the one that has ended."""
-
-    def tick(name):
-        if progress.desc:
-            progress.update()
-        progress.set_description(name)
-
-    return tick
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--fast", action="store_true", help="fewer starts, descents cut short")
@@ -598,11 +552,7 @@ def main():
         f"relative; within {TOLERANCE:g} on {len(misses) - len(bad)} of {len(misses)} targets (required: on all)."
     )
     command = "python examples/reproduce_zheng2025.py" + " --fast" * args.fast
-    head = f"# The experiments of Zheng et al. (2025)\n\nMade by `{command}` on {machine()}.\n"
-    text = "\n".join([head, *(f"## {title}\n\n{body}\n" for title, body in sections.items())])
-    print(text)
-    (output / "report.md").write_text(text)
-    print(f"Figures and this report are in {output}.")
+    write(output, "The experiments of Zheng et al. (2025)", command, sections)
     if bad:
         sys.exit(f"The exact solution misses its target: {'; '.join(bad)}.")
 

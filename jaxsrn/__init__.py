@@ -1,8 +1,8 @@
 """Singular values, norms and stable rank of layers, convolutions above all.
 
 Every function has the form `f(kernel, op, *, options)`: the kernel in Flax's layout, and the operator that says
-which linear map it stands for. The modules `bounds`, `optim`, `sphere` and `surrogate` are
-imported when first used.
+which linear map it stands for. The modules `bounds`, `optim`, `penalties`, `sphere` and
+`surrogate` are imported when first used.
 """
 
 import importlib
@@ -22,6 +22,7 @@ __all__ = [
     "bounds",
     "leading_triplet",
     "optim",
+    "penalties",
     "singular_values",
     "spectral_norm",
     "sphere",
@@ -35,7 +36,7 @@ __all__ = [
     "top_singular_values",
 ]
 
-_MODULES = ("bounds", "optim", "sphere", "surrogate")
+_MODULES = ("bounds", "optim", "penalties", "sphere", "surrogate")
 
 
 def __getattr__(name: str):

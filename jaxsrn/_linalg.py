@@ -1,4 +1,4 @@
-"""Leading singular pairs of small matrices, stacked, and a bound of their values."""
+"""Leading and last singular pairs of small matrices, stacked, and a bound of their values."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Inexact
 
-__all__ = ["gram_bound", "top_pairs", "top_values", "unit"]
+__all__ = ["end_pairs", "gram_bound", "top_pairs", "top_values", "unit"]
 
 
 def unit(vector: Inexact[Array, "..."]) -> Inexact[Array, "..."]:
@@ -24,11 +24,20 @@ def top_pairs(matrices: Inexact[Array, "batch in out"]):
 
     The largest entry of `u` is real and positive, so that both vectors are real where the matrix is.
     """
+    return end_pairs(matrices)[0]
+
+
+def end_pairs(matrices: Inexact[Array, "batch in out"]):
+    """`top_pairs`, and the same of the smallest of the `min(in, out)` singular values."""
     if min(matrices.shape[-2:]) == 1:
         u, v, values = _pair_of_vector(matrices)
-    else:
-        u, values, vh = jnp.linalg.svd(matrices, full_matrices=False)
-        u, values, v = u[..., 0], values[..., 0], jnp.conj(vh[..., 0, :])
+        pair = _real_where_possible(values, u, v)
+        return pair, pair
+    u, values, vh = jnp.linalg.svd(matrices, full_matrices=False)
+    return tuple(_real_where_possible(values[..., i], u[..., i], jnp.conj(vh[..., i, :])) for i in (0, -1))
+
+
+def _real_where_possible(values, u, v):
     largest = jnp.take_along_axis(u, jnp.argmax(jnp.abs(u), axis=-1, keepdims=True), axis=-1)
     turn = jnp.conj(largest) / jnp.abs(largest).astype(u.dtype)
     return values, u * turn, v * turn

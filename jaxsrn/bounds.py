@@ -1,4 +1,4 @@
-"""Bounds of the spectral norm of a layer: a certified interval, and Gram iteration.
+"""Bounds of the spectral norm of a layer: a certified interval, Gram iteration, and what reads the kernel alone.
 
 Zero padding is bounded through circular layers that **cover** it: the zero-padded map is a circular one on the padded
 image, restricted to some inputs and outputs, which can only lower the norm. A coarse grid of frequencies bounds the
@@ -8,10 +8,8 @@ maximum over `m` equispaced angles per axis (M. Riesz).
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,63 +18,26 @@ from jaxtyping import Array, Float
 
 from jaxsrn import _fourier, _pairs
 from jaxsrn._checks import Kernel, ensure, float_dtype, kernel_array, static_int
+from jaxsrn._covers import NormInterval, covers, for_any_size, slack_of, widened
 from jaxsrn._linalg import gram_bound
-from jaxsrn._search import branch_and_bound, branch_and_bound_pays, rounding
+from jaxsrn._reshapings import channel_l1, fantastic_four, l1, lip_bound, tensor_norm
+from jaxsrn._search import branch_and_bound, branch_and_bound_pays
 from jaxsrn.norms import frozen_value
-from jaxsrn.operators import CircularConv, Dense, Operator, ZeroPaddedConv
+from jaxsrn.operators import CircularConv, Dense, Operator
 
-__all__ = ["NormInterval", "certified", "gram_iteration"]
+__all__ = [
+    "NormInterval",
+    "certified",
+    "channel_l1",
+    "fantastic_four",
+    "gram_iteration",
+    "l1",
+    "lip_bound",
+    "tensor_norm",
+]
 
-# Angles per degree and axis of the grid that stands for all frequencies: 0.25% above the supremum in two dimensions.
-_OVERSAMPLING = 32
 # Relative residual of the lower end with zero padding; its error is the square.
 _LOOSE = 3e-3
-
-
-class NormInterval(NamedTuple):
-    """`lower <= ||T(K)||_2 <= upper`."""
-
-    lower: Float[Array, "..."]
-    upper: Float[Array, "..."]
-
-
-# Circular layers whose norm is at least that of the layer
-
-
-def _covers(
-    kernel: Float[Array, "..."], op: Operator, any_size: bool
-) -> list[tuple[Float[Array, "..."], CircularConv]]:
-    """Kernels and circular operators, the norm of each an upper bound; at any size, on a grid for all frequencies."""
-    covers = []
-    if isinstance(op, CircularConv):
-        covers.append((kernel, op))
-    elif set(op.input_dilation) == {1} or set(op.strides) != {1}:
-        covers.append((kernel, _cover(op, kernel.shape, op.strides)))
-    if set(op.input_dilation) != {1}:
-        # Of the upsampled input the adjoint is strided. Each bound ignores the other of stride and input dilation.
-        covers.append((_adjoint(kernel, op), _cover(op, kernel.shape, op.input_dilation)))
-    return [(k, _for_any_size(cover, k.shape) if any_size else cover) for k, cover in covers]
-
-
-def _cover(op: ZeroPaddedConv, kernel_shape, strides: tuple[int, ...]) -> CircularConv:
-    """The circular operator on the padded image, or a little more where the strides want it."""
-    padded = tuple(n + sum(pad) for n, pad in zip(op.dilated_shape, op.pads(kernel_shape), strict=True))
-    return _pairs.circular_layer(op, kernel_shape, padded, strides)
-
-
-def _adjoint(kernel: Float[Array, "..."], op: ZeroPaddedConv) -> Float[Array, "..."]:
-    """The kernel with inputs and outputs of each group exchanged (the taps' order does not matter to norms)."""
-    by_group = _fourier.grouped(kernel, op)
-    return jnp.swapaxes(by_group, -3, -1).reshape((*kernel.shape[:-2], by_group.shape[-1], -1))
-
-
-def _for_any_size(op: CircularConv, kernel_shape, oversampling: int = _OVERSAMPLING) -> CircularConv:
-    """The same symbol on a grid that is fine enough for its supremum."""
-    # Without strides dilation only repeats the spectrum.
-    dilation = tuple(1 if s == 1 else e for s, e in zip(op.strides, op.kernel_dilation, strict=True))
-    op = dataclasses.replace(op, kernel_dilation=dilation)
-    grid = [oversampling * max(d, 1) for d in _fourier.degrees(op, kernel_shape)]
-    return dataclasses.replace(op, input_shape=tuple(m * s for m, s in zip(grid, op.strides, strict=True)))
 
 
 # The interval
@@ -123,32 +84,26 @@ def _certified(kernel, op, resolution, any_size):
         interval = _frozen_leading(kernel, op, _pairs.default_tolerance(kernel.dtype))
         interval = NormInterval(interval, interval)
     else:
-        covers = _covers(kernel, op, any_size)
-        found = [_of_circular(k, cover, resolution) for k, cover in covers]
-        above = [_fourier.overshoot(cover, k.shape) if any_size else 1.0 for k, cover in covers]
+        covered = covers(kernel, op, any_size)
+        found = [_of_circular(k, cover, resolution) for k, cover in covered]
+        above = [_fourier.overshoot(cover, k.shape) if any_size else 1.0 for k, cover in covered]
         upper = functools.reduce(jnp.minimum, [one.upper * factor for one, factor in zip(found, above, strict=True)])
         if any_size:
             lower = _lower_at_any_size(kernel, op)
         else:
             lower = found[0].lower if isinstance(op, CircularConv) else _frozen_leading(kernel, op, _LOOSE)
         interval = NormInterval(lower, upper)
-    widened = _widened(interval, kernel, may_cancel=any_size or op.distinct_shape(kernel.shape) != kernel.shape)
-    return NormInterval(widened.lower * scale, widened.upper * scale)
-
-
-def _widened(interval: NormInterval, kernel: Float[Array, "..."], may_cancel: bool) -> NormInterval:
-    """The interval with room for rounding; where taps can cancel, also for that of what they cancel from."""
-    slack = 2 * rounding(math.prod(kernel.shape[:-1]), kernel.dtype)
-    margin = slack * lax.stop_gradient(jnp.linalg.norm(kernel)) if may_cancel else 0.0
-    lower = jnp.maximum(interval.lower * (1 - slack) - margin, 0)
-    return NormInterval(lower, interval.upper * (1 + slack) + margin)
+    wide = widened(interval, kernel, may_cancel=any_size or op.distinct_shape(kernel.shape) != kernel.shape)
+    return NormInterval(wide.lower * scale, wide.upper * scale)
 
 
 def _of_circular(kernel: Float[Array, "..."], op: CircularConv, resolution: float) -> NormInterval:
     fixed = lax.stop_gradient(kernel)
     if branch_and_bound_pays(kernel.shape, op):
-        value = frozen_value(kernel, op, _pairs.Pair(*branch_and_bound(fixed, op, resolution)))
-        return NormInterval(value, (1 + resolution) * value)
+        # What the proof leaves open and the room for rounding are the width together.
+        excess = max(resolution - 3 * slack_of(kernel), 0.0)
+        value = frozen_value(kernel, op, _pairs.Pair(*branch_and_bound(fixed, op, excess)))
+        return NormInterval(value, (1 + excess) * value)
     value = _frozen_leading(kernel, op, _pairs.default_tolerance(kernel.dtype))
     return NormInterval(value, value)
 
@@ -201,15 +156,15 @@ def _gram_iteration(kernel, op, num_steps, oversampling):
     if isinstance(op, Dense):
         bounds = [gram_bound(kernel[None], num_steps)]
     else:
-        bounds = [_squared_symbol(k, cover, num_steps, oversampling) for k, cover in _covers(kernel, op, False)]
+        bounds = [_squared_symbol(k, cover, num_steps, oversampling) for k, cover in covers(kernel, op, False)]
     bound = functools.reduce(jnp.minimum, bounds)
     may_cancel = op.distinct_shape(kernel.shape) != kernel.shape
-    return _widened(NormInterval(bound, bound), kernel, may_cancel).upper * scale
+    return widened(NormInterval(bound, bound), kernel, may_cancel).upper * scale
 
 
 def _squared_symbol(kernel: Float[Array, "..."], op: CircularConv, num_steps: int, oversampling: int):
     """On the layer's own grid, or on a coarse one for all frequencies where that is smaller."""
-    coarse = _for_any_size(op, kernel.shape, oversampling)
+    coarse = for_any_size(op, kernel.shape, oversampling)
     if math.prod(coarse.grid) >= math.prod(op.grid):
         return gram_bound(_fourier.half_symbol(kernel, op), num_steps)
     return gram_bound(_fourier.half_symbol(kernel, coarse), num_steps) * _fourier.overshoot(coarse, kernel.shape)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import jaxsrn
-from jaxsrn import CircularConv, Dense, ZeroPaddedConv, bounds, optim, surrogate
+from jaxsrn import CircularConv, Dense, ZeroPaddedConv, bounds, optim, penalties, surrogate
 
 DENSE = (Dense(), (3, 2))
 CIRCULAR = (CircularConv((4,)), (3, 2, 2))
@@ -35,6 +35,13 @@ POINT = np.full(CIRCULAR[1], 12**-0.5)
 DESCENT = {"key": jax.random.key(0), "num_steps": 20, "optimizer": optim.sphere_sgd(1e-2)}
 
 
+def tracked_step(kernel, op):
+    """Without the eigenvectors, whose sign (and more, of a repeated eigenvalue) is a choice."""
+    pairs = penalties.init_pairs(OTHER[op], op)
+    value, stepped = penalties.extreme_singular_values_step(kernel, pairs, op)
+    return value, stepped.values
+
+
 CONTRACTS = [
     Contract("symbol", jaxsrn.symbol, (CIRCULAR,)),
     Contract("singular_values", jaxsrn.singular_values),
@@ -44,6 +51,12 @@ CONTRACTS = [
     Contract("bounds.certified", bounds.certified),
     Contract("bounds.certified at any size", lambda k, op: bounds.certified(k, op, any_size=True)),
     Contract("bounds.gram_iteration", bounds.gram_iteration),
+    Contract("bounds.tensor_norm", bounds.tensor_norm),
+    Contract("bounds.fantastic_four", bounds.fantastic_four),
+    Contract("bounds.fantastic_four by power steps", lambda k, op: bounds.fantastic_four(k, op, num_steps=5)),
+    Contract("bounds.lip_bound", bounds.lip_bound),
+    Contract("bounds.l1", bounds.l1),
+    Contract("bounds.channel_l1", bounds.channel_l1),
     Contract("stable_rank", jaxsrn.stable_rank),
     Contract("srn", lambda k, op: jaxsrn.srn(k, 1.2, num_preserved=0), (DENSE,), True),
     Contract("srn raising", lambda k, op: jaxsrn.srn(k, 1.9, raise_rank=True), (DENSE,), True),
@@ -60,8 +73,23 @@ CONTRACTS = [
     Contract(
         "surrogate.trajectory", lambda k, op: surrogate.trajectory(k, op, 2.0, **DESCENT), (CIRCULAR,), is_constant=True
     ),
+    Contract("penalties.extreme_singular_values", penalties.extreme_singular_values),
+    Contract(
+        "penalties.extreme_singular_values of the lower end",
+        lambda k, op: penalties.extreme_singular_values(k, op, alpha=90.0),
+        (DENSE, CIRCULAR),
+    ),
+    Contract("penalties.extreme_singular_values_step", tracked_step),
+    Contract("penalties.init_pairs", lambda k, op: penalties.init_pairs(k, op).values, is_constant=True),
+    Contract(
+        "penalties.fold_batch_norm",
+        lambda k, op: jaxsrn.spectral_norm(penalties.fold_batch_norm(k, np.array([2.0, -1.0]), np.ones(2)), op),
+    ),
+    Contract("penalties.total", lambda k, op: penalties.total(jaxsrn.spectral_norm, {("a", "b"): op}, {"a": {"b": k}})),
     Contract("srnc_tanay", lambda k, op: jaxsrn.srnc_tanay(k, op, TARGETS[op]), (CIRCULAR,), True),
 ]
+# Kernels that pairs are tracked from.
+OTHER = {op: np.random.default_rng(9).standard_normal(shape) for op, shape in (DENSE, CIRCULAR, ZERO_PADDED)}
 # Between the smallest stable rank and that of the Gaussian kernels below.
 TARGETS = {DENSE[0]: 1.2, CIRCULAR[0]: 2.0, ZERO_PADDED[0]: 2.6}
 PAIRS = [
@@ -197,7 +225,7 @@ def test_bad_kernels(contract, op, shape):
 def test_every_public_function_has_a_contract():
     static = {"stable_rank_range", "surrogate.forms", "surrogate.form_eigenvalues"}  # of shapes, not of kernels
     public = {name for name in jaxsrn.__all__ if inspect.isfunction(getattr(jaxsrn, name))}
-    for module in (bounds, surrogate):
+    for module in (bounds, penalties, surrogate):
         short = module.__name__.removeprefix("jaxsrn.")
         public |= {f"{short}.{name}" for name in module.__all__ if inspect.isfunction(getattr(module, name))}
     assert public - static == {contract.name.split()[0] for contract in CONTRACTS}

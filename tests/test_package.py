@@ -22,6 +22,8 @@ ORDER = [
     "_pairs",
     "spectra",
     "norms",
+    "_covers",
+    "_reshapings",
     "bounds",
     "ranks",
     "_exact",
@@ -31,6 +33,8 @@ ORDER = [
     "optim",
     "_descent",
     "surrogate",
+    "_layers",
+    "penalties",
 ]
 
 
@@ -60,7 +64,8 @@ def test_imports_point_one_way(module):
 
 
 @pytest.mark.parametrize(
-    "module", ["operators", "spectra", "norms", "bounds", "ranks", "normalization", "sphere", "optim", "surrogate"]
+    "module",
+    ["operators", "spectra", "norms", "bounds", "ranks", "normalization", "sphere", "optim", "surrogate", "penalties"],
 )
 def test_public_names_are_listed_and_documented(module):
     loaded = getattr(__import__(f"jaxsrn.{module}"), module)

@@ -1,0 +1,63 @@
+"""What the experiments share: tables, figures of moderate size, and the report that says how it was made."""
+
+import os
+import platform
+import textwrap
+from pathlib import Path
+
+import jax
+import matplotlib.pyplot as plt
+import numpy as np
+from PIL import Image
+
+
+def machine() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    cpu = names[0] if names else platform.machine()
+    versions = f"Python {platform.python_version()}, jax {jax.__version__}, numpy {np.__version__}"
+    return f"{cpu}, {os.cpu_count()} cores; {versions}"
+
+
+def table(header, rows) -> str:
+    """Markdown, padded so that it also reads well in a terminal."""
+    lines = [header, *([str(cell) for cell in row] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    padded = [
+        [c.rjust(w) if j else c.ljust(w) for j, (c, w) in enumerate(zip(line, widths, strict=True))] for line in lines
+    ]
+    rule = [("-" * (w - 1) + ":") if j else "-" * w for j, w in enumerate(widths)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in [padded[0], rule, *padded[1:]])
+
+
+def paragraphs(*texts: str) -> str:
+    """Tables as they are, all else in lines of moderate length."""
+    return "\n\n".join(text if text.startswith("|") else textwrap.fill(" ".join(text.split()), 118) for text in texts)
+
+
+def save(figure, path, dpi):
+    """With 256 colours: a third of the size."""
+    figure.savefig(path, dpi=dpi)
+    plt.close(figure)
+    Image.open(path).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
+
+
+def write(output: Path, title: str, command: str, sections: dict[str, str], name: str = "report.md") -> None:
+    """Prints the report and writes it to the file `name`."""
+    head = f"# {title}\n\nMade by `{command}` on {machine()}.\n"
+    text = "\n".join([head, *(f"## {heading}\n\n{body}\n" for heading, body in sections.items())])
+    print(text)
+    (output / name).write_text(text)
+    print(f"Figures and this report are in {output}.")
+
+
+def steps_of(progress):
+    """A function that names the part that begins, and counts the one that has ended."""
+
+    def tick(name):
+        if progress.desc:
+            progress.update()
+        progress.set_description(name)
+
+    return tick

@@ -1,0 +1,80 @@
+"""Layers of a model by path: the kernels that they name in a tree of parameters, and those of equal shape together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Shaped
+
+from jaxsrn._checks import ensure, kernel_array
+from jaxsrn.operators import Operator
+
+__all__ = ["Layers", "Stack", "find_kernels", "stacks"]
+
+Path = tuple[Any, ...]
+# {path: operator}; checked entry by entry.
+Layers = Mapping
+
+
+class Stack(NamedTuple):
+    """Kernels of one shape and dtype with one operator, along a new first axis, and their paths."""
+
+    op: Operator
+    paths: list[Path]
+    kernels: Shaped[Array, "layers ..."]
+
+
+def plain(path) -> Path:
+    """A key path of `jax.tree_util` as plain keys: dictionary keys, indices, attribute names."""
+    return tuple(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key))) for key in path)
+
+
+def _names(path: Path, leaf) -> bool:
+    """Whether a path is that of a leaf, or of the variable that holds it as an attribute."""
+    rest = leaf[len(path) :]
+    return plain(leaf[: len(path)]) == path and all(isinstance(key, jax.tree_util.GetAttrKey) for key in rest)
+
+
+def find_kernels(layers: Layers, params) -> dict[Path, int]:
+    """Which leaf of `params`, in the order of `jax.tree.leaves`, each path names.
+
+    A path is that of the kernel itself, `("conv1", "kernel")`, also where a Flax variable holds it: those are nodes of
+    their own, the array an attribute of them.
+
+    Raises:
+      ValueError: a path that names no leaf or several, a path that is no tuple, or an operator that is none.
+    """
+    leaves = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    found = {}
+    for path, op in layers.items():
+        ensure(isinstance(path, tuple), f"layers: got the path {path!r}, expected a tuple of plain keys.")
+        ensure(isinstance(op, Operator), f"layers: got {op!r} for {path!r}, expected an operator, such as Dense().")
+        below = [i for i, leaf in enumerate(leaves) if _names(path, leaf)]
+        ensure(
+            len(below) == 1,
+            f"layers: the path {path!r} names {len(below)} arrays, expected one; params has "
+            f"{', '.join(repr(plain(leaf)) for leaf in leaves[:8]) or 'none'}{', ...' if len(leaves) > 8 else ''}.",
+        )
+        found[path] = below[0]
+    return found
+
+
+def stacks(layers: Layers, params) -> list[Stack]:
+    """The kernels that `layers` names, those of equal operator, shape and dtype stacked.
+
+    Raises:
+      ValueError: as `find_kernels`, or a kernel that does not fit its operator.
+    """
+    leaves = jax.tree.leaves(params)
+    groups: dict[tuple, list[Path]] = {}
+    kernels = {}
+    for path, index in find_kernels(layers, params).items():
+        try:
+            kernels[path] = kernel_array(leaves[index], layers[path])
+        except ValueError as error:
+            raise ValueError(f"layers: at {path!r}, {error}") from error
+        groups.setdefault((layers[path], kernels[path].shape, kernels[path].dtype), []).append(path)
+    return [Stack(op, paths, jnp.stack([kernels[path] for path in paths])) for (op, _, _), paths in groups.items()]
