@@ -25,6 +25,10 @@ ORDER = [
     "ranks",
     "_exact",
     "_starts",
+    "_clip",
+    "_ball",
+    "_nearest",
+    "projections",
     "normalization",
     "sphere",
     "optim",
@@ -59,7 +63,19 @@ def test_imports_point_one_way(module):
 
 
 @pytest.mark.parametrize(
-    "module", ["operators", "spectra", "norms", "bounds", "ranks", "normalization", "sphere", "optim", "surrogate"]
+    "module",
+    [
+        "operators",
+        "spectra",
+        "norms",
+        "bounds",
+        "ranks",
+        "projections",
+        "normalization",
+        "sphere",
+        "optim",
+        "surrogate",
+    ],
 )
 def test_public_names_are_listed_and_documented(module):
     loaded = getattr(__import__(f"jaxsrn.{module}"), module)
