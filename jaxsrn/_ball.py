@@ -101,7 +101,7 @@ def distance_and_excess(target: Float[Array, "..."], blocks: Blocks, candidate: 
     twice_gap = 2 * proven_gap(blocks, candidate, factor)
     distance = safe_sqrt(squared)
     total = distance + safe_sqrt(squared - twice_gap)
-    return distance, jnp.minimum(twice_gap / jnp.where(total == 0, 1.0, total), distance)
+    return distance, jnp.clip(twice_gap / jnp.where(total == 0, 1.0, total), 0.0, distance)
 
 
 def begin(kernel: Float[Array, "..."], blocks: Blocks) -> Iterate:
@@ -130,7 +130,8 @@ def again(state: Iterate, growth=1.0) -> Iterate:
     return state._replace(
         length=zero,
         value=zero + jnp.inf,
-        multiplier=state.multiplier * jnp.asarray(growth, state.multiplier.dtype),
+        multiplier=state.multiplier * jnp.asarray(growth).astype(state.multiplier.dtype),
+        penalty=jnp.maximum(state.penalty / _PENALTY_GROWTH**2, _FIRST_PENALTY),
         excess=zero + jnp.inf,
         stalled=jnp.zeros_like(state.stalled),
         num_steps=jnp.zeros_like(state.num_steps),

@@ -29,6 +29,7 @@ ORDER = [
     "_ball",
     "_nearest",
     "projections",
+    "_raising",
     "normalization",
     "sphere",
     "optim",
