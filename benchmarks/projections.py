@@ -110,7 +110,7 @@ def dykstra(case: Case, limit: float, residual: float) -> Found:
     op, kernel, correction = CircularConv(case.image), case.kernel, 0.0
     start, proven = time.perf_counter(), np.inf
     best = kernel
-    for step in range(1, case.others + 1):
+    for steps in range(1, case.others + 1):  # noqa: B007
         stack = ball.stack(kernel) + correction
         clipped = ball.clip(stack)
         correction = stack - clipped
@@ -121,7 +121,7 @@ def dykstra(case: Case, limit: float, residual: float) -> Found:
             best, proven = factor * kernel, found
         if proven <= residual:
             break
-    return Found(best, proven, step, time.perf_counter() - start)
+    return Found(best, proven, steps, time.perf_counter() - start)
 
 
 def certify(ball: Ball, target, kernel, multiplier, clipped, factor: float) -> float:
@@ -138,12 +138,12 @@ def repeated_clips(case: Case, limit: float) -> Found:
     """Sedghi's pass over and over until the norm is right; scaled into the ball where that takes too many."""
     ball = Ball(case.image, case.kernel.shape[:2], limit, case.kernel.dtype)
     op, kernel, start = CircularConv(case.image), case.kernel, time.perf_counter()
-    for step in range(1, case.others + 1):
+    for steps in range(1, case.others + 1):  # noqa: B007
         kernel = ball.taps_of(ball.clip(ball.stack(kernel)))
         norm = float(jaxsrn.spectral_norm(kernel, op))
         if norm <= limit * (1 + OVERSHOOT):
             break
-    return Found(min(1.0, limit / norm) * kernel, float("nan"), step, time.perf_counter() - start)
+    return Found(min(1.0, limit / norm) * kernel, float("nan"), steps, time.perf_counter() - start)
 
 
 # Cases
@@ -220,10 +220,10 @@ def compare(case: Case) -> tuple[list[list], list[tuple[bool, str]]]:
 
 ABOUT = f"""\
 float32; c is {SHARE:g} times the kernel's own norm. A step is one SVD of the symbol at half of the frequencies; ours
-also solves linear systems by conjugate gradients between two of them, which `seconds` contains (the first call compiles,
-too). The residual is a proven bound, relative to the kernel: how much nearer any kernel of the ball can be at most.
-Dykstra stops at our residual, the clips at `norm / c - 1 <= {OVERSHOOT:g}`; where the number of steps given to both runs
-out first, the kernel is scaled into the ball."""
+also solves linear systems by conjugate gradients between two of them, which `seconds` contains (the first call
+compiles, too). The residual is a proven bound, relative to the kernel: how much nearer any kernel of the ball can be
+at most. Dykstra stops at our residual, the clips at `norm / c - 1 <= {OVERSHOOT:g}`; where the number of steps given to
+both runs out first, the kernel is scaled into the ball."""
 
 
 def run(name: str, cases: list[Case], keep: bool) -> bool:

@@ -34,7 +34,7 @@ _ROUND_ENDS = 0.5
 # Beyond this power of 1 / eps the multipliers drown in rounding.
 _LARGEST_PENALTY = 0.33
 # Steps without a better candidate: rounding is reached. A new round needs some to catch up.
-_PATIENCE = 30
+_PATIENCE = 100
 _MAX_INNER = 200
 _SHORTEST_STEP = 1e-3
 

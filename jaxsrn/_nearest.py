@@ -35,8 +35,8 @@ from jaxsrn.operators import Operator, ZeroPaddedConv
 
 __all__ = ["Nearest", "Search", "nearest", "start", "with_derivative"]
 
-# Entries of the explicit matrix of a zero-padded layer that is still split in every step: seconds each.
-_EXPLICIT_LIMIT = 2**20
+# Entries of the explicit matrix of a zero-padded layer that is still split in every step.
+_EXPLICIT_LIMIT = 2**16
 # Radii of the cover that are tried; the last misses the norm by little.
 _NUM_RADII = 4
 

@@ -28,6 +28,8 @@ _FACTOR = 4.0
 # `tau` at which the limit is taken to be reached, as a power of 1 / eps.
 _LARGEST = 0.33
 _MAX_TRIALS = 60
+# Of the projections, relative to the tolerance of the stable rank.
+_EXACTNESS = 0.01
 
 
 class Raised(NamedTuple):
@@ -82,10 +84,12 @@ def raised(problem: Problem, op: Operator, max_steps: int, tolerance: Float[Arra
 
 def _search(problem: Problem, op: Operator, max_steps: int, tolerance) -> _State:
     size = safe_sqrt(problem.inner(problem.kernel, problem.kernel))
+    # The stable rank is only as smooth in tau as the projections are exact.
+    largest_excess = jnp.maximum(_EXACTNESS * tolerance, 100 * jnp.finfo(size.dtype).eps) * size
 
     def step(state: _State) -> _State:
         tau = jnp.exp(state.next)
-        trial = _try(problem, op, tau, state.last, max_steps, tolerance * size)
+        trial = _try(problem, op, tau, state.last, max_steps, largest_excess)
         better = ~(jnp.abs(trial.rank - problem.target) >= jnp.abs(state.best.rank - problem.target))
         best = jax.tree.map(lambda new, old: jnp.where(better, new, old), trial, state.best)
         bracket = _narrowed(state, trial.rank - problem.target)

@@ -206,7 +206,8 @@ def srnc(
       max_steps: static; passes of the iteration; raising: SVDs of all matrices in one projection.
       tolerance: relative change of the kernel in a pass at which to stop, default `eps ** 0.6`; traced. The
         constraints are met to about its square. Raising: the relative error of the stable rank.
-      initial: a singular triplet to start from, in place of the scan: in training, that of the last result.
+      initial: a singular triplet to start from, in place of the scan: in training, that of the last result. Raising
+        does not use it.
 
     Returns:
       An `SRNResult`. Infeasible or not converged: said there, by `feasible` and `residual`. Derivatives hold the

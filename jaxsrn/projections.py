@@ -99,7 +99,7 @@ def project_spectral_ball(
     never meet a sample of the image always are. The result is scaled by the exact norm at the end, so that it is in
     the ball whether or not the steps converged.
 
-    Circular, and zero padding up to an explicit matrix of 2**20 entries: an augmented Lagrangian with semismooth
+    Circular, and zero padding up to an explicit matrix of 2**16 entries: an augmented Lagrangian with semismooth
     Newton steps, one SVD of all matrices each. (Alternating clips ends elsewhere in the ball; Dykstra's algorithm finds
     the projection, but needs hundreds of SVDs where this needs tens.) Dense: the singular values are clipped, exact
     (Sanyal et al. 2020, Algorithm 3).
@@ -115,7 +115,7 @@ def project_spectral_ball(
       op: its operator.
       max_norm: positive; traced.
       max_steps: static; of each convex problem that is solved.
-      tolerance: the `residual` to stop at, default `eps ** 0.6`; traced. One that is not reached is no failure:
+      tolerance: the `residual` to stop at, default `eps ** 0.55`; traced. One that is not reached is no failure:
         `residual` says what was.
 
     Returns:
@@ -128,7 +128,7 @@ def project_spectral_ball(
     """
     kernel, max_norm = _checked(kernel, op, max_norm)
     dtype = float_dtype(kernel.dtype)
-    tolerance = float(jnp.finfo(dtype).eps) ** 0.6 if tolerance is None else tolerance
+    tolerance = float(jnp.finfo(dtype).eps) ** 0.55 if tolerance is None else tolerance
     tolerance = positive_scalar(tolerance, "tolerance", dtype)
     return _project_spectral_ball(kernel, op, max_norm, tolerance, static_int(max_steps, "max_steps"))
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.optimize
-from cases import by_name, dense, gaussian, kernel, pull_back, weights
+from cases import by_name, dense, gaussian, kernel, pull_back, quick_jit, weights
 
 import jaxsrn
 from jaxsrn import CircularConv, Dense, ZeroPaddedConv, _nearest
@@ -15,7 +15,6 @@ from jaxsrn import CircularConv, Dense, ZeroPaddedConv, _nearest
 KINDS = by_name(
     "dense-wide",
     "circular-1d",
-    "circular-1d-odd-image",
     "circular-1d-even-taps",
     "circular-1d-stride-odd-dilation",
     "circular-1d-groups",
@@ -25,7 +24,6 @@ KINDS = by_name(
     "same-1d",
     "same-1d-even-image-stride",
     "same-1d-five-taps-on-two",
-    "same-1d-depthwise",
     "valid-2d-dilation",
     "causal-1d",
     "pairs-1d-crop",
@@ -139,9 +137,10 @@ def test_three_taps_equal_a_general_convex_solver(n):
 @pytest.mark.parametrize("case", KINDS, ids=str)
 def test_every_kind_equals_cutting_planes(case):
     a, d = kernel(case), weights(case.kernel_shape, case.op)
+    project = quick_jit(lambda k, c: jaxsrn.project_spectral_ball(k, case.op, c, tolerance=1e-13))
     for fraction in (0.8, 0.4):
         limit = fraction * norm_of(a, case.op)
-        result = jaxsrn.project_spectral_ball(a, case.op, limit, tolerance=1e-13)
+        result = project(a, limit)
         expected = by_cutting_planes(a, case.op, limit)
         np.testing.assert_allclose(np.sqrt(d) * result.kernel, np.sqrt(d) * expected, atol=3e-6)
         assert norm_of(result.kernel, case.op) <= limit * (1 + 1e-12)
@@ -192,25 +191,20 @@ def test_nearer_than_repeated_clips_and_sooner_than_dykstra():
     size, op = (8, 8), CircularConv((8, 8))
     a = gaussian((3, 3, 3, 3))
     limit = 0.5 * norm_of(a, op)
+    ours = jaxsrn.project_spectral_ball(a, op, limit, tolerance=1e-3)
     best = jaxsrn.project_spectral_ball(a, op, limit, tolerance=1e-10).kernel
 
     def feasible(k):
         return norm_of(k, op) <= limit * (1 + 1e-5)
 
-    clipped, _ = alternating_clips(a, size, limit, False, 2000, feasible)
+    clipped, _ = alternating_clips(a, size, limit, False, 3000, feasible)
     assert feasible(clipped)
+    assert distance(ours.kernel, a, op) < distance(clipped, a, op)
     assert distance(best, a, op) < 0.999 * distance(clipped, a, op)
 
-    def close(k):
-        return distance(k, best, op) <= 1e-3 * distance(best, a, op)
-
-    ours = next(
-        steps
-        for steps in range(5, 60)
-        if close(jaxsrn.project_spectral_ball(a, op, limit, tolerance=1e-12, max_steps=steps).kernel)
-    )
-    _, steps = alternating_clips(a, size, limit, True, 5 * ours, close)
-    assert steps == 5 * ours  # not yet there
+    accuracy, many = distance(ours.kernel, best, op), 5 * int(ours.num_steps)
+    _, steps = alternating_clips(a, size, limit, True, many, lambda k: distance(k, best, op) <= accuracy)
+    assert steps == many, "Dykstra is there within five times as many SVDs"
 
 
 @pytest.mark.parametrize("name", ["dense-tall", "circular-2d", "same-2d"])
@@ -256,13 +250,15 @@ def nothing_is_split(monkeypatch):
 
 @pytest.mark.parametrize(("op", "shape"), LARGE, ids=["same", "strided", "valid", "transposed", "both"])
 def test_large_zero_padded_layers_are_bracketed(op, shape, nothing_is_split):
-    a = gaussian(shape)
+    a = jnp.asarray(gaussian(shape))
     size = np.linalg.norm(dense(a, op))
+    project = quick_jit(lambda k, c: jaxsrn.project_spectral_ball(k, op, c, tolerance=1e-6))
     for fraction in (0.8, 0.4):
         limit = fraction * norm_of(a, op)
-        result = jaxsrn.project_spectral_ball(a, op, limit, tolerance=1e-6)
+        result = project(a, limit)
         best = distance(by_cutting_planes(a, op, limit, 1e-6), a, op)
         reached = distance(result.kernel, a, op)
+        print(f"{op} {fraction}: {reached / best - 1:.4f} above the best, {result.residual:.4f} {result.num_steps}")
         assert norm_of(result.kernel, op) <= limit * (1 + 1e-8)
         assert norm_of(result.kernel, op) >= limit * (1 - 1e-2)
         assert reached - float(result.residual) * size <= best * (1 + 1e-5)
@@ -350,7 +346,7 @@ def nearest_by_brute_force(a, n, target):
     rng = np.random.default_rng(0)
     centre, spread, best = np.zeros(3), 1.0, np.inf
     for _ in range(14):
-        points = centre + spread * rng.standard_normal((100_000, 3))
+        points = centre + spread * rng.standard_normal((50_000, 3))
         points *= radius / np.linalg.norm(points, axis=-1, keepdims=True)
         inside = np.abs(points @ rows.T).max(axis=-1) <= norm
         distances = np.where(inside, np.linalg.norm(points - a, axis=-1), np.inf)
