@@ -42,11 +42,12 @@ class Raised(NamedTuple):
 
 
 class _Trial(NamedTuple):
-    """The projection at one `tau`, and its stable rank."""
+    """The projection at one `tau`; its kernel, scaled to the norm exactly, and the stable rank."""
 
     tau: Float[Array, ""]
     search: Search
     found: Nearest
+    kernel: Float[Array, "..."]
     rank: Float[Array, ""]
 
 
@@ -115,7 +116,7 @@ def _begin(problem: Problem, op: Operator) -> _State:
     zero = jnp.zeros_like(problem.norm)
     rank = problem.inner(problem.kernel, problem.kernel) / problem.norm**2
     itself = Nearest(problem.kernel, zero, zero, jnp.asarray(0))
-    trial = _Trial(zero + 1, start(problem.kernel, op), itself, rank)
+    trial = _Trial(zero + 1, start(problem.kernel, op), itself, problem.kernel, rank)
     nothing = zero + jnp.inf
     return _State(
         next=jnp.log(_FACTOR) + zero,
@@ -138,8 +139,9 @@ def _try(problem: Problem, op: Operator, tau, last: _Trial, max_steps: int, larg
     outer = None if outer is None else _ball.again(outer, growth)
     search = Search(_ball.again(inner, growth), widening, outer)
     search, found = nearest(search, tau * problem.kernel, op, problem.norm, max_steps, largest_excess)
-    rank = problem.inner(found.kernel, found.kernel) / norm_of(found.kernel, op) ** 2
-    return _Trial(tau, search, found, rank)
+    norm = norm_of(found.kernel, op)
+    kernel = found.kernel * (problem.norm / jnp.where(norm == 0, 1.0, norm))
+    return _Trial(tau, search, found, kernel, problem.inner(kernel, kernel) / problem.norm**2)
 
 
 def _narrowed(state: _State, miss: Float[Array, ""]) -> _State:
@@ -178,7 +180,7 @@ def _differentiable(problem: Problem, op: Operator, trial: _Trial) -> Float[Arra
     """The trial's kernel as a function of the problem."""
 
     def kernel_at(tau, problem):
-        return with_derivative(op, tau * problem.kernel, problem.norm, trial.found.kernel, trial.search)
+        return with_derivative(op, tau * problem.kernel, problem.norm, trial.kernel, trial.search)
 
     def rank_at(tau, problem):
         kernel = kernel_at(tau, problem)

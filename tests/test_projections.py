@@ -142,11 +142,13 @@ def test_every_kind_equals_cutting_planes(case):
         limit = fraction * norm_of(a, case.op)
         result = project(a, limit)
         expected = by_cutting_planes(a, case.op, limit)
-        np.testing.assert_allclose(np.sqrt(d) * result.kernel, np.sqrt(d) * expected, atol=3e-6)
         assert norm_of(result.kernel, case.op) <= limit * (1 + 1e-12)
-        # The cutting planes come from outside: no farther than the true projection.
+        # The cutting planes come from outside, and are no farther than the projection: as good a distance from inside
+        # proves the optimum. The kernels themselves are known to the square root of that.
         size, reached = np.linalg.norm(dense(a, case.op)), distance(result.kernel, a, case.op)
-        assert reached - float(result.residual) * size <= distance(expected, a, case.op) * (1 + 1e-6)
+        np.testing.assert_allclose(reached, distance(expected, a, case.op), rtol=2e-7)
+        np.testing.assert_allclose(np.sqrt(d) * result.kernel, np.sqrt(d) * expected, atol=2e-4 * size)
+        assert reached - float(result.residual) * size <= distance(expected, a, case.op) * (1 + 2e-7)
         assert 0 <= float(result.residual) <= 1e-9
 
 
@@ -313,7 +315,7 @@ def test_derivatives_equal_finite_differences(name, which):
         "clip": lambda k, c: jaxsrn.clip_singular_values(k, case.op, c),
         "project": lambda k, c: jaxsrn.project_spectral_ball(k, case.op, c, tolerance=1e-14, max_steps=300).kernel,
     }[which]
-    function = jax.jit(function)
+    function = quick_jit(function)
     slope = jax.jvp(function, (a, limit), (direction, 0.0))[1]
     expected = (function(a + step * direction, limit) - function(a - step * direction, limit)) / (2 * step)
     np.testing.assert_allclose(slope, expected, atol=1e-3)
@@ -357,11 +359,16 @@ def nearest_by_brute_force(a, n, target):
     return best
 
 
+def quick_raise(op):
+    return quick_jit(lambda a, target: jaxsrn.srnc(a, op, target, raise_rank=True))
+
+
 @pytest.mark.parametrize("n", [5, 8, 16])
 def test_raising_three_taps_equals_brute_force(n):
     a, op = np.random.default_rng(n).standard_normal(3), CircularConv((n,))
-    raise_rank = functools.partial(jaxsrn.srnc, a[:, None, None], op, raise_rank=True)
-    rank, norm = measure(a[:, None, None], op)
+    a_kernel = jnp.asarray(a)[:, None, None]
+    raise_rank = functools.partial(quick_raise(op), a_kernel)
+    rank, norm = measure(a_kernel, op)
     top = raising_limit(a, n)
     for share in (0.3, 0.9):
         target = rank + share * (top - rank)
@@ -370,7 +377,7 @@ def test_raising_three_taps_equals_brute_force(n):
         np.testing.assert_allclose(measure(result.kernel, op), [target, norm], rtol=1e-6)
         reached = float(result.distance) * np.linalg.norm(a)
         best = nearest_by_brute_force(a, n, target)
-        assert reached <= best + 1e-7
+        assert reached <= best * (1 + 1e-6)
         np.testing.assert_allclose(reached, best, atol=1e-4)
         assert 0 <= float(result.gap) <= 1e-6
     beyond = raise_rank((top + n) / 2)
@@ -386,21 +393,40 @@ def test_raising_meets_both_constraints(name):
     (case,) = by_name(name)
     a = kernel(case)
     rank, norm = measure(a, case.op)
-    top = jaxsrn.srnc(a, case.op, 1e3, raise_rank=True)
+    raise_rank = quick_raise(case.op)
+    top = raise_rank(a, 1e3)
     assert not bool(top.feasible)
     assert float(top.stable_rank) > 1.01 * rank
     target = (rank + float(top.stable_rank)) / 2
-    result = jaxsrn.srnc(a, case.op, target, raise_rank=True)
+    result = raise_rank(a, target)
     assert bool(result.feasible)
     np.testing.assert_allclose(measure(result.kernel, case.op), [target, norm], rtol=1e-6)
     np.testing.assert_allclose(result.distance, distance(result.kernel, a, case.op) / np.linalg.norm(dense(a, case.op)))
     assert float(result.residual) <= 1e-6
     assert 0 <= float(result.gap) <= 1e-4
-    # It is the projection of a multiple of `A`, which is what makes it optimal.
-    scaled = [jaxsrn.project_spectral_ball(t * a, case.op, norm).kernel for t in (1.01, 1e4)]
-    assert measure(scaled[0], case.op)[0] < target < measure(scaled[1], case.op)[0]
-    below = jaxsrn.srnc(a, case.op, 0.9 * rank, raise_rank=True)
-    np.testing.assert_array_equal(below.kernel, jaxsrn.srnc(a, case.op, 0.9 * rank).kernel)
+    below = raise_rank(a, 0.9 * rank)
+    np.testing.assert_allclose(below.kernel, jaxsrn.srnc(a, case.op, 0.9 * rank).kernel, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["circular-1d", "same-1d"])
+def test_raising_several_channels_equals_cutting_planes(name):
+    (case,) = by_name(name)
+    a = kernel(case)
+    rank, norm = measure(a, case.op)
+    target = 1.3 * rank
+
+    def project(log_tau):
+        return by_cutting_planes(np.exp(log_tau) * a, case.op, norm, 1e-7)
+
+    def miss(log_tau):
+        return np.linalg.norm(dense(project(log_tau), case.op)) ** 2 / norm**2 - target
+
+    expected = project(scipy.optimize.brentq(miss, 0.0, np.log(50), xtol=1e-6))
+    result = jaxsrn.srnc(a, case.op, target, raise_rank=True)
+    np.testing.assert_allclose(result.kernel, expected, atol=2e-3)
+    np.testing.assert_allclose(
+        result.distance * np.linalg.norm(dense(a, case.op)), distance(expected, a, case.op), rtol=1e-5
+    )
 
 
 def test_raising_a_single_sample_is_the_theorem_on_matrices():
@@ -423,12 +449,13 @@ def test_raising_in_float32():
 
 def test_raising_has_the_derivative_of_the_projection():
     (case,) = by_name("circular-1d")
-    a, direction, step = kernel(case), kernel(case, seed=1), 1e-5
+    # The error of the kernel, about the square root of rounding, is divided by the step.
+    a, direction, step = kernel(case), kernel(case, seed=1), 3e-4
     target = 1.15 * measure(a, case.op)[0]
-    function = jax.jit(lambda k: jaxsrn.srnc(k, case.op, target, raise_rank=True, tolerance=1e-12).kernel)
+    function = quick_jit(lambda k: jaxsrn.srnc(k, case.op, target, raise_rank=True, tolerance=1e-12).kernel)
     slope = jax.jvp(function, (a,), (direction,))[1]
     expected = (function(a + step * direction) - function(a - step * direction)) / (2 * step)
-    np.testing.assert_allclose(slope, expected, atol=1e-3)
+    np.testing.assert_allclose(slope, expected, atol=3e-3)
 
 
 # Errors
