@@ -31,8 +31,8 @@ __all__ = ["Candidate", "Iterate", "again", "begin", "derivative", "distance_and
 _FIRST_PENALTY, _PENALTY_GROWTH = 10.0, 4.0
 # The gradient that ends a round, relative to how far the matrices are from the ball.
 _ROUND_ENDS = 0.5
-# Beyond this power of 1 / eps the multipliers drown in rounding.
-_LARGEST_PENALTY = 0.33
+# Beyond this power of 1 / eps the multipliers drown in rounding; beyond this number conjugate gradients take too long.
+_LARGEST_POWER, _LARGEST_PENALTY = 0.45, 1e6
 # Steps without a better candidate: rounding is reached. A new round needs some to catch up.
 _PATIENCE = 100
 _MAX_INNER = 200
@@ -235,7 +235,7 @@ def _advance(state: Iterate, target: Float[Array, "..."], blocks: Blocks, limit:
         jnp.clip(wanted, 1e-3, 0.1),
         _MAX_INNER,
     )
-    largest_penalty = float(jnp.finfo(point.dtype).eps) ** -_LARGEST_PENALTY
+    largest_penalty = min(float(jnp.finfo(point.dtype).eps) ** -_LARGEST_POWER, _LARGEST_PENALTY)
     grown = jnp.minimum(_PENALTY_GROWTH * state.penalty, largest_penalty)
     factor = jnp.minimum(limit / found.candidate.bound, 1.0)
     _, excess_found = distance_and_excess(target, blocks, found.candidate, factor)
