@@ -26,7 +26,7 @@ __all__ = ["Raised", "raised"]
 
 _FACTOR = 4.0
 # `tau` at which the limit is taken to be reached, as a power of 1 / eps.
-_LARGEST = 0.33
+_LARGEST = 0.25
 _MAX_TRIALS = 60
 # Of the projections, relative to the tolerance of the stable rank.
 _EXACTNESS = 0.01

@@ -172,11 +172,13 @@ def test_what_is_inside_stays(name):
     (case,) = by_name(name)
     a = kernel(case)
     norm = norm_of(a, case.op)
-    same = jaxsrn.project_spectral_ball(a, case.op, 1.001 * norm)
+    project = quick_jit(lambda k, c: jaxsrn.project_spectral_ball(k, case.op, c))
+    same = project(a, 1.001 * norm)
     np.testing.assert_array_equal(same.kernel, a)
     assert int(same.num_steps) == float(same.residual) == 0
-    once = jaxsrn.project_spectral_ball(a, case.op, 0.5 * norm).kernel
-    np.testing.assert_array_equal(jaxsrn.project_spectral_ball(once, case.op, 0.5 * norm).kernel, once)
+    once = project(a, 0.5 * norm).kernel
+    assert np.any(once != a)
+    np.testing.assert_array_equal(project(once, 0.5 * norm).kernel, once)
 
 
 def test_taps_without_effect_stay():
@@ -209,7 +211,7 @@ def test_nearer_than_repeated_clips_and_sooner_than_dykstra():
     assert steps == many, "Dykstra is there within five times as many SVDs"
 
 
-@pytest.mark.parametrize("name", ["dense-tall", "circular-2d", "same-2d"])
+@pytest.mark.parametrize("name", ["dense-tall", "circular-2d", "same-1d"])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_narrow_dtypes(name, dtype):
     (case,) = by_name(name)
@@ -386,9 +388,7 @@ def test_raising_three_taps_equals_brute_force(n):
     np.testing.assert_allclose(measure(beyond.kernel, op), [top, norm], rtol=1e-4)
 
 
-@pytest.mark.parametrize(
-    "name", ["circular-1d-stride", "circular-2d", "circular-1d-groups", "same-1d", "valid-2d-dilation"]
-)
+@pytest.mark.parametrize("name", ["circular-1d-stride", "circular-2d", "same-1d"])
 def test_raising_meets_both_constraints(name):
     (case,) = by_name(name)
     a = kernel(case)
@@ -422,7 +422,7 @@ def test_raising_several_channels_equals_cutting_planes(name):
         return np.linalg.norm(dense(project(log_tau), case.op)) ** 2 / norm**2 - target
 
     expected = project(scipy.optimize.brentq(miss, 0.0, np.log(50), xtol=1e-6))
-    result = jaxsrn.srnc(a, case.op, target, raise_rank=True)
+    result = quick_raise(case.op)(a, target)
     np.testing.assert_allclose(result.kernel, expected, atol=2e-3)
     np.testing.assert_allclose(
         result.distance * np.linalg.norm(dense(a, case.op)), distance(expected, a, case.op), rtol=1e-5
@@ -432,7 +432,7 @@ def test_raising_several_channels_equals_cutting_planes(name):
 def test_raising_a_single_sample_is_the_theorem_on_matrices():
     matrix = kernel(by_name("dense-wide")[0])
     expected = jaxsrn.srn(matrix, 2.5, raise_rank=True)
-    result = jaxsrn.srnc(matrix[None], CircularConv((1,)), 2.5, raise_rank=True)
+    result = quick_raise(CircularConv((1,)))(matrix[None], 2.5)
     np.testing.assert_allclose(result.kernel[0], expected.kernel, atol=1e-5)
     np.testing.assert_allclose(result.distance, expected.distance, rtol=1e-6)
 
@@ -442,7 +442,7 @@ def test_raising_in_float32():
     a = kernel(case, np.float32)
     rank, norm = measure(a, case.op)
     target = 1.2 * rank
-    result = jaxsrn.srnc(a, case.op, target, raise_rank=True)
+    result = quick_raise(case.op)(a, target)
     assert bool(result.feasible)
     np.testing.assert_allclose(measure(result.kernel, case.op), [target, norm], rtol=1e-4)
 
