@@ -26,7 +26,7 @@ from jaxtyping import Array, Bool, Float, Inexact, Int
 from jaxsrn._clip import Blocks, Clipping, clipped, excess, excess_derivative, split
 from jaxsrn._exact import safe_sqrt
 
-__all__ = ["Candidate", "Iterate", "again", "begin", "derivative", "distance_and_excess", "proven_gap", "solve"]
+__all__ = ["Candidate", "Iterate", "begin", "derivative", "distance_and_excess", "proven_gap", "solve"]
 
 _FIRST_PENALTY, _PENALTY_GROWTH = 10.0, 4.0
 # The gradient that ends a round, relative to how far the matrices are from the ball.
@@ -34,7 +34,8 @@ _ROUND_ENDS = 0.5
 # Beyond this power of 1 / eps the multipliers drown in rounding; beyond this number conjugate gradients take too long.
 _LARGEST_POWER, _LARGEST_PENALTY = 0.45, 1e6
 # Steps without a better candidate: rounding is reached. A new round needs some to catch up.
-_PATIENCE = 100
+_PATIENCE = 40
+_DERIVATIVE_POWER = 0.4
 _MAX_INNER = 200
 _SHORTEST_STEP = 1e-3
 
@@ -124,20 +125,6 @@ def begin(kernel: Float[Array, "..."], blocks: Blocks) -> Iterate:
     )
 
 
-def again(state: Iterate, growth=1.0) -> Iterate:
-    """The same multipliers, times `growth`, for another target or another radius."""
-    zero = jnp.zeros_like(state.length)
-    return state._replace(
-        length=zero,
-        value=zero + jnp.inf,
-        multiplier=state.multiplier * jnp.asarray(growth).astype(state.multiplier.dtype),
-        penalty=jnp.maximum(state.penalty / _PENALTY_GROWTH**2, _FIRST_PENALTY),
-        excess=zero + jnp.inf,
-        stalled=jnp.zeros_like(state.stalled),
-        num_steps=jnp.zeros_like(state.num_steps),
-    )
-
-
 def derivative(state: Iterate, blocks: Blocks, limit, direction: Float[Array, "..."]) -> Float[Array, "..."]:
     """The derivative of the last round's solution in `A` along `direction`, its multipliers and penalty held constant.
 
@@ -146,7 +133,11 @@ def derivative(state: Iterate, blocks: Blocks, limit, direction: Float[Array, ".
     """
     rho = state.penalty.astype(state.multiplier.dtype)
     clipping = split(blocks.stack(state.point) + state.multiplier / rho, limit)
-    product = _hessian(blocks, clipping, state.penalty)
+    # The same multipliers at a larger penalty: their singular vectors stay, `(s - c) rho` stays.
+    penalty = jnp.maximum(float(jnp.finfo(direction.dtype).eps) ** -_DERIVATIVE_POWER, state.penalty)
+    smaller = limit + (clipping.values - limit) * (state.penalty / penalty)
+    clipping = clipping._replace(values=jnp.where(clipping.values > limit, smaller, clipping.values))
+    product = _hessian(blocks, clipping, penalty)
     weights = jnp.where(blocks.weights == 0, 1.0, blocks.weights)
     tolerance = float(jnp.finfo(direction.dtype).eps) ** 0.8
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -29,30 +30,24 @@ from jaxtyping import Array, Float, Int
 from jaxsrn import _ball
 from jaxsrn._ball import Iterate
 from jaxsrn._clip import Blocks, blocks_of
+from jaxsrn._exact import safe_sqrt
 from jaxsrn.bounds import _covers as covers
 from jaxsrn.norms import norm_of
 from jaxsrn.operators import Operator, ZeroPaddedConv
 
-__all__ = ["Nearest", "Search", "nearest", "start", "with_derivative"]
+__all__ = ["Nearest", "Solution", "nearest", "with_derivative"]
 
 # Entries of the explicit matrix of a zero-padded layer that is still split in every step.
 _EXPLICIT_LIMIT = 2**16
 # Radii of the cover that are tried; the last misses the norm by little.
-_NUM_RADII = 4
+_NUM_RADII = 6
 
 
-class Search(NamedTuple):
-    """The state of a search, to go on from.
+class Solution(NamedTuple):
+    """The solved problem of the ball that the kernel is from (the layer's own or its cover's), and its radius."""
 
-    Attributes:
-      inner: in the ball that the kernel is taken from: the layer's own, or its cover's.
-      widening: the radius of that ball over the limit.
-      outer: in the ball that the lower bound is from, where that is another one.
-    """
-
-    inner: Iterate
-    widening: Float[Array, ""]
-    outer: Iterate | None
+    iterate: Iterate
+    radius: Float[Array, ""]
 
 
 class Nearest(NamedTuple):
@@ -97,71 +92,68 @@ def _smallest_image(op: ZeroPaddedConv, kernel_shape: tuple[int, ...], strides: 
     return tuple(-(-max(n, s * m, extent) // s) * s for n, m, extent, s in sizes)
 
 
-def start(target: Float[Array, "..."], op: Operator) -> Search:
-    """A search from the target itself."""
-    shape, dtype = target.shape, target.dtype
-    inner = _ball.begin(target, _inner_blocks(op, shape, dtype))
-    outer = None if is_split(op, shape) else _ball.begin(target, _circular(op, shape, dtype, tight=True))
-    return Search(inner, jnp.ones((), dtype), outer)
-
-
 def nearest(
-    search: Search, target: Float[Array, "..."], op: Operator, limit: Float[Array, ""], max_steps: int, largest_excess
-) -> tuple[Search, Nearest]:
-    """Goes on with a search, until the kernel is proven to be no farther than it must by more than `largest_excess`."""
-    shape = target.shape
-    blocks = _inner_blocks(op, shape, target.dtype)
+    target: Float[Array, "..."], op: Operator, limit: Float[Array, ""], max_steps: int, largest_excess
+) -> tuple[Solution, Nearest]:
+    """The kernel, proven to be no farther than it must by more than `largest_excess` unless the steps run out."""
+    shape, dtype = target.shape, target.dtype
+    blocks = _inner_blocks(op, shape, dtype)
+    solve = functools.partial(_from_scratch, target, max_steps=max_steps, largest_excess=largest_excess)
     if is_split(op, shape):
-        inner = _ball.solve(search.inner, target, blocks, limit, max_steps, largest_excess)
-        factor = _into_ball(inner.best.kernel, op, limit)
-        distance, excess = _ball.distance_and_excess(target, blocks, inner.best, factor)
-        kernel = factor * inner.best.kernel
-        return Search(inner, search.widening, None), Nearest(kernel, distance, excess, inner.num_steps)
-    outer_blocks = _circular(op, shape, target.dtype, tight=True)
-    outer = _ball.solve(search.outer, target, outer_blocks, limit, max_steps, largest_excess)
+        found = solve(blocks, limit)
+        factor = _into_ball(found.best.kernel, target, op, blocks, limit)
+        distance, excess = _ball.distance_and_excess(target, blocks, found.best, factor)
+        return Solution(found, limit), Nearest(factor * found.best.kernel, distance, excess, found.num_steps)
+    outer_blocks = _circular(op, shape, dtype, tight=True)
+    outer = solve(outer_blocks, limit)
     reached, beyond = _ball.distance_and_excess(target, outer_blocks, outer.best, jnp.ones_like(limit))
-    inner, widening, num_steps = _widened(search, target, op, blocks, limit, max_steps, largest_excess)
-    kernel = _into_ball(inner.best.kernel, op, limit) * inner.best.kernel
-    distance = jnp.sqrt(blocks.inner(kernel - target, kernel - target))
+    solution, num_steps = _widened(lambda radius: solve(blocks, radius), op, limit)
+    best = solution.iterate.best.kernel
+    kernel = _into_ball(best, target, op, blocks, limit) * best
+    distance = safe_sqrt(blocks.inner(kernel - target, kernel - target))
     excess = distance - jnp.maximum(reached - beyond, 0)
-    return Search(inner, widening, outer), Nearest(kernel, distance, excess, num_steps + outer.num_steps)
+    return solution, Nearest(kernel, distance, excess, num_steps + outer.num_steps)
 
 
-def _into_ball(kernel: Float[Array, "..."], op: Operator, limit: Float[Array, ""]) -> Float[Array, ""]:
-    """What to scale the kernel with."""
-    norm = norm_of(kernel, op)
-    return jnp.where(norm > limit, limit / jnp.where(norm == 0, 1.0, norm), jnp.where(jnp.isnan(norm), norm, 1.0))
+def _from_scratch(target, blocks: Blocks, radius, max_steps: int, largest_excess) -> Iterate:
+    """Without the multipliers of another radius or target: penalties that fit those make it slower, not faster."""
+    return _ball.solve(_ball.begin(target, blocks), target, blocks, radius, max_steps, largest_excess)
 
 
-def _widened(search: Search, target, op: Operator, blocks: Blocks, limit, max_steps: int, largest_excess):
-    """The projection on the cover's ball of the radius at which the layer's own norm is the limit."""
+def _into_ball(kernel, target, op: Operator, blocks: Blocks, limit) -> Float[Array, ""]:
+    """What to multiply the kernel with: the multiple nearest to the target that is in the ball."""
+    norm, squared = norm_of(kernel, op), blocks.inner(kernel, kernel)
+    zero = (norm == 0) | (squared == 0)
+    nearest_multiple = blocks.inner(kernel, target) / jnp.where(zero, 1.0, squared)
+    return jnp.where(zero, 1.0, jnp.minimum(limit / jnp.where(zero, 1.0, norm), nearest_multiple))
+
+
+def _widened(solve: Callable, op: Operator, limit: Float[Array, ""]) -> tuple[Solution, Int[Array, ""]]:
+    """The projection on the cover's ball of the radius at which the layer's own norm is the limit; all steps taken."""
 
     def try_radius(_, state):
-        inner, widening, num_steps = state
-        inner = _ball.solve(_ball.again(inner), target, blocks, widening * limit, max_steps, largest_excess)
-        norm = norm_of(inner.best.kernel, op)
-        wider = jnp.where(norm == 0, widening, widening * limit / jnp.where(norm == 0, 1.0, norm))
-        return inner, wider, num_steps + inner.num_steps
+        solution, num_steps = state
+        norm = norm_of(solution.iterate.best.kernel, op)
+        radius = jnp.where(norm == 0, solution.radius, solution.radius * limit / jnp.where(norm == 0, 1.0, norm))
+        found = solve(radius)
+        return Solution(found, radius), num_steps + found.num_steps
 
-    inner, widening, num_steps = lax.fori_loop(
-        0, _NUM_RADII - 1, try_radius, (search.inner, search.widening, jnp.asarray(0))
-    )
-    last = _ball.solve(_ball.again(inner), target, blocks, widening * limit, max_steps, largest_excess)
-    return last, widening, num_steps + last.num_steps
+    first = solve(limit)
+    return lax.fori_loop(1, _NUM_RADII, try_radius, (Solution(first, limit), first.num_steps))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def with_derivative(op: Operator, target, limit, kernel, search: Search) -> Float[Array, "..."]:
+def with_derivative(op: Operator, target, limit, kernel, solution: Solution) -> Float[Array, "..."]:
     """`kernel`, found for `target` and `limit`, with the derivative of the projection in these two."""
     return kernel
 
 
 @with_derivative.defjvp
 def _with_derivative_jvp(op: Operator, primals, tangents):
-    target, limit, kernel, search = primals
+    target, limit, kernel, solution = primals
     blocks = _inner_blocks(op, target.shape, target.dtype)
     # The projection of t A on the ball of radius t c is t times that of A on that of radius c.
     rate = tangents[1] / limit
     direction = tangents[0] - rate * target
-    inner = _ball.derivative(search.inner, blocks, search.widening * limit, direction)
+    inner = _ball.derivative(solution.iterate, blocks, solution.radius, direction)
     return kernel, inner + rate * kernel

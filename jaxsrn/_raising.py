@@ -16,9 +16,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxsrn import _ball
 from jaxsrn._exact import Problem, safe_sqrt
-from jaxsrn._nearest import Nearest, Search, nearest, start, with_derivative
+from jaxsrn._nearest import Nearest, Solution, nearest, with_derivative
 from jaxsrn.norms import norm_of
 from jaxsrn.operators import Operator
 
@@ -29,7 +28,7 @@ _FACTOR = 4.0
 _LARGEST = 0.25
 _MAX_TRIALS = 60
 # Of the projections, relative to the tolerance of the stable rank.
-_EXACTNESS = 0.01
+_EXACTNESS = 0.1
 
 
 class Raised(NamedTuple):
@@ -45,7 +44,7 @@ class _Trial(NamedTuple):
     """The projection at one `tau`; its kernel, scaled to the norm exactly, and the stable rank."""
 
     tau: Float[Array, ""]
-    search: Search
+    solution: Solution
     found: Nearest
     kernel: Float[Array, "..."]
     rank: Float[Array, ""]
@@ -63,7 +62,6 @@ class _State(NamedTuple):
     low_miss: Float[Array, ""]
     high_miss: Float[Array, ""]
     moved_low: Bool[Array, ""]
-    last: _Trial
     best: _Trial
     num_steps: Int[Array, ""]
     count: Int[Array, ""]
@@ -90,13 +88,12 @@ def _search(problem: Problem, op: Operator, max_steps: int, tolerance) -> _State
 
     def step(state: _State) -> _State:
         tau = jnp.exp(state.next)
-        trial = _try(problem, op, tau, state.last, max_steps, largest_excess)
+        trial = _try(problem, op, tau, max_steps, largest_excess)
         better = ~(jnp.abs(trial.rank - problem.target) >= jnp.abs(state.best.rank - problem.target))
         best = jax.tree.map(lambda new, old: jnp.where(better, new, old), trial, state.best)
         bracket = _narrowed(state, trial.rank - problem.target)
-        return bracket._replace(
-            last=trial, best=best, num_steps=state.num_steps + trial.found.num_steps, count=state.count + 1
-        )
+        num_steps = state.num_steps + trial.found.num_steps
+        return bracket._replace(best=best, num_steps=num_steps, count=state.count + 1)
 
     def unfinished(state: _State) -> Bool[Array, ""]:
         missed = jnp.abs(state.best.rank - problem.target) > tolerance * problem.target
@@ -108,40 +105,34 @@ def _search(problem: Problem, op: Operator, max_steps: int, tolerance) -> _State
         )
         return missed & within & (state.count < _MAX_TRIALS)
 
-    return lax.while_loop(unfinished, step, _begin(problem, op))
+    return lax.while_loop(unfinished, step, _begin(problem, op, max_steps, largest_excess))
 
 
-def _begin(problem: Problem, op: Operator) -> _State:
-    """Before the first trial: the kernel itself, at `tau = 1`."""
+def _begin(problem: Problem, op: Operator, max_steps: int, largest_excess) -> _State:
+    """After the first trial, at the first `tau` above 1, where the kernel is itself."""
     zero = jnp.zeros_like(problem.norm)
     rank = problem.inner(problem.kernel, problem.kernel) / problem.norm**2
-    itself = Nearest(problem.kernel, zero, zero, jnp.asarray(0))
-    trial = _Trial(zero + 1, start(problem.kernel, op), itself, problem.kernel, rank)
+    trial = _try(problem, op, zero + _FACTOR, max_steps, largest_excess)
     nothing = zero + jnp.inf
-    return _State(
+    state = _State(
         next=jnp.log(_FACTOR) + zero,
         low=zero,
         high=nothing,
         low_miss=rank - problem.target,
         high_miss=nothing,
         moved_low=jnp.asarray(True),
-        last=trial,
         best=trial,
-        num_steps=jnp.asarray(0),
-        count=jnp.asarray(0),
+        num_steps=trial.found.num_steps,
+        count=jnp.asarray(1),
     )
+    return _narrowed(state, trial.rank - problem.target)
 
 
-def _try(problem: Problem, op: Operator, tau, last: _Trial, max_steps: int, largest_excess) -> _Trial:
-    # Multipliers grow with the target: those of the last trial are a start.
-    growth = tau / last.tau
-    inner, widening, outer = last.search
-    outer = None if outer is None else _ball.again(outer, growth)
-    search = Search(_ball.again(inner, growth), widening, outer)
-    search, found = nearest(search, tau * problem.kernel, op, problem.norm, max_steps, largest_excess)
+def _try(problem: Problem, op: Operator, tau, max_steps: int, largest_excess) -> _Trial:
+    solution, found = nearest(tau * problem.kernel, op, problem.norm, max_steps, largest_excess)
     norm = norm_of(found.kernel, op)
     kernel = found.kernel * (problem.norm / jnp.where(norm == 0, 1.0, norm))
-    return _Trial(tau, search, found, kernel, problem.inner(kernel, kernel) / problem.norm**2)
+    return _Trial(tau, solution, found, kernel, problem.inner(kernel, kernel) / problem.norm**2)
 
 
 def _narrowed(state: _State, miss: Float[Array, ""]) -> _State:
@@ -180,7 +171,7 @@ def _differentiable(problem: Problem, op: Operator, trial: _Trial) -> Float[Arra
     """The trial's kernel as a function of the problem."""
 
     def kernel_at(tau, problem):
-        return with_derivative(op, tau * problem.kernel, problem.norm, trial.kernel, trial.search)
+        return with_derivative(op, tau * problem.kernel, problem.norm, trial.kernel, trial.solution)
 
     def rank_at(tau, problem):
         kernel = kernel_at(tau, problem)

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int, Shaped
 from jaxsrn import _pairs
 from jaxsrn._checks import Kernel, ensure, float_dtype, kernel_array, positive_scalar, static_int
 from jaxsrn._clip import blocks_of, smooth_excess
-from jaxsrn._nearest import nearest, start, with_derivative
+from jaxsrn._nearest import nearest, with_derivative
 from jaxsrn.norms import norm_of
 from jaxsrn.operators import Dense, Operator, ZeroPaddedConv
 from jaxsrn.spectra import _DENSE_LIMIT as DENSE_LIMIT
@@ -100,9 +100,9 @@ def project_spectral_ball(
     the ball whether or not the steps converged.
 
     Circular, and zero padding up to an explicit matrix of 2**16 entries: an augmented Lagrangian with semismooth
-    Newton steps, one SVD of all matrices each. (Alternating clips ends elsewhere in the ball; Dykstra's algorithm finds
-    the projection, but needs hundreds of SVDs where this needs tens.) Dense: the singular values are clipped, exact
-    (Sanyal et al. 2020, Algorithm 3).
+    Newton steps, one SVD of all matrices each. Alternating clips ends elsewhere in the ball; Dykstra's algorithm finds
+    the projection too, by more than ten times as many SVDs (`benchmarks/projections.py`). Dense: the singular values
+    are clipped, exact (Sanyal et al. 2020, Algorithm 3).
 
     Larger zero-padded layers have no small matrices to split. There the result is a certified inner approximation: the
     projection, in the layer's own distance, on the ball of the circular layer that covers it (on the padded image),
@@ -147,8 +147,8 @@ def _project_spectral_ball(kernel, op, max_norm, tolerance, max_steps):
     else:
         # Nothing is as small as asked where the kernel stays as it is: no step is taken then.
         asked = jnp.where(inside, jnp.inf, tolerance * size)
-        search, nearby = nearest(start(fixed, op), fixed, op, fixed_limit, max_steps, asked)
-        found = with_derivative(op, a, limit, nearby.kernel, search)
+        solution, nearby = nearest(fixed, op, fixed_limit, max_steps, asked)
+        found = with_derivative(op, a, limit, nearby.kernel, solution)
         residual, num_steps = nearby.excess / jnp.where(size == 0, 1.0, size), nearby.num_steps
     keep = inside | jnp.asarray(op.tap_counts(kernel.shape) == 0)
     return ProjectionResult(

@@ -222,8 +222,12 @@ def test_narrow_dtypes(name, dtype):
     assert result.kernel.dtype == dtype
     assert result.residual.dtype == jnp.float32
     assert norm_of(result.kernel.astype(jnp.float64), case.op) <= limit * (1 + (1e-5 if dtype == jnp.float32 else 1e-2))
-    expected = jaxsrn.project_spectral_ball(wide, case.op, limit).kernel
-    np.testing.assert_allclose(result.kernel.astype(jnp.float64), expected, atol=2e-3 if dtype == jnp.float32 else 2e-2)
+    size, expected = np.linalg.norm(dense(wide, case.op)), jaxsrn.project_spectral_ball(wide, case.op, limit).kernel
+    # What the residual promises of the kernel, and rounding.
+    reached = distance(expected, wide, case.op) / size
+    off = distance(result.kernel.astype(jnp.float64), expected, case.op) / size
+    assert off <= np.sqrt(2 * reached * float(result.residual)) + (1e-4 if dtype == jnp.float32 else 1e-2)
+    assert float(result.residual) <= 1e-3
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e30])
@@ -264,7 +268,7 @@ def test_large_zero_padded_layers_are_bracketed(op, shape, nothing_is_split):
         reached = distance(result.kernel, a, op)
         print(f"{op} {fraction}: {reached / best - 1:.4f} above the best, {result.residual:.4f} {result.num_steps}")
         assert norm_of(result.kernel, op) <= limit * (1 + 1e-8)
-        assert norm_of(result.kernel, op) >= limit * (1 - 1e-2)
+        assert norm_of(result.kernel, op) >= limit * (1 - 1e-8)
         assert reached - float(result.residual) * size <= best * (1 + 1e-5)
         assert best * (1 - 1e-5) <= reached <= 1.25 * best
 
@@ -298,7 +302,7 @@ def test_a_dense_layer_is_projected_by_clipping():
     a = kernel(case)
     limit = 0.5 * norm_of(a, case.op)
     projected = jaxsrn.project_spectral_ball(a, Dense(), limit)
-    np.testing.assert_array_equal(projected.kernel, jaxsrn.clip_singular_values(a, Dense(), limit))
+    np.testing.assert_allclose(projected.kernel, jaxsrn.clip_singular_values(a, Dense(), limit), rtol=1e-13)
     assert float(projected.residual) == 0
 
 
