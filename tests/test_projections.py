@@ -81,19 +81,20 @@ def by_cutting_planes(a, op, limit, accuracy=1e-8):
     raise AssertionError("the cutting planes did not converge")
 
 
-def by_sequential_programming(a, n, limit, objective=None):
-    """One channel in one dimension, by SciPy's SLSQP: the projection, or the minimum of another objective."""
+def by_sequential_programming(a, n, limit):
+    """One channel in one dimension, by SciPy's SLSQP."""
     rows = np.exp(-2j * np.pi * np.outer(np.arange(n // 2 + 1), np.arange(len(a))) / n)
     inside = {
         "type": "ineq",
         "fun": lambda k: limit**2 - np.abs(rows @ k) ** 2,
         "jac": lambda k: -2 * np.real(np.conj(rows @ k)[:, None] * rows),
     }
-    function, gradient = objective or (lambda k: np.sum((k - a) ** 2) / 2, lambda k: k - a)
     options = {"ftol": 1e-16, "maxiter": 1000}
-    return scipy.optimize.minimize(
-        function, 0.3 * a, jac=gradient, constraints=[inside], method="SLSQP", options=options
-    ).x
+
+    def function(k):
+        return np.sum((k - a) ** 2) / 2, k - a
+
+    return scipy.optimize.minimize(function, 0.3 * a, jac=True, constraints=[inside], method="SLSQP", options=options).x
 
 
 def clip_by_fft(array, size, limit):
@@ -339,10 +340,16 @@ def measure(array, op):
     return np.sum(s**2) / s[0] ** 2, s[0]
 
 
-def raising_limit(a, n):
-    """The stable rank of the three-tap kernel of the same norm that has the largest inner product with `a`."""
+def raising_limit(a, n, num_angles=2000):
+    """The stable rank of the three-tap kernel of the same norm that has the largest inner product with `a`.
+
+    By SciPy's linear programming: the discs are polygons of so many sides, 1e-6 larger.
+    """
     limit = norm_of(a[:, None, None], CircularConv((n,)))
-    k = by_sequential_programming(a, n, limit, (lambda k: -k @ a, lambda k: -a))
+    turns = np.exp(2j * np.pi * np.arange(num_angles) / num_angles)
+    rows = np.exp(-2j * np.pi * np.outer(np.arange(n // 2 + 1), np.arange(3)) / n)
+    sides = np.real(turns[:, None, None] * rows).reshape((-1, 3))
+    k = scipy.optimize.linprog(-a, sides, np.full(len(sides), limit), bounds=(None, None)).x
     return n * k @ k / limit**2
 
 
@@ -386,7 +393,7 @@ def test_raising_three_taps_equals_brute_force(n):
         assert reached <= best * (1 + 1e-6)
         np.testing.assert_allclose(reached, best, atol=1e-4)
         assert 0 <= float(result.gap) <= 1e-6
-    beyond = raise_rank((top + n) / 2)
+    beyond = raise_rank(n + 1.0)
     assert not bool(beyond.feasible)
     np.testing.assert_allclose(beyond.stable_rank, top, rtol=1e-4)
     np.testing.assert_allclose(measure(beyond.kernel, op), [top, norm], rtol=1e-4)
