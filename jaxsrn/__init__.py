@@ -10,19 +10,23 @@ import importlib
 from jaxsrn.normalization import SRNResult, srn, srnc, srnc_tanay
 from jaxsrn.norms import SingularTriplet, leading_triplet, spectral_norm
 from jaxsrn.operators import CircularConv, Dense, ZeroPaddedConv
+from jaxsrn.projections import ProjectionResult, clip_singular_values, project_spectral_ball
 from jaxsrn.ranks import stable_rank, stable_rank_range
 from jaxsrn.spectra import singular_values, symbol, top_singular_values
 
 __all__ = [
     "CircularConv",
     "Dense",
+    "ProjectionResult",
     "SRNResult",
     "SingularTriplet",
     "ZeroPaddedConv",
     "bounds",
+    "clip_singular_values",
     "leading_triplet",
     "optim",
     "penalties",
+    "project_spectral_ball",
     "singular_values",
     "spectral_norm",
     "sphere",

@@ -14,6 +14,7 @@ from jaxsrn import _pairs
 from jaxsrn._checks import Kernel, ensure, float_dtype, kernel_array, positive_scalar, static_int
 from jaxsrn._exact import Problem, closed_form, functional, safe_sqrt, solve
 from jaxsrn._pairs import default_tolerance
+from jaxsrn._raising import raised
 from jaxsrn._starts import survey
 from jaxsrn.norms import SingularTriplet, check_triplet, frozen_value
 from jaxsrn.operators import Dense, Operator
@@ -190,23 +191,32 @@ def srnc(
     starts. Dense: `srn`, with one value preserved (`keep_norm`) or none. Where `stable_rank <= target` the kernel is
     returned unchanged; taps that never meet a sample of the image always are.
 
+    With `raise_rank` a target above the stable rank is met too, keeping the norm: `K = P(tau A)`, with `P` the
+    projection on the kernels of norm at most `||T(A)||_2`, at the `tau` that gives the stable rank. That is a convex
+    problem, globally solved (`gap` by its duality gap), up to the stable rank `r_inf` of the limit `tau -> infinity`.
+    A target beyond it is infeasible here, and the result is that of the largest `tau`, about `eps ** -0.25`: its
+    `stable_rank` is the limit `r_inf`, up to what is left of it at that `tau`. (Kernels with a larger stable rank can
+    exist: `surrogate.solve` looks for them.)
+
     Args:
       kernel: `(c_in, c_out)` or `(*taps, c_in // groups, c_out)`.
       op: its operator.
       target: the stable rank wanted; traced. See `stable_rank_range` for what is possible.
       keep_norm: static; `False` drops the constraint on the norm: the closest kernel with `srank = target`.
-      raise_rank: static; also meet a target above the stable rank (dense layers only).
-      max_steps: static; passes of the iteration.
+      raise_rank: static; also meet a target above the stable rank.
+      max_steps: static; passes of the iteration; raising: SVDs of all matrices in one projection.
       tolerance: relative change of the kernel in a pass at which to stop, default `eps ** 0.6`; traced. The
-        constraints are met to about its square.
-      initial: a singular triplet to start from, in place of the scan: in training, that of the last result.
+        constraints are met to about its square. Raising: the relative error of the stable rank.
+      initial: a singular triplet to start from, in place of the scan: in training, that of the last result. Raising
+        does not use it.
 
     Returns:
       An `SRNResult`. Infeasible or not converged: said there, by `feasible` and `residual`. Derivatives hold the
-      singular vectors constant: exact for the scalars, a surrogate for the kernel.
+      singular vectors constant: exact for the scalars, a surrogate for the kernel. Of a raised convolution they are
+      those of `project_spectral_ball`, with the stable rank held.
 
     Raises:
-      ValueError: a kernel, target or `initial` that does not fit, aliased taps, raising a convolution.
+      ValueError: a kernel, target or `initial` that does not fit, aliased taps, raising without `keep_norm`.
     """
     kernel = kernel_array(kernel, op)
     op.check_not_aliased(kernel.shape)
@@ -216,18 +226,13 @@ def srnc(
     tolerance = positive_scalar(tolerance, "tolerance", dtype)
     max_steps = static_int(max_steps, "max_steps")
     ensure(
-        not raise_rank or isinstance(op, Dense),
-        f"raise_rank: got True for {op}, expected Dense(); raising the stable rank of a convolution needs the "
-        "projection on the spectral ball, which this version does not have.",
-    )
-    ensure(
         keep_norm or not raise_rank, "keep_norm: got False with raise_rank=True, expected True; raising keeps the norm."
     )
     if initial is not None:
         check_triplet(initial, op, kernel.shape)
     if isinstance(op, Dense):
         return _srn(kernel, target, 1 if keep_norm else 0, bool(raise_rank))
-    return _srnc(kernel, op, target, initial, tolerance, bool(keep_norm), max_steps)
+    return (_srnc_raised if raise_rank else _srnc)(kernel, op, target, initial, tolerance, bool(keep_norm), max_steps)
 
 
 @functools.partial(jax.jit, static_argnums=(5, 6))
@@ -254,6 +259,32 @@ def _srnc(kernel, op, target, initial, tolerance, keep_norm, max_steps):
     gap = _gap(frozen, bound, lax.stop_gradient(distance), keep_norm, feasible, unchanged)
     result = _measured(result, problem, norm, distance, gap, solution.num_steps, keep_norm, feasible)
     return in_own_scale(result, scale, kernel, op, unchanged)
+
+
+@functools.partial(jax.jit, static_argnums=(5, 6))
+def _srnc_raised(kernel, op, target, initial, tolerance, keep_norm, max_steps):
+    a, scale = _pairs.rescaled(kernel.astype(float_dtype(kernel.dtype)), op)
+    problem, _ = problem_of(a, op, target)
+    raises = target > _ratio(problem.inner(a, a), problem.norm**2)
+
+    def raise_(problem: Problem) -> SRNResult:
+        found = raised(problem, op, max_steps, tolerance)
+        leading = _pairs.leading(lax.stop_gradient(found.kernel), op, default_tolerance(a.dtype))
+        change, squared = found.kernel - problem.kernel, problem.inner(problem.kernel, problem.kernel)
+        distance = safe_sqrt(problem.inner(change, change) / squared)
+        gap = _gap(
+            lax.stop_gradient(problem), found.squared_bound, lax.stop_gradient(distance), True, found.feasible, False
+        )
+        norm = frozen_value(found.kernel, op, leading)
+        result = _measured(found.kernel, problem, norm, distance, gap, found.num_steps, True, found.feasible)
+        return in_own_scale(result, scale, kernel, op, jnp.asarray(False))
+
+    def lower(problem: Problem) -> SRNResult:
+        return _srnc(kernel, op, target, initial, tolerance, keep_norm, max_steps)
+
+    # Under vmap both are computed: nothing may be divided by the norm of a zero kernel.
+    guarded = problem._replace(norm=jnp.where(problem.norm == 0, 1.0, problem.norm))
+    return lax.cond(raises & (problem.norm > 0), raise_, lower, guarded)
 
 
 def problem_of(a: Float[Array, "..."], op: Operator, target) -> tuple[Problem, _pairs.Pair]:

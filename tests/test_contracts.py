@@ -30,6 +30,18 @@ class Contract(NamedTuple):
     is_constant: bool = False
 
 
+class Alone(NamedTuple):
+    """A kernel that a function returns without any numbers, with one to look at."""
+
+    kernel: jax.Array
+    largest: jax.Array
+
+    @classmethod
+    def of(cls, kernel):
+        wide = jnp.promote_types(kernel.dtype, jnp.float32)
+        return cls(kernel, jnp.max(jnp.abs(kernel.astype(wide))))
+
+
 # A point of the sphere, and a short descent.
 POINT = np.full(CIRCULAR[1], 12**-0.5)
 DESCENT = {"key": jax.random.key(0), "num_steps": 20, "optimizer": optim.sphere_sgd(1e-2)}
@@ -62,6 +74,18 @@ CONTRACTS = [
     Contract("srn raising", lambda k, op: jaxsrn.srn(k, 1.9, raise_rank=True), (DENSE,), True),
     Contract("srnc", lambda k, op: jaxsrn.srnc(k, op, TARGETS[op]), returns_kernel=True),
     Contract("srnc norm-free", lambda k, op: jaxsrn.srnc(k, op, TARGETS[op], keep_norm=False), (CIRCULAR,), True),
+    Contract(
+        "srnc raising",
+        lambda k, op: jaxsrn.srnc(k, op, RAISED[op], raise_rank=True),
+        (CIRCULAR, ZERO_PADDED),
+        returns_kernel=True,
+    ),
+    Contract(
+        "clip_singular_values", lambda k, op: Alone.of(jaxsrn.clip_singular_values(k, op, 0.8)), returns_kernel=True
+    ),
+    Contract(
+        "project_spectral_ball", lambda k, op: jaxsrn.project_spectral_ball(k, op, 0.8, **EXACT), returns_kernel=True
+    ),
     Contract("surrogate.log_sum_exp", lambda k, op: surrogate.log_sum_exp(k, op, alpha=2.0), (CIRCULAR,)),
     Contract(
         "surrogate.log_sum_exp smooth", lambda k, op: surrogate.log_sum_exp(k, op, alpha=2.0, smooth=True), (CIRCULAR,)
@@ -92,6 +116,8 @@ CONTRACTS = [
 OTHER = {op: np.random.default_rng(9).standard_normal(shape) for op, shape in (DENSE, CIRCULAR, ZERO_PADDED)}
 # Between the smallest stable rank and that of the Gaussian kernels below.
 TARGETS = {DENSE[0]: 1.2, CIRCULAR[0]: 2.0, ZERO_PADDED[0]: 2.6}
+RAISED = {CIRCULAR[0]: 4.5, ZERO_PADDED[0]: 5.0}
+EXACT = {"tolerance": 1e-12}
 PAIRS = [
     pytest.param(contract, *operator, id=f"{contract.name}-{type(operator[0]).__name__}")
     for contract in CONTRACTS

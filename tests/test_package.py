@@ -28,6 +28,11 @@ ORDER = [
     "ranks",
     "_exact",
     "_starts",
+    "_clip",
+    "_ball",
+    "_nearest",
+    "projections",
+    "_raising",
     "normalization",
     "sphere",
     "optim",
@@ -65,7 +70,19 @@ def test_imports_point_one_way(module):
 
 @pytest.mark.parametrize(
     "module",
-    ["operators", "spectra", "norms", "bounds", "ranks", "normalization", "sphere", "optim", "surrogate", "penalties"],
+    [
+        "operators",
+        "spectra",
+        "norms",
+        "bounds",
+        "ranks",
+        "projections",
+        "normalization",
+        "sphere",
+        "optim",
+        "surrogate",
+        "penalties",
+    ],
 )
 def test_public_names_are_listed_and_documented(module):
     loaded = getattr(__import__(f"jaxsrn.{module}"), module)
