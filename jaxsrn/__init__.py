@@ -7,6 +7,7 @@ imported when first used.
 
 import importlib
 
+from jaxsrn._step import SRNCState, srnc_state, srnc_step
 from jaxsrn.normalization import SRNResult, srn, srnc, srnc_tanay
 from jaxsrn.norms import SingularTriplet, leading_triplet, spectral_norm
 from jaxsrn.operators import CircularConv, Dense, ZeroPaddedConv
@@ -16,6 +17,7 @@ from jaxsrn.spectra import singular_values, symbol, top_singular_values
 __all__ = [
     "CircularConv",
     "Dense",
+    "SRNCState",
     "SRNResult",
     "SingularTriplet",
     "ZeroPaddedConv",
@@ -27,6 +29,8 @@ __all__ = [
     "sphere",
     "srn",
     "srnc",
+    "srnc_state",
+    "srnc_step",
     "srnc_tanay",
     "stable_rank",
     "stable_rank_range",

@@ -20,6 +20,7 @@ from jaxtyping import Array, Complex, Float, Int, Shaped
 from jaxsrn.operators import CircularConv, ZeroPaddedConv
 
 __all__ = [
+    "axis_exponents",
     "complex_dtype",
     "degrees",
     "dft_rows",
@@ -72,6 +73,11 @@ def _polyphase(op: CircularConv, kernel_shape: tuple[int, ...]) -> list[tuple[np
     offsets = [np.arange(kernel_shape[j]) * op.kernel_dilation[j] for j in range(op.num_axes)]
     pairs = zip(offsets, op.strides, strict=True)
     return [(offset // s, offset % s == np.arange(s)[:, None]) for offset, s in pairs]
+
+
+def axis_exponents(op: CircularConv, kernel_shape: tuple[int, ...]) -> list[np.ndarray]:
+    """Per axis the distinct exponents of the symbol, in strides."""
+    return [np.unique(exponent) for exponent, _ in _polyphase(op, kernel_shape)]
 
 
 def degrees(op: CircularConv, kernel_shape: tuple[int, ...]) -> list[int]:
@@ -129,10 +135,9 @@ def polynomial(kernel: Float[Array, "..."], op: CircularConv) -> tuple[Float[Arr
       `(coefficients, exponents)`: `C` of shape `(groups, terms, phases * c_in // groups, c_out // groups)`, and the
       static integers `t`, `(terms, axes)`.
     """
-    rows, exponents = [], []
-    for exponent, in_phase in _polyphase(op, kernel.shape):
-        exponents.append(np.unique(exponent))
-        rows.append((exponent == exponents[-1][:, None])[:, None, :] & in_phase)
+    exponents = axis_exponents(op, kernel.shape)
+    pairs = zip(_polyphase(op, kernel.shape), exponents, strict=True)
+    rows = [(exponent == distinct[:, None])[:, None, :] & in_phase for (exponent, in_phase), distinct in pairs]
     coefficients = _contract(kernel, op, rows, kernel.dtype)
     coefficients = coefficients.reshape((-1, *coefficients.shape[-3:]))
     return jnp.moveaxis(coefficients, 1, 0), np.array(list(itertools.product(*exponents)))

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import jaxsrn
-from jaxsrn import CircularConv, Dense, ZeroPaddedConv, bounds, optim, surrogate
+from jaxsrn import CircularConv, Dense, ZeroPaddedConv, _pairs, bounds, optim, surrogate
 
 DENSE = (Dense(), (3, 2))
 CIRCULAR = (CircularConv((4,)), (3, 2, 2))
@@ -28,6 +28,25 @@ class Contract(NamedTuple):
     operators: tuple = (DENSE, CIRCULAR, ZERO_PADDED)
     returns_kernel: bool = False
     is_constant: bool = False
+
+
+class Stepped(NamedTuple):
+    """The kernel of a training step, and a number of its new state that no choice of signs changes."""
+
+    kernel: jax.Array
+    squared_norm: jax.Array
+
+
+def stepped(kernel, op, gradient):
+    normalized, state = jaxsrn.srnc_step(
+        kernel, jaxsrn.srnc_state(kernel, op, TARGETS[op]), op, TARGETS[op], gradient=gradient
+    )
+    return Stepped(normalized, jnp.linalg.norm(state.normalized.pair.right) ** 2)
+
+
+def functional_of_state(kernel, op):
+    """`grad_K <u, T(K) v>` of the pair that the state starts with: the pair without its signs."""
+    return _pairs.plain_gradient(jaxsrn.srnc_state(kernel, op, TARGETS[op]).normalized.pair, op, jnp.shape(kernel))
 
 
 # A point of the sphere, and a short descent.
@@ -60,6 +79,9 @@ CONTRACTS = [
     Contract(
         "surrogate.trajectory", lambda k, op: surrogate.trajectory(k, op, 2.0, **DESCENT), (CIRCULAR,), is_constant=True
     ),
+    Contract("srnc_state", functional_of_state, is_constant=True),
+    Contract("srnc_step", lambda k, op: stepped(k, op, "frozen"), returns_kernel=True),
+    Contract("srnc_step implicit", lambda k, op: stepped(k, op, "implicit"), returns_kernel=True),
     Contract("srnc_tanay", lambda k, op: jaxsrn.srnc_tanay(k, op, TARGETS[op]), (CIRCULAR,), True),
 ]
 # Between the smallest stable rank and that of the Gaussian kernels below.

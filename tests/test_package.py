@@ -26,10 +26,14 @@ ORDER = [
     "_exact",
     "_starts",
     "normalization",
+    "_tracking",
+    "_step",
     "sphere",
     "optim",
     "_descent",
     "surrogate",
+    "_flax_layers",
+    "nnx",
 ]
 
 
@@ -59,7 +63,20 @@ def test_imports_point_one_way(module):
 
 
 @pytest.mark.parametrize(
-    "module", ["operators", "spectra", "norms", "bounds", "ranks", "normalization", "sphere", "optim", "surrogate"]
+    "module",
+    [
+        "operators",
+        "spectra",
+        "norms",
+        "bounds",
+        "ranks",
+        "normalization",
+        "_step",
+        "sphere",
+        "optim",
+        "surrogate",
+        "nnx",
+    ],
 )
 def test_public_names_are_listed_and_documented(module):
     loaded = getattr(__import__(f"jaxsrn.{module}"), module)
