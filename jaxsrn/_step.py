@@ -13,20 +13,21 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from jaxsrn import _pairs
 from jaxsrn._checks import Kernel, ensure, float_dtype, kernel_array, positive_scalar
-from jaxsrn._exact import Problem, closed_form, functional, solve
+from jaxsrn._exact import Problem, closed_form, functional, merit
 from jaxsrn._pairs import Pair, default_tolerance
 from jaxsrn._starts import survey
-from jaxsrn._tracking import Track, follow, power_step, start
+from jaxsrn._tracking import Track, follow, power_step, start, track_shapes
 from jaxsrn.norms import frozen_value
 from jaxsrn.operators import Dense, Operator
 
 __all__ = ["SRNCState", "srnc_state", "srnc_step"]
 
 GRADIENTS = ("frozen", "implicit")
+_START_PASSES = 10
 _MAX_PASSES = 500
 # The linear system of the true gradient: residual asked, residual accepted, Krylov vectors, restarts.
 _GMRES = {"tol": 1e-6, "atol": 0.0, "restart": 30, "maxiter": 10}
@@ -46,7 +47,11 @@ class SRNCState(NamedTuple):
 
 
 def srnc_state(kernel: Kernel, op: Operator, target, *, norm=1.0, cap: bool = False) -> SRNCState:
-    """The state that `srnc_step` starts from, already converged: the exact solution's leading pair, as `srnc` finds it.
+    """The state that `srnc_step` starts from, already converged: its first step satisfies the constraints.
+
+    The starts are those of `srnc` (for circular convolutions the scan over frequencies and phases); the best after a
+    few passes is followed to the end by training steps of the kernel at rest. Zero padding takes time in proportion
+    to the image: a few hundred forwards of one.
 
     Args:
       kernel, op, target, norm, cap: as `srnc_step`.
@@ -98,10 +103,10 @@ def srnc_step(
     """
     kernel, target, norm = _checked(kernel, op, target, norm, cap)
     ensure(gradient in GRADIENTS, f"gradient: got {gradient!r}, expected one of {GRADIENTS}.")
-    own = _follows_own(op, target, norm, cap)
-    expected = jax.eval_shape(functools.partial(_srnc_state, follows_own=own), kernel, op, target)
+    track = track_shapes(op, kernel.shape)
+    expected = SRNCState(track, track if _follows_own(op, target, norm, cap) else None)
     ensure(
-        jax.tree.map(jnp.shape, state) == jax.tree.map(jnp.shape, expected),
+        jax.tree.map(jnp.shape, state) == expected,
         f"state: it does not fit a kernel of shape {kernel.shape} with {op}, {norm=}, {cap=}; take it from "
         "srnc_state with the same arguments.",
     )
@@ -132,14 +137,51 @@ def _srnc_state(kernel, op, target, follows_own):
     own = _pairs.leading(a, op, default_tolerance(a.dtype))
     if target is None or isinstance(op, Dense):
         return SRNCState(start(a, op, own), None)
-    weights = op.frobenius_weights(a.shape, a.dtype)
-    problem = Problem(a, weights, target, frozen_value(a, op, own))
-    starts, _ = survey(problem, op, own)
-    solution = solve(problem, op, starts, _MAX_PASSES, float(jnp.finfo(a.dtype).eps) ** 0.6)
+    problem = Problem(a, op.frobenius_weights(a.shape, a.dtype), target, frozen_value(a, op, own))
     unchanged = problem.inner(a, a) <= target * problem.norm**2
-    pair = jax.tree.map(lambda a, b: jnp.where(unchanged, a, b), own, solution.leading)
-    track = start(_normalized(a, op, target, pair), op, pair)
-    return SRNCState(track, start(a, op, own) if follows_own else None)
+    pair = jax.tree.map(lambda a, b: jnp.where(unchanged, a, b), own, _best_start(problem, op, own))
+    return SRNCState(_converged(a, op, target, pair), start(a, op, own) if follows_own else None)
+
+
+def _best_start(problem: Problem, op: Operator, own: Pair) -> Pair:
+    """Of the starts that `srnc` would follow to the end, the one that is best after a few passes."""
+
+    def climb(pair: Pair):
+        def one_pass(_, pair):
+            kernel = _normalized(problem.kernel, op, problem.target, pair)
+            return power_step(kernel, op, power_step(kernel, op, pair))
+
+        pair = lax.fori_loop(0, _START_PASSES, one_pass, pair)
+        return pair, closed_form(problem, functional(pair, op, problem.weights, problem.kernel.shape))
+
+    pairs, candidates = jax.vmap(climb)(survey(problem, op, own).starts)
+    best = jnp.lexsort(merit(candidates)[::-1])[0]
+    return jax.tree.map(lambda leaf: leaf[best], pairs)
+
+
+class _Passes(NamedTuple):
+    track: Track
+    kernel: Float[Array, "..."]
+    change: Float[Array, ""]
+    count: Int[Array, ""]
+
+
+def _converged(a: Float[Array, "..."], op: Operator, target, pair: Pair) -> Track:
+    """Training steps of a kernel at rest, until the normalized kernel is at rest too."""
+    tolerance = float(jnp.finfo(a.dtype).eps) ** 0.6
+
+    def one_pass(state: _Passes) -> _Passes:
+        track = follow(state.kernel, op, state.track)
+        kernel = _normalized(a, op, target, track.pair)
+        change = jnp.linalg.norm(kernel - state.kernel) / jnp.linalg.norm(kernel)
+        return _Passes(track, kernel, change, state.count + 1)
+
+    def unfinished(state: _Passes):
+        return (state.change > tolerance) & (state.count < _MAX_PASSES)
+
+    kernel = _normalized(a, op, target, pair)
+    state = _Passes(start(kernel, op, pair), kernel, jnp.asarray(jnp.inf, a.dtype), jnp.asarray(0))
+    return lax.while_loop(unfinished, one_pass, state).track
 
 
 @functools.partial(jax.jit, static_argnames=("cap", "gradient"))

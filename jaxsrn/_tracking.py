@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from typing import NamedTuple
 
 import jax
@@ -24,11 +25,11 @@ from jaxsrn._linalg import unit
 from jaxsrn._pairs import Pair
 from jaxsrn.operators import CircularConv, Dense, Operator
 
-__all__ = ["Track", "follow", "power_step", "start"]
+__all__ = ["Track", "follow", "power_step", "start", "track_shapes"]
 
 _POWER_STEPS = 2
-# Watched frequencies per axis: all of a small grid; of a large one so many per degree of the symbol that between
-# them it exceeds its neighbours by at most 4% (the bound of `overshoot`, one axis) and climbing does the rest.
+# Watched frequencies per axis: all of a small grid, of a large one so many per degree of the symbol. Between them it
+# can be higher by 1 / cos(pi / 12), 3.5%, an axis (see `overshoot`): little enough for climbing to do the rest.
 _WATCH_ALL = 16
 _WATCHED_PER_DEGREE = 6
 _NUM_CLIMBERS = 8
@@ -67,6 +68,15 @@ def start(kernel: Float[Array, "..."], op: Operator, pair: Pair) -> Track:
     vectors = _unit_rows(random_start(shape, coefficients.dtype).astype(waves.dtype))
     step = functools.partial(_watch_step, coefficients, waves)
     return Track(pair, lax.fori_loop(0, _COLD_STEPS, lambda _, v: step(v)[1], vectors))
+
+
+def track_shapes(op: Operator, kernel_shape: tuple[int, ...]) -> Track:
+    """The shapes of a track's arrays, in their places (static)."""
+    if not isinstance(op, CircularConv):
+        return Track(Pair((), op.in_shape(kernel_shape), op.out_shape(kernel_shape)), None)
+    rows, columns = _fourier.site_shape(op, kernel_shape)
+    watched = math.prod(_watched_half(op, kernel_shape)[0])
+    return Track(Pair((), (rows,), (columns,)), (watched, op.feature_group_count, columns))
 
 
 def follow(kernel: Float[Array, "..."], op: Operator, track: Track) -> Track:
@@ -116,12 +126,16 @@ def _unit_rows(vectors):
     return flat.reshape(vectors.shape)
 
 
-def _watched_waves(op: CircularConv, kernel_shape, exponents: np.ndarray, dtype) -> Complex[Array, "points terms"]:
-    """`exp(-i <w, t>)` at the watched frequencies: an even grid, half of its last axis as the kernel is real."""
-    degrees = _fourier.degrees(op, kernel_shape)
-    enough = [max(_WATCH_ALL, _WATCHED_PER_DEGREE * d) if d else 1 for d in degrees]
+def _watched_half(op: CircularConv, kernel_shape) -> tuple[tuple[int, ...], list[int]]:
+    """Watched frequencies per axis, half of the last as the kernel is real; and how many make a full turn."""
+    enough = [max(_WATCH_ALL, _WATCHED_PER_DEGREE * d) if d else 1 for d in _fourier.degrees(op, kernel_shape)]
     counts = [min(n, m) for n, m in zip(op.grid, enough, strict=True)]
-    half = (*counts[:-1], counts[-1] // 2 + 1)
+    return (*counts[:-1], counts[-1] // 2 + 1), counts
+
+
+def _watched_waves(op: CircularConv, kernel_shape, exponents: np.ndarray, dtype) -> Complex[Array, "points terms"]:
+    """`exp(-i <w, t>)` at the watched frequencies."""
+    half, counts = _watched_half(op, kernel_shape)
     turns = np.array(list(itertools.product(*map(np.arange, half)))) / counts
     return jnp.asarray(np.exp(-2j * np.pi * (turns @ exponents.T)), _fourier.complex_dtype(dtype))
 
