@@ -148,11 +148,6 @@ def _convolution(layer, kernel_shape, shape) -> LayerMap:
             "the padded image, which is not circular.",
         )
         return LayerMap(CircularConv(shape, **options), kernel_shape, kernel_shape)
-    if isinstance(padding, str) and max(input_dilation) > 1:
-        # Flax counts the padding on the image as it is; CAUSAL is dilated with it.
-        padding = ZeroPaddedConv(shape, padding=padding, **options).pads(kernel_shape)
-        if layer.padding == "CAUSAL":
-            padding = tuple((low * d, high) for (low, high), d in zip(padding, input_dilation, strict=True))
     op = ZeroPaddedConv(shape, padding=padding, input_dilation=input_dilation, **options)
     op.check_kernel_shape(kernel_shape)
     return LayerMap(op, kernel_shape, kernel_shape)

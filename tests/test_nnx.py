@@ -57,8 +57,6 @@ LAYERS = {
     "pairs": (lambda: conv(2, 1, (3, 2), padding=((1, 0), (2, 1)), strides=(1, 2)), (4, 5)),
     "groups": (lambda: conv(4, 6, (3,), feature_group_count=2, strides=2), (7,)),
     "input-dilation": (lambda: conv(2, 3, (3,), padding=((2, 1),), input_dilation=2), (5,)),
-    "input-dilation-same": (lambda: conv(2, 3, (3,), input_dilation=3), (5,)),
-    "input-dilation-causal": (lambda: conv(2, 3, (3,), padding="CAUSAL", input_dilation=2), (5,)),
     "three-axes": (lambda: conv(1, 2, (2, 3, 2)), (3, 4, 2)),
     "linear": (lambda: nnx.Linear(4, 6, rngs=nnx.Rngs(0)), None),
     "linear-general": (lambda: nnx.LinearGeneral((2, 3), (4, 5), axis=(1, -1), rngs=nnx.Rngs(0)), None),
