@@ -148,7 +148,7 @@ class StableRankNorm(_Normalized):
         rngs: nnx.Rngs | None = None,
     ):
         super().__init__(layer, input_shape, norm, cap, gradient)
-        name = layer_name(layer)
+        name, fraction = layer_name(layer), float(fraction)
         ensure(0 < fraction <= 1, f"{name}: fraction: got {fraction}, expected a number in (0, 1].")
         op, shape = self.operator, self.layer_map.shape
         largest = min(math.prod(op.in_shape(shape)), math.prod(op.out_shape(shape)))
@@ -159,7 +159,7 @@ class StableRankNorm(_Normalized):
             f"{name}: fraction: got {fraction}, expected at least {low / largest:.6g}: with its taps the stable rank "
             f"of {op} is at least {low:.6g} of {largest}.",
         )
-        self._start(float(fraction * largest))
+        self._start(fraction * largest)
 
 
 class SpectralNorm(_Normalized):
@@ -190,7 +190,7 @@ def _with_kernel(layer: nnx.Module, kernel: jax.Array) -> nnx.Module:
     """A copy of the layer with another kernel: the layer itself is not touched."""
     graphdef, state = nnx.split(layer)
     state["kernel"] = state["kernel"].replace(kernel)
-    return nnx.merge(graphdef, state)
+    return nnx.merge(graphdef, state, copy=True)
 
 
 # Whole models
@@ -214,8 +214,7 @@ def fold(model: nnx.Module) -> nnx.Module:
     Returns:
       A new module; `model` is not touched.
     """
-    copy = nnx.merge(*nnx.split(model))
-    return _rewritten(copy, lambda path, node: node.folded() if isinstance(node, _Normalized) else node)
+    return _rewritten(nnx.clone(model), lambda path, node: node.folded() if isinstance(node, _Normalized) else node)
 
 
 def constrain(model: nnx.Module, wrap: Callable[[tuple, nnx.Module], nnx.Module], where: Any = _LAYERS) -> nnx.Module:
@@ -247,7 +246,7 @@ def constrain(model: nnx.Module, wrap: Callable[[tuple, nnx.Module], nnx.Module]
         except ValueError as error:
             raise ValueError(f"{'.'.join(map(str, path))}: {error}") from error
 
-    rewritten = _rewritten(nnx.merge(*nnx.split(model)), change)
+    rewritten = _rewritten(nnx.clone(model), change)
     ensure(bool(found), f"where: got {where!r}, which matches no layer of {type(model).__name__}; expected some.")
     return rewritten
 
@@ -278,7 +277,7 @@ def layer_operators(model: nnx.Module, *inputs) -> Mapping[tuple, Operator]:
         return node
 
     def run(state, *inputs):
-        return _outputs(_rewritten(nnx.merge(graphdef, state), record)(*inputs))
+        return _outputs(_rewritten(nnx.merge(graphdef, state, copy=True), record)(*inputs))
 
     jax.eval_shape(run, state, *inputs)
     return {path: layer.op for path, layer in found.items() if layer.is_stored_as_is}

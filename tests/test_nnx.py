@@ -142,7 +142,7 @@ def halved():
 
 def halved_model():
     (graphdef, state), targets = halved()
-    return nnx.merge(graphdef, state), targets
+    return nnx.merge(graphdef, state, copy=True), targets
 
 
 @nnx.jit
@@ -264,7 +264,7 @@ def test_split_merge_vmap_and_orbax(tmp_path):
     wrapped = jnnx.SpectralNorm(conv(2, 2, (3,), padding="CIRCULAR"), input_shape=(6,))
     x = jax.random.normal(jax.random.key(0), (2, 6, 2))
     graphdef, state = nnx.split(wrapped)
-    np.testing.assert_array_equal(nnx.merge(graphdef, state)(x), wrapped(x, update_stats=False))
+    np.testing.assert_array_equal(nnx.merge(graphdef, state, copy=True)(x), wrapped(x, update_stats=False))
 
     @nnx.vmap
     def make(key):
