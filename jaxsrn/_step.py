@@ -72,15 +72,16 @@ def srnc_step(
 ):
     """Stable rank normalization in training: `(normalized kernel, new state)`, at the cost of a few images.
 
-    With the pair of the state, the kernel closest to `kernel` with `||T(K)||_F^2 = target * norm^2` and
-    `<u, T(K) v> = norm` (`srnc`'s closed form); then one warm power step on it, which is the new state. Both
+    First a warm power step from the pair of the state; then, with the pair `(u, v)` that it leads to, the kernel
+    closest to `kernel` with `||T(K)||_F^2 = target * norm^2` and `<u, T(K) v> = norm` (`srnc`'s closed form). Both
     constraints hold where the pair is the leading one, and it follows the kernel as that changes. Where the kernel's
     own stable rank is not above the target it is only rescaled to the norm. Where the pair allows no such kernel
     (an infeasible target) it is the one of the lowest stable rank for that pair.
 
-    Dense layers: exactly Algorithm 2 of Sanyal, Torr, Dokania 2020: the power step comes first, on the kernel itself.
-    Any other layer: Zheng et al. 2025, eq. 7, one pass of the iteration of `srnc`. Pure, and without randomness: the
-    same state gives the same kernel, so a caller that keeps the old state has read only.
+    Dense layers: exactly Algorithm 2 of Sanyal, Torr, Dokania 2020. Any other layer: Zheng et al. 2025, eq. 7, one
+    pass of the iteration of `srnc`; the power step is one on the kernel normalized with the stored pair. Pure, and
+    without randomness: the same kernel and state give the same result, so a caller that keeps the old state has read
+    only.
 
     Args:
       kernel: `(c_in, c_out)` or `(*taps, c_in // groups, c_out)`.
@@ -188,8 +189,9 @@ def _converged(a: Float[Array, "..."], op: Operator, target, pair: Pair) -> Trac
 def _srnc_step(kernel, state, op, target, norm, cap, gradient):
     a, scale = _pairs.rescaled(kernel.astype(float_dtype(kernel.dtype)), op)
     fixed, (track, own) = lax.stop_gradient((a, state))
-    if isinstance(op, Dense):
-        track = follow(fixed, op, track)
+    # The power step comes first, on this kernel: after a step of an optimizer the stored pair is that of another one.
+    tracked = fixed if target is None or isinstance(op, Dense) else _normalized(fixed, op, target, track.pair)
+    track, own = follow(tracked, op, track), None if own is None else follow(fixed, op, own)
     pair = track.pair if gradient == "frozen" else _moving_pair(a, op, target, track.pair)
     # The solution is proportional to the norm and does not depend on the scale of the kernel.
     unit_kernel = _normalized(a, op, target, pair)
@@ -197,9 +199,7 @@ def _srnc_step(kernel, state, op, target, norm, cap, gradient):
         own_norm = scale * frozen_value(a, op, (own or track).pair)
         norm = own_norm if norm is None else jnp.minimum(norm, own_norm)
     result = jnp.where(jnp.asarray(op.tap_counts(kernel.shape) == 0), kernel, (norm * unit_kernel).astype(kernel.dtype))
-    if not isinstance(op, Dense):
-        track = follow(lax.stop_gradient(unit_kernel), op, track)
-    return result, SRNCState(track, None if own is None else follow(fixed, op, own))
+    return result, SRNCState(track, own)
 
 
 def _normalized(a: Float[Array, "..."], op: Operator, target, pair: Pair) -> Float[Array, "..."]:
