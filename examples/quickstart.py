@@ -1,10 +1,11 @@
-"""Train a small CNN on the digits, look at the true spectra of its layers, and halve their stable ranks.
+"""Train a small CNN on the digits twice, plainly and with every layer's norm and stable rank constrained.
 
 The stable rank of a layer, `||T||_F^2 / ||T||_2^2`, is that of the whole linear map `T`, padding and strides included,
-and not that of the kernel flattened into a matrix. `jaxsrn.srnc` finds the closest kernel with a prescribed one.
+and not that of the kernel flattened into a matrix. `jaxsrn.nnx.StableRankNorm` wraps a Flax layer and holds both while
+it trains.
 
     pip install "jaxsrn[examples]"
-    python examples/quickstart.py            # under a minute, most of it compilation; writes quickstart.png
+    python examples/quickstart.py            # a minute or two, most of it compilation; writes quickstart.png
     python examples/quickstart.py --fast     # fewer epochs
 """
 
@@ -20,70 +21,29 @@ from sklearn.model_selection import train_test_split
 from tqdm import tqdm
 
 import jaxsrn
+import jaxsrn.nnx as jnnx
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 BATCH = 64
-ADAM = optax.adam(1e-3)
 # From Okabe and Ito's palette, safe for colour-blind readers.
 BEFORE, AFTER, MISSED = "#000000", "#0072B2", "#D55E00"
 
 
 class CNN(nnx.Module):
-    """Three convolutions and a dense layer on 8x8 images."""
+    """Three convolutions and a dense layer on 8x8 images; `wrap(layer, input_shape)` may constrain each of them."""
 
-    def __init__(self, rngs: nnx.Rngs):
-        self.conv1 = nnx.Conv(1, 16, (3, 3), padding="CIRCULAR", rngs=rngs)
-        self.conv2 = nnx.Conv(16, 32, (3, 3), strides=2, rngs=rngs)
-        self.conv3 = nnx.Conv(32, 32, (3, 3), padding="CIRCULAR", rngs=rngs)
-        self.dense = nnx.Linear(4 * 4 * 32, 10, rngs=rngs)
+    def __init__(self, rngs: nnx.Rngs, wrap=lambda layer, input_shape: layer):
+        self.conv1 = wrap(nnx.Conv(1, 16, (3, 3), padding="CIRCULAR", rngs=rngs), (8, 8))
+        self.conv2 = wrap(nnx.Conv(16, 32, (3, 3), strides=2, rngs=rngs), (8, 8))
+        self.conv3 = wrap(nnx.Conv(32, 32, (3, 3), padding="CIRCULAR", rngs=rngs), (4, 4))
+        self.dense = wrap(nnx.Linear(4 * 4 * 32, 10, rngs=rngs), None)
 
     def __call__(self, x):
         for conv in (self.conv1, self.conv2, self.conv3):
             x = nnx.relu(conv(x))
         return self.dense(x.reshape(len(x), -1))
-
-
-# Which linear map each layer of `CNN` is: the arguments of the layer, and the size of the image that reaches it.
-OPERATORS = {
-    "conv1": jaxsrn.CircularConv((8, 8)),
-    "conv2": jaxsrn.ZeroPaddedConv((8, 8), strides=2),
-    "conv3": jaxsrn.CircularConv((4, 4)),
-    "dense": jaxsrn.Dense(),
-}
-
-
-def kernels(model):
-    return {name: getattr(model, name).kernel[...] for name in OPERATORS}
-
-
-def check_operators(model):
-    """Each operator is its layer: the same output on random numbers, but for the bias."""
-    for name, op in OPERATORS.items():
-        layer = getattr(model, name)
-        x = np.random.default_rng(0).normal(size=(1, *op.in_shape(layer.kernel.shape))).astype(np.float32)
-        np.testing.assert_allclose(op.apply(layer.kernel[...], x) + layer.bias[...], layer(x), atol=1e-4)
-
-
-def choose_targets(model, share):
-    """`share` of every stable rank, moved up to just above the least possible where it would fall below."""
-    targets = {}
-    for name, kernel in kernels(model).items():
-        wanted = share * float(jaxsrn.stable_rank(kernel, OPERATORS[name]))
-        low, _ = jaxsrn.stable_rank_range(kernel.shape, OPERATORS[name])
-        targets[name] = max(wanted, 1.05 * low)
-        if targets[name] > wanted:
-            print(f"\n{name}: {wanted:.2f} is too close to the least possible, {low:.2f}: {targets[name]:.2f} instead.")
-    return targets
-
-
-def normalize(model, targets):
-    """Replaces every kernel by the closest with the target stable rank and the same norm, and returns the results."""
-    results = {name: jaxsrn.srnc(kernel, OPERATORS[name], targets[name]) for name, kernel in kernels(model).items()}
-    for name, result in results.items():
-        getattr(model, name).kernel[...] = result.kernel
-    return results
 
 
 @nnx.jit
@@ -96,23 +56,23 @@ def train_step(model, optimizer, x, y):
     return loss
 
 
-def train(model, x, y, *, epochs, rng, targets=None):
-    """Adam; with `targets` projected: steps leave the constraint, and after each epoch `normalize` leads back to it."""
-    optimizer = nnx.Optimizer(model, ADAM, wrt=nnx.Param)
-    results = None
-    for _ in (bar := tqdm(range(epochs), desc="fine-tuning" if targets else "training", unit="epoch")):
+def train(model, x, y, *, epochs, seed, name):
+    optimizer, rng = nnx.Optimizer(model, optax.adam(2e-3), wrt=nnx.Param), np.random.default_rng(seed)
+    for _ in (bar := tqdm(range(epochs), desc=name, unit="epoch")):
         # The last, smaller batch is left out, so that one compilation serves all.
         batches = rng.permutation(len(x))[: len(x) // BATCH * BATCH].reshape(-1, BATCH)
         loss = np.mean([train_step(model, optimizer, x[batch], y[batch]) for batch in batches])
-        if targets:
-            results = normalize(model, targets)
         bar.set_postfix(loss=f"{loss:.4f}")
-    return results
+    # From here on forwards only read: all see the same weights.
+    model.eval()
 
 
 @nnx.jit
-def accuracy(model, x, y):
-    return jnp.mean(model(x).argmax(-1) == y)
+def score(model, x, y):
+    """Accuracy and loss."""
+    logits = model(x)
+    loss = optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
+    return jnp.mean(logits.argmax(-1) == y), loss
 
 
 def print_table(title, *lines):
@@ -123,45 +83,54 @@ def print_table(title, *lines):
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
 
 
-def print_layers(model):
-    table = [("layer", "kernel", "operator", "norm", "flattened", "stable rank", "feasible range")]
-    for name, kernel in kernels(model).items():
-        op = OPERATORS[name]
-        flattened = jnp.linalg.norm(kernel.reshape(-1, kernel.shape[-1]), 2)
-        numbers = jaxsrn.spectral_norm(kernel, op), flattened, jaxsrn.stable_rank(kernel, op)
-        low, high = jaxsrn.stable_rank_range(kernel.shape, op)
-        shape = "x".join(map(str, kernel.shape))
-        table.append((name, shape, str(op), *(f"{number:.4f}" for number in numbers), f"{low:.2f} to {high:.0f}"))
-    print_table("The trained layers ('flattened': the kernel's norm as a matrix, which nnx.SpectralNorm sees)", *table)
+def kernels(model, operators):
+    """The kernels that a model computes with: those of its plain form."""
+    folded = dict(nnx.to_flat_state(nnx.state(jnnx.fold(model))))
+    return {path[0]: folded[path][...] for path in operators}
 
 
-def print_results(title, trained, results, targets):
-    table = [("layer", "target", "achieved", "norm trained", "now", "distance", "gap", "residual", "feasible")]
-    for name, result in results.items():
-        # Measured on the new kernel by itself, not taken from the result.
-        rank = jaxsrn.stable_rank(result.kernel, OPERATORS[name])
-        norms = [jaxsrn.spectral_norm(kernel, OPERATORS[name]) for kernel in (trained[name], result.kernel)]
-        numbers = [f"{number:.4f}" for number in (targets[name], rank, *norms, result.distance, result.gap)]
-        table.append((name, *numbers, f"{result.residual:.1e}", str(result.feasible)))
-    print_table(title, *table)
+def print_layers(models, operators):
+    table = [
+        ("layer", "operator", *(f"{what}, {name}" for what in ("norm", "stable rank") for name in models), "range")
+    ]
+    found = {name: kernels(model, operators) for name, model in models.items()}
+    for (layer, _), op in operators.items():
+        versions = [found[name][layer] for name in models]
+        norms = [f"{jaxsrn.spectral_norm(kernel, op):.4f}" for kernel in versions]
+        ranks = [f"{jaxsrn.stable_rank(kernel, op):.4f}" for kernel in versions]
+        low, high = jaxsrn.stable_rank_range(versions[0].shape, op)
+        table.append((layer, str(op), *norms, *ranks, f"{low:.2f} to {high:.0f}"))
+    print_table("The layers as they compute ('range': the stable ranks that their kernels can have)", *table)
 
 
-def draw(trained, normalized, path):
+def print_scores(models, train_set, test_set):
+    table = [("", "accuracy, train", "accuracy, test", "gap", "loss, train", "loss, test", "gap")]
+    for name, model in models.items():
+        (seen, seen_loss), (new, new_loss) = score(model, *train_set), score(model, *test_set)
+        numbers = f"{seen:.1%}", f"{new:.1%}", f"{seen - new:.1%}", f"{seen_loss:.3f}", f"{new_loss:.3f}"
+        table.append((name, *numbers, f"{new_loss - seen_loss:.3f}"))
+    print_table(f"Train and test, {len(train_set[1])} and {len(test_set[1])} images", *table)
+
+
+def draw(models, operators, path):
     plt.rcParams.update({"font.size": 10, "axes.titlesize": 11, "axes.spines.top": False, "axes.spines.right": False})
     mosaic = [["conv1", "conv2", "paper"], ["conv3", "dense", "paper"]]
     figure, axes = plt.subplot_mosaic(mosaic, figsize=(14, 6.5), layout="constrained", width_ratios=[1, 1, 1.5])
     figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)
-    for name, op in OPERATORS.items():
-        cases = (trained[name], "trained", BEFORE), (normalized[name], "normalized with srnc", AFTER)
-        for kernel, label, color in cases:
-            values = jaxsrn.singular_values(kernel, op)
-            # A dot on the leading value, which stays; where there are few, on each.
+    for (name, model), color in zip(models.items(), (BEFORE, AFTER), strict=True):
+        for layer, kernel in kernels(model, operators).items():
+            values = jaxsrn.singular_values(kernel, operators[layer, "kernel"])
+            # Of the largest, as norms differ; a dot on the leading value, and where there are few, on each.
             marks = [0] if len(values) > 10 else None
-            axes[name].plot(np.arange(len(values)) + 1, values, color=color, label=label, marker="o", markevery=marks)
-        ranks = [f"{jaxsrn.stable_rank(kernel, op):.1f}" for kernel, *_ in cases]
-        axes[name].set_title(f"{name}: {op}\nstable rank {' → '.join(ranks)}")
-        axes[name].set(xlabel="index", ylabel="singular value", ylim=(0, None))
-    axes["conv1"].legend(frameon=False, loc="lower left")
+            label = f"{name}: stable rank {jaxsrn.stable_rank(kernel, operators[layer, 'kernel']):.1f}"
+            ax = axes[layer]
+            ax.plot(
+                np.arange(len(values)) + 1, values / values[0], color=color, label=label, marker="o", markevery=marks
+            )
+    for layer, _ in operators:
+        axes[layer].set_title(f"{layer}: {operators[layer, 'kernel']}")
+        axes[layer].set(xlabel="index", ylabel="singular value / norm", ylim=(0, None))
+        axes[layer].legend(frameon=False, loc="upper right")
     draw_paper_case(axes["paper"])
     figure.savefig(path, dpi=150)
 
@@ -194,36 +163,31 @@ def main():
     parser.add_argument("--fast", action="store_true", help="a few epochs only")
     parser.add_argument("--figure", default="quickstart.png", help="where to save the figure (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the weights and the batches (default: %(default)s)")
-    parser.add_argument("--share", type=float, default=0.5, help="of each stable rank to keep (default: %(default)s)")
+    parser.add_argument("--fraction", type=float, default=0.2, help="of the largest stable rank (default: %(default)s)")
+    parser.add_argument("--norm", type=float, default=1.0, help="spectral norm of every layer (default: %(default)s)")
     args = parser.parse_args()
 
     images, labels = load_digits(return_X_y=True)
     images = (images / 16).astype(np.float32).reshape(-1, 8, 8, 1)
     x_train, x_test, y_train, y_test = train_test_split(images, labels, random_state=0, stratify=labels)
-    epochs, tuning_epochs = (5, 2) if args.fast else (30, 5)
-    model, rng, scores = CNN(nnx.Rngs(args.seed)), np.random.default_rng(args.seed), {}
-    check_operators(model)
 
-    train(model, x_train, y_train, epochs=epochs, rng=rng)
-    trained, scores["trained"] = kernels(model), accuracy(model, x_test, y_test)
-    print_layers(model)
+    def constrained(layer, input_shape):
+        return jnnx.StableRankNorm(layer, args.fraction, input_shape=input_shape, norm=args.norm, rngs=rngs)
 
-    targets = choose_targets(model, args.share)
-    results = normalize(model, targets)
-    normalized, scores["normalized"] = kernels(model), accuracy(model, x_test, y_test)
-    print_results(f"Normalized to {args.share:.0%} of each stable rank", trained, results, targets)
+    models, rngs = {"plain": CNN(nnx.Rngs(args.seed))}, nnx.Rngs(args.seed)
+    models["constrained"] = CNN(rngs, constrained)
+    for name, model in models.items():
+        train(model, x_train, y_train, epochs=3 if args.fast else 30, seed=args.seed, name=name)
 
-    results = train(model, x_train, y_train, epochs=tuning_epochs, rng=rng, targets=targets)
-    scores["fine-tuned"] = accuracy(model, x_test, y_test)
-    print_results("Fine-tuned (distance, gap, residual: of the last normalization)", trained, results, targets)
+    # Which linear map each layer is, traced on one image.
+    operators = jnnx.layer_operators(models["plain"], images[:1])
+    print_layers(models, operators)
     print(
-        f"Fine-tuning: {tuning_epochs} epochs over all parameters. After each, also the last, every kernel was "
-        "normalized again to the\nsame target, with the norm it had then. A layer that training itself has brought "
-        "below its target stays as it is;\nits residual says how far below."
+        f"Asked for: norm {args.norm:g} and {args.fraction:.0%} of the largest stable rank. A layer whose raw kernel "
+        "is below that keeps its stable rank."
     )
-
-    print_table(f"Test accuracy, {len(y_test)} images", scores, [f"{score:.1%}" for score in scores.values()])
-    draw(trained, normalized, args.figure)
+    print_scores(models, (x_train, y_train), (x_test, y_test))
+    draw(models, operators, args.figure)
     print(f"\nThe spectra, and a case where the original SRN-C misses norm and stable rank, are in {args.figure}.")
 
 

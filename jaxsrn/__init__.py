@@ -7,6 +7,7 @@ which linear map it stands for. The modules `bounds`, `optim`, `penalties`, `sph
 
 import importlib
 
+from jaxsrn._step import SRNCState, srnc_state, srnc_step
 from jaxsrn.normalization import SRNResult, srn, srnc, srnc_tanay
 from jaxsrn.norms import SingularTriplet, leading_triplet, spectral_norm
 from jaxsrn.operators import CircularConv, Dense, ZeroPaddedConv
@@ -18,6 +19,7 @@ __all__ = [
     "CircularConv",
     "Dense",
     "ProjectionResult",
+    "SRNCState",
     "SRNResult",
     "SingularTriplet",
     "ZeroPaddedConv",
@@ -32,6 +34,8 @@ __all__ = [
     "sphere",
     "srn",
     "srnc",
+    "srnc_state",
+    "srnc_step",
     "srnc_tanay",
     "stable_rank",
     "stable_rank_range",

@@ -29,6 +29,7 @@ __all__ = [
     "closed_form",
     "functional",
     "is_feasible",
+    "merit",
     "safe_sqrt",
     "solve",
     "squared_distance",
@@ -115,7 +116,7 @@ def closed_form(problem: Problem, direction: Float[Array, "..."]) -> Candidate:
     return Candidate(kernel, is_feasible(e, problem.target), distance, e)
 
 
-def _merit(candidate: Candidate):
+def merit(candidate: Candidate):
     """Sort key, smaller is better: feasible ones by distance, before infeasible ones by stable rank `1 / e`."""
     return jnp.where(candidate.feasible, 0, 1), jnp.where(
         candidate.feasible, candidate.squared_distance, 1 / candidate.functional_norm
@@ -124,7 +125,7 @@ def _merit(candidate: Candidate):
 
 def _gains(new: Candidate, old: Candidate, scale) -> Bool[Array, ""]:
     """Whether `new` is better than `old` by more than rounding, `scale` that of the squared distances."""
-    (new_class, new_value), (old_class, old_value) = _merit(new), _merit(old)
+    (new_class, new_value), (old_class, old_value) = merit(new), merit(old)
     rounding = 4 * jnp.finfo(scale.dtype).eps * jnp.where(old.feasible, scale, old_value)
     return (new_class < old_class) | ((new_class == old_class) & (new_value < old_value - rounding))
 
@@ -225,7 +226,7 @@ def solve(problem: Problem, op: Operator, starts: Pair, max_steps: int, toleranc
 
     def round_(state: _Rounds) -> _Rounds:
         ends = jax.vmap(lambda start: _ascend(problem, op, start, max_steps, tolerance))(state.starts)
-        best = jnp.lexsort(_merit(ends.best)[::-1])[0]
+        best = jnp.lexsort(merit(ends.best)[::-1])[0]
         end = jax.tree.map(lambda leaf: leaf[best], ends)
         leading = _pairs.leading(end.best.kernel, op, norm_tolerance, end.pair.right)
         norm = frozen_value(end.best.kernel, op, leading)

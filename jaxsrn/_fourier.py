@@ -20,6 +20,7 @@ from jaxtyping import Array, Complex, Float, Int, Shaped
 from jaxsrn.operators import CircularConv, ZeroPaddedConv
 
 __all__ = [
+    "axis_exponents",
     "complex_dtype",
     "degrees",
     "dft_rows",
@@ -88,6 +89,11 @@ def _polyphase(op: CircularConv, kernel_shape: tuple[int, ...]) -> list[tuple[np
     return [(offset // s, offset % s == np.arange(s)[:, None]) for offset, s in pairs]
 
 
+def axis_exponents(op: CircularConv, kernel_shape: tuple[int, ...]) -> list[np.ndarray]:
+    """Per axis the distinct exponents of the symbol, in strides."""
+    return [np.unique(exponent) for exponent, _ in _polyphase(op, kernel_shape)]
+
+
 def degrees(op: CircularConv, kernel_shape: tuple[int, ...]) -> list[int]:
     """The degree of `||S(w) x||^2` in the angle of each axis."""
     return [int(np.ptp(exponent)) for exponent, _ in _polyphase(op, kernel_shape)]
@@ -145,11 +151,13 @@ def polynomial(kernel: Float[Array, "..."], op: CircularConv) -> tuple[Float[Arr
     """
     taps = grouped(kernel, op)
     taps = taps.reshape((-1, *taps.shape[op.num_axes :]))
+    exponents = axis_exponents(op, kernel.shape)
     # Which tap is in which phase of a term, if any: axis by axis.
-    which, exponents = np.zeros((1, 1), int), []
-    for size, (exponent, in_phase) in zip(kernel.shape, _polyphase(op, kernel.shape), strict=False):
-        exponents.append(np.unique(exponent))
-        here = (exponent == exponents[-1][:, None])[:, None, :] & in_phase
+    which = np.zeros((1, 1), int)
+    for size, (exponent, in_phase), distinct in zip(
+        kernel.shape[: op.num_axes], _polyphase(op, kernel.shape), exponents, strict=True
+    ):
+        here = (exponent == distinct[:, None])[:, None, :] & in_phase
         tap = np.where(here.any(axis=-1), here.argmax(axis=-1), len(taps))
         which = which[:, None, :, None] * size + tap[None, :, None, :]
         which = which.reshape((-1, which.shape[-2] * which.shape[-1]))

@@ -14,9 +14,11 @@ __all__ = ["end_pairs", "gram_bound", "top_pairs", "top_values", "unit"]
 
 def unit(vector: Inexact[Array, "..."]) -> Inexact[Array, "..."]:
     """`vector` with norm 1; the first basis vector in place of zero."""
-    norm = jnp.linalg.norm(vector)
+    squared = jnp.sum(vector.real**2 + vector.imag**2) if jnp.iscomplexobj(vector) else jnp.sum(vector**2)
+    is_zero = squared == 0
     first = jnp.zeros(vector.size, vector.dtype).at[0].set(1).reshape(vector.shape)
-    return jnp.where(norm == 0, first, vector / jnp.where(norm == 0, 1, norm).astype(vector.dtype))
+    # The derivative of a norm is 0/0 at zero; here it is that of the constant.
+    return jnp.where(is_zero, first, vector / jnp.sqrt(jnp.where(is_zero, 1, squared)).astype(vector.dtype))
 
 
 def top_pairs(matrices: Inexact[Array, "batch in out"]):

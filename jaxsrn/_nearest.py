@@ -30,8 +30,8 @@ from jaxtyping import Array, Float, Int
 from jaxsrn import _ball
 from jaxsrn._ball import Iterate
 from jaxsrn._clip import Blocks, blocks_of
+from jaxsrn._covers import covers
 from jaxsrn._exact import safe_sqrt
-from jaxsrn.bounds import _covers as covers
 from jaxsrn.norms import norm_of
 from jaxsrn.operators import Operator, ZeroPaddedConv
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import jaxsrn
-from jaxsrn import CircularConv, Dense, ZeroPaddedConv, bounds, optim, penalties, surrogate
+from jaxsrn import CircularConv, Dense, ZeroPaddedConv, _pairs, bounds, optim, penalties, surrogate
 
 DENSE = (Dense(), (3, 2))
 CIRCULAR = (CircularConv((4,)), (3, 2, 2))
@@ -40,6 +40,25 @@ class Alone(NamedTuple):
     def of(cls, kernel):
         wide = jnp.promote_types(kernel.dtype, jnp.float32)
         return cls(kernel, jnp.max(jnp.abs(kernel.astype(wide))))
+
+
+class Stepped(NamedTuple):
+    """The kernel of a training step, and a number of its new state that no choice of signs changes."""
+
+    kernel: jax.Array
+    squared_norm: jax.Array
+
+
+def stepped(kernel, op, gradient):
+    normalized, state = jaxsrn.srnc_step(
+        kernel, jaxsrn.srnc_state(kernel, op, TARGETS[op]), op, TARGETS[op], gradient=gradient
+    )
+    return Stepped(normalized, jnp.linalg.norm(state.normalized.pair.right) ** 2)
+
+
+def functional_of_state(kernel, op):
+    """`grad_K <u, T(K) v>` of the pair that the state starts with: the pair without its signs."""
+    return _pairs.plain_gradient(jaxsrn.srnc_state(kernel, op, TARGETS[op]).normalized.pair, op, jnp.shape(kernel))
 
 
 # A point of the sphere, and a short descent.
@@ -110,6 +129,9 @@ CONTRACTS = [
         lambda k, op: jaxsrn.spectral_norm(penalties.fold_batch_norm(k, np.array([2.0, -1.0]), np.ones(2)), op),
     ),
     Contract("penalties.total", lambda k, op: penalties.total(jaxsrn.spectral_norm, {("a", "b"): op}, {"a": {"b": k}})),
+    Contract("srnc_state", functional_of_state, is_constant=True),
+    Contract("srnc_step", lambda k, op: stepped(k, op, "frozen"), returns_kernel=True),
+    Contract("srnc_step implicit", lambda k, op: stepped(k, op, "implicit"), returns_kernel=True),
     Contract("srnc_tanay", lambda k, op: jaxsrn.srnc_tanay(k, op, TARGETS[op]), (CIRCULAR,), True),
 ]
 # Kernels that pairs are tracked from.

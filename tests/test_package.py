@@ -34,12 +34,16 @@ ORDER = [
     "projections",
     "_raising",
     "normalization",
+    "_tracking",
+    "_step",
     "sphere",
     "optim",
     "_descent",
     "surrogate",
     "_layers",
     "penalties",
+    "_flax_layers",
+    "nnx",
 ]
 
 
@@ -78,10 +82,12 @@ def test_imports_point_one_way(module):
         "ranks",
         "projections",
         "normalization",
+        "_step",
         "sphere",
         "optim",
         "surrogate",
         "penalties",
+        "nnx",
     ],
 )
 def test_public_names_are_listed_and_documented(module):

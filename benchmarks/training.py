@@ -1,0 +1,363 @@
+"""What does a constraint on every layer cost in training, and what does it leave as norm and stable rank?
+
+    python benchmarks/training.py            # some 15 minutes on 2 quiet cores; records results/training.md
+    python benchmarks/training.py --fast     # tiny networks, two minutes, nothing recorded
+
+Peers: flax.nnx.SpectralNorm; PyTorch's spectral_norm parametrization and orthogonium's AdaptiveOrthoConv2d, each
+against PyTorch's own plain step. They need
+
+    pip install -e ".[bench,examples]" torch==2.13.0 orthogonium==0.0.4
+
+Every variant is compiled before the clock starts; then all take one step in turn, round after round, in an order that
+rotates, so that whatever else the machine does hits all of them. A ratio is the median over rounds of a variant's
+time over its plain step's in the same round. Norms and stable ranks are from all singular values of the explicit
+matrix in float64. The script fails where a requirement is not met.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from _report import document, record, table, verdict
+from flax import nnx
+from sklearn.datasets import load_digits
+from tqdm import tqdm
+
+import jaxsrn
+import jaxsrn.nnx as jnnx
+
+try:
+    import torch
+except ImportError as error:
+    raise SystemExit(f"The peers need PyTorch: pip install torch ({error})") from error
+
+MOST_OVERHEAD = 1.15
+MOST_DEVIATION = 0.01
+NUM_LAYERS = 4
+STEPS = 200
+
+
+# Step time
+
+
+def identity(layer, shape):
+    return layer
+
+
+def spectral(layer, shape):
+    return jnnx.SpectralNorm(layer, input_shape=shape)
+
+
+def stable(layer, shape, gradient="frozen"):
+    """Half of the stable rank that the raw layer has."""
+    image = jax.ShapeDtypeStruct((1, *(shape or ()), layer.in_features), jnp.float32)
+    kernel, (op,) = layer.kernel[...], jnnx.layer_operators(layer, image).values()
+    largest = min(np.prod(op.in_shape(kernel.shape)), np.prod(op.out_shape(kernel.shape)))
+    fraction = 0.5 * float(jaxsrn.stable_rank(kernel, op)) / float(largest)
+    return jnnx.StableRankNorm(layer, fraction, input_shape=shape, gradient=gradient)
+
+
+def stable_implicit(layer, shape):
+    return stable(layer, shape, "implicit")
+
+
+def flattened(layer, shape):
+    return nnx.SpectralNorm(layer, rngs=nnx.Rngs(0))
+
+
+class Stack(nnx.Module):
+    """3x3 convolutions of equal width, and a mean over the image."""
+
+    def __init__(self, wrap, padding: str, size: int, width: int):
+        rngs = nnx.Rngs(0)
+        layers = [nnx.Conv(width, width, (3, 3), padding=padding, rngs=rngs) for _ in range(NUM_LAYERS)]
+        self.layers = nnx.List([wrap(layer, (size, size)) for layer in layers])
+
+    def __call__(self, x):
+        for layer in self.layers:
+            x = nnx.relu(layer(x))
+        return x.mean(axis=(1, 2))
+
+
+def jax_step(wrap, padding: str, size: int, width: int, batch: int):
+    """One step of SGD, compiled: `(run, flops)`."""
+    model = Stack(wrap, padding, size, width)
+    optimizer = nnx.Optimizer(model, optax.sgd(1e-3), wrt=nnx.Param)
+    x = jax.random.normal(jax.random.key(0), (batch, size, size, width))
+    graphdef, state = nnx.split((model, optimizer))
+
+    @jax.jit
+    def step(state, x):
+        model, optimizer = nnx.merge(graphdef, state)
+        grads = nnx.grad(lambda model: jnp.mean(model(x) ** 2))(model)
+        optimizer.update(model, grads)
+        return nnx.state((model, optimizer))
+
+    compiled = step.lower(state, x).compile()
+    held = [state]
+
+    def run():
+        held[0] = jax.block_until_ready(compiled(held[0], x))
+
+    return run, compiled.cost_analysis()["flops"]
+
+
+def torch_step(make: Callable, size: int, width: int, batch: int):
+    """The same in PyTorch."""
+    layers = [part for _ in range(NUM_LAYERS) for part in (make(width), torch.nn.ReLU())]
+    model = torch.nn.Sequential(*layers)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    x = torch.randn(batch, width, size, size)
+
+    def run():
+        optimizer.zero_grad()
+        model(x).mean(dim=(2, 3)).square().mean().backward()
+        optimizer.step()
+
+    return run, None
+
+
+def torch_conv(width: int, **options):
+    return torch.nn.Conv2d(width, width, 3, padding="same", **options)
+
+
+def torch_variants():
+    """`{name: (plain's name, maker)}`."""
+    variants = {
+        "PyTorch, plain, SAME": ("PyTorch, plain, SAME", torch_conv),
+        "PyTorch, spectral_norm parametrization, SAME": (
+            "PyTorch, plain, SAME",
+            lambda width: torch.nn.utils.parametrizations.spectral_norm(torch_conv(width)),
+        ),
+    }
+    try:
+        from orthogonium.layers.conv.AOC import AdaptiveOrthoConv2d
+    except ImportError as error:
+        tqdm.write(f"orthogonium is left out: {error} (pip install orthogonium)")
+        return variants
+    plain = "PyTorch, plain, circular"
+    circular = {"padding_mode": "circular"}
+    return variants | {
+        plain: (plain, lambda width: torch_conv(width, **circular)),
+        "PyTorch, orthogonium AdaptiveOrthoConv2d, circular": (
+            plain,
+            lambda width: AdaptiveOrthoConv2d(width, width, 3, padding="same", **circular),
+        ),
+    }
+
+
+JAX_VARIANTS = {
+    "plain, SAME": (identity, "SAME"),
+    "flax.nnx.SpectralNorm, SAME": (flattened, "SAME"),
+    "jaxsrn SpectralNorm, SAME": (spectral, "SAME"),
+    "jaxsrn StableRankNorm, SAME": (stable, "SAME"),
+    "jaxsrn StableRankNorm, implicit gradient, SAME": (stable_implicit, "SAME"),
+    "plain, circular": (identity, "CIRCULAR"),
+    "jaxsrn SpectralNorm, circular": (spectral, "CIRCULAR"),
+    "jaxsrn StableRankNorm, circular": (stable, "CIRCULAR"),
+    "jaxsrn StableRankNorm, implicit gradient, circular": (stable_implicit, "CIRCULAR"),
+}
+
+
+def interleaved(runs: dict[str, Callable], rounds: int) -> dict[str, np.ndarray]:
+    """Seconds of each, `(rounds,)`, all taking turns."""
+    for run in runs.values():
+        run()
+        run()
+    names, times = list(runs), {name: [] for name in runs}
+    for i in tqdm(range(rounds), desc="rounds"):
+        for name in names[i % len(names) :] + names[: i % len(names)]:
+            start = time.perf_counter()
+            runs[name]()
+            times[name].append(time.perf_counter() - start)
+    return {name: np.array(seconds) for name, seconds in times.items()}
+
+
+def step_times(size: int, width: int, batch: int, rounds: int):
+    plains, runs, flops = {}, {}, {}
+    for name, (wrap, padding) in tqdm(JAX_VARIANTS.items(), desc="compiling"):
+        runs[name], flops[name] = jax_step(wrap, padding, size, width, batch)
+        plains[name] = "plain, SAME" if padding == "SAME" else "plain, circular"
+    for name, (plain, make) in torch_variants().items():
+        runs[name], flops[name] = torch_step(make, size, width, batch)
+        plains[name] = plain
+    times = interleaved(runs, rounds)
+    ratios = {name: float(np.median(times[name] / times[plains[name]])) for name in runs}
+    rows = [
+        (
+            name,
+            f"{1e3 * np.median(times[name]):.0f}",
+            f"{ratios[name]:.3f}",
+            f"{flops[name] / flops[plains[name]]:.4f}" if flops[name] else "",
+        )
+        for name in runs
+    ]
+    text = (
+        f"{NUM_LAYERS} convolutions of 3x3 taps, batch {batch}, {size}x{size}x{width}, SGD, float32; {rounds} rounds.\n"
+        "`time` and `FLOPs`: as multiples of the plain step of the same framework and padding (time: the median over\n"
+        "rounds of the ratio within a round; FLOPs: XLA's cost analysis). XLA counts the body of a loop once, so the\n"
+        "FLOPs of the implicit gradient are those of one iteration.\n\n" + table(("step", "ms", "time", "FLOPs"), rows)
+    )
+    checks = [
+        (ratios[name] <= MOST_OVERHEAD, f"{name}: {ratios[name]:.3f} times the plain step, at most {MOST_OVERHEAD}")
+        for name in ("jaxsrn StableRankNorm, SAME", "jaxsrn StableRankNorm, circular")
+    ]
+    return [("Step time", text)], checks
+
+
+# What is left after training
+
+
+class Digits(nnx.Module):
+    """Three convolutions and a dense layer on 8x8 images."""
+
+    def __init__(self, wrap=identity, width: int = 16):
+        rngs = nnx.Rngs(0)
+        self.conv1 = wrap(nnx.Conv(1, width, (3, 3), padding="CIRCULAR", rngs=rngs), (8, 8))
+        self.conv2 = wrap(nnx.Conv(width, width, (3, 3), strides=2, rngs=rngs), (8, 8))
+        self.conv3 = wrap(nnx.Conv(width, width, (3, 3), rngs=rngs), (4, 4))
+        self.dense = wrap(nnx.Linear(16 * width, 10, rngs=rngs), None)
+
+    def __call__(self, x):
+        for layer in (self.conv1, self.conv2, self.conv3):
+            x = nnx.relu(layer(x))
+        return self.dense(x.reshape(len(x), -1))
+
+
+def measured(layer, in_shape) -> tuple[float, float]:
+    """Norm and stable rank of a layer as it computes, from the outputs at every basis image."""
+    basis = jnp.eye(int(np.prod(in_shape))).reshape((-1, *in_shape))
+    outputs = np.asarray(layer(basis) - layer(jnp.zeros((1, *in_shape))), np.float64)
+    values = np.linalg.svd(outputs.reshape(len(basis), -1), compute_uv=False)
+    return values[0], np.sum(values**2) / values[0] ** 2
+
+
+@nnx.jit
+def digits_step(model, optimizer, x, y):
+    def loss_of(model):
+        return optax.softmax_cross_entropy_with_integer_labels(model(x), y).mean()
+
+    loss, grads = nnx.value_and_grad(loss_of)(model)
+    optimizer.update(model, grads)
+    return loss
+
+
+def train_digits(wrap, width: int):
+    """The network after `STEPS` steps, in eval mode, and its loss and accuracy on all images."""
+    images, labels = load_digits(return_X_y=True)
+    images = (images / 16).astype(np.float32).reshape(-1, 8, 8, 1)
+    model, rng = Digits(wrap, width), np.random.default_rng(0)
+    optimizer = nnx.Optimizer(model, optax.adam(2e-3), wrt=nnx.Param)
+    for _ in range(STEPS):
+        batch = rng.choice(len(images), 64, replace=False)
+        digits_step(model, optimizer, images[batch], labels[batch])
+    model.eval()
+    logits = model(images)
+    loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+    return model, float(loss), float(np.mean(np.argmax(logits, axis=-1) == labels))
+
+
+def what_is_left(width: int):
+    shapes = {"conv1": (8, 8, 1), "conv2": (8, 8, width), "conv3": (4, 4, width), "dense": (16 * width,)}
+    plain = Digits(width=width)
+    targets = {name: 0.5 * measured(getattr(plain, name), shape)[1] for name, shape in shapes.items()}
+    variants = {
+        "plain": identity,
+        "flax.nnx.SpectralNorm": flattened,
+        "jaxsrn SpectralNorm": spectral,
+        "jaxsrn StableRankNorm": stable,
+        "the same, implicit gradient": stable_implicit,
+    }
+    rows, trained, worst = [], [], {}
+    for variant, wrap in tqdm(variants.items(), desc="training"):
+        model, loss, accuracy = train_digits(wrap, width)
+        trained.append((variant, f"{loss:.4f}", f"{accuracy:.1%}"))
+        for name, shape in shapes.items():
+            norm, rank = measured(getattr(model, name), shape)
+            asked = "StableRankNorm" in variant or "same" in variant
+            rows.append((f"{variant}, {name}", f"{norm:.4f}", f"{rank:.3f}", f"{targets[name]:.3f}" if asked else ""))
+            deviations = [abs(norm - 1)] + [abs(rank / targets[name] - 1)] * asked
+            worst[variant] = max(worst.get(variant, 0.0), *deviations)
+    text = (
+        f"A CNN on the digits after {STEPS} steps of Adam, norm 1 asked for, and where there is a target, half of the\n"
+        "stable rank that the raw layer started with. From the explicit matrix of each layer in eval mode, float64.\n\n"
+        + table(("layer", "norm", "stable rank", "target"), rows)
+        + "\n\nThe effect on training, over all 1,797 images:\n\n"
+        + table(("network", "loss", "accuracy"), trained)
+    )
+    checks = [
+        (worst[name] <= MOST_DEVIATION, f"{name}: norm and stable rank within {worst[name]:.2%}, at most 1%")
+        for name in list(variants)[2:]
+    ]
+    return [("What is left after 200 steps", text)], checks
+
+
+# A recurrence
+
+
+def recurrence(size: int, width: int, length: int):
+    """A wrapped convolution inside nnx.scan, and a folded one in lax.scan."""
+    layer = nnx.Conv(width, width, (3, 3), use_bias=False, rngs=nnx.Rngs(0))
+    wrapped = jnnx.SpectralNorm(layer, input_shape=(size, size))
+    wrapped.eval()
+    graphdef, state = nnx.split(wrapped)
+    x = jax.random.normal(jax.random.key(0), (1, size, size, width))
+
+    @jax.jit
+    def live(state, x):
+        @nnx.scan(in_axes=(nnx.Carry, None), out_axes=nnx.Carry, length=length)
+        def body(x, model):
+            return jnp.tanh(model(x) + 1)
+
+        return body(x, nnx.merge(graphdef, state))
+
+    @jax.jit
+    def folded(state, x):
+        plain = jnnx.fold(nnx.merge(graphdef, state))
+        return jax.lax.scan(lambda x, _: (jnp.tanh(plain(x) + 1), None), x, length=length)[0]
+
+    programs = {name: f.lower(state, x).compile() for name, f in (("live", live), ("folded", folded))}
+    runs = {name: lambda f=f: jax.block_until_ready(f(state, x)) for name, f in programs.items()}
+    difference = float(jnp.max(jnp.abs(runs["live"]() - runs["folded"]())))
+    times = interleaved(runs, 5)
+    memory = {name: f.memory_analysis().temp_size_in_bytes / 2**20 for name, f in programs.items()}
+    rows = [
+        (name, f"{1e3 * np.median(times[key]):.1f}", f"{memory[key]:.2f}")
+        for name, key in (("wrapped, nnx.scan", "live"), ("folded, lax.scan", "folded"))
+    ]
+    text = (
+        f"{length} steps of one 3x3 convolution, {size}x{size}x{width}, batch 1. Largest difference of the results:\n"
+        f"{difference:.1e}.\n\n" + table(("recurrence", "ms", "temporary MiB"), rows)
+    )
+    return [("A recurrence", text)], [(difference <= 1e-4, f"wrapped and folded recurrences agree to {difference:.1e}")]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--fast", action="store_true", help="tiny networks; records nothing")
+    parser.add_argument("--rounds", type=int, default=21, help="of the step times (default: %(default)s)")
+    args = parser.parse_args()
+    parts = [
+        step_times(8, 8, 4, 3) if args.fast else step_times(32, 64, 32, args.rounds),
+        what_is_left(4 if args.fast else 16),
+        recurrence(*(8, 4, 50) if args.fast else (32, 16, 1000)),
+    ]
+    sections = [section for found, _ in parts for section in found]
+    checks = [check for _, found in parts for check in found]
+    sections.append(("Requirements", "\n".join(verdict(*check) for check in checks)))
+    text = document("Training under a constraint", "python benchmarks/training.py", sections)
+    print(text)
+    if not args.fast:
+        record("training", text)
+        sys.exit(0 if all(met for met, _ in checks) else 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,266 @@
+"""Stable rank normalization while the kernel changes: one cheap pass a training step.
+
+The closed form of `_exact` needs the leading pair of the kernel that it returns. Here that pair is carried from one
+step to the next, as spectral normalization carries its vectors, and takes a power step each time.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from jaxsrn import _pairs
+from jaxsrn._checks import Kernel, ensure, float_dtype, kernel_array, positive_scalar
+from jaxsrn._exact import Problem, closed_form, functional, merit
+from jaxsrn._pairs import Pair, default_tolerance
+from jaxsrn._starts import survey
+from jaxsrn._tracking import Track, follow, power_step, start, track_shapes
+from jaxsrn.norms import frozen_value
+from jaxsrn.operators import Dense, Operator
+
+__all__ = ["SRNCState", "srnc_state", "srnc_step"]
+
+GRADIENTS = ("frozen", "implicit")
+_START_PASSES = 10
+_MAX_PASSES = 500
+# The linear system of the true gradient: residual asked, residual accepted, Krylov vectors, restarts.
+_GMRES = {"tol": 1e-6, "atol": 0.0, "restart": 30, "maxiter": 10}
+_ACCEPTED_RESIDUAL = 1e-3
+
+
+class SRNCState(NamedTuple):
+    """What `srnc_step` carries: a pytree of small arrays (zero padding: two images).
+
+    Attributes:
+      normalized: the leading pair of the normalized kernel (dense: of the kernel, which has the same).
+      own: the leading pair of the kernel itself, where its norm is asked for; else `None`.
+    """
+
+    normalized: Track
+    own: Track | None
+
+
+def srnc_state(kernel: Kernel, op: Operator, target, *, norm=1.0, cap: bool = False) -> SRNCState:
+    """The state that `srnc_step` starts from, already converged: its first step satisfies the constraints.
+
+    The starts are those of `srnc` (for circular convolutions the scan over frequencies and phases); the best after a
+    few passes is followed to the end by training steps of the kernel at rest. Zero padding takes time in proportion
+    to the image: a few hundred forwards of one.
+
+    Args:
+      kernel, op, target, norm, cap: as `srnc_step`.
+
+    Returns:
+      An `SRNCState`, a constant for derivatives. Its structure depends on static things only: the operator, whether
+      `target` is the number `math.inf`, whether `norm` is `None`, and `cap`.
+
+    Raises:
+      ValueError: as `srnc_step`.
+    """
+    kernel, target, _ = _checked(kernel, op, target, norm, cap)
+    return _srnc_state(kernel, op, target, _follows_own(op, target, norm, cap))
+
+
+def srnc_step(
+    kernel: Kernel, state: SRNCState, op: Operator, target, *, norm=1.0, cap: bool = False, gradient: str = "frozen"
+):
+    """Stable rank normalization in training: `(normalized kernel, new state)`, at the cost of a few images.
+
+    First a warm power step from the pair of the state; then, with the pair `(u, v)` that it leads to, the kernel
+    closest to `kernel` with `||T(K)||_F^2 = target * norm^2` and `<u, T(K) v> = norm` (`srnc`'s closed form). Both
+    constraints hold where the pair is the leading one, and it follows the kernel as that changes. Where the kernel's
+    own stable rank is not above the target it is only rescaled to the norm. Where the pair allows no such kernel
+    (an infeasible target) it is the one of the lowest stable rank for that pair.
+
+    Dense layers: exactly Algorithm 2 of Sanyal, Torr, Dokania 2020. Any other layer: Zheng et al. 2025, eq. 7, one
+    pass of the iteration of `srnc`; the power step is one on the kernel normalized with the stored pair. Pure, and
+    without randomness: the same kernel and state give the same result, so a caller that keeps the old state has read
+    only.
+
+    Args:
+      kernel: `(c_in, c_out)` or `(*taps, c_in // groups, c_out)`.
+      state: from `srnc_state`, with the same `op`, `norm` and `cap`, or from the last step.
+      op: its operator.
+      target: the stable rank; traced. `math.inf` normalizes the norm alone (aliased taps are fine then).
+      norm: the spectral norm of the result; traced, so it can be learned. `None`: the kernel's own.
+      cap: static; only reduce: the smaller of `norm` and the kernel's own norm.
+      gradient: static. `"frozen"`: the singular vectors are constants, as in every spectral normalization; exact for
+        the norm, not for the kernel (it leaves out how the vectors turn). `"implicit"`: the derivative of the
+        converged step by the implicit function theorem, at the cost of a linear system in the vectors, some tens of
+        further power steps; the frozen one where that system is singular (the two leading values meet).
+
+    Returns:
+      The kernel, in its dtype (taps that meet no sample as they were), and the new state. Derivatives go through
+      the kernel and through `norm`; the state is constant.
+
+    Raises:
+      ValueError: a kernel, target, norm or gradient that does not fit; a state of another layer; aliased taps.
+    """
+    kernel, target, norm = _checked(kernel, op, target, norm, cap)
+    ensure(gradient in GRADIENTS, f"gradient: got {gradient!r}, expected one of {GRADIENTS}.")
+    track = track_shapes(op, kernel.shape)
+    expected = SRNCState(track, track if _follows_own(op, target, norm, cap) else None)
+    ensure(
+        jax.tree.map(jnp.shape, state) == expected,
+        f"state: it does not fit a kernel of shape {kernel.shape} with {op}, {norm=}, {cap=}; take it from "
+        "srnc_state with the same arguments.",
+    )
+    return _srnc_step(kernel, state, op, target, norm, bool(cap), gradient)
+
+
+def _checked(kernel, op: Operator, target, norm, cap):
+    """The kernel, the target (`None` where only the norm is asked for) and the norm, as arrays."""
+    kernel = kernel_array(kernel, op)
+    dtype = float_dtype(kernel.dtype)
+    ensure(norm is not None or not cap, "cap: got True with norm=None, expected a norm to stay below; give norm.")
+    norm = None if norm is None else positive_scalar(norm, "norm", dtype, or_zero=True)
+    if isinstance(target, float) and target == math.inf:
+        return kernel, None, norm
+    op.check_not_aliased(kernel.shape)
+    return kernel, positive_scalar(target, "target", dtype), norm
+
+
+def _follows_own(op: Operator, target, norm, cap) -> bool:
+    """Whether the kernel's own norm needs a pair of its own: not where the normalized kernel has the same pair."""
+    return (norm is None or bool(cap)) and target is not None and not isinstance(op, Dense)
+
+
+@functools.partial(jax.jit, static_argnames=("follows_own",))
+def _srnc_state(kernel, op, target, follows_own):
+    kernel = lax.stop_gradient(kernel.astype(float_dtype(kernel.dtype)))
+    a, _ = _pairs.rescaled(kernel, op)
+    own = _pairs.leading(a, op, default_tolerance(a.dtype))
+    if target is None or isinstance(op, Dense):
+        return SRNCState(start(a, op, own), None)
+    problem = Problem(a, op.frobenius_weights(a.shape, a.dtype), target, frozen_value(a, op, own))
+    unchanged = problem.inner(a, a) <= target * problem.norm**2
+    pair = jax.tree.map(lambda a, b: jnp.where(unchanged, a, b), own, _best_start(problem, op, own))
+    return SRNCState(_converged(a, op, target, pair), start(a, op, own) if follows_own else None)
+
+
+def _best_start(problem: Problem, op: Operator, own: Pair) -> Pair:
+    """Of the starts that `srnc` would follow to the end, the one that is best after a few passes."""
+
+    def climb(pair: Pair):
+        def one_pass(_, pair):
+            kernel = _normalized(problem.kernel, op, problem.target, pair)
+            return power_step(kernel, op, power_step(kernel, op, pair))
+
+        pair = lax.fori_loop(0, _START_PASSES, one_pass, pair)
+        return pair, closed_form(problem, functional(pair, op, problem.weights, problem.kernel.shape))
+
+    pairs, candidates = jax.vmap(climb)(survey(problem, op, own).starts)
+    best = jnp.lexsort(merit(candidates)[::-1])[0]
+    return jax.tree.map(lambda leaf: leaf[best], pairs)
+
+
+class _Passes(NamedTuple):
+    track: Track
+    kernel: Float[Array, "..."]
+    change: Float[Array, ""]
+    count: Int[Array, ""]
+
+
+def _converged(a: Float[Array, "..."], op: Operator, target, pair: Pair) -> Track:
+    """Training steps of a kernel at rest, until the normalized kernel is at rest too."""
+    tolerance = float(jnp.finfo(a.dtype).eps) ** 0.6
+
+    def one_pass(state: _Passes) -> _Passes:
+        track = follow(state.kernel, op, state.track)
+        kernel = _normalized(a, op, target, track.pair)
+        change = jnp.linalg.norm(kernel - state.kernel) / jnp.linalg.norm(kernel)
+        return _Passes(track, kernel, change, state.count + 1)
+
+    def unfinished(state: _Passes):
+        return (state.change > tolerance) & (state.count < _MAX_PASSES)
+
+    kernel = _normalized(a, op, target, pair)
+    state = _Passes(start(kernel, op, pair), kernel, jnp.asarray(jnp.inf, a.dtype), jnp.asarray(0))
+    return lax.while_loop(unfinished, one_pass, state).track
+
+
+@functools.partial(jax.jit, static_argnames=("cap", "gradient"))
+def _srnc_step(kernel, state, op, target, norm, cap, gradient):
+    a, scale = _pairs.rescaled(kernel.astype(float_dtype(kernel.dtype)), op)
+    fixed, (track, own) = lax.stop_gradient((a, state))
+    # The power step comes first, on this kernel: after a step of an optimizer the stored pair is that of another one.
+    tracked = fixed if target is None or isinstance(op, Dense) else _normalized(fixed, op, target, track.pair)
+    track, own = follow(tracked, op, track), None if own is None else follow(fixed, op, own)
+    pair = track.pair if gradient == "frozen" else _moving_pair(a, op, target, track.pair)
+    # The solution is proportional to the norm and does not depend on the scale of the kernel.
+    unit_kernel = _normalized(a, op, target, pair)
+    if norm is None or cap:
+        own_norm = scale * frozen_value(a, op, (own or track).pair)
+        norm = own_norm if norm is None else jnp.minimum(norm, own_norm)
+    result = jnp.where(jnp.asarray(op.tap_counts(kernel.shape) == 0), kernel, (norm * unit_kernel).astype(kernel.dtype))
+    return result, SRNCState(track, own)
+
+
+def _normalized(a: Float[Array, "..."], op: Operator, target, pair: Pair) -> Float[Array, "..."]:
+    """The closed form for one pair, with norm 1: a function of the kernel and of the pair."""
+    if target is None:
+        value = jnp.sum(_pairs.plain_gradient(pair, op, a.shape) * a)
+        return a / jnp.where(value == 0, 1.0, value)
+    weights = op.frobenius_weights(a.shape, a.dtype)
+    problem = Problem(a, weights, jnp.where(jnp.isinf(target), 1.0, target), jnp.ones((), a.dtype))
+    direction = functional(pair, op, weights, a.shape)
+    value, squared = problem.inner(a, direction), problem.inner(a, a)
+    is_low = (squared <= target * value**2) & (value >= 0)
+    scaled = a / jnp.where(value == 0, 1.0, value)
+    return jnp.where(is_low, scaled, closed_form(problem, direction).kernel)
+
+
+# The true gradient
+
+
+def _moving_pair(a: Float[Array, "..."], op: Operator, target, pair: Pair) -> Pair:
+    """The pair as a function of the kernel: the fixed point of power steps on the kernel normalized with the pair."""
+    fixed, rebuild = _real_vector(pair)
+
+    def residual(vector):
+        now = rebuild(vector)
+        # A matrix has the pair of its normalized form, and determines it also where that has rank one.
+        kernel = a if isinstance(op, Dense) else _normalized(a, op, target, now)
+        return vector - _real_vector(_aligned(power_step(kernel, op, now), pair))[0]
+
+    return rebuild(lax.custom_root(residual, fixed, lambda _, vector: vector, _tangent_solve))
+
+
+def _real_vector(pair: Pair):
+    """The pair's vectors as one real vector, and the way back."""
+    shapes, is_complex = (pair.right.shape, pair.left.shape), jnp.iscomplexobj(pair.right)
+    parts = [part for v in pair[1:] for part in ((v.real, v.imag) if is_complex else (v,))]
+
+    def rebuild(vector):
+        sizes = [math.prod(shape) for shape in shapes for _ in range(2 if is_complex else 1)]
+        pieces = jnp.split(vector, [sum(sizes[:i]) for i in range(1, len(sizes))])
+        if is_complex:
+            pieces = [lax.complex(*pieces[:2]), lax.complex(*pieces[2:])]
+        return Pair(pair.site, *(piece.reshape(shape) for piece, shape in zip(pieces, shapes, strict=True)))
+
+    return jnp.concatenate([part.reshape(-1) for part in parts]), rebuild
+
+
+def _aligned(pair: Pair, reference: Pair) -> Pair:
+    """The same pair with the phase of the reference: one phase for both vectors changes nothing."""
+    overlap = jnp.vdot(pair.left, reference.left)
+    size = jnp.sqrt(jnp.where(overlap == 0, 1.0, overlap.real**2 + overlap.imag**2))
+    phase = jnp.where(overlap == 0, 1.0, overlap / size.astype(overlap.dtype))
+    return Pair(pair.site, pair.right * phase, pair.left * phase)
+
+
+def _tangent_solve(matvec, rhs):
+    """`matvec^-1 rhs` by GMRES; 0, which is the frozen gradient, where that does not converge."""
+
+    def solve_guarded(matvec, rhs):
+        x, _ = jax.scipy.sparse.linalg.gmres(matvec, rhs, solve_method="batched", **_GMRES)
+        error = jnp.linalg.norm(matvec(x) - rhs)
+        return jnp.where(error <= _ACCEPTED_RESIDUAL * jnp.linalg.norm(rhs), x, 0.0)
+
+    return lax.custom_linear_solve(matvec, rhs, solve_guarded, transpose_solve=solve_guarded)

@@ -1,0 +1,206 @@
+"""Leading singular pairs that follow a kernel while it changes: one cheap warm step after the other.
+
+Dense layers and zero padding: power steps on the two vectors. Circular convolutions: frequency power iteration, for
+fixed vectors the best frequency, for a fixed frequency a power step (`_fourier`). That follows one frequency's
+vectors, and would not see another frequency with other vectors overtake. So a coarse grid of frequencies is watched:
+one vector at each, with a power step of its own each time, and the best of every part of the grid climb along.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Complex, Float, Int
+
+from jaxsrn import _fourier
+from jaxsrn._lanczos import random_start
+from jaxsrn._linalg import unit
+from jaxsrn._pairs import Pair
+from jaxsrn.operators import CircularConv, Dense, Operator
+
+__all__ = ["Track", "follow", "power_step", "start", "track_shapes"]
+
+_POWER_STEPS = 2
+# Watched frequencies per axis: all of a small grid, of a large one so many per degree of the symbol. Between them it
+# can be higher by 1 / cos(pi / 12), 3.5%, an axis (see `overshoot`): little enough for climbing to do the rest.
+_WATCH_ALL = 16
+_WATCHED_PER_DEGREE = 6
+_NUM_CLIMBERS = 8
+_COLD_STEPS = 30
+
+_einsum = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
+
+
+class Track(NamedTuple):
+    """What is known of a kernel's leading pair from one step to the next.
+
+    Attributes:
+      pair: the leading pair.
+      watch: circular: unit right vectors of the symbol, `(watched frequencies, groups, c_out // groups)`.
+    """
+
+    pair: Pair
+    watch: Complex[Array, "..."] | None
+
+
+class _Candidates(NamedTuple):
+    """Pairs of vectors on their way up, `(k, rows)` and `(k, columns)`, each in its group."""
+
+    group: Int[Array, " k"]
+    left: Complex[Array, "k rows"]
+    right: Complex[Array, "k columns"]
+
+
+def start(kernel: Float[Array, "..."], op: Operator, pair: Pair) -> Track:
+    """The track of a kernel whose leading pair is known. The kernel's scale must not be extreme."""
+    if not isinstance(op, CircularConv):
+        return Track(pair, None)
+    coefficients, exponents = _fourier.polynomial(kernel, op)
+    waves = _watched_waves(op, kernel.shape, exponents, coefficients.dtype)
+    shape = (len(waves), len(coefficients), coefficients.shape[-1])
+    vectors = _unit_rows(random_start(shape, coefficients.dtype).astype(waves.dtype))
+    step = functools.partial(_watch_step, coefficients, waves)
+    return Track(pair, lax.fori_loop(0, _COLD_STEPS, lambda _, v: step(v)[1], vectors))
+
+
+def track_shapes(op: Operator, kernel_shape: tuple[int, ...]) -> Track:
+    """The shapes of a track's arrays, in their places (static)."""
+    if not isinstance(op, CircularConv):
+        return Track(Pair((), op.in_shape(kernel_shape), op.out_shape(kernel_shape)), None)
+    rows, columns = _fourier.site_shape(op, kernel_shape)
+    watched = math.prod(_watched_half(op, kernel_shape)[0])
+    return Track(Pair((), (rows,), (columns,)), (watched, op.feature_group_count, columns))
+
+
+def follow(kernel: Float[Array, "..."], op: Operator, track: Track) -> Track:
+    """One step closer to the leading pair of `T(kernel)`: the value `<u, T v>` does not decrease."""
+    if isinstance(op, CircularConv):
+        return _follow_circular(kernel, op, track)
+    pair = track.pair
+    # A matrix takes one step, as in the published algorithms; images have tighter clusters at the top.
+    for _ in range(1 if isinstance(op, Dense) else _POWER_STEPS):
+        pair = power_step(kernel, op, pair)
+    return Track(pair, None)
+
+
+def power_step(kernel: Float[Array, "..."], op: Operator, pair: Pair) -> Pair:
+    """One vector from the other by the adjoint, that one back by the map, both normalised; circular: at their site."""
+    if isinstance(op, CircularConv):
+        symbol = _fourier.site_symbol(kernel, op, pair.site)
+        left = unit(_einsum("rc,r->c", jnp.conj(symbol), pair.right))
+        return Pair(pair.site, unit(_einsum("rc,c->r", symbol, left)), left)
+    highest = lax.Precision.HIGHEST
+    right = unit(op.transpose(kernel, pair.left, precision=highest))
+    return Pair(pair.site, right, unit(op.apply(kernel, right, precision=highest)))
+
+
+# Circular convolutions
+
+
+def _follow_circular(kernel, op: CircularConv, track: Track) -> Track:
+    coefficients, exponents = _fourier.polynomial(kernel, op)
+    waves = _watched_waves(op, kernel.shape, exponents, coefficients.dtype)
+    left, watch = _watch_step(coefficients, waves, track.watch)
+    group = jnp.unravel_index(track.pair.site, (*_fourier.half_grid(op), len(coefficients)))[-1]
+    best = _best_watched(left, watch)
+    incumbent = _Candidates(group, track.pair.right, track.pair.left)
+    # The incumbent goes first: of equal values argmax takes the first, and nothing moves without need.
+    candidates = jax.tree.map(lambda one, many: jnp.concatenate([one[None], many.astype(one.dtype)]), incumbent, best)
+    for _ in range(_POWER_STEPS):
+        sites, values, candidates = _climb(coefficients, op, kernel.shape, candidates)
+    winner = jnp.argmax(values)
+    left, right = (_unit_rows(vectors)[winner] for vectors in (candidates.left, candidates.right))
+    return Track(Pair(sites[winner].astype(track.pair.site.dtype), left, right), watch)
+
+
+def _unit_rows(vectors):
+    """Every vector along the last axis with norm 1 (the first basis vector in place of zero)."""
+    flat = jax.vmap(unit)(vectors.reshape((-1, vectors.shape[-1])))
+    return flat.reshape(vectors.shape)
+
+
+def _watched_half(op: CircularConv, kernel_shape) -> tuple[tuple[int, ...], list[int]]:
+    """Watched frequencies per axis, half of the last as the kernel is real; and how many make a full turn."""
+    enough = [max(_WATCH_ALL, _WATCHED_PER_DEGREE * d) if d else 1 for d in _fourier.degrees(op, kernel_shape)]
+    counts = [min(n, m) for n, m in zip(op.grid, enough, strict=True)]
+    return (*counts[:-1], counts[-1] // 2 + 1), counts
+
+
+def _watched_waves(op: CircularConv, kernel_shape, exponents: np.ndarray, dtype) -> Complex[Array, "points terms"]:
+    """`exp(-i <w, t>)` at the watched frequencies."""
+    half, counts = _watched_half(op, kernel_shape)
+    turns = np.array(list(itertools.product(*map(np.arange, half)))) / counts
+    return jnp.asarray(np.exp(-2j * np.pi * (turns @ exponents.T)), _fourier.complex_dtype(dtype))
+
+
+def _times_real(spec: str, coefficients, vectors):
+    """`einsum` of real coefficients and complex vectors: two real products in place of four."""
+    return lax.complex(_einsum(spec, coefficients, vectors.real), _einsum(spec, coefficients, vectors.imag))
+
+
+def _watch_step(coefficients, waves, vectors):
+    """A power step at every watched frequency: `(S v, S^H S v / |S^H S v|)`; the symbols are never formed."""
+    left = _einsum("pt,pgtr->pgr", waves, _times_real("gtrc,pgc->pgtr", coefficients, vectors))
+    back = _einsum("pt,pgtc->pgc", waves.conj(), _times_real("gtrc,pgr->pgtc", coefficients, left))
+    return left, _unit_rows(back)
+
+
+def _best_watched(left, watch) -> _Candidates:
+    """The best watched pair of each of several contiguous parts of the grid: neighbours climb to the same peak."""
+    values = jnp.linalg.norm(left, axis=-1).reshape(-1)
+    num_parts = min(_NUM_CLIMBERS, values.size)
+    size = -(-values.size // num_parts)
+    padded = jnp.pad(values, (0, num_parts * size - values.size), constant_values=-1.0).reshape((num_parts, size))
+    chosen = jnp.argmax(padded, axis=-1) + size * jnp.arange(num_parts)
+    # A part that is padding alone repeats the last frequency.
+    chosen = jnp.minimum(chosen, values.size - 1)
+    groups = watch.shape[1]
+    flat = (_unit_rows(vectors).reshape((-1, vectors.shape[-1]))[chosen] for vectors in (left, watch))
+    return _Candidates(chosen % groups, *flat)
+
+
+def _climb(coefficients, op: CircularConv, kernel_shape, candidates: _Candidates):
+    """Vectors fixed, the best frequency of the half grid; then, there, a power step: `(sites, values, candidates)`."""
+    group, left, right = candidates
+    # One group: the same coefficients for all, and no copies of them.
+    own, k = (coefficients[0], "") if len(coefficients) == 1 else (coefficients[group], "k")
+    reached = _times_real(f"{k}trc,kc->ktr", own, right)
+    index, waves = _best_frequency(op, kernel_shape, _einsum("kr,ktr->kt", left.conj(), reached))
+    left = _unit_rows(_einsum("kt,ktr->kr", waves, reached))
+    right = _unit_rows(_einsum("kt,ktc->kc", waves.conj(), _times_real(f"{k}trc,kr->ktc", own, left)))
+    left = _einsum("kt,ktr->kr", waves, _times_real(f"{k}trc,kc->ktr", own, right))
+    sites = jnp.ravel_multi_index(
+        (*index, group.astype(index[0].dtype)), (*_fourier.half_grid(op), len(coefficients)), mode="clip"
+    )
+    return sites, jnp.linalg.norm(left, axis=-1), _Candidates(group, _unit_rows(left), right)
+
+
+def _best_frequency(op: CircularConv, kernel_shape, filters: Complex[Array, "k terms"]):
+    """Where on the half grid each scalar filter is largest: the indices per axis, and the waves there."""
+    rows = _term_rows(op, kernel_shape, filters.dtype)
+    values = filters.reshape((len(filters), *(row.shape[1] for row in rows)))
+    for row in rows:
+        # Each contraction takes the foremost axis of terms and puts its frequencies last.
+        values = jnp.tensordot(values, row, axes=((1,), (1,)), precision=lax.Precision.HIGHEST)
+    half = _fourier.half_grid(op)
+    index = jnp.unravel_index(jnp.argmax(jnp.abs(values).reshape((len(filters), -1)), axis=-1), half)
+    waves = jnp.ones((len(filters), 1), filters.dtype)
+    for row, i in zip(rows, index, strict=True):
+        waves = (waves[:, :, None] * row[i][:, None, :]).reshape((len(filters), -1))
+    return index, waves
+
+
+def _term_rows(op: CircularConv, kernel_shape, dtype) -> list[Complex[Array, "points terms"]]:
+    """Per axis `exp(-i w t)` on the half grid, for the exponents of `polynomial`."""
+    rows = []
+    for n, m, exponents in zip(op.grid, _fourier.half_grid(op), _fourier.axis_exponents(op, kernel_shape), strict=True):
+        # Reducing the integer angle first keeps full precision on large grids.
+        rows.append(jnp.asarray(np.exp(-2j * np.pi * (np.outer(np.arange(m), exponents) % n) / n), dtype))
+    return rows

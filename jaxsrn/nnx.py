@@ -1,0 +1,341 @@
+"""Flax NNX: layers whose stable rank and spectral norm are constrained while they train.
+
+    import jaxsrn.nnx as jnnx
+
+    self.conv = jnnx.StableRankNorm(nnx.Conv(3, 16, (3, 3), rngs=rngs), 0.5, input_shape=(32, 32), rngs=rngs)
+
+The wrappers hold no mathematics: every forward calls `jaxsrn.srnc_step` on the layer's kernel.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxsrn._checks import ensure
+from jaxsrn._flax_layers import LayerMap, layer_map, layer_name
+from jaxsrn._step import srnc_state, srnc_step
+from jaxsrn.operators import Operator
+from jaxsrn.ranks import stable_rank_range
+
+__all__ = [
+    "SpectralNorm",
+    "StableRankNorm",
+    "StableRankState",
+    "constrain",
+    "fold",
+    "layer_operators",
+    "refresh",
+]
+
+_LAYERS = (nnx.Conv, nnx.ConvTranspose, nnx.Linear, nnx.LinearGeneral)
+
+
+class StableRankState(nnx.Variable):
+    """What a wrapper carries from step to step (`jaxsrn.SRNCState`): no parameter, no gradient, float32 or wider."""
+
+
+class _Normalized(nnx.Module):
+    """A layer whose kernel is normalized on the way into it; the stored kernel stays the raw parameter."""
+
+    def __init__(self, layer: nnx.Module, input_shape, norm, cap: bool, gradient: str):
+        ensure(
+            isinstance(getattr(layer, "kernel", None), nnx.Variable),
+            f"{layer_name(layer)}: it has no kernel; expected nnx.Conv, nnx.ConvTranspose, nnx.Linear or "
+            "nnx.LinearGeneral. Wrap the layers inside, or use jaxsrn.nnx.constrain.",
+        )
+        self.layer = layer
+        self.layer_map = nnx.static(layer_map(layer, layer.kernel.shape, input_shape))
+        self.norm = norm
+        self.cap = bool(cap)
+        self.gradient = gradient
+        # Module.train() and Module.eval() set this attribute, as they do for batch normalization.
+        self.use_running_average = False
+
+    def _start(self, target: float) -> None:
+        """The target, and the state, converged."""
+        self.target = target
+        try:
+            state = srnc_state(self._raw(), self.operator, target, norm=self._norm(), cap=self.cap)
+        except ValueError as error:
+            raise ValueError(f"{layer_name(self.layer)}: {error}") from error
+        leaves, treedef = jax.tree.flatten(state)
+        self.state = nnx.List([StableRankState(leaf) for leaf in leaves])
+        self.treedef = nnx.static(treedef)
+
+    @property
+    def operator(self) -> Operator:
+        """The operator at which norm and stable rank are meant (of a transposed layer, maybe that of its adjoint)."""
+        return self.layer_map.op
+
+    def _raw(self) -> jax.Array:
+        return self.layer_map.to_operator(self.layer.kernel[...])
+
+    def _norm(self):
+        # The sign of a learned gain means nothing: a norm has none.
+        return jnp.abs(self.norm[...]) if isinstance(self.norm, nnx.Variable) else self.norm
+
+    def _step(self):
+        """The normalized kernel in the layer's layout, by the stored state, and the next state."""
+        state = jax.tree.unflatten(self.treedef, [variable[...] for variable in self.state])
+        kernel, state = srnc_step(
+            self._raw(), state, self.operator, self.target, norm=self._norm(), cap=self.cap, gradient=self.gradient
+        )
+        return self.layer_map.to_layer(kernel), state
+
+    def _store(self, state) -> None:
+        for variable, leaf in zip(self.state, jax.tree.leaves(state), strict=True):
+            variable[...] = leaf
+
+    def __call__(self, x, *, update_stats: bool = True):
+        """The layer with its normalized kernel.
+
+        Args:
+          x: the layer's input, of any spatial shape: the weights are those of `input_shape`.
+          update_stats: whether to store the stepped state afterwards. Without it, and after `model.eval()`, the
+            forward only reads: any number of them see the same weights.
+        """
+        kernel, state = self._step()
+        if update_stats and not self.use_running_average:
+            self._store(state)
+        return _with_kernel(self.layer, kernel)(x)
+
+    def refresh(self) -> None:
+        """One step of the state without a forward."""
+        self._store(self._step()[1])
+
+    def folded(self) -> nnx.Module:
+        """The plain layer with the weights of a reading forward."""
+        return _with_kernel(self.layer, self._step()[0])
+
+
+class StableRankNorm(_Normalized):
+    """A layer with prescribed stable rank and spectral norm, those of the whole map, padding and strides included.
+
+    Every forward uses the closest kernel with `||T||_2 = norm` and stable rank `fraction * min(prod(in), prod(out))`,
+    by one pass of `jaxsrn.srnc_step`: Sanyal, Torr, Dokania 2020, Algorithm 2, for dense layers, Zheng et al. 2025,
+    eq. 7, for convolutions. The raw kernel stays the parameter and is never overwritten. A layer whose own stable rank
+    is below the target keeps it. The state is converged from the start.
+
+    Args:
+      layer: `nnx.Conv`, `nnx.ConvTranspose`, `nnx.Linear` or `nnx.LinearGeneral`.
+      fraction: in (0, 1], of the largest stable rank that the layer's shapes allow (Sanyal's `c`, Zheng's `beta`).
+      input_shape: spatial shape of the layer's input at which norm and stable rank are meant; needed for convolutions.
+      norm: the spectral norm; `None` keeps the layer's own; an `nnx.Param` is a gain that is learned with the rest.
+      cap: only reduce the norm: the smaller of `norm` and the layer's own.
+      gradient: `"frozen"` or `"implicit"`, see `jaxsrn.srnc_step`.
+      rngs: not needed (the start is not random); taken so that it can be written like every Flax layer.
+
+    Raises:
+      ValueError: naming the layer: no kernel, no `input_shape`, a fraction outside (0, 1] or below what its taps
+        allow, REFLECT, a mask, circular strides that do not divide the image.
+    """
+
+    def __init__(
+        self,
+        layer: nnx.Module,
+        fraction: float,
+        *,
+        input_shape=None,
+        norm=1.0,
+        cap: bool = False,
+        gradient: str = "frozen",
+        rngs: nnx.Rngs | None = None,
+    ):
+        super().__init__(layer, input_shape, norm, cap, gradient)
+        name, fraction = layer_name(layer), float(fraction)
+        ensure(0 < fraction <= 1, f"{name}: fraction: got {fraction}, expected a number in (0, 1].")
+        op, shape = self.operator, self.layer_map.shape
+        largest = min(math.prod(op.in_shape(shape)), math.prod(op.out_shape(shape)))
+        low, _ = stable_rank_range(shape, op)
+        # Rounding must not forbid the end of the interval.
+        ensure(
+            fraction * largest >= low * (1 - 1e-6),
+            f"{name}: fraction: got {fraction}, expected at least {low / largest:.6g}: with its taps the stable rank "
+            f"of {op} is at least {low:.6g} of {largest}.",
+        )
+        self._start(fraction * largest)
+
+
+class SpectralNorm(_Normalized):
+    """A layer with prescribed spectral norm: that of the whole linear map, not of the kernel flattened to a matrix.
+
+    As `StableRankNorm` without a target for the stable rank: the kernel is only rescaled, by one pass of
+    `jaxsrn.srnc_step`. The raw kernel stays the parameter and is never overwritten; the state is converged from the
+    start, and follows the layer by frequency power iteration (circular) or power steps on one image.
+
+    Args, errors: as `StableRankNorm`. The gradient is exact with either choice.
+    """
+
+    def __init__(
+        self,
+        layer: nnx.Module,
+        *,
+        input_shape=None,
+        norm=1.0,
+        cap: bool = False,
+        gradient: str = "frozen",
+        rngs: nnx.Rngs | None = None,
+    ):
+        super().__init__(layer, input_shape, norm, cap, gradient)
+        self._start(math.inf)
+
+
+def _with_kernel(layer: nnx.Module, kernel: jax.Array) -> nnx.Module:
+    """A copy of the layer with another kernel: the layer itself is not touched."""
+    graphdef, state = nnx.split(layer)
+    state["kernel"] = state["kernel"].replace(kernel)
+    return nnx.merge(graphdef, state, copy=True)
+
+
+# Whole models
+
+
+def refresh(model: nnx.Module) -> None:
+    """Steps the state of every wrapper in `model` once, without a forward, in place."""
+    for _, module in nnx.iter_graph(model):
+        if isinstance(module, _Normalized):
+            module.refresh()
+
+
+def fold(model: nnx.Module) -> nnx.Module:
+    """The plain Flax model with the very weights that a reading forward of `model` uses.
+
+    Pure and differentiable: inside a loss, fold once and unroll a recurrence over the result.
+
+    Args:
+      model: any module; its wrappers become the layers that they wrap.
+
+    Returns:
+      A new module; `model` is not touched.
+    """
+    return _rewritten(nnx.clone(model), lambda path, node: node.folded() if isinstance(node, _Normalized) else node)
+
+
+def constrain(model: nnx.Module, wrap: Callable[[tuple, nnx.Module], nnx.Module], where: Any = _LAYERS) -> nnx.Module:
+    """The model with every matching layer wrapped.
+
+        ops = layer_operators(model, x)
+        shape = lambda path: getattr(ops[(*path, "kernel")], "input_shape", None)
+        model = constrain(model, lambda path, layer: SpectralNorm(layer, input_shape=shape(path), rngs=rngs))
+
+    Args:
+      model: any module; layers inside wrappers are left alone.
+      wrap: `(path, layer) -> wrapper`, the path as `nnx.iter_graph` names it.
+      where: which layers: an NNX filter, as a type, a tuple of types, or a predicate `(path, layer) -> bool`.
+
+    Returns:
+      A new model; `model` is not touched.
+
+    Raises:
+      ValueError: nothing matches, or what `wrap` raises, with the path.
+    """
+    matches, found = nnx.filterlib.to_predicate(where), []
+
+    def change(path, node):
+        if isinstance(node, _Normalized) or not isinstance(node, nnx.Module) or not matches(path, node):
+            return node
+        found.append(path)
+        try:
+            return wrap(path, node)
+        except ValueError as error:
+            raise ValueError(f"{'.'.join(map(str, path))}: {error}") from error
+
+    rewritten = _rewritten(nnx.clone(model), change)
+    ensure(bool(found), f"where: got {where!r}, which matches no layer of {type(model).__name__}; expected some.")
+    return rewritten
+
+
+def layer_operators(model: nnx.Module, *inputs) -> Mapping[tuple, Operator]:
+    """Which operator every layer of a model is, by tracing the model on the shapes of its inputs.
+
+    Args:
+      model: any module. Wrapped layers appear with the operator of their wrapper.
+      *inputs: as for `model(*inputs)`; arrays or `jax.ShapeDtypeStruct`s.
+
+    Returns:
+      `{path to the kernel: operator}`, the paths as `nnx.to_flat_state` names them. Left out: layers that the inputs
+      do not reach, and those whose kernel is stored in another shape than the operator's (`nnx.LinearGeneral` of
+      several axes, a circular `nnx.ConvTranspose` with strides and `transpose_kernel=False`).
+
+    Raises:
+      ValueError: a layer called with images of different sizes, or one that is no operator; the message names it.
+    """
+    found: dict[tuple, LayerMap] = {}
+    graphdef, state = nnx.split(model)
+
+    def record(path, node):
+        if isinstance(node, _Normalized):
+            found[(*path, "layer", "kernel")] = node.layer_map
+        elif isinstance(node, _LAYERS):
+            return _Recorder(node, (*path, "kernel"), found)
+        return node
+
+    def run(state, *inputs):
+        return _outputs(_rewritten(nnx.merge(graphdef, state, copy=True), record)(*inputs))
+
+    jax.eval_shape(run, state, *inputs)
+    return {path: layer.op for path, layer in found.items() if layer.is_stored_as_is}
+
+
+def _outputs(tree) -> list:
+    return [leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array)]
+
+
+class _Recorder(nnx.Module):
+    """Stands in for a layer while its model is traced, and notes which map it is."""
+
+    def __init__(self, layer: nnx.Module, path: tuple, found: dict[tuple, LayerMap]):
+        self.layer, self.path, self.found = layer, nnx.static(path), nnx.static(found)
+
+    def __getattr__(self, name: str):
+        # Only called for what the stand-in does not have: the layer's own attributes.
+        if name.startswith("_") or name == "layer":
+            raise AttributeError(name)
+        return getattr(self.layer, name)
+
+    def __call__(self, x, *args, **kwargs):
+        kernel_shape, name = self.layer.kernel.shape, ".".join(map(str, self.path[:-1]))
+        shape = x.shape[-len(kernel_shape) + 1 : -1] if hasattr(self.layer, "kernel_size") else None
+        try:
+            seen = layer_map(self.layer, kernel_shape, shape)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+        known = self.found.setdefault(self.path, seen)
+        ensure(known == seen, f"{name}: called as {known.op} and as {seen.op}, expected one image size.")
+        return self.layer(x, *args, **kwargs)
+
+
+def _rewritten(node, change: Callable[[tuple, Any], Any], path: tuple = (), memo: dict | None = None):
+    """The node with every part `p` replaced by `change(path, p)`, in place; what was replaced is not entered."""
+    memo = {} if memo is None else memo
+    if id(node) in memo:
+        return memo[id(node)][0]
+    new = change(path, node)
+    # The original is kept, so that its id is not given to another one.
+    memo[id(node)] = new, node
+    if new is not node:
+        return new
+    for key, child in _children(node):
+        changed = _rewritten(child, change, (*path, key), memo)
+        if changed is not child:
+            if isinstance(node, nnx.Module) and not isinstance(node, (nnx.List, nnx.Dict)):
+                setattr(node, key, changed)
+            else:
+                node[key] = changed
+    return new
+
+
+def _children(node) -> list[tuple]:
+    if isinstance(node, (list, nnx.List)):
+        return list(enumerate(node))
+    if isinstance(node, (dict, nnx.Dict)):
+        return list(node.items())
+    if isinstance(node, nnx.Module) and not isinstance(node, _Normalized):
+        return list(vars(node).items())
+    return []

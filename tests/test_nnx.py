@@ -1,0 +1,396 @@
+"""The Flax wrappers: against the explicit matrix of the Flax layer itself, applied to every basis image."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+from flax import nnx
+from sklearn.datasets import load_digits
+
+import jaxsrn
+import jaxsrn.nnx as jnnx
+from jaxsrn._flax_layers import layer_map
+
+IMAGES = ((load_digits().data / 16).astype(np.float32).reshape(-1, 8, 8, 1), load_digits().target)
+
+
+@pytest.fixture(autouse=True)
+def as_users_have_it():
+    """float32 and JAX's own promotion rules: Flax and optax rely on them."""
+    with jax.enable_x64(False), jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
+def conv(*args, **options):
+    return nnx.Conv(*args, rngs=nnx.Rngs(0), **options)
+
+
+def conv_transpose(*args, **options):
+    return nnx.ConvTranspose(*args, rngs=nnx.Rngs(0), **options)
+
+
+def matrix_of(layer, in_shape):
+    """The layer's linear map in float64: its outputs at every basis image, without the bias."""
+    basis = jnp.eye(math.prod(in_shape)).reshape((-1, *in_shape))
+    outputs = layer(basis) - layer(jnp.zeros((1, *in_shape)))
+    return np.asarray(outputs, np.float64).reshape(len(basis), -1)
+
+
+def norm_and_rank(layer, in_shape):
+    values = np.linalg.svd(matrix_of(layer, in_shape), compute_uv=False)
+    return values[0], np.sum(values**2) / values[0] ** 2
+
+
+LAYERS = {
+    "same": (lambda: conv(2, 3, (3, 3)), (5, 4)),
+    "valid": (lambda: conv(2, 3, (3, 2), padding="VALID", kernel_dilation=(1, 2)), (5, 6)),
+    "circular": (lambda: conv(2, 3, (3, 3), padding="CIRCULAR"), (5, 4)),
+    "circular-stride": (lambda: conv(4, 4, (3, 3), strides=2, padding="CIRCULAR", feature_group_count=2), (6, 4)),
+    "causal": (lambda: conv(2, 3, 3, padding="CAUSAL", strides=2, kernel_dilation=2), (9,)),
+    "int-padding": (lambda: conv(1, 2, (2, 2), padding=2), (4, 3)),
+    "ints-padding": (lambda: conv(1, 2, (2, 2), padding=(2, 1)), (4, 3)),
+    "pairs": (lambda: conv(2, 1, (3, 2), padding=((1, 0), (2, 1)), strides=(1, 2)), (4, 5)),
+    "groups": (lambda: conv(4, 6, (3,), feature_group_count=2, strides=2), (7,)),
+    "input-dilation": (lambda: conv(2, 3, (3,), padding=((2, 1),), input_dilation=2), (5,)),
+    "three-axes": (lambda: conv(1, 2, (2, 3, 2)), (3, 4, 2)),
+    "linear": (lambda: nnx.Linear(4, 6, rngs=nnx.Rngs(0)), None),
+    "linear-general": (lambda: nnx.LinearGeneral((2, 3), (4, 5), axis=(1, -1), rngs=nnx.Rngs(0)), None),
+} | {
+    f"transposed-{padding}-{stride}-{flip}": (
+        functools.partial(conv_transpose, 2, 3, (taps,), strides=(stride,), padding=padding, transpose_kernel=flip),
+        (5,),
+    )
+    for padding, stride, taps in [
+        ("SAME", 1, 3),
+        ("SAME", 2, 3),
+        ("SAME", 3, 2),
+        ("VALID", 2, 4),
+        ("CIRCULAR", 1, 4),
+        ("CIRCULAR", 2, 3),
+        (((2, 1),), 2, 3),
+    ]
+    for flip in (False, True)
+}
+LAYERS["transposed-2d-dilation"] = (
+    lambda: conv_transpose(2, 2, (3, 2), strides=(2, 1), kernel_dilation=(1, 2), transpose_kernel=True),
+    (3, 4),
+)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_the_operator_is_the_layer(name):
+    """All singular values, and how each kernel entry counts (the Frobenius norm of random kernels)."""
+    make, shape = LAYERS[name]
+    layer = make()
+    in_shape = (*(shape or ()), layer.in_features) if isinstance(getattr(layer, "in_features", 0), int) else (2, 3)
+    seen = layer_map(layer, layer.kernel.shape, shape)
+    kernel = seen.to_operator(layer.kernel[...])
+    np.testing.assert_array_equal(seen.to_layer(kernel), layer.kernel[...])
+    expected = matrix_of(layer, in_shape)
+    got = np.asarray(seen.op.to_dense(kernel), np.float64)
+    if seen.is_stored_as_is and not getattr(layer, "transpose_kernel", None) and "CIRCULAR" not in name:
+        np.testing.assert_allclose(got.T, expected, atol=1e-6)
+    values = [np.linalg.svd(matrix, compute_uv=False) for matrix in (got, expected)]
+    np.testing.assert_allclose(*values, atol=2e-6)
+    np.testing.assert_allclose(np.linalg.norm(got), np.linalg.norm(expected), rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["circular-stride", "causal", "linear-general", "transposed-CIRCULAR-2-False"])
+def test_a_wrapped_layer_has_norm_one_from_the_first_forward(name):
+    make, shape = LAYERS[name]
+    layer = make()
+    in_shape = (*(shape or ()), layer.in_features) if isinstance(layer.in_features, int) else (2, 3)
+    wrapped = jnnx.SpectralNorm(layer, input_shape=shape, rngs=nnx.Rngs(0))
+    np.testing.assert_allclose(norm_and_rank(wrapped, in_shape)[0], 1, rtol=1e-5)
+
+
+class CNN(nnx.Module):
+    """Two convolutions and a dense layer on the digits, each wrapped by `wrap(layer, input_shape)`."""
+
+    def __init__(self, wrap=lambda layer, shape: layer):
+        rngs = nnx.Rngs(0)
+        self.conv1 = wrap(nnx.Conv(1, 4, (3, 3), padding="CIRCULAR", rngs=rngs), (8, 8))
+        self.conv2 = wrap(nnx.Conv(4, 6, (3, 3), strides=2, rngs=rngs), (8, 8))
+        self.dense = wrap(nnx.Linear(4 * 4 * 6, 10, rngs=rngs), None)
+
+    def __call__(self, x):
+        for layer in (self.conv1, self.conv2):
+            x = nnx.relu(layer(x))
+        return self.dense(x.reshape(len(x), -1))
+
+
+IN_SHAPES = {"conv1": (8, 8, 1), "conv2": (8, 8, 4), "dense": (96,)}
+
+
+def true_values(model):
+    return {name: norm_and_rank(getattr(model, name), shape) for name, shape in IN_SHAPES.items()}
+
+
+@functools.cache
+def halved():
+    """The untrained network at half of each raw layer's own stable rank, as `(graphdef, state)`, and the targets."""
+    raw = true_values(CNN())
+    fractions = iter([0.5 * rank / largest for (_, rank), largest in zip(raw.values(), (64, 96, 10), strict=True)])
+    model = CNN(lambda layer, shape: jnnx.StableRankNorm(layer, next(fractions), input_shape=shape, rngs=nnx.Rngs(0)))
+    return nnx.split(model), {name: 0.5 * rank for name, (_, rank) in raw.items()}
+
+
+def halved_model():
+    (graphdef, state), targets = halved()
+    return nnx.merge(graphdef, state, copy=True), targets
+
+
+@nnx.jit
+def train_step(model, optimizer, x, y):
+    def loss(model):
+        return optax.softmax_cross_entropy_with_integer_labels(model(x), y).mean()
+
+    value, grads = nnx.value_and_grad(loss)(model)
+    optimizer.update(model, grads)
+    return value
+
+
+def train(model, steps):
+    optimizer = nnx.Optimizer(model, optax.adam(3e-3), wrt=nnx.Param)
+    rng = np.random.default_rng(0)
+    losses = []
+    for _ in range(steps):
+        batch = rng.choice(len(IMAGES[0]), 32, replace=False)
+        losses.append(train_step(model, optimizer, IMAGES[0][batch], IMAGES[1][batch]))
+    return losses
+
+
+def test_the_constraints_hold_after_200_training_steps():
+    """Norm 1 and half of each raw layer's stable rank within 1%, in eval mode and folded; Flax's wrapper beside."""
+    model, targets = halved_model()
+    losses = train(model, 200)
+    # A network of norm 1 has small logits; that it learns, and that its raw kernels move, is seen all the same.
+    assert losses[-1] < losses[0] - 0.2
+    assert jnp.linalg.norm(model.conv2.layer.kernel[...] - CNN().conv2.kernel[...]) > 0.5
+    model.eval()
+    for measured in (true_values(model), true_values(jnnx.fold(model))):
+        for name, (norm, rank) in measured.items():
+            np.testing.assert_allclose((norm, rank), (1, targets[name]), rtol=1e-2, err_msg=name)
+    x = IMAGES[0][:20]
+    np.testing.assert_allclose(
+        jnnx.fold(model)(x),
+        model(
+            x,
+        ),
+        rtol=1e-5,
+        atol=1e-5,
+    )
+
+    flax = CNN(lambda layer, shape: nnx.SpectralNorm(layer, rngs=nnx.Rngs(0)))
+    train(flax, 200)
+    flax.eval()
+    norms = [norm for norm, _ in true_values(flax).values()]
+    assert max(norms) > 1.3, norms
+
+
+def test_a_fraction_above_the_own_stable_rank_sets_only_the_norm():
+    raw = true_values(CNN())
+    model = CNN(lambda layer, shape: jnnx.SpectralNorm(layer, input_shape=shape, norm=2.0, rngs=nnx.Rngs(0)))
+    loose = jnnx.StableRankNorm(CNN().conv2, 0.99, input_shape=(8, 8), norm=2.0)
+    for name, (norm, rank) in true_values(model).items():
+        np.testing.assert_allclose((norm, rank), (2, raw[name][1]), rtol=1e-4)
+    np.testing.assert_allclose(norm_and_rank(loose, IN_SHAPES["conv2"]), (2, raw["conv2"][1]), rtol=1e-4)
+
+
+def test_forwards_read_and_training_forwards_step():
+    model, _ = halved_model()
+    x = IMAGES[0][:5]
+    # Away from the converged state, so that a step shows.
+    model.conv2.layer.kernel[...] += 0.1 * jax.random.normal(jax.random.key(0), model.conv2.layer.kernel.shape)
+    raw = jax.tree.map(np.asarray, nnx.state(model, nnx.Param))
+
+    def stored():
+        return [np.asarray(leaf) for leaf in jax.tree.leaves(nnx.state(model, jnnx.StableRankState))]
+
+    before = stored()
+    conv2, y = model.conv2, jax.random.normal(jax.random.key(1), (2, 8, 8, 4))
+    np.testing.assert_array_equal(conv2(y, update_stats=False), conv2(y, update_stats=False))
+    model.eval()
+    np.testing.assert_array_equal(model(x), model(x))
+    jax.tree.map(np.testing.assert_array_equal, stored(), before)
+    model.train()
+    reading = conv2(y, update_stats=False)
+    np.testing.assert_array_equal(conv2(y), reading)
+    assert np.any(conv2(y, update_stats=False) != reading)
+    once = stored()
+    jnnx.refresh(model)
+    assert any(np.any(a != b) for a, b in zip(stored(), once, strict=True))
+    jax.tree.map(np.testing.assert_array_equal, jax.tree.map(np.asarray, nnx.state(model, nnx.Param)), raw)
+
+
+def test_flax_overwrites_its_parameter():
+    """The reason for a raw parameter that stays: flax issue 5576."""
+    layer = conv(2, 3, (3, 3))
+    before = np.asarray(layer.kernel[...])
+    nnx.SpectralNorm(layer, rngs=nnx.Rngs(0))(jnp.ones((1, 4, 4, 2)), update_stats=False)
+    assert np.any(layer.kernel[...] != before)
+
+
+def test_learnable_gain_and_gradients():
+    layer = jnnx.SpectralNorm(conv(2, 3, (3, 3)), input_shape=(5, 4), norm=nnx.Param(jnp.asarray(-1.5)))
+    np.testing.assert_allclose(norm_and_rank(layer, (5, 4, 2))[0], 1.5, rtol=1e-5)
+    x = jax.random.normal(jax.random.key(0), (2, 5, 4, 2))
+
+    @nnx.jit
+    def gradients(layer):
+        live = nnx.grad(lambda layer: jnp.sum(layer(x) ** 3))(layer)
+        return live, nnx.grad(lambda layer: jnp.sum(jnnx.fold(layer)(x) ** 3))(layer)
+
+    live, folded = (dict(nnx.to_flat_state(grads)) for grads in gradients(layer))
+    assert set(live) == {("layer", "kernel"), ("layer", "bias"), ("norm",)}
+    for path, grad in live.items():
+        assert np.any(grad[...] != 0)
+        np.testing.assert_allclose(grad[...], folded[path][...], rtol=1e-4, atol=1e-6)
+
+
+def test_bfloat16_compute_keeps_its_state_in_float32():
+    layer = conv(2, 3, (3, 3), dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
+    wrapped = jnnx.SpectralNorm(layer, input_shape=(5, 4))
+    assert wrapped(jnp.ones((1, 5, 4, 2))).dtype == jnp.bfloat16
+    jnnx.refresh(wrapped)
+    assert {leaf.dtype for leaf in jax.tree.leaves(wrapped.state)} <= {jnp.dtype(d) for d in (jnp.float32, jnp.int32)}
+    np.testing.assert_allclose(norm_and_rank(wrapped, (5, 4, 2))[0], 1, rtol=1e-2)
+
+
+def test_split_merge_vmap_and_orbax(tmp_path):
+    wrapped = jnnx.SpectralNorm(conv(2, 2, (3,), padding="CIRCULAR"), input_shape=(6,))
+    x = jax.random.normal(jax.random.key(0), (2, 6, 2))
+    graphdef, state = nnx.split(wrapped)
+    np.testing.assert_array_equal(nnx.merge(graphdef, state, copy=True)(x), wrapped(x, update_stats=False))
+
+    @nnx.vmap
+    def make(key):
+        return jnnx.SpectralNorm(nnx.Conv(2, 2, 3, padding="CIRCULAR", rngs=nnx.Rngs(key)), input_shape=(6,))
+
+    ensemble = make(jax.random.split(jax.random.key(0), 3))
+    outputs = nnx.vmap(lambda model, x: model(x), in_axes=(0, None))(ensemble, x)
+    assert outputs.shape == (3, 2, 6, 2)
+    for i, kernel in enumerate(ensemble.layer.kernel[...]):
+        single = conv(2, 2, 3, padding="CIRCULAR")
+        single.kernel[...] = kernel
+        alone = jnnx.SpectralNorm(single, input_shape=(6,))
+        np.testing.assert_allclose(outputs[i], alone(x, update_stats=False), rtol=1e-4, atol=1e-5)
+
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "saved", nnx.to_pure_dict(nnx.state(wrapped)))
+        checkpointer.wait_until_finished()
+        restored = checkpointer.restore(tmp_path / "saved", nnx.to_pure_dict(nnx.state(wrapped)))
+    other = jnnx.SpectralNorm(nnx.Conv(2, 2, 3, padding="CIRCULAR", rngs=nnx.Rngs(9)), input_shape=(6,))
+    state = nnx.state(other)
+    nnx.replace_by_pure_dict(state, restored)
+    nnx.update(other, state)
+    np.testing.assert_array_equal(other(x), wrapped(x, update_stats=False))
+
+
+def test_a_recurrence_traces_once():
+    """A wrapped layer in nnx.scan over 1,000 steps, and a folded one in lax.scan: the same results."""
+    wrapped = jnnx.SpectralNorm(conv(2, 2, (3,), use_bias=False), input_shape=(6,), norm=0.999)
+    wrapped.eval()
+    x = jax.random.normal(jax.random.key(0), (1, 6, 2))
+    traces = []
+
+    @nnx.jit
+    def live(model, x):
+        @nnx.scan(in_axes=(nnx.Carry, None), out_axes=nnx.Carry, length=1000)
+        def body(x, model):
+            traces.append("live")
+            return jnp.tanh(model(x) + 1)
+
+        return body(x, model)
+
+    @nnx.jit
+    def folded(model, x):
+        plain = jnnx.fold(model)
+        return jax.lax.scan(lambda x, _: (jnp.tanh(plain(x) + 1), traces.append("folded")), x, length=1000)[0]
+
+    np.testing.assert_allclose(live(wrapped, x), folded(wrapped, x), rtol=1e-5, atol=1e-6)
+    count = len(traces)
+    live(wrapped, x), folded(wrapped, x)
+    assert len(traces) == count <= 6
+
+
+def test_constrain_and_layer_operators():
+    model = CNN()
+    x = jax.ShapeDtypeStruct((3, 8, 8, 1), jnp.float32)
+    operators = jnnx.layer_operators(model, x)
+    assert operators == {
+        ("conv1", "kernel"): jaxsrn.CircularConv((8, 8)),
+        ("conv2", "kernel"): jaxsrn.ZeroPaddedConv((8, 8), strides=2),
+        ("dense", "kernel"): jaxsrn.Dense(),
+    }
+    assert set(operators) <= {path for path, _ in nnx.to_flat_state(nnx.state(model))}
+
+    def wrap(path, layer):
+        return jnnx.SpectralNorm(layer, input_shape=operators[(*path, "kernel")].input_shape)
+
+    constrained = jnnx.constrain(model, wrap, nnx.Conv)
+    assert isinstance(model.conv1, nnx.Conv)
+    assert isinstance(constrained.conv2, jnnx.SpectralNorm)
+    assert isinstance(constrained.dense, nnx.Linear)
+    inside = jnnx.layer_operators(constrained, x)
+    assert inside["conv2", "layer", "kernel"] == operators["conv2", "kernel"]
+    norms = {name: norm for name, (norm, _) in true_values(jnnx.fold(constrained)).items()}
+    np.testing.assert_allclose([norms["conv1"], norms["conv2"]], 1, rtol=1e-4)
+
+    sequence = nnx.Sequential(nnx.Linear(3, 3, rngs=nnx.Rngs(0)), jnp.tanh, nnx.Linear(3, 2, rngs=nnx.Rngs(1)))
+    wrapped = jnnx.constrain(sequence, lambda path, layer: jnnx.SpectralNorm(layer), lambda path, _: path[-1:] == (2,))
+    assert isinstance(wrapped.layers[2], jnnx.SpectralNorm)
+    assert isinstance(jnnx.fold(wrapped).layers[2], nnx.Linear)
+    assert jnnx.layer_operators(wrapped, jnp.ones((1, 3))).keys() == {
+        ("layers", 0, "kernel"),
+        ("layers", 2, "layer", "kernel"),
+    }
+    with pytest.raises(ValueError, match=r"where: got .* matches no layer of CNN"):
+        jnnx.constrain(model, wrap, nnx.Embed)
+    with pytest.raises(ValueError, match=r"conv1: Conv.*input_shape: got None"):
+        jnnx.constrain(model, lambda path, layer: jnnx.SpectralNorm(layer))
+
+
+NAME = r"Conv\(in_features=2, out_features=3, kernel_size=\(3, 3\)\): "
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: jnnx.SpectralNorm(nnx.BatchNorm(3, rngs=nnx.Rngs(0))), r"BatchNorm\(.*it has no kernel"),
+        (lambda: jnnx.SpectralNorm(conv(2, 3, (3, 3))), NAME + "input_shape: got None, expected .*2 axes"),
+        (lambda: jnnx.SpectralNorm(conv(2, 3, (3, 3)), input_shape=8), NAME + r"input_shape: got \(8,\), expected 2"),
+        (lambda: jnnx.StableRankNorm(conv(2, 3, (3, 3)), 0.0, input_shape=(8, 8)), NAME + "fraction: got 0.0"),
+        (lambda: jnnx.StableRankNorm(conv(2, 3, (3, 3)), 1.1, input_shape=(8, 8)), NAME + "fraction: got 1.1"),
+        (
+            lambda: jnnx.StableRankNorm(conv(2, 3, (3, 3), padding="CIRCULAR"), 0.05, input_shape=(8, 8)),
+            # 64 / 9 of 128.
+            NAME + "fraction: got 0.05, expected at least 0.0555556",
+        ),
+        (
+            lambda: jnnx.SpectralNorm(conv(2, 3, (3, 3), padding="REFLECT"), input_shape=(8, 8)),
+            NAME + "padding: got 'REFLECT'",
+        ),
+        (
+            lambda: jnnx.SpectralNorm(conv(2, 3, (3, 3), mask=jnp.ones((3, 3, 2, 3))), input_shape=(8, 8)),
+            NAME + "mask: got one, expected None",
+        ),
+        (
+            lambda: jnnx.SpectralNorm(conv(2, 3, (3, 3), strides=2, padding="CIRCULAR"), input_shape=(7, 8)),
+            NAME + r"strides: got \(2, 2\) on an image of \(7, 8\)",
+        ),
+        (
+            lambda: jnnx.SpectralNorm(nnx.LinearGeneral(2, 3, batch_axis={0: 2}, rngs=nnx.Rngs(0))),
+            "LinearGeneral.*batch axes: got some",
+        ),
+        (lambda: jnnx.SpectralNorm(nnx.Einsum("ij,jk->ik", (2, 3), rngs=nnx.Rngs(0))), "Einsum.*got Einsum, expected"),
+    ],
+)
+def test_misuse_names_the_layer(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

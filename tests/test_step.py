@@ -1,0 +1,214 @@
+"""The training step: against Sanyal's Algorithm 2 in numpy, explicit matrices, and finite differences."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import BY_NAME, dense
+
+import jaxsrn
+from jaxsrn import CircularConv, Dense, ZeroPaddedConv, srnc_state, srnc_step
+
+CIRCULAR = CircularConv((9, 8)), (3, 3, 3, 4)
+SAME = ZeroPaddedConv((5, 4)), (3, 3, 2, 2)
+
+
+def gaussian(shape, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape))
+
+
+def measured(kernel, op):
+    """Norm and stable rank, from all singular values of the explicit matrix."""
+    values = np.linalg.svd(dense(np.asarray(kernel), op), compute_uv=False)
+    return values[0], np.sum(values**2) / values[0] ** 2
+
+
+def share_of_own(kernel, op, share):
+    return share * measured(kernel, op)[1]
+
+
+def algorithm_2(weights, u, target):
+    """Sanyal, Torr, Dokania 2020, Algorithm 2: `(normalized weights, u)`."""
+    v = weights @ u / np.linalg.norm(weights @ u)
+    u = weights.T @ v / np.linalg.norm(weights.T @ v)
+    normalized = weights / (v @ weights @ u)
+    if np.sum(normalized**2) <= target:
+        return normalized, u
+    first = np.outer(v, u)
+    rest = normalized - first
+    return first + math.sqrt(target - 1) / np.linalg.norm(rest) * rest, u
+
+
+@pytest.mark.parametrize("target", [1.3, 2.5])
+def test_dense_is_algorithm_2(target):
+    kernels = np.cumsum([gaussian((5, 4), seed) for seed in range(6)], axis=0)
+    state = srnc_state(jnp.asarray(kernels[0]), Dense(), target)
+    u = np.asarray(state.normalized.pair.left)
+    for kernel in kernels:
+        normalized, state = srnc_step(jnp.asarray(kernel), state, Dense(), target)
+        expected, u = algorithm_2(kernel, u, target)
+        np.testing.assert_allclose(normalized, expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["circular-2d-stride-groups", "same-2d", "transposed-1d"])
+def test_the_first_step_satisfies_the_constraints_at_the_least_distance(name):
+    _, op, shape = BY_NAME[name]
+    kernel = gaussian(shape)
+    target = share_of_own(kernel, op, 0.6)
+    normalized, _ = srnc_step(kernel, srnc_state(kernel, op, target), op, target)
+    np.testing.assert_allclose(measured(normalized, op), (1, target), rtol=1e-8)
+    exact = jaxsrn.srnc(kernel, op, target)
+    np.testing.assert_allclose(normalized, exact.kernel / exact.spectral_norm, atol=1e-6)
+
+
+@pytest.mark.parametrize("op_shape", [CIRCULAR, SAME], ids=["circular", "same"])
+def test_norm_cap_and_scale(op_shape):
+    """`None`: the kernel's own norm; a cap only reduces; the normalized kernel has no scale of its own."""
+    op, shape = op_shape
+    kernel = gaussian(shape)
+    own, rank = measured(kernel, op)
+    target = 0.6 * rank
+    state = srnc_state(kernel, op, target, norm=None)
+    for norm, cap, expected in ((None, False, own), (0.5 * own, True, 0.5 * own), (2 * own, True, own)):
+        normalized, _ = srnc_step(kernel, state, op, target, norm=norm, cap=cap)
+        np.testing.assert_allclose(measured(normalized, op), (expected, target), rtol=1e-7)
+        if norm is None:
+            scaled, _ = srnc_step(1e-25 * kernel, state, op, target, norm=None)
+            np.testing.assert_allclose(scaled, 1e-25 * normalized, rtol=1e-10, atol=0)
+    alone = srnc_state(kernel, op, target)
+    twice, _ = srnc_step(kernel, alone, op, target, norm=2.0)
+    slope = jax.grad(lambda norm: jnp.sum(srnc_step(kernel, alone, op, target, norm=norm)[0] * kernel))(2.0)
+    np.testing.assert_allclose(slope, jnp.sum(twice * kernel) / 2)
+
+
+@pytest.mark.parametrize("op_shape", [CIRCULAR, SAME, (Dense(), (4, 5))], ids=["circular", "same", "dense"])
+def test_targets_that_do_not_bind(op_shape):
+    """Above the kernel's own stable rank, and with the target `inf`: rescaled to the norm, and nothing else."""
+    op, shape = op_shape
+    kernel = gaussian(shape)
+    own, rank = measured(kernel, op)
+    for target in (math.inf, 1.2 * rank):
+        normalized, _ = srnc_step(kernel, srnc_state(kernel, op, target), op, target, norm=3.0)
+        np.testing.assert_allclose(normalized, 3 / own * kernel, rtol=1e-8)
+    for norm, expected in ((0.5 * own, 0.5), (2 * own, 1.0)):
+        capped, _ = srnc_step(kernel, srnc_state(kernel, op, math.inf), op, math.inf, norm=norm, cap=True)
+        np.testing.assert_allclose(capped, expected * kernel, rtol=1e-8)
+
+
+def test_infeasible_targets_reach_the_lowest_stable_rank():
+    """The fallback `alpha = 0`: circular with stride 1, the lowest stable rank that three taps allow is `N / 3`."""
+    op, kernel = CircularConv((12,)), gaussian((3, 2, 2))
+    state = srnc_state(kernel, op, 2.0)
+    for _ in range(3):
+        normalized, state = srnc_step(kernel, state, op, 2.0)
+    np.testing.assert_allclose(measured(normalized, op), (1, 4), rtol=1e-8)
+
+
+@pytest.mark.parametrize("share", [0.5, math.inf])
+@pytest.mark.parametrize("op_shape", [CIRCULAR, SAME], ids=["circular", "same"])
+def test_the_step_follows_a_changing_kernel(op_shape, share):
+    """From one random kernel to another in 100 steps: constraints within 1% on the way, and exact at rest."""
+    op, shape = op_shape
+    first, last = gaussian(shape, 1), gaussian(shape, 2)
+    target = share if math.isinf(share) else share_of_own(first, op, share)
+    state = srnc_state(first, op, target)
+    step = jax.jit(lambda kernel, state: srnc_step(kernel, state, op, target))
+    for i in range(1, 101):
+        kernel = first + i / 100 * (last - first)
+        _, state = step(kernel, state)
+        if i % 10 == 0:
+            norm, rank = measured(step(kernel, state)[0], op)
+            wanted = measured(kernel, op)[1] if math.isinf(share) else min(target, measured(kernel, op)[1])
+            np.testing.assert_allclose((norm, rank), (1, wanted), rtol=1e-2)
+    for _ in range(300):
+        _, state = step(last, state)
+    assert abs(measured(step(last, state)[0], op)[0] - 1) < 1e-5
+
+
+def test_another_frequency_with_other_vectors_overtakes():
+    """A power step at the tracked frequency cannot see it: at frequency 0 in one channel, then at pi in another."""
+    op = CircularConv((8,))
+    low, high = np.zeros((3, 2, 2)), np.zeros((3, 2, 2))
+    low[:, 0, 0], high[:, 1, 1] = (1, 2, 1), (-1, 2, -1)
+    kernels = [jnp.asarray(low + share * high) for share in (0.5, 2.0)]
+    state = srnc_state(kernels[0], op, math.inf)
+    for _ in range(3):
+        normalized, state = srnc_step(kernels[1], state, op, math.inf)
+    np.testing.assert_allclose(measured(normalized, op)[0], 1, rtol=1e-6)
+
+
+def converged(kernel, op, target):
+    """The exact solution with norm 1, found by `srnc`."""
+    result = jaxsrn.srnc(kernel, op, target, tolerance=1e-13, max_steps=2000)
+    return result.kernel / result.spectral_norm
+
+
+@pytest.mark.parametrize(
+    ("op", "shape", "share"),
+    [
+        pytest.param(Dense(), (6, 5), 0.6, id="dense"),
+        pytest.param(CircularConv((9, 9)), (3, 3, 4, 4), 0.6, id="circular"),
+        pytest.param(ZeroPaddedConv((6, 5), strides=2), (3, 3, 2, 3), 0.7, id="same-stride"),
+    ],
+)
+def test_the_implicit_gradient_is_the_true_one(op, shape, share):
+    """Central differences of the exact solution; the frozen gradient is another one."""
+    kernel, direction, weights = gaussian(shape, 1), gaussian(shape, 2), gaussian(shape, 3)
+    target = share_of_own(kernel, op, share)
+    state = srnc_state(kernel, op, target)
+    step = jax.jit(lambda state: srnc_step(kernel, state, op, target)[1])
+    for _ in range(50):
+        state = step(state)
+    width = 1e-5
+    ends = [jnp.sum(converged(kernel + sign * width * direction, op, target) * weights) for sign in (1, -1)]
+    slopes = {}
+    for gradient in ("frozen", "implicit"):
+
+        def value(kernel, gradient=gradient):
+            return jnp.sum(srnc_step(kernel, state, op, target, gradient=gradient)[0] * weights)
+
+        slopes[gradient] = jnp.vdot(jax.jit(jax.grad(value))(kernel), direction)
+        np.testing.assert_allclose(jax.jvp(value, (kernel,), (direction,))[1], slopes[gradient], rtol=1e-6)
+    expected = (ends[0] - ends[1]) / (2 * width)
+    np.testing.assert_allclose(slopes["implicit"], expected, rtol=1e-5)
+    assert abs(slopes["frozen"] / expected - 1) > 1e-3
+
+
+@pytest.mark.parametrize("op", [Dense(), CircularConv((4,)), ZeroPaddedConv((4,))], ids=["dense", "circular", "same"])
+def test_the_implicit_gradient_is_finite_where_values_meet(op):
+    """The identity, and zero: all singular values coincide."""
+    shape = (3, 3) if op == Dense() else (3, 3, 3)
+    identity = jnp.zeros(shape).at[(0,) * (len(shape) - 2)].set(jnp.eye(3))
+    for kernel in (identity, jnp.zeros(shape)):
+        state = srnc_state(kernel, op, 2.0)
+        step = functools.partial(srnc_step, state=state, op=op, target=2.0, gradient="implicit")
+        slope = jax.jit(jax.grad(lambda k, step=step: jnp.sum(step(k)[0] ** 3)))(kernel)
+        assert np.all(np.isfinite(slope))
+
+
+def test_aliased_taps_have_a_norm_but_no_stable_rank_here():
+    _, op, shape = BY_NAME["aliased-1d"]
+    kernel = gaussian(shape)
+    normalized, _ = srnc_step(kernel, srnc_state(kernel, op, math.inf), op, math.inf)
+    np.testing.assert_allclose(measured(normalized, op)[0], 1, rtol=1e-8)
+    with pytest.raises(ValueError, match="fall on each other"):
+        srnc_state(kernel, op, 2.0)
+
+
+def test_bad_arguments():
+    op, shape = SAME
+    kernel = gaussian(shape)
+    state = srnc_state(kernel, op, math.inf)
+    with pytest.raises(ValueError, match="gradient: got 'true', expected one of"):
+        srnc_step(kernel, state, op, math.inf, gradient="true")
+    with pytest.raises(ValueError, match=r"cap: got True with norm=None"):
+        srnc_state(kernel, op, 3.0, norm=None, cap=True)
+    with pytest.raises(ValueError, match=r"target: got -1.0, expected a positive"):
+        srnc_state(kernel, op, -1.0)
+    with pytest.raises(ValueError, match=r"norm: got -2.0, expected a positive finite number or 0"):
+        srnc_step(kernel, state, op, math.inf, norm=-2.0)
+    with pytest.raises(ValueError, match="state: it does not fit a kernel of shape"):
+        srnc_step(kernel, state, op, 3.0, norm=None)
