@@ -143,7 +143,7 @@ def _project_spectral_ball(kernel, op, max_norm, tolerance, max_steps):
     size = jnp.sqrt(jnp.sum(weights * fixed**2))
     if isinstance(op, Dense):
         found = a - smooth_excess(a[None], limit)[0]
-        residual, num_steps = jnp.zeros_like(size), jnp.asarray(1)
+        residual, num_steps = jnp.where(jnp.isnan(size), size, 0.0), jnp.asarray(1)
     else:
         # Nothing is as small as asked where the kernel stays as it is: no step is taken then.
         asked = jnp.where(inside, jnp.inf, tolerance * size)

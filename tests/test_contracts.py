@@ -38,7 +38,7 @@ class Alone(NamedTuple):
 
     @classmethod
     def of(cls, kernel):
-        wide = jnp.promote_types(kernel.dtype, jnp.float32)
+        wide = jnp.float64 if kernel.dtype == jnp.float64 else jnp.float32
         return cls(kernel, jnp.max(jnp.abs(kernel.astype(wide))))
 
 
@@ -96,7 +96,7 @@ CONTRACTS = [
     Contract(
         "srnc raising",
         lambda k, op: jaxsrn.srnc(k, op, RAISED[op], raise_rank=True),
-        (CIRCULAR, ZERO_PADDED),
+        (CIRCULAR,),
         returns_kernel=True,
     ),
     Contract(
@@ -138,7 +138,7 @@ CONTRACTS = [
 OTHER = {op: np.random.default_rng(9).standard_normal(shape) for op, shape in (DENSE, CIRCULAR, ZERO_PADDED)}
 # Between the smallest stable rank and that of the Gaussian kernels below.
 TARGETS = {DENSE[0]: 1.2, CIRCULAR[0]: 2.0, ZERO_PADDED[0]: 2.6}
-RAISED = {CIRCULAR[0]: 4.5, ZERO_PADDED[0]: 5.0}
+RAISED = {CIRCULAR[0]: 4.5}
 EXACT = {"tolerance": 1e-12}
 PAIRS = [
     pytest.param(contract, *operator, id=f"{contract.name}-{type(operator[0]).__name__}")
