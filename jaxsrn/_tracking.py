@@ -1,6 +1,6 @@
 """Leading singular pairs that follow a kernel while it changes: one cheap warm step after the other.
 
-Dense layers and zero padding: power steps on the two vectors. Circular convolutions: frequency power iteration, for
+Dense layers: a power step on the two vectors; zero padding: the best pair in a small Krylov space. Circular convolutions: frequency power iteration, for
 fixed vectors the best frequency, for a fixed frequency a power step (`_fourier`). That follows one frequency's
 vectors, and would not see another frequency with other vectors overtake. So a coarse grid of frequencies is watched:
 one vector at each, with a power step of its own each time, and the best of every part of the grid climb along.
@@ -22,7 +22,7 @@ from jaxtyping import Array, Complex, Float, Int
 from jaxsrn import _fourier
 from jaxsrn._lanczos import random_start
 from jaxsrn._linalg import unit
-from jaxsrn._pairs import Pair
+from jaxsrn._pairs import Pair, flat_products
 from jaxsrn.operators import CircularConv, Dense, Operator
 
 __all__ = ["Track", "follow", "power_step", "start", "track_shapes"]
@@ -83,11 +83,9 @@ def follow(kernel: Float[Array, "..."], op: Operator, track: Track) -> Track:
     """One step closer to the leading pair of `T(kernel)`: the value `<u, T v>` does not decrease."""
     if isinstance(op, CircularConv):
         return _follow_circular(kernel, op, track)
-    pair = track.pair
-    # A matrix takes one step, as in the published algorithms; images have tighter clusters at the top.
-    for _ in range(1 if isinstance(op, Dense) else _POWER_STEPS):
-        pair = power_step(kernel, op, pair)
-    return Track(pair, None)
+    # A matrix takes a power step, as in the published algorithms; images have tighter clusters at the top.
+    step = power_step if isinstance(op, Dense) else _krylov_step
+    return Track(step(kernel, op, track.pair), None)
 
 
 def power_step(kernel: Float[Array, "..."], op: Operator, pair: Pair) -> Pair:
@@ -99,6 +97,24 @@ def power_step(kernel: Float[Array, "..."], op: Operator, pair: Pair) -> Pair:
     highest = lax.Precision.HIGHEST
     right = unit(op.transpose(kernel, pair.left, precision=highest))
     return Pair(pair.site, right, unit(op.apply(kernel, right, precision=highest)))
+
+
+def _krylov_step(kernel: Float[Array, "..."], op: Operator, pair: Pair) -> Pair:
+    """The best pair in the space of `v` and its power steps: in a cluster far closer than the last of them alone."""
+    matvec, rmatvec, *_ = flat_products(kernel, op)
+    basis, images = [unit(pair.right.reshape(-1))], []
+    for _ in range(_POWER_STEPS):
+        images.append(matvec(basis[-1]))
+        vector, found = rmatvec(images[-1]), jnp.stack(basis)
+        # Twice is enough (Giraud et al. 2005).
+        for _ in range(2):
+            vector = vector - _einsum("j,jn->n", _einsum("jn,n->j", found, vector), found)
+        # Where the space is exhausted this is noise, of any direction: harmless, the best pair is chosen below.
+        basis.append(unit(vector))
+    images = jnp.stack([*images, matvec(basis[-1])])
+    weights = jnp.linalg.svd(_einsum("in,jn->ij", images, images))[0][:, 0]
+    right, left = (unit(_einsum("j,jn->n", weights, vectors)) for vectors in (jnp.stack(basis), images))
+    return Pair(pair.site, right.reshape(pair.right.shape), left.reshape(pair.left.shape))
 
 
 # Circular convolutions
