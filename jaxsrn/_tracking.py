@@ -200,7 +200,7 @@ def _best_watched(left, watch) -> _Candidates:
 
 
 def _climb(coefficients, op: CircularConv, kernel_shape, candidates: _Candidates):
-    """Vectors fixed, the best frequency of the half grid; then, there, better vectors: `(sites, values, candidates)`."""
+    """Vectors fixed, the best frequency of the half grid; there, better vectors: `(sites, values, candidates)`."""
     group, left, right = candidates
     # One group: the same coefficients for all, and no copies of them.
     own, k = (coefficients[0], "") if len(coefficients) == 1 else (coefficients[group], "k")
