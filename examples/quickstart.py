@@ -164,7 +164,7 @@ def main():
     parser.add_argument("--figure", default="quickstart.png", help="where to save the figure (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the weights and the batches (default: %(default)s)")
     parser.add_argument("--fraction", type=float, default=0.2, help="of the largest stable rank (default: %(default)s)")
-    parser.add_argument("--norm", type=float, default=1.0, help="spectral norm of every layer (default: %(default)s)")
+    parser.add_argument("--norm", type=float, default=3.0, help="spectral norm of every layer (default: %(default)s)")
     args = parser.parse_args()
 
     images, labels = load_digits(return_X_y=True)

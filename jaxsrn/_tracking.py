@@ -1,9 +1,10 @@
 """Leading singular pairs that follow a kernel while it changes: one cheap warm step after the other.
 
-Dense layers and zero padding: power steps on the two vectors. Circular convolutions: frequency power iteration, for
-fixed vectors the best frequency, for a fixed frequency a power step (`_fourier`). That follows one frequency's
-vectors, and would not see another frequency with other vectors overtake. So a coarse grid of frequencies is watched:
-one vector at each, with a power step of its own each time, and the best of every part of the grid climb along.
+Dense layers: a power step. Zero padding: the best pair in a small Krylov space of images. Circular convolutions:
+frequency power iteration, for fixed vectors the best frequency, for a fixed frequency better vectors. That follows
+one frequency's vectors, and would not see another frequency with other vectors overtake. So a coarse grid of
+frequencies is watched: one vector at each, with a power step of its own each time, and the best of every part of the
+grid climb along.
 """
 
 from __future__ import annotations
@@ -17,17 +18,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Complex, Float, Int
+from jaxtyping import Array, Complex, Float, Inexact, Int
 
 from jaxsrn import _fourier
 from jaxsrn._lanczos import random_start
 from jaxsrn._linalg import unit
-from jaxsrn._pairs import Pair
+from jaxsrn._pairs import Pair, flat_products
 from jaxsrn.operators import CircularConv, Dense, Operator
 
 __all__ = ["Track", "follow", "power_step", "start", "track_shapes"]
 
-_POWER_STEPS = 2
+_KRYLOV_STEPS = 2
+_CLIMBS = 2
 # Watched frequencies per axis: all of a small grid, of a large one so many per degree of the symbol. Between them it
 # can be higher by 1 / cos(pi / 12), 3.5%, an axis (see `overshoot`): little enough for climbing to do the rest.
 _WATCH_ALL = 16
@@ -83,11 +85,9 @@ def follow(kernel: Float[Array, "..."], op: Operator, track: Track) -> Track:
     """One step closer to the leading pair of `T(kernel)`: the value `<u, T v>` does not decrease."""
     if isinstance(op, CircularConv):
         return _follow_circular(kernel, op, track)
-    pair = track.pair
-    # A matrix takes one step, as in the published algorithms; images have tighter clusters at the top.
-    for _ in range(1 if isinstance(op, Dense) else _POWER_STEPS):
-        pair = power_step(kernel, op, pair)
-    return Track(pair, None)
+    # A matrix takes a power step, as in the published algorithms; images have tighter clusters at the top.
+    step = power_step if isinstance(op, Dense) else _image_step
+    return Track(step(kernel, op, track.pair), None)
 
 
 def power_step(kernel: Float[Array, "..."], op: Operator, pair: Pair) -> Pair:
@@ -99,6 +99,39 @@ def power_step(kernel: Float[Array, "..."], op: Operator, pair: Pair) -> Pair:
     highest = lax.Precision.HIGHEST
     right = unit(op.transpose(kernel, pair.left, precision=highest))
     return Pair(pair.site, right, unit(op.apply(kernel, right, precision=highest)))
+
+
+def _image_step(kernel: Float[Array, "..."], op: Operator, pair: Pair) -> Pair:
+    """The Krylov step of two images."""
+    matvec, rmatvec, *_ = flat_products(kernel, op)
+    right, left = _krylov_step(jax.vmap(matvec), jax.vmap(rmatvec), pair.right.reshape((1, -1)))
+    return Pair(pair.site, right.reshape(pair.right.shape), left.reshape(pair.left.shape))
+
+
+def _krylov_step(matvec, rmatvec, start: Inexact[Array, "k n"]):
+    """Best pairs in the spaces of `v` and its power steps: in a cluster far closer than the last of those alone.
+
+    `k` maps side by side, in the rows. Returns the right and the left vectors.
+    """
+    basis, images = [_unit_rows(start)], []
+    for _ in range(_KRYLOV_STEPS):
+        images.append(matvec(basis[-1]))
+        basis.append(_orthogonal_part(rmatvec(images[-1]), jnp.stack(basis, axis=1)))
+    basis, images = jnp.stack(basis, axis=1), jnp.stack([*images, matvec(basis[-1])], axis=1)
+    # Largest |T V y| over unit y; the SVD of a Hermitian matrix, as batched eigh is not safe on every CPU.
+    weights = jnp.linalg.svd(_einsum("kim,kjm->kij", images.conj(), images))[0][..., 0]
+    return tuple(_unit_rows(_einsum("kj,kjn->kn", weights, vectors)) for vectors in (basis, images))
+
+
+def _orthogonal_part(vector, basis):
+    """The unit vector along what the basis lacks; 0 where that is rounding alone, and the space exhausted."""
+    before = jnp.linalg.norm(vector, axis=-1, keepdims=True)
+    # Twice is enough (Giraud et al. 2005).
+    for _ in range(2):
+        vector = vector - _einsum("kj,kjn->kn", _einsum("kjn,kn->kj", basis.conj(), vector), basis)
+    norm = jnp.linalg.norm(vector, axis=-1, keepdims=True)
+    nothing = norm <= 100 * jnp.finfo(norm.dtype).eps * before
+    return jnp.where(nothing, 0, vector / jnp.where(nothing, 1, norm).astype(vector.dtype))
 
 
 # Circular convolutions
@@ -113,7 +146,7 @@ def _follow_circular(kernel, op: CircularConv, track: Track) -> Track:
     incumbent = _Candidates(group, track.pair.right, track.pair.left)
     # The incumbent goes first: of equal values argmax takes the first, and nothing moves without need.
     candidates = jax.tree.map(lambda one, many: jnp.concatenate([one[None], many.astype(one.dtype)]), incumbent, best)
-    for _ in range(_POWER_STEPS):
+    for _ in range(_CLIMBS):
         sites, values, candidates = _climb(coefficients, op, kernel.shape, candidates)
     winner = jnp.argmax(values)
     left, right = (_unit_rows(vectors)[winner] for vectors in (candidates.left, candidates.right))
@@ -167,19 +200,24 @@ def _best_watched(left, watch) -> _Candidates:
 
 
 def _climb(coefficients, op: CircularConv, kernel_shape, candidates: _Candidates):
-    """Vectors fixed, the best frequency of the half grid; then, there, a power step: `(sites, values, candidates)`."""
+    """Vectors fixed, the best frequency of the half grid; there, better vectors: `(sites, values, candidates)`."""
     group, left, right = candidates
     # One group: the same coefficients for all, and no copies of them.
     own, k = (coefficients[0], "") if len(coefficients) == 1 else (coefficients[group], "k")
     reached = _times_real(f"{k}trc,kc->ktr", own, right)
     index, waves = _best_frequency(op, kernel_shape, _einsum("kr,ktr->kt", left.conj(), reached))
-    left = _unit_rows(_einsum("kt,ktr->kr", waves, reached))
-    right = _unit_rows(_einsum("kt,ktc->kc", waves.conj(), _times_real(f"{k}trc,kr->ktc", own, left)))
-    left = _einsum("kt,ktr->kr", waves, _times_real(f"{k}trc,kc->ktr", own, right))
-    sites = jnp.ravel_multi_index(
-        (*index, group.astype(index[0].dtype)), (*_fourier.half_grid(op), len(coefficients)), mode="clip"
-    )
-    return sites, jnp.linalg.norm(left, axis=-1), _Candidates(group, _unit_rows(left), right)
+
+    def matvec(right):
+        return _einsum("kt,ktr->kr", waves, _times_real(f"{k}trc,kc->ktr", own, right))
+
+    def rmatvec(left):
+        return _einsum("kt,ktc->kc", waves.conj(), _times_real(f"{k}trc,kr->ktc", own, left))
+
+    right, left = _krylov_step(matvec, rmatvec, right)
+    values = jnp.linalg.norm(matvec(right), axis=-1)
+    shape = (*_fourier.half_grid(op), len(coefficients))
+    sites = jnp.ravel_multi_index((*index, group.astype(index[0].dtype)), shape, mode="clip")
+    return sites, values, _Candidates(group, left, right)
 
 
 def _best_frequency(op: CircularConv, kernel_shape, filters: Complex[Array, "k terms"]):

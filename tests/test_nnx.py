@@ -173,9 +173,12 @@ def test_the_constraints_hold_after_200_training_steps():
     assert losses[-1] < losses[0] - 0.2
     assert jnp.linalg.norm(model.conv2.layer.kernel[...] - CNN().conv2.kernel[...]) > 0.5
     model.eval()
+    raw = {name: norm_and_rank(getattr(model, name).layer, shape)[1] for name, shape in IN_SHAPES.items()}
+    # Training itself can bring a raw kernel below its target; it is then left there. Of most it must not.
+    assert sum(raw[name] > targets[name] for name in raw) >= 2
     for measured in (true_values(model), true_values(jnnx.fold(model))):
         for name, (norm, rank) in measured.items():
-            np.testing.assert_allclose((norm, rank), (1, targets[name]), rtol=1e-2, err_msg=name)
+            np.testing.assert_allclose((norm, rank), (1, min(targets[name], raw[name])), rtol=1e-2, err_msg=name)
     x = IMAGES[0][:20]
     np.testing.assert_allclose(
         jnnx.fold(model)(x),
