@@ -32,6 +32,7 @@ __all__ = [
     "leading",
     "nearby",
     "pair_of_images",
+    "pair_shapes",
     "plain_gradient",
     "rescaled",
     "site_pairs",
@@ -48,6 +49,14 @@ class Pair(NamedTuple):
     site: Int[Array, "..."]
     right: Inexact[Array, "..."]
     left: Inexact[Array, "..."]
+
+
+def pair_shapes(op: Operator, kernel_shape: tuple[int, ...]) -> Pair:
+    """The shapes of a pair's arrays, in their places (static)."""
+    if not isinstance(op, CircularConv):
+        return Pair((), op.in_shape(kernel_shape), op.out_shape(kernel_shape))
+    rows, columns = _fourier.site_shape(op, kernel_shape)
+    return Pair((), (rows,), (columns,))
 
 
 def rescaled(kernel: Float[Array, "..."], op: Operator) -> tuple[Float[Array, "..."], Float[Array, ""]]:

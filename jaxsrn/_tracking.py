@@ -23,7 +23,7 @@ from jaxtyping import Array, Complex, Float, Inexact, Int
 from jaxsrn import _fourier
 from jaxsrn._lanczos import random_start
 from jaxsrn._linalg import unit
-from jaxsrn._pairs import Pair, flat_products
+from jaxsrn._pairs import Pair, flat_products, pair_shapes
 from jaxsrn.operators import CircularConv, Dense, Operator
 
 __all__ = ["Track", "follow", "power_step", "start", "track_shapes"]
@@ -75,10 +75,10 @@ def start(kernel: Float[Array, "..."], op: Operator, pair: Pair) -> Track:
 def track_shapes(op: Operator, kernel_shape: tuple[int, ...]) -> Track:
     """The shapes of a track's arrays, in their places (static)."""
     if not isinstance(op, CircularConv):
-        return Track(Pair((), op.in_shape(kernel_shape), op.out_shape(kernel_shape)), None)
-    rows, columns = _fourier.site_shape(op, kernel_shape)
+        return Track(pair_shapes(op, kernel_shape), None)
     watched = math.prod(_watched_half(op, kernel_shape)[0])
-    return Track(Pair((), (rows,), (columns,)), (watched, op.feature_group_count, columns))
+    _, columns = _fourier.site_shape(op, kernel_shape)
+    return Track(pair_shapes(op, kernel_shape), (watched, op.feature_group_count, columns))
 
 
 def follow(kernel: Float[Array, "..."], op: Operator, track: Track) -> Track:

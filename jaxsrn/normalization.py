@@ -180,7 +180,7 @@ def srnc(
     raise_rank: bool = False,
     max_steps: int = 500,
     tolerance=None,
-    initial: SingularTriplet | None = None,
+    initial: SingularTriplet | _pairs.Pair | None = None,
 ) -> SRNResult:
     """The kernel closest to `kernel`, of the same support, whose layer has stable rank `target` and the same norm.
 
@@ -207,8 +207,8 @@ def srnc(
       max_steps: static; passes of the iteration; raising: SVDs of all matrices in one projection.
       tolerance: relative change of the kernel in a pass at which to stop, default `eps ** 0.6`; traced. The
         constraints are met to about its square. Raising: the relative error of the stable rank.
-      initial: a singular triplet to start from, in place of the scan: in training, that of the last result. Raising
-        does not use it.
+      initial: where to start, in place of the scan: a singular triplet, in training that of the last result; or the
+        compact pair of a training state, `state.normalized.pair` of `srnc_state`. Raising does not use it.
 
     Returns:
       An `SRNResult`. Infeasible or not converged: said there, by `feasible` and `residual`. Derivatives hold the
@@ -229,10 +229,25 @@ def srnc(
         keep_norm or not raise_rank, "keep_norm: got False with raise_rank=True, expected True; raising keeps the norm."
     )
     if initial is not None:
-        check_triplet(initial, op, kernel.shape)
+        _check_initial(initial, op, kernel.shape)
     if isinstance(op, Dense):
         return _srn(kernel, target, 1 if keep_norm else 0, bool(raise_rank))
     return (_srnc_raised if raise_rank else _srnc)(kernel, op, target, initial, tolerance, bool(keep_norm), max_steps)
+
+
+def _check_initial(initial, op: Operator, kernel_shape) -> None:
+    if not isinstance(initial, _pairs.Pair):
+        return check_triplet(initial, op, kernel_shape)
+    shapes, expected = jax.tree.map(jnp.shape, initial), _pairs.pair_shapes(op, kernel_shape)
+    return ensure(shapes == expected, f"initial: got {shapes}, expected {expected} for {op}; take it from srnc_state.")
+
+
+def _as_pair(initial: SingularTriplet | _pairs.Pair, op: Operator, kernel: Float[Array, "..."]) -> _pairs.Pair:
+    if isinstance(initial, _pairs.Pair):
+        return initial
+    return _pairs.pair_of_images(
+        initial.left.astype(kernel.dtype), initial.right.astype(kernel.dtype), op, kernel.shape
+    )
 
 
 @functools.partial(jax.jit, static_argnums=(5, 6))
@@ -242,8 +257,7 @@ def _srnc(kernel, op, target, initial, tolerance, keep_norm, max_steps):
     frozen, tolerance = lax.stop_gradient((problem, tolerance))
     starts, bound = survey(frozen, op, own)
     if initial is not None:
-        left, right = (vector.astype(a.dtype) for vector in lax.stop_gradient((initial.left, initial.right)))
-        starts = jax.tree.map(lambda leaf: leaf[None], _pairs.pair_of_images(left, right, op, a.shape))
+        starts = jax.tree.map(lambda leaf: leaf[None], _as_pair(lax.stop_gradient(initial), op, a))
     solution = lax.stop_gradient(solve(frozen, op, starts, max_steps, tolerance))
     # The closed form once more, now as a function of the kernel: what derivatives see.
     direction = lax.stop_gradient(functional(solution.pair, op, frozen.weights, a.shape))

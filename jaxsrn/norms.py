@@ -49,7 +49,7 @@ def leading_triplet(
     """The largest singular value of `T(kernel)` with its two vectors, from a cold start.
 
     Circular: the leading value of the symbol over all its frequencies, its vectors as plane waves. Dense: an SVD.
-    Zero padding: Golub-Kahan-Lanczos with thick restarts on the real operator.
+    Zero padding: Golub-Kahan-Lanczos with thick restarts on the real operator, from the wave of the circular layer.
 
     Args:
       kernel: `(c_in, c_out)` or `(*taps, c_in // groups, c_out)`.

@@ -210,6 +210,21 @@ def test_initial_continues_from_an_earlier_result():
     assert int(again.num_steps) < int(first.num_steps)
 
 
+@pytest.mark.parametrize("name", ["circular-2d", "same-2d"])
+def test_initial_from_the_compact_state_of_training(name):
+    (case,) = by_name(name)
+    a = kernel(case)
+    target = between(a, case.op, 0.5)
+    first = jaxsrn.srnc(a, case.op, target)
+    pair = jaxsrn.srnc_state(a, case.op, target).normalized.pair
+    again = jaxsrn.srnc(a, case.op, target, initial=pair)
+    assert again.num_steps <= first.num_steps
+    assert again.residual < 1e-9
+    np.testing.assert_allclose(again.distance, first.distance, rtol=1e-6)
+    with pytest.raises(ValueError, match="initial: got Pair"):
+        jaxsrn.srnc(a, case.op, target, initial=pair._replace(left=pair.left[..., :1]))
+
+
 # The other forms
 
 
