@@ -299,7 +299,7 @@ def draw_barrier(tracked: dict, exact: dict, small: dict, path):
             # A gradient of exactly 0 has no place on a logarithmic axis: the line ends.
             bottom.plot(np.where(slope == 0, np.nan, slope), color=color, ls=style, lw=1.8)
         top.axhline(1, color="0.3", lw=0.8, ls="--")
-        top.set(title=rf"$\alpha = {alpha:g}$", ylim=(0.4, 3), xlim=(0, NUM_STEPS))
+        top.set(title=rf"$\alpha = {alpha:g}$", yscale="log", ylim=(0.1, 1000), xlim=(0, NUM_STEPS))
         bottom.set(xlabel="iterations", yscale="log")
     axes[0, 0].set_ylabel(r"$R_\alpha / \alpha$")
     axes[1, 0].set_ylabel("norm of the gradient")
