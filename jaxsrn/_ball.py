@@ -34,7 +34,7 @@ _ROUND_ENDS = 0.5
 # Beyond this power of 1 / eps the multipliers drown in rounding; beyond this number conjugate gradients take too long.
 _LARGEST_POWER, _LARGEST_PENALTY = 0.45, 1e6
 # Steps without a better candidate: rounding is reached. A new round needs some to catch up.
-_PATIENCE = 40
+_PATIENCE = 60
 _DERIVATIVE_POWER = 0.4
 _MAX_INNER = 200
 _SHORTEST_STEP = 1e-3
@@ -69,6 +69,7 @@ class Iterate(NamedTuple):
     value: Float[Array, ""]
     multiplier: Inexact[Array, "batch rows columns"]
     penalty: Float[Array, ""]
+    largest_penalty: Float[Array, ""]
     best: Candidate
     excess: Float[Array, ""]
     stalled: Int[Array, ""]
@@ -105,9 +106,13 @@ def distance_and_excess(target: Float[Array, "..."], blocks: Blocks, candidate: 
     return distance, jnp.clip(twice_gap / jnp.where(total == 0, 1.0, total), 0.0, distance)
 
 
-def begin(kernel: Float[Array, "..."], blocks: Blocks) -> Iterate:
+def begin(kernel: Float[Array, "..."], blocks: Blocks, limit: Float[Array, ""]) -> Iterate:
     """From the kernel itself, without multipliers."""
-    stack = jax.eval_shape(blocks.stack, kernel)
+    stack = blocks.stack(kernel)
+    # Multipliers grow with how far the kernel is from the ball, and penalties have to.
+    mean_square = jnp.max(jnp.sum(jnp.real(jnp.conj(stack) * stack), axis=(-2, -1))) / min(stack.shape[-2:])
+    ratio = jnp.maximum(safe_sqrt(mean_square) / limit, 1.0)
+    largest = min(float(jnp.finfo(kernel.dtype).eps) ** -_LARGEST_POWER, _LARGEST_PENALTY)
     zero = jnp.zeros((), kernel.dtype)
     nothing = Candidate(kernel, zero, zero, zero + jnp.inf)
     return Iterate(
@@ -116,8 +121,9 @@ def begin(kernel: Float[Array, "..."], blocks: Blocks) -> Iterate:
         length=zero,
         slope=zero,
         value=zero + jnp.inf,
-        multiplier=jnp.zeros(stack.shape, stack.dtype),
-        penalty=zero + _FIRST_PENALTY,
+        multiplier=jnp.zeros_like(stack),
+        penalty=_FIRST_PENALTY * ratio,
+        largest_penalty=largest * ratio,
         best=nothing,
         excess=zero + jnp.inf,
         stalled=jnp.asarray(0),
@@ -226,8 +232,7 @@ def _advance(state: Iterate, target: Float[Array, "..."], blocks: Blocks, limit:
         jnp.clip(wanted, 1e-3, 0.1),
         _MAX_INNER,
     )
-    largest_penalty = min(float(jnp.finfo(point.dtype).eps) ** -_LARGEST_POWER, _LARGEST_PENALTY)
-    grown = jnp.minimum(_PENALTY_GROWTH * state.penalty, largest_penalty)
+    grown = jnp.minimum(_PENALTY_GROWTH * state.penalty, state.largest_penalty)
     factor = jnp.minimum(limit / found.candidate.bound, 1.0)
     _, excess_found = distance_and_excess(target, blocks, found.candidate, factor)
     better = ~(excess_found >= state.excess)  # NaN must get through
@@ -239,6 +244,7 @@ def _advance(state: Iterate, target: Float[Array, "..."], blocks: Blocks, limit:
         value=jnp.where(ends, jnp.inf, jnp.where(accepted, found.value, state.value)),
         multiplier=jnp.where(ends, found.multiplier, state.multiplier),
         penalty=jnp.where(ends, grown, state.penalty),
+        largest_penalty=state.largest_penalty,
         best=jax.tree.map(lambda new, old: jnp.where(better, new, old), found.candidate, state.best),
         excess=jnp.where(better, excess_found, state.excess),
         stalled=jnp.where(better, 0, state.stalled + 1),

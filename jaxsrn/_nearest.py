@@ -117,7 +117,7 @@ def nearest(
 
 def _from_scratch(target, blocks: Blocks, radius, max_steps: int, largest_excess) -> Iterate:
     """Without the multipliers of another radius or target: penalties that fit those make it slower, not faster."""
-    return _ball.solve(_ball.begin(target, blocks), target, blocks, radius, max_steps, largest_excess)
+    return _ball.solve(_ball.begin(target, blocks, radius), target, blocks, radius, max_steps, largest_excess)
 
 
 def _into_ball(kernel, target, op: Operator, blocks: Blocks, limit) -> Float[Array, ""]:

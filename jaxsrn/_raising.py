@@ -89,7 +89,9 @@ def _search(problem: Problem, op: Operator, max_steps: int, tolerance) -> _State
     def step(state: _State) -> _State:
         tau = jnp.exp(state.next)
         trial = _try(problem, op, tau, max_steps, largest_excess)
-        better = ~(jnp.abs(trial.rank - problem.target) >= jnp.abs(state.best.rank - problem.target))
+        closer = ~(jnp.abs(trial.rank - problem.target) >= jnp.abs(state.best.rank - problem.target))
+        # On the way to the limit the last one counts.
+        better = closer | jnp.isinf(state.high)
         best = jax.tree.map(lambda new, old: jnp.where(better, new, old), trial, state.best)
         bracket = _narrowed(state, trial.rank - problem.target)
         num_steps = state.num_steps + trial.found.num_steps
