@@ -31,15 +31,15 @@ class Contract(NamedTuple):
 
 
 class Alone(NamedTuple):
-    """A kernel that a function returns without any numbers, with one to look at."""
+    """A kernel that a function returns without any numbers, with one to look at: 0, or NaN if the kernel is."""
 
     kernel: jax.Array
-    largest: jax.Array
+    zero: jax.Array
 
     @classmethod
     def of(cls, kernel):
         wide = jnp.float64 if kernel.dtype == jnp.float64 else jnp.float32
-        return cls(kernel, jnp.max(jnp.abs(kernel.astype(wide))))
+        return cls(kernel, jnp.sum(0 * kernel.astype(wide)))
 
 
 class Stepped(NamedTuple):
