@@ -1,6 +1,6 @@
 """Leading singular pairs that follow a kernel while it changes: one cheap warm step after the other.
 
-Dense layers: a power step. Zero padding: the best pair in a small Krylov space of images. Circular convolutions:
+Dense layers: a power step. Zero padding: the best pair in a small space of images. Circular convolutions:
 frequency power iteration, for fixed vectors the best frequency, for a fixed frequency better vectors. That follows
 one frequency's vectors, and would not see another frequency with other vectors overtake. So a coarse grid of
 frequencies is watched: one vector at each, with a power step of its own each time, and the best of every part of the
@@ -30,6 +30,9 @@ __all__ = ["Track", "follow", "power_step", "start", "track_shapes"]
 
 _KRYLOV_STEPS = 2
 _CLIMBS = 2
+# Images: vectors kept beside the leading one, and of how many a power step is taken.
+_RUNNERS_UP = 2
+_EXPANDED = 2
 # Watched frequencies per axis: all of a small grid, of a large one so many per degree of the symbol. Between them it
 # can be higher by 1 / cos(pi / 12), 3.5%, an axis (see `overshoot`): little enough for climbing to do the rest.
 _WATCH_ALL = 16
@@ -45,11 +48,12 @@ class Track(NamedTuple):
 
     Attributes:
       pair: the leading pair.
-      watch: circular: unit right vectors of the symbol, `(watched frequencies, groups, c_out // groups)`.
+      watch: what may overtake it. Circular: unit right vectors of the symbol, `(watched frequencies, groups, c_out //
+        groups)`. Zero padding: right vectors of the runners-up, `(2, *in_shape)`. Dense: `None`.
     """
 
     pair: Pair
-    watch: Complex[Array, "..."] | None
+    watch: Inexact[Array, "..."] | None
 
 
 class _Candidates(NamedTuple):
@@ -62,8 +66,13 @@ class _Candidates(NamedTuple):
 
 def start(kernel: Float[Array, "..."], op: Operator, pair: Pair) -> Track:
     """The track of a kernel whose leading pair is known. The kernel's scale must not be extreme."""
-    if not isinstance(op, CircularConv):
+    if isinstance(op, Dense):
         return Track(pair, None)
+    if not isinstance(op, CircularConv):
+        others = random_start((_RUNNERS_UP, pair.right.size), kernel.dtype)
+        others = _orthonormal(others, pair.right.reshape((1, -1)))[1:]
+        track = Track(pair, others.reshape((-1, *pair.right.shape)))
+        return lax.fori_loop(0, _COLD_STEPS, lambda _, track: _follow_images(kernel, op, track), track)
     coefficients, exponents = _fourier.polynomial(kernel, op)
     waves = _watched_waves(op, kernel.shape, exponents, coefficients.dtype)
     shape = (len(waves), len(coefficients), coefficients.shape[-1])
@@ -75,7 +84,8 @@ def start(kernel: Float[Array, "..."], op: Operator, pair: Pair) -> Track:
 def track_shapes(op: Operator, kernel_shape: tuple[int, ...]) -> Track:
     """The shapes of a track's arrays, in their places (static)."""
     if not isinstance(op, CircularConv):
-        return Track(pair_shapes(op, kernel_shape), None)
+        watch = None if isinstance(op, Dense) else (_RUNNERS_UP, *op.in_shape(kernel_shape))
+        return Track(pair_shapes(op, kernel_shape), watch)
     watched = math.prod(_watched_half(op, kernel_shape)[0])
     _, columns = _fourier.site_shape(op, kernel_shape)
     return Track(pair_shapes(op, kernel_shape), (watched, op.feature_group_count, columns))
@@ -85,9 +95,9 @@ def follow(kernel: Float[Array, "..."], op: Operator, track: Track) -> Track:
     """One step closer to the leading pair of `T(kernel)`: the value `<u, T v>` does not decrease."""
     if isinstance(op, CircularConv):
         return _follow_circular(kernel, op, track)
-    # A matrix takes a power step, as in the published algorithms; images have tighter clusters at the top.
-    step = power_step if isinstance(op, Dense) else _image_step
-    return Track(step(kernel, op, track.pair), None)
+    if isinstance(op, Dense):
+        return Track(power_step(kernel, op, track.pair), None)
+    return _follow_images(kernel, op, track)
 
 
 def power_step(kernel: Float[Array, "..."], op: Operator, pair: Pair) -> Pair:
@@ -101,11 +111,30 @@ def power_step(kernel: Float[Array, "..."], op: Operator, pair: Pair) -> Pair:
     return Pair(pair.site, right, unit(op.apply(kernel, right, precision=highest)))
 
 
-def _image_step(kernel: Float[Array, "..."], op: Operator, pair: Pair) -> Pair:
-    """The Krylov step of two images."""
+def _follow_images(kernel: Float[Array, "..."], op: Operator, track: Track) -> Track:
+    """The best pairs in the space of the leading vectors and power steps of the first two of them.
+
+    Singular values of images lie close together, and cross. One vector alone, however many steps it takes, is late to
+    turn into another; here the next ones are at hand.
+    """
     matvec, rmatvec, *_ = flat_products(kernel, op)
-    right, left = _krylov_step(jax.vmap(matvec), jax.vmap(rmatvec), pair.right.reshape((1, -1)))
-    return Pair(pair.site, right.reshape(pair.right.shape), left.reshape(pair.left.shape))
+    shape = track.pair.right.shape
+    kept = jnp.concatenate([track.pair.right[None], track.watch]).reshape((1 + _RUNNERS_UP, -1))
+    images = jax.vmap(matvec)(kept)
+    basis = _orthonormal(jax.vmap(rmatvec)(images[:_EXPANDED]), kept)
+    images = jnp.concatenate([images, jax.vmap(matvec)(basis[len(kept) :])])
+    weights = jnp.linalg.svd(_einsum("in,jn->ij", images, images))[0].T[: len(kept)]
+    rights = _einsum("kj,jn->kn", weights, basis)
+    right, left = unit(rights[0]), unit(_einsum("j,jn->n", weights[0], images))
+    pair = Pair(track.pair.site, right.reshape(shape), left.reshape(track.pair.left.shape))
+    return Track(pair, rights[1:].reshape(track.watch.shape))
+
+
+def _orthonormal(vectors: Float[Array, "k n"], basis: Float[Array, "j n"]) -> Float[Array, "j+k n"]:
+    """The basis, and what each of the vectors adds to it (0 where nothing)."""
+    for vector in vectors:
+        basis = jnp.concatenate([basis, _orthogonal_part(vector[None], basis[None])])
+    return basis
 
 
 def _krylov_step(matvec, rmatvec, start: Inexact[Array, "k n"]):
