@@ -119,7 +119,8 @@ def _follow_images(kernel: Float[Array, "..."], op: Operator, track: Track) -> T
     """
     matvec, rmatvec, *_ = flat_products(kernel, op)
     shape = track.pair.right.shape
-    kept = jnp.concatenate([track.pair.right[None], track.watch]).reshape((1 + _RUNNERS_UP, -1))
+    # Orthonormal but for rounding, which the choice of the largest below would amplify from step to step.
+    kept = _orthonormal(track.watch.reshape((_RUNNERS_UP, -1)), unit(track.pair.right.reshape((1, -1))))
     images = jax.vmap(matvec)(kept)
     basis = _orthonormal(jax.vmap(rmatvec)(images[:_EXPANDED]), kept)
     images = jnp.concatenate([images, jax.vmap(matvec)(basis[len(kept) :])])
