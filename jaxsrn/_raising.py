@@ -24,9 +24,8 @@ from jaxsrn.operators import Operator
 __all__ = ["Raised", "raised"]
 
 _FACTOR = 4.0
-# `tau` at which the limit is taken to be reached, as a power of 1 / eps: what is left falls with 1 / tau, the rounding
-# errors of the projections grow with tau.
-_LARGEST = 0.18
+# `tau` at which the limit is taken to be reached, as a power of 1 / eps.
+_LARGEST = 0.25
 _MAX_TRIALS = 60
 # Of the projections, relative to the tolerance of the stable rank.
 _EXACTNESS = 0.1
@@ -84,12 +83,12 @@ def raised(problem: Problem, op: Operator, max_steps: int, tolerance: Float[Arra
 
 def _search(problem: Problem, op: Operator, max_steps: int, tolerance) -> _State:
     size = safe_sqrt(problem.inner(problem.kernel, problem.kernel))
-    # The stable rank is only as smooth in tau as the projections are exact; their distances grow with tau.
+    # The stable rank is only as smooth in tau as the projections are exact.
     largest_excess = jnp.maximum(_EXACTNESS * tolerance, 100 * jnp.finfo(size.dtype).eps) * size
 
     def step(state: _State) -> _State:
         tau = jnp.exp(state.next)
-        trial = _try(problem, op, tau, max_steps, largest_excess / tau)
+        trial = _try(problem, op, tau, max_steps, largest_excess)
         closer = ~(jnp.abs(trial.rank - problem.target) >= jnp.abs(state.best.rank - problem.target))
         # On the way to the limit the last one counts.
         better = closer | jnp.isinf(state.high)
@@ -115,7 +114,7 @@ def _begin(problem: Problem, op: Operator, max_steps: int, largest_excess) -> _S
     """After the first trial, at the first `tau` above 1, where the kernel is itself."""
     zero = jnp.zeros_like(problem.norm)
     rank = problem.inner(problem.kernel, problem.kernel) / problem.norm**2
-    trial = _try(problem, op, zero + _FACTOR, max_steps, largest_excess / _FACTOR)
+    trial = _try(problem, op, zero + _FACTOR, max_steps, largest_excess)
     nothing = zero + jnp.inf
     state = _State(
         next=jnp.log(_FACTOR) + zero,

@@ -194,9 +194,9 @@ def srnc(
     With `raise_rank` a target above the stable rank is met too, keeping the norm: `K = P(tau A)`, with `P` the
     projection on the kernels of norm at most `||T(A)||_2`, at the `tau` that gives the stable rank. That is a convex
     problem, globally solved (`gap` by its duality gap), up to the stable rank `r_inf` of the limit `tau -> infinity`.
-    A target beyond it is infeasible here, and the result is that of the largest `tau` tried, about `eps ** -0.18`: its
-    `stable_rank` is the limit `r_inf` to some tenths of a percent in float64. (Kernels with a larger stable rank can
-    exist: `surrogate.solve` looks for them.)
+    A target beyond it is infeasible here, and the result is that of the largest `tau` tried, about `eps ** -0.25`: its
+    `stable_rank` is reached, and stands for the limit `r_inf`, from which rounding at so large a `tau` keeps it up to
+    two percent in float64. (Kernels with a larger stable rank can exist: `surrogate.solve` looks for them.)
 
     Args:
       kernel: `(c_in, c_out)` or `(*taps, c_in // groups, c_out)`.
