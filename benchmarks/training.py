@@ -214,8 +214,8 @@ def timed(variants, peers, size: int, width: int, batch: int, rounds: int):
 def step_times(*size_width_batch_rounds):
     head, rows, ratios = timed(JAX_VARIANTS, torch_variants(), *size_width_batch_rounds)
     text = (
-        f"{head}`time` and `FLOPs`: as multiples of the plain step of the same framework and padding (time: the median\n"
-        f"over rounds of the ratio within a round; FLOPs: XLA's cost analysis).\n\n{rows}"
+        f"{head}`time` and `FLOPs`: as multiples of the plain step of the same framework and padding (time: the\n"
+        f"median over rounds of the ratio within a round; FLOPs: XLA's cost analysis).\n\n{rows}"
     )
     checks = [
         (ratios[name] <= MOST_OVERHEAD, f"{name}: {ratios[name]:.3f} times the plain step, at most {MOST_OVERHEAD}")
