@@ -21,6 +21,7 @@ from jaxsrn.operators import CircularConv, ZeroPaddedConv
 
 __all__ = [
     "axis_exponents",
+    "axis_waves",
     "complex_dtype",
     "degrees",
     "dft_rows",
@@ -70,10 +71,8 @@ def distinct_sites(op: CircularConv) -> tuple[np.ndarray, np.ndarray]:
     own, conjugate = (np.ravel_multi_index(tuple(i), op.grid) for i in (index, -index % shape))
     # Conjugates outside the half grid have a larger last index than the site, those inside have it equal.
     kept = (own <= conjugate) | (2 * index[-1] % op.grid[-1] != 0)
-    counts = np.where(own == conjugate, 1, 2)[kept]
-    groups = np.arange(op.feature_group_count)
-    sites = np.flatnonzero(kept)[:, None] * len(groups) + groups
-    return sites.reshape(-1), np.repeat(counts, len(groups))
+    sites = np.flatnonzero(np.repeat(kept, op.feature_group_count))
+    return sites, np.where(is_self_conjugate(op)[sites], 1, 2)
 
 
 def is_self_conjugate(op: CircularConv) -> np.ndarray:
@@ -108,14 +107,16 @@ def overshoot(op: CircularConv, kernel_shape: tuple[int, ...]) -> float:
     return 1 / math.prod(math.cos(math.pi * r / 2) for r in ratios) if max(ratios) < 1 else math.inf
 
 
+def axis_waves(n: int, exponents: np.ndarray) -> np.ndarray:
+    """`exp(-i w t)` at the `n` frequencies of an axis, `(n, exponents)`."""
+    # Reducing the integer angle first keeps full precision on large grids.
+    return np.exp(-2j * np.pi * (np.outer(np.arange(n), exponents) % n) / n)
+
+
 def dft_rows(op: CircularConv, kernel_shape: tuple[int, ...]) -> list[np.ndarray]:
     """Per axis `(grid, phases, taps)`: `exp(-i w t)` where the tap lies `t` strides into that phase, else 0."""
-    rows = []
-    for n, (exponent, in_phase) in zip(op.grid, _polyphase(op, kernel_shape), strict=True):
-        # Reducing the integer angle first keeps full precision on large grids.
-        angle = np.outer(np.arange(n), exponent) % n
-        rows.append(np.exp(-2j * np.pi * angle / n)[:, None, :] * in_phase)
-    return rows
+    pairs = zip(op.grid, _polyphase(op, kernel_shape), strict=True)
+    return [axis_waves(n, exponent)[:, None, :] * in_phase for n, (exponent, in_phase) in pairs]
 
 
 def grouped(kernel: Float[Array, "..."], op: CircularConv | ZeroPaddedConv) -> Float[Array, "..."]:

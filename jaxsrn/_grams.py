@@ -21,7 +21,7 @@ from jaxtyping import Array, Complex, Float, Int
 
 from jaxsrn import _fourier
 from jaxsrn._lanczos import random_start
-from jaxsrn._linalg import gram_bound
+from jaxsrn._linalg import gram_bound, real_times
 from jaxsrn.operators import CircularConv
 
 __all__ = [
@@ -32,7 +32,6 @@ __all__ = [
     "is_reduced",
     "is_transposed",
     "symbol_at",
-    "times",
     "waves_at",
     "whole_grams",
     "with_all_directions",
@@ -44,10 +43,6 @@ CHUNK = 2**18
 _KEPT = 128
 _product = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
 _einsum = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
-
-
-def _transpose(matrices):
-    return jnp.swapaxes(matrices, -1, -2)
 
 
 class GramPolynomial(NamedTuple):
@@ -90,7 +85,7 @@ def gram_polynomial(kernel: Float[Array, "..."], op: CircularConv) -> GramPolyno
     """The polynomial of a kernel, reduced where that pays."""
     coefficients, exponents = _fourier.polynomial(kernel, op)
     if is_transposed(op, kernel.shape):
-        coefficients = _transpose(coefficients)
+        coefficients = coefficients.mT
     basis, loss, kept = None, jnp.zeros((), coefficients.dtype), coefficients
     if is_reduced(op, kernel.shape):
         basis, loss = _leading_directions(coefficients)
@@ -102,11 +97,11 @@ def _leading_directions(coefficients: Float[Array, "groups terms rows columns"])
     """The basis of each group by subspace iteration from a fixed start, and the loss of the worst."""
     groups, terms, _, columns = coefficients.shape
     stacked = coefficients.reshape((groups, -1, columns))
-    energy = _product(_transpose(stacked), stacked)
+    energy = _product(stacked.mT, stacked)
     start = random_start((1, columns, _KEPT), energy.dtype)
     basis = jnp.linalg.qr(_product(energy, _product(energy, start)))[0]
-    rest = energy - _product(basis, _product(_transpose(basis), energy))
-    rest = rest - _product(_product(rest, basis), _transpose(basis))
+    rest = energy - _product(basis, _product(basis.mT, energy))
+    rest = rest - _product(_product(rest, basis), basis.mT)
     # What the projections leave of rounding.
     slack = 4 * jnp.finfo(energy.dtype).eps * jnp.linalg.norm(energy, axis=(-2, -1))
     return basis, terms * (gram_bound(rest, 4) + jnp.max(slack))
@@ -124,7 +119,7 @@ def _autocorrelation(coefficients: Float[Array, "groups terms rows columns"], ex
 
     def add(sums, term):
         """One term with all others: a single large product."""
-        products = _product(_transpose(term[0]), side_by_side).reshape((groups, columns, terms, columns))
+        products = _product(term[0].mT, side_by_side).reshape((groups, columns, terms, columns))
         return sums.at[term[1]].add(jnp.moveaxis(products, 2, 0)), None
 
     sums = jnp.zeros((len(lags), groups, columns, columns), coefficients.dtype)
@@ -165,23 +160,16 @@ def symbol_at(poly: GramPolynomial, op: CircularConv, index, coefficients: Float
     return lax.complex(real, imag)
 
 
-def times(coefficients: Float[Array, "... columns"], vector: Complex[Array, " columns"]):
-    """Real coefficients times a complex vector, without a complex copy of them."""
-    return lax.complex(
-        _einsum("...c,c->...", coefficients, vector.real), _einsum("...c,c->...", coefficients, vector.imag)
-    )
-
-
 def whole_grams(poly: GramPolynomial, op: CircularConv, index) -> Complex[Array, "groups columns columns"]:
     """`S^H S` of every group at one frequency, with all directions."""
     symbol = symbol_at(poly, op, index, poly.coefficients)
 
     real, imag = symbol.real, symbol.imag
-    cross = _product(_transpose(real), imag)
-    even = _product(_transpose(real), real) + _product(_transpose(imag), imag)
-    return lax.complex(even, cross - _transpose(cross))
+    cross = _product(real.mT, imag)
+    even = _product(real.mT, real) + _product(imag.mT, imag)
+    return lax.complex(even, cross - cross.mT)
 
 
 def with_all_directions(poly: GramPolynomial, group: Int[Array, ""], right: Complex[Array, " kept"]):
     """A right vector of a group in the columns of its coefficients."""
-    return right if poly.basis is None else times(poly.basis[group], right)
+    return right if poly.basis is None else real_times("ck,k->c", poly.basis[group], right)

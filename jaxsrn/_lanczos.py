@@ -122,12 +122,10 @@ def leading_singular_vectors(
         full = state.used == size
         basis = lax.cond(full, lambda: _restarted(state.basis, kept), lambda: state.basis)
         first = jnp.where(full, kept, state.used)
-        used = jnp.minimum(first + _BETWEEN_CHECKS, size)
+        # The first basis as a whole: earlier, a start near another singular vector would pass for the leading one.
+        used = jnp.where(first == 0, size, jnp.minimum(first + _BETWEEN_CHECKS, size))
         basis = lax.fori_loop(first, used, functools.partial(_extend, matvec, rmatvec), basis)
-        restarts = state.restarts + full.astype(state.restarts.dtype)
-        # Earlier, a start near another singular vector would pass for the leading one.
-        seen = (used == size) | (restarts > 0)
-        return _State(basis, used, jnp.where(seen, _residual(basis, used), jnp.inf), restarts)
+        return _State(basis, used, _residual(basis, used), state.restarts + full.astype(state.restarts.dtype))
 
     def unfinished(state: _State):
         return (state.residual > tolerance) & (state.restarts < max_restarts)

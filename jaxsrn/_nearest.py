@@ -34,6 +34,7 @@ from jaxsrn._covers import covers
 from jaxsrn._exact import safe_sqrt
 from jaxsrn.norms import norm_of
 from jaxsrn.operators import Operator, ZeroPaddedConv
+from jaxsrn.spectra import matrix_size
 
 __all__ = ["Nearest", "Solution", "nearest", "with_derivative"]
 
@@ -61,8 +62,7 @@ class Nearest(NamedTuple):
 
 def is_split(op: Operator, kernel_shape: tuple[int, ...]) -> bool:
     """Whether the layer's own matrices are split."""
-    size = math.prod(op.in_shape(kernel_shape)) * math.prod(op.out_shape(kernel_shape))
-    return not isinstance(op, ZeroPaddedConv) or size <= _EXPLICIT_LIMIT
+    return not isinstance(op, ZeroPaddedConv) or matrix_size(op, kernel_shape) <= _EXPLICIT_LIMIT
 
 
 def _inner_blocks(op: Operator, kernel_shape: tuple[int, ...], dtype) -> Blocks:

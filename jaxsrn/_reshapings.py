@@ -43,8 +43,8 @@ def _tensors(kernel: Float[Array, "..."], op: Operator) -> list[Float[Array, "..
 
 
 def _tensor(kernel: Float[Array, "..."], op: CircularConv) -> Float[Array, "..."]:
-    coefficients, exponents = _fourier.polynomial(kernel, op)
-    terms = [len(np.unique(axis)) for axis in exponents.T]
+    coefficients, _ = _fourier.polynomial(kernel, op)
+    terms = [len(exponents) for exponents in _fourier.axis_exponents(op, kernel.shape)]
     return coefficients.reshape((coefficients.shape[0], *terms, *coefficients.shape[-2:]))
 
 
@@ -312,9 +312,7 @@ def _lip_bound(kernel, op, oversampling):
         flat = tensor.reshape((tensor.shape[0], _num_terms(tensor), -1))
         gram = _einsum("gqc,gpc->gqp", flat, flat)
         sizes = [oversampling * max(k - 1, 1) for k in terms]
-        rows = [
-            np.exp(2j * np.pi * np.outer(np.arange(m), np.arange(k)) / m) for m, k in zip(sizes, terms, strict=True)
-        ]
+        rows = [_fourier.axis_waves(m, np.arange(k)) for m, k in zip(sizes, terms, strict=True)]
         waves = jnp.asarray(functools.reduce(np.kron, rows, np.ones((1, 1))), _fourier.complex_dtype(gram.dtype))
         squares = _einsum("wq,gqp,wp->gw", waves, gram.astype(waves.dtype), jnp.conj(waves))
         factor = math.prod(math.sqrt(1 - (k - 1) / m) for m, k in zip(sizes, terms, strict=True))
@@ -350,9 +348,7 @@ def l1(kernel: Kernel, op: Operator) -> Float[Array, ""]:
 
 @jax.jit
 def _l1(kernel, op):
-    kernel, scale = _pairs.rescaled(kernel.astype(float_dtype(kernel.dtype)), op)
-    value = jnp.sum(jnp.abs(kernel))
-    return widened(NormInterval(value, value), kernel, may_cancel=False).upper * scale
+    return _smallest(lambda tensor: jnp.sum(jnp.abs(tensor)), kernel, op, guaranteed=True)
 
 
 def channel_l1(kernel: Kernel, op: Operator) -> Float[Array, ""]:

@@ -34,13 +34,12 @@ from jaxsrn._grams import (
     is_reduced,
     is_transposed,
     symbol_at,
-    times,
     waves_at,
     whole_grams,
     with_all_directions,
 )
 from jaxsrn._lanczos import leading_singular_vectors, random_start
-from jaxsrn._linalg import top_pairs, unit
+from jaxsrn._linalg import real_times, top_pairs, unit
 from jaxsrn.operators import CircularConv
 
 __all__ = ["branch_and_bound", "branch_and_bound_pays", "rounding"]
@@ -154,7 +153,7 @@ def _climb(poly: GramPolynomial, op: CircularConv, blocks: _Blocks, index, group
     def step(k, pair: _Pair) -> _Pair:
         stride = jnp.maximum(jnp.asarray(blocks.sizes[:1]) // 2 ** (k + 1), 1)
         candidates = (pair.index[None] + around * stride) % grid[None]
-        filters = _einsum("r,tr->t", pair.left.conj(), times(coefficients, pair.right))
+        filters = _einsum("r,tr->t", pair.left.conj(), real_times("trc,c->tr", coefficients, pair.right))
         values = jnp.abs(_einsum("pt,t->p", waves_at(poly, op, 2 * candidates), filters))
         index = candidates[jnp.argmax(values)]
         return _Pair(index, group, *power(index, pair.right))

@@ -21,6 +21,7 @@ from jaxsrn._exact import Problem, closed_form, functional, merit
 from jaxsrn._pairs import Pair, default_tolerance
 from jaxsrn._starts import survey
 from jaxsrn._tracking import Track, follow, power_step, start, track_shapes
+from jaxsrn.normalization import problem_of
 from jaxsrn.norms import frozen_value
 from jaxsrn.operators import Dense, Operator
 
@@ -135,10 +136,9 @@ def _follows_own(op: Operator, target, norm, cap) -> bool:
 def _srnc_state(kernel, op, target, follows_own):
     kernel = lax.stop_gradient(kernel.astype(float_dtype(kernel.dtype)))
     a, _ = _pairs.rescaled(kernel, op)
-    own = _pairs.leading(a, op, default_tolerance(a.dtype))
     if target is None or isinstance(op, Dense):
-        return SRNCState(start(a, op, own), None)
-    problem = Problem(a, op.frobenius_weights(a.shape, a.dtype), target, frozen_value(a, op, own))
+        return SRNCState(start(a, op, _pairs.leading(a, op, default_tolerance(a.dtype))), None)
+    problem, own = problem_of(a, op, target)
     unchanged = problem.inner(a, a) <= target * problem.norm**2
     pair = jax.tree.map(lambda a, b: jnp.where(unchanged, a, b), own, _best_start(problem, op, own))
     return SRNCState(_converged(a, op, target, pair), start(a, op, own) if follows_own else None)

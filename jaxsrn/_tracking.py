@@ -22,7 +22,7 @@ from jaxtyping import Array, Complex, Float, Inexact, Int
 
 from jaxsrn import _fourier
 from jaxsrn._lanczos import random_start
-from jaxsrn._linalg import unit
+from jaxsrn._linalg import real_times, unit
 from jaxsrn._pairs import Pair, flat_products, pair_shapes
 from jaxsrn.operators import CircularConv, Dense, Operator
 
@@ -203,15 +203,10 @@ def _watched_waves(op: CircularConv, kernel_shape, exponents: np.ndarray, dtype)
     return jnp.asarray(np.exp(-2j * np.pi * (turns @ exponents.T)), _fourier.complex_dtype(dtype))
 
 
-def _times_real(spec: str, coefficients, vectors):
-    """`einsum` of real coefficients and complex vectors: two real products in place of four."""
-    return lax.complex(_einsum(spec, coefficients, vectors.real), _einsum(spec, coefficients, vectors.imag))
-
-
 def _watch_step(coefficients, waves, vectors):
     """A power step at every watched frequency: `(S v, S^H S v / |S^H S v|)`; the symbols are never formed."""
-    left = _einsum("pt,pgtr->pgr", waves, _times_real("gtrc,pgc->pgtr", coefficients, vectors))
-    back = _einsum("pt,pgtc->pgc", waves.conj(), _times_real("gtrc,pgr->pgtc", coefficients, left))
+    left = _einsum("pt,pgtr->pgr", waves, real_times("gtrc,pgc->pgtr", coefficients, vectors))
+    back = _einsum("pt,pgtc->pgc", waves.conj(), real_times("gtrc,pgr->pgtc", coefficients, left))
     return left, _unit_rows(back)
 
 
@@ -234,14 +229,14 @@ def _climb(coefficients, op: CircularConv, kernel_shape, candidates: _Candidates
     group, left, right = candidates
     # One group: the same coefficients for all, and no copies of them.
     own, k = (coefficients[0], "") if len(coefficients) == 1 else (coefficients[group], "k")
-    reached = _times_real(f"{k}trc,kc->ktr", own, right)
+    reached = real_times(f"{k}trc,kc->ktr", own, right)
     index, waves = _best_frequency(op, kernel_shape, _einsum("kr,ktr->kt", left.conj(), reached))
 
     def matvec(right):
-        return _einsum("kt,ktr->kr", waves, _times_real(f"{k}trc,kc->ktr", own, right))
+        return _einsum("kt,ktr->kr", waves, real_times(f"{k}trc,kc->ktr", own, right))
 
     def rmatvec(left):
-        return _einsum("kt,ktc->kc", waves.conj(), _times_real(f"{k}trc,kr->ktc", own, left))
+        return _einsum("kt,ktc->kc", waves.conj(), real_times(f"{k}trc,kr->ktc", own, left))
 
     right, left = _krylov_step(matvec, rmatvec, right)
     values = jnp.linalg.norm(matvec(right), axis=-1)
@@ -267,8 +262,5 @@ def _best_frequency(op: CircularConv, kernel_shape, filters: Complex[Array, "k t
 
 def _term_rows(op: CircularConv, kernel_shape, dtype) -> list[Complex[Array, "points terms"]]:
     """Per axis `exp(-i w t)` on the half grid, for the exponents of `polynomial`."""
-    rows = []
-    for n, m, exponents in zip(op.grid, _fourier.half_grid(op), _fourier.axis_exponents(op, kernel_shape), strict=True):
-        # Reducing the integer angle first keeps full precision on large grids.
-        rows.append(jnp.asarray(np.exp(-2j * np.pi * (np.outer(np.arange(m), exponents) % n) / n), dtype))
-    return rows
+    axes = zip(op.grid, _fourier.half_grid(op), _fourier.axis_exponents(op, kernel_shape), strict=True)
+    return [jnp.asarray(_fourier.axis_waves(n, exponents)[:m], dtype) for n, m, exponents in axes]

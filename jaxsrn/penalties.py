@@ -19,6 +19,7 @@ from jaxsrn._lanczos import leading_singular_vectors, random_start, top_singular
 from jaxsrn._linalg import end_pairs, unit
 from jaxsrn.norms import frozen_value
 from jaxsrn.operators import CircularConv, Dense, Operator
+from jaxsrn.spectra import matrix_size
 
 __all__ = [
     "TrackedPairs",
@@ -108,10 +109,9 @@ def _without_idle_axes(op: CircularConv, kernel_shape) -> CircularConv:
 
 def _extreme_pairs(kernel: Float[Array, "..."], op: Operator) -> tuple[_pairs.Pair, _pairs.Pair]:
     """The pairs of the largest and of the smallest singular value, of `min(prod(in_shape), prod(out_shape))`."""
-    size = math.prod(op.in_shape(kernel.shape)) * math.prod(op.out_shape(kernel.shape))
     if isinstance(op, CircularConv):
         return _extreme_at_sites(kernel, op)
-    if isinstance(op, Dense) or size <= _DENSE_LIMIT:
+    if isinstance(op, Dense) or matrix_size(op, kernel.shape) <= _DENSE_LIMIT:
         # Transposed: like a symbol it maps outputs to inputs.
         matrix = op.to_dense(kernel).T[None]
         return tuple(_as_images(u[0], v[0], op, kernel.shape) for _, u, v in end_pairs(matrix))
@@ -121,10 +121,10 @@ def _extreme_pairs(kernel: Float[Array, "..."], op: Operator) -> tuple[_pairs.Pa
 
 def _extreme_at_sites(kernel, op: CircularConv):
     """Singular values at all sites, vectors at the two that matter."""
-    values = jnp.linalg.svd(_fourier.half_symbol(kernel, op), compute_uv=False)
-    sites = jnp.argmax(values[:, 0]), jnp.argmin(values[:, -1])
+    sites = jnp.asarray(_fourier.distinct_sites(op)[0])
+    values = jnp.linalg.svd(_fourier.half_symbol(kernel, op)[sites], compute_uv=False)
     pairs = []
-    for end, site in enumerate(sites):
+    for end, site in enumerate((sites[jnp.argmax(values[:, 0])], sites[jnp.argmin(values[:, -1])])):
         _, u, v = end_pairs(_fourier.site_symbol(kernel, op, site)[None])[end]
         pairs.append(_pairs.Pair(site, u[0], v[0]))
     return tuple(pairs)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from typing import NamedTuple
 
 import jax
@@ -17,12 +16,12 @@ from jaxsrn._clip import blocks_of, smooth_excess
 from jaxsrn._nearest import nearest, with_derivative
 from jaxsrn.norms import norm_of
 from jaxsrn.operators import Dense, Operator, ZeroPaddedConv
-from jaxsrn.spectra import _DENSE_LIMIT as DENSE_LIMIT
+from jaxsrn.spectra import DENSE_LIMIT, matrix_size
+
+__all__ = ["ProjectionResult", "clip_singular_values", "project_spectral_ball"]
 
 # A norm that exceeds the limit by so many roundings does not: projecting twice changes nothing.
 _ROOM = 64
-
-__all__ = ["ProjectionResult", "clip_singular_values", "project_spectral_ball"]
 
 
 class ProjectionResult(NamedTuple):
@@ -62,7 +61,7 @@ def clip_singular_values(kernel: Kernel, op: Operator, max_norm) -> Shaped[Array
         that is too large to form.
     """
     kernel, max_norm = _checked(kernel, op, max_norm)
-    size = math.prod(op.in_shape(kernel.shape)) * math.prod(op.out_shape(kernel.shape))
+    size = matrix_size(op, kernel.shape)
     ensure(
         not isinstance(op, ZeroPaddedConv) or size <= DENSE_LIMIT,
         f"kernel: the explicit matrix of {op} has {size} entries, expected at most {DENSE_LIMIT}; "

@@ -20,7 +20,7 @@ from jaxsrn.operators import CircularConv, Dense, Operator
 __all__ = ["singular_values", "symbol", "top_singular_values"]
 
 # Entries of an explicit matrix that is still formed for a full SVD: 128 MiB in float64.
-_DENSE_LIMIT = 2**24
+DENSE_LIMIT = 2**24
 
 
 def symbol(kernel: Kernel, op: Operator) -> Complex[Array, "..."]:
@@ -53,6 +53,11 @@ def _symbol(kernel, op):
     return out if op.feature_group_count > 1 else jnp.squeeze(out, op.num_axes)
 
 
+def matrix_size(op: Operator, kernel_shape: tuple[int, ...]) -> int:
+    """Entries of the explicit matrix."""
+    return math.prod(op.in_shape(kernel_shape)) * math.prod(op.out_shape(kernel_shape))
+
+
 def singular_values(kernel: Kernel, op: Operator) -> Float[Array, " n"]:
     """All `min(prod(in_shape), prod(out_shape))` singular values of `T(kernel)`, descending.
 
@@ -67,10 +72,10 @@ def singular_values(kernel: Kernel, op: Operator) -> Float[Array, " n"]:
       ValueError: a kernel that does not fit, or a zero-padded matrix that is too large to form.
     """
     kernel = kernel_array(kernel, op)
-    size = math.prod(op.in_shape(kernel.shape)) * math.prod(op.out_shape(kernel.shape))
+    size = matrix_size(op, kernel.shape)
     ensure(
-        isinstance(op, (CircularConv, Dense)) or size <= _DENSE_LIMIT,
-        f"kernel: the explicit matrix of {op} has {size} entries, expected at most {_DENSE_LIMIT}; "
+        isinstance(op, (CircularConv, Dense)) or size <= DENSE_LIMIT,
+        f"kernel: the explicit matrix of {op} has {size} entries, expected at most {DENSE_LIMIT}; "
         "use top_singular_values(kernel, op, k), which never forms it.",
     )
     return _singular_values(kernel, op)
@@ -107,8 +112,8 @@ def top_singular_values(kernel: Kernel, op: Operator, k: int) -> Float[Array, " 
     n = min(math.prod(op.in_shape(kernel.shape)), math.prod(op.out_shape(kernel.shape)))
     integral = isinstance(k, (int, np.integer)) and not isinstance(k, bool)
     ensure(integral and 1 <= k <= n, f"k: got {k!r}, expected an integer from 1 to {n}.")
-    size = math.prod(op.in_shape(kernel.shape)) * math.prod(op.out_shape(kernel.shape))
-    if isinstance(op, (CircularConv, Dense)) or (5 * k >= n and size <= _DENSE_LIMIT):
+    size = matrix_size(op, kernel.shape)
+    if isinstance(op, (CircularConv, Dense)) or (5 * k >= n and size <= DENSE_LIMIT):
         return singular_values(kernel, op)[:k]
     return _top_matrix_free(kernel, op, int(k))
 
