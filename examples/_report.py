@@ -2,6 +2,7 @@
 
 import os
 import platform
+import sys
 import textwrap
 from pathlib import Path
 
@@ -50,6 +51,14 @@ def write(output: Path, title: str, command: str, sections: dict[str, str], name
     print(text)
     (output / name).write_text(text)
     print(f"Figures and this report are in {output}.")
+
+
+def trained_resnet50() -> dict:
+    """The convolutions of a trained ResNet-50 by name, with their geometry; fetched once."""
+    sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+    import resnet50
+
+    return resnet50.load()
 
 
 def steps_of(progress):

@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 import matplotlib
 import numpy as np
-from _report import paragraphs, save, table, write
+from _report import paragraphs, save, table, trained_resnet50, write
 from tqdm import tqdm
 
 import jaxsrn
@@ -120,12 +120,9 @@ def measure(method: Callable, layer: Layer, rounds: int) -> Measured:
 
 
 def trained_layers() -> list[Layer]:
-    sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
-    import resnet50
-
     return [
         Layer(name, layer.kernel, ZeroPaddedConv(layer.input_shape, padding=layer.padding, strides=layer.strides))
-        for name, layer in resnet50.load().items()
+        for name, layer in trained_resnet50().items()
     ]
 
 

@@ -20,7 +20,7 @@ from jaxsrn._checks import Kernel, ensure, float_dtype, kernel_array, positive_s
 from jaxsrn._exact import Problem, closed_form, functional, merit
 from jaxsrn._pairs import Pair, default_tolerance
 from jaxsrn._starts import survey
-from jaxsrn._tracking import Track, follow, power_step, start, track_shapes
+from jaxsrn._tracking import Track, follow, has_turned, power_step, start, track_shapes
 from jaxsrn.normalization import problem_of
 from jaxsrn.norms import frozen_value
 from jaxsrn.operators import Dense, Operator
@@ -80,7 +80,9 @@ def srnc_step(
     (an infeasible target) it is the one of the lowest stable rank for that pair.
 
     Dense layers: exactly Algorithm 2 of Sanyal, Torr, Dokania 2020. Any other layer: Zheng et al. 2025, eq. 7, one
-    pass of the iteration of `srnc`; the power step is one on the kernel normalized with the stored pair. Pure, and
+    pass of the iteration of `srnc`, or two where another pair takes over; the power step is one on the kernel
+    normalized with the stored pair, and next to it the pairs that may overtake are kept. With an infinite target so
+    they are for dense layers, whose norm is then followed far closer than by power iteration alone. Pure, and
     without randomness: the same kernel and state give the same result, so a caller that keeps the old state has read
     only.
 
@@ -105,7 +107,7 @@ def srnc_step(
     """
     kernel, target, norm = _checked(kernel, op, target, norm, cap)
     ensure(gradient in GRADIENTS, f"gradient: got {gradient!r}, expected one of {GRADIENTS}.")
-    track = track_shapes(op, kernel.shape)
+    track = track_shapes(op, kernel.shape, _is_watched(op, target))
     expected = SRNCState(track, track if _follows_own(op, target, norm, cap) else None)
     ensure(
         jax.tree.map(jnp.shape, state) == expected,
@@ -132,16 +134,22 @@ def _follows_own(op: Operator, target, norm, cap) -> bool:
     return (norm is None or bool(cap)) and target is not None and not isinstance(op, Dense)
 
 
+def _is_watched(op: Operator, target) -> bool:
+    """Whether more than the pair itself is followed: Sanyal's algorithm does not."""
+    return target is None or not isinstance(op, Dense)
+
+
 @functools.partial(jax.jit, static_argnames=("follows_own",))
 def _srnc_state(kernel, op, target, follows_own):
     kernel = lax.stop_gradient(kernel.astype(float_dtype(kernel.dtype)))
     a, _ = _pairs.rescaled(kernel, op)
     if target is None or isinstance(op, Dense):
-        return SRNCState(start(a, op, _pairs.leading(a, op, default_tolerance(a.dtype))), None)
+        own = _pairs.leading(a, op, default_tolerance(a.dtype))
+        return SRNCState(start(a, op, own, _is_watched(op, target)), None)
     problem, own = problem_of(a, op, target)
     unchanged = problem.inner(a, a) <= target * problem.norm**2
     pair = jax.tree.map(lambda a, b: jnp.where(unchanged, a, b), own, _best_start(problem, op, own))
-    return SRNCState(_converged(a, op, target, pair), start(a, op, own) if follows_own else None)
+    return SRNCState(_converged(a, op, target, pair), start(a, op, own, True) if follows_own else None)
 
 
 def _best_start(problem: Problem, op: Operator, own: Pair) -> Pair:
@@ -181,7 +189,7 @@ def _converged(a: Float[Array, "..."], op: Operator, target, pair: Pair) -> Trac
         return (state.change > tolerance) & (state.count < _MAX_PASSES)
 
     kernel = _normalized(a, op, target, pair)
-    state = _Passes(start(kernel, op, pair), kernel, jnp.asarray(jnp.inf, a.dtype), jnp.asarray(0))
+    state = _Passes(start(kernel, op, pair, True), kernel, jnp.asarray(jnp.inf, a.dtype), jnp.asarray(0))
     return lax.while_loop(unfinished, one_pass, state).track
 
 
@@ -190,8 +198,7 @@ def _srnc_step(kernel, state, op, target, norm, cap, gradient):
     a, scale = _pairs.rescaled(kernel.astype(float_dtype(kernel.dtype)), op)
     fixed, (track, own) = lax.stop_gradient((a, state))
     # The power step comes first, on this kernel: after a step of an optimizer the stored pair is that of another one.
-    tracked = fixed if target is None or isinstance(op, Dense) else _normalized(fixed, op, target, track.pair)
-    track, own = follow(tracked, op, track), None if own is None else follow(fixed, op, own)
+    track, own = _followed(fixed, op, target, track), None if own is None else follow(fixed, op, own)
     pair = track.pair if gradient == "frozen" else _moving_pair(a, op, target, track.pair)
     # The solution is proportional to the norm and does not depend on the scale of the kernel.
     unit_kernel = _normalized(a, op, target, pair)
@@ -200,6 +207,20 @@ def _srnc_step(kernel, state, op, target, norm, cap, gradient):
         norm = own_norm if norm is None else jnp.minimum(norm, own_norm)
     result = jnp.where(jnp.asarray(op.tap_counts(kernel.shape) == 0), kernel, (norm * unit_kernel).astype(kernel.dtype))
     return result, SRNCState(track, own)
+
+
+def _followed(a: Float[Array, "..."], op: Operator, target, track: Track) -> Track:
+    """One step of the track on the kernel normalized with its pair."""
+    if isinstance(op, Dense):
+        # The normalized kernel has the same pairs.
+        return follow(a, op, track)
+
+    def one_pass(track: Track) -> Track:
+        return follow(a if target is None else _normalized(a, op, target, track.pair), op, track)
+
+    new = one_pass(track)
+    # Where another pair takes over, the kernel normalized with that one is another kernel, and has yet to be followed.
+    return lax.cond(has_turned(track.pair, new.pair), one_pass, lambda new: new, new)
 
 
 def _normalized(a: Float[Array, "..."], op: Operator, target, pair: Pair) -> Float[Array, "..."]:

@@ -1,6 +1,7 @@
 """Leading singular pairs that follow a kernel while it changes: one cheap warm step after the other.
 
-Dense layers: a power step. Zero padding: the best pair in a small space of images. Circular convolutions:
+A power step where no more is wanted. Zero padding and dense layers: the best pair in a small space of images.
+Circular convolutions:
 frequency power iteration, for fixed vectors the best frequency, for a fixed frequency better vectors. That follows
 one frequency's vectors, and would not see another frequency with other vectors overtake. So a coarse grid of
 frequencies is watched: one vector at each, with a power step of its own each time, and the best of every part of the
@@ -18,16 +19,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Complex, Float, Inexact, Int
+from jaxtyping import Array, Bool, Complex, Float, Inexact, Int
 
 from jaxsrn import _fourier
 from jaxsrn._lanczos import random_start
 from jaxsrn._linalg import real_times, unit
 from jaxsrn._pairs import Pair, flat_products, pair_shapes
-from jaxsrn.operators import CircularConv, Dense, Operator
+from jaxsrn.operators import CircularConv, Operator
 
-__all__ = ["Track", "follow", "power_step", "start", "track_shapes"]
+__all__ = ["Track", "follow", "has_turned", "power_step", "start", "track_shapes"]
 
+# Of the right vectors of one pair before and after a step; those of different pairs are orthogonal.
+_SAME_OVERLAP = 0.9
 _KRYLOV_STEPS = 2
 _CLIMBS = 2
 # Images: vectors kept beside the leading one, and of how many a power step is taken.
@@ -49,7 +52,7 @@ class Track(NamedTuple):
     Attributes:
       pair: the leading pair.
       watch: what may overtake it. Circular: unit right vectors of the symbol, `(watched frequencies, groups, c_out //
-        groups)`. Zero padding: right vectors of the runners-up, `(2, *in_shape)`. Dense: `None`.
+        groups)`. Others: right vectors of the runners-up, `(2, *in_shape)`. `None`: the pair takes power steps alone.
     """
 
     pair: Pair
@@ -64,9 +67,9 @@ class _Candidates(NamedTuple):
     right: Complex[Array, "k columns"]
 
 
-def start(kernel: Float[Array, "..."], op: Operator, pair: Pair) -> Track:
+def start(kernel: Float[Array, "..."], op: Operator, pair: Pair, is_watched: bool) -> Track:
     """The track of a kernel whose leading pair is known. The kernel's scale must not be extreme."""
-    if isinstance(op, Dense):
+    if not is_watched:
         return Track(pair, None)
     if not isinstance(op, CircularConv):
         others = random_start((_RUNNERS_UP, pair.right.size), kernel.dtype)
@@ -81,23 +84,30 @@ def start(kernel: Float[Array, "..."], op: Operator, pair: Pair) -> Track:
     return Track(pair, lax.fori_loop(0, _COLD_STEPS, lambda _, v: step(v)[1], vectors))
 
 
-def track_shapes(op: Operator, kernel_shape: tuple[int, ...]) -> Track:
+def track_shapes(op: Operator, kernel_shape: tuple[int, ...], is_watched: bool) -> Track:
     """The shapes of a track's arrays, in their places (static)."""
-    if not isinstance(op, CircularConv):
-        watch = None if isinstance(op, Dense) else (_RUNNERS_UP, *op.in_shape(kernel_shape))
-        return Track(pair_shapes(op, kernel_shape), watch)
-    watched = math.prod(_watched_half(op, kernel_shape)[0])
-    _, columns = _fourier.site_shape(op, kernel_shape)
-    return Track(pair_shapes(op, kernel_shape), (watched, op.feature_group_count, columns))
+    watch = None
+    if is_watched and isinstance(op, CircularConv):
+        watched = math.prod(_watched_half(op, kernel_shape)[0])
+        watch = watched, op.feature_group_count, _fourier.site_shape(op, kernel_shape)[1]
+    elif is_watched:
+        watch = _RUNNERS_UP, *op.in_shape(kernel_shape)
+    return Track(pair_shapes(op, kernel_shape), watch)
 
 
 def follow(kernel: Float[Array, "..."], op: Operator, track: Track) -> Track:
     """One step closer to the leading pair of `T(kernel)`: the value `<u, T v>` does not decrease."""
+    if track.watch is None:
+        return Track(power_step(kernel, op, track.pair), None)
     if isinstance(op, CircularConv):
         return _follow_circular(kernel, op, track)
-    if isinstance(op, Dense):
-        return Track(power_step(kernel, op, track.pair), None)
     return _follow_images(kernel, op, track)
+
+
+def has_turned(before: Pair, after: Pair) -> Bool[Array, ""]:
+    """Whether another pair has taken over, at another frequency or with other vectors."""
+    overlap = jnp.abs(jnp.vdot(before.right, after.right))
+    return (before.site != after.site) | (overlap < _SAME_OVERLAP)
 
 
 def power_step(kernel: Float[Array, "..."], op: Operator, pair: Pair) -> Pair:

@@ -1,5 +1,11 @@
 """Strict numerics for every test: float64 where it is meant, no silent promotion of dtypes or ranks."""
 
+import os
+
+# Nearly all of the time of these tests is compilation, and LLVM's optimizations change how fast the few small programs
+# run, not what they compute. Read when JAX is imported.
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
+
 import jax
 import jaxtyping
 import pytest

@@ -156,7 +156,7 @@ def train_step(model, optimizer, x, y):
 
 
 def train(model, steps):
-    optimizer = nnx.Optimizer(model, optax.adam(5e-4), wrt=nnx.Param)
+    optimizer = nnx.Optimizer(model, optax.adam(1e-3), wrt=nnx.Param)
     rng = np.random.default_rng(0)
     losses = []
     for _ in range(steps):
@@ -180,14 +180,7 @@ def test_the_constraints_hold_after_200_training_steps():
         for name, (norm, rank) in measured.items():
             np.testing.assert_allclose((norm, rank), (1, min(targets[name], raw[name])), rtol=1e-2, err_msg=name)
     x = IMAGES[0][:20]
-    np.testing.assert_allclose(
-        jnnx.fold(model)(x),
-        model(
-            x,
-        ),
-        rtol=1e-5,
-        atol=1e-5,
-    )
+    np.testing.assert_allclose(jnnx.fold(model)(x), model(x), rtol=1e-5, atol=1e-5)
 
     flax = CNN(lambda layer, shape: nnx.SpectralNorm(layer, rngs=nnx.Rngs(0)))
     train(flax, 200)
