@@ -27,7 +27,8 @@ from _report import paragraphs, save, table, trained_resnet50, write
 from tqdm import tqdm
 
 import jaxsrn
-from jaxsrn import CircularConv, Dense, Operator
+from jaxsrn import CircularConv, Dense
+from jaxsrn.operators import Operator
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
