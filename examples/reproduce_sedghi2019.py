@@ -16,9 +16,13 @@ clips that end in it.
 
 import argparse
 import functools
+import os
 import sys
 from pathlib import Path
 from typing import NamedTuple
+
+# NumPy's and jaxlib's SVDs of many small matrices only wait for a second thread. Read when NumPy is imported.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import jax
 import matplotlib
