@@ -21,7 +21,7 @@ from jaxsrn._checks import ensure
 from jaxsrn._flax_layers import LayerMap, layer_map, layer_name
 from jaxsrn._step import srnc_state, srnc_step
 from jaxsrn.operators import Operator
-from jaxsrn.ranks import stable_rank_range
+from jaxsrn.ranks import target_of
 
 __all__ = [
     "SpectralNorm",
@@ -148,18 +148,11 @@ class StableRankNorm(_Normalized):
         rngs: nnx.Rngs | None = None,
     ):
         super().__init__(layer, input_shape, norm, cap, gradient)
-        name, fraction = layer_name(layer), float(fraction)
-        ensure(0 < fraction <= 1, f"{name}: fraction: got {fraction}, expected a number in (0, 1].")
-        op, shape = self.operator, self.layer_map.shape
-        largest = min(math.prod(op.in_shape(shape)), math.prod(op.out_shape(shape)))
-        low, _ = stable_rank_range(shape, op)
-        # Rounding must not forbid the end of the interval.
-        ensure(
-            fraction * largest >= low * (1 - 1e-6),
-            f"{name}: fraction: got {fraction}, expected at least {low / largest:.6g}: with its taps the stable rank "
-            f"of {op} is at least {low:.6g} of {largest}.",
-        )
-        self._start(fraction * largest)
+        try:
+            target = target_of(float(fraction), self.layer_map.shape, self.operator)
+        except ValueError as error:
+            raise ValueError(f"{layer_name(layer)}: {error}") from error
+        self._start(target)
 
 
 class SpectralNorm(_Normalized):
