@@ -1,7 +1,7 @@
 """What does a constraint on every layer cost in training, and what does it leave as norm and stable rank?
 
-    python benchmarks/training.py                # everything, on 2 quiet cores; records results/training.md
-    python benchmarks/training.py --only steps   # one part of it (may be repeated); records nothing
+    python benchmarks/training.py                # everything, on 2 quiet cores; records every part
+    python benchmarks/training.py --only steps   # one part of it (may be repeated)
     python benchmarks/training.py --fast         # tiny networks, a few minutes, records nothing
 
 Peers: flax.nnx.SpectralNorm; PyTorch's spectral_norm parametrization and orthogonium's AdaptiveOrthoConv2d, each
@@ -309,13 +309,14 @@ def what_is_left(width: int):
             if isinstance(layer, jnnx.StableRankNorm):
                 own = measured(layer.layer, shape)[1]
                 row += f"{targets[name]:.3f}", f"{own:.3f}"
-                deviations.append(abs(rank / min(targets[name], own) - 1))
+                # Where the raw kernel is below its target, that one meets the constraint, and so does the target.
+                deviations.append(abs(rank / np.clip(rank, min(targets[name], own), targets[name]) - 1))
             rows.append(row + ("", "") * (len(row) == 3))
             worst[variant] = max(worst.get(variant, 0.0), *deviations)
     text = (
         f"A CNN on the digits after {STEPS} steps of Adam, norm 1 asked for, and where there is a target, half of the\n"
         "stable rank that the raw layer started with; a raw kernel that training itself brings below that (`own`) is\n"
-        "left there. From the explicit matrix of each layer in eval mode, float64.\n\n"
+        "left there, or still normalized to the target. From the explicit matrix of each layer in eval mode.\n\n"
         + table(("layer", "norm", "stable rank", "target", "own"), rows)
         + "\n\nThe effect on training, over all 1,797 images:\n\n"
         + table(("network", "loss", "accuracy"), trained)
@@ -331,7 +332,7 @@ def what_is_left(width: int):
 
 EVERY = 100
 # Below what the layers start with, so that there is something to project.
-KEPT_NORM, KEPT_FRACTION = 1.0, 0.1
+KEPT_NORM, KEPT_FRACTION = 1.0, 0.15
 KEEPERS = {
     "keep_spectral_norm": lambda layers, every: optim.keep_spectral_norm(layers, KEPT_NORM, every=every),
     "keep_stable_rank": lambda layers, every: optim.keep_stable_rank(layers, KEPT_FRACTION, every=every),
@@ -457,7 +458,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=21, help="of the step times (default: %(default)s)")
     args = parser.parse_args()
     stack = (8, 8, 4, 3) if args.fast else (32, 64, 32, args.rounds)
-    kept = ("CIRCULAR", 32, 64, 32, args.rounds), ("SAME", 8, 4, 32, args.rounds)
+    kept = ("CIRCULAR", 16, 16, 32, args.rounds), ("SAME", 8, 4, 32, args.rounds)
     if args.fast:
         kept = ("CIRCULAR", 8, 4, 3, 2), ("SAME", 4, 4, 3, 2)
     parts = {
@@ -467,19 +468,18 @@ def main():
         "keeping": lambda: keeping(4 if args.fast else 16, *kept),
         "recurrence": lambda: recurrence(*(8, 4, 50) if args.fast else (32, 16, 1000)),
     }
-    sections, checks = [], []
+    all_met = True
     for name in args.only or parts:
-        found, met = parts[name]()
-        sections += found
-        checks += met
-    sections.append(("Requirements", "\n".join(verdict(*check) for check in checks)))
-    text = document("Training under a constraint", "python benchmarks/training.py", sections)
-    print(text)
-    if args.fast:
-        return
-    if not args.only:
-        record("training", text)
-    sys.exit(0 if all(met for met, _ in checks) else 1)
+        sections, checks = parts[name]()
+        if checks:
+            sections.append(("Requirements", "\n".join(verdict(*check) for check in checks)))
+        command = f"python benchmarks/training.py --only {name}"
+        text = document(f"Training under a constraint: {name}", command, sections)
+        print(text)
+        all_met = all_met and all(met for met, _ in checks)
+        if not args.fast:
+            record(f"training_{name}", text)
+    sys.exit(0 if all_met or args.fast else 1)
 
 
 if __name__ == "__main__":

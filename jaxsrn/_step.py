@@ -30,6 +30,8 @@ __all__ = ["SRNCState", "srnc_state", "srnc_step"]
 GRADIENTS = ("frozen", "implicit")
 _START_PASSES = 10
 _MAX_PASSES = 500
+# Of a step for the norm alone: without a stable rank to lower, the next singular values lie close below it.
+_NORM_PASSES = 2
 # The linear system of the true gradient: Krylov vectors, restarts, and the relative residual that is accepted.
 _GMRES = {"atol": 0.0, "restart": 40, "maxiter": 20}
 _ACCEPTED_RESIDUAL = 1e-3
@@ -82,7 +84,9 @@ def srnc_step(
     Dense layers: exactly Algorithm 2 of Sanyal, Torr, Dokania 2020. Any other layer: Zheng et al. 2025, eq. 7, one
     pass of the iteration of `srnc`, or two where another pair takes over; the power step is one on the kernel
     normalized with the stored pair, and next to it the pairs that may overtake are kept. With an infinite target so
-    they are for dense layers, whose norm is then followed far closer than by power iteration alone. Pure, and
+    they are for dense layers too, whose norm is then followed far closer than by power iteration alone. Problem (7)
+    is not convex, and what is followed is a local solution: where the kernel's own stable rank falls just below the
+    target, a result that meets both constraints may stay for a while although the kernel itself would do. Pure, and
     without randomness: the same kernel and state give the same result, so a caller that keeps the old state has read
     only.
 
@@ -210,13 +214,15 @@ def _srnc_step(kernel, state, op, target, norm, cap, gradient):
 
 
 def _followed(a: Float[Array, "..."], op: Operator, target, track: Track) -> Track:
-    """One step of the track on the kernel normalized with its pair."""
+    """The track, a step further on the kernel normalized with its pair."""
+    if target is None:
+        return functools.reduce(lambda track, _: follow(a, op, track), range(_NORM_PASSES), track)
     if isinstance(op, Dense):
         # The normalized kernel has the same pairs.
         return follow(a, op, track)
 
     def one_pass(track: Track) -> Track:
-        return follow(a if target is None else _normalized(a, op, target, track.pair), op, track)
+        return follow(_normalized(a, op, target, track.pair), op, track)
 
     new = one_pass(track)
     # Where another pair takes over, the kernel normalized with that one is another kernel, and has yet to be followed.
