@@ -132,9 +132,8 @@ def main():
     kernels = {layer.layer.kernel[...].size for layer in (model.conv2, model.conv3)}
     if talks:
         print(f"{jax.process_count()} processes, {jax.device_count()} devices, mesh {dict(mesh.shape)}")
-        print(
-            f"kernels of {sorted(kernels)} numbers; of such a size the step gathers {len(kernels & gathered(step.as_text()))}"
-        )
+        found = len(kernels & gathered(step.as_text()))
+        print(f"kernels of {sorted(kernels)} numbers; the step gathers {found} arrays of such a size")
 
     images, labels = load_digits(return_X_y=True)
     images = (images / 16).astype(np.float32).reshape(-1, 8, 8, 1)
