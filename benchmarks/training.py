@@ -331,7 +331,7 @@ def what_is_left(width: int):
 
 EVERY = 100
 # Below what the layers start with, so that there is something to project.
-KEPT_NORM, KEPT_FRACTION = 1.0, 0.1
+KEPT_NORM, KEPT_FRACTION = 1.0, 0.15
 KEEPERS = {
     "keep_spectral_norm": lambda layers, every: optim.keep_spectral_norm(layers, KEPT_NORM, every=every),
     "keep_stable_rank": lambda layers, every: optim.keep_stable_rank(layers, KEPT_FRACTION, every=every),
