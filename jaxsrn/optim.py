@@ -219,8 +219,8 @@ def keep_stable_rank(layers: Layers, fraction: float, *, every: int = 1) -> opta
     target, its square root is at most `(sqrt(r) + t) / (1 - t)`.
 
     Problem (7) is not convex. Circular layers are scanned anew in every projection, zero-padded ones start from the
-    pair of images that the last projection ended with (a twentieth of the time), and from several starts where that
-    does not meet the constraints.
+    pair of images that the last projection ended with, which takes far less time, and from several starts where
+    that does not meet the constraints.
 
     Args:
       layers, every: as `keep_spectral_norm`.
