@@ -43,7 +43,9 @@ ORDER = [
     "_layers",
     "penalties",
     "_flax_layers",
+    "_wrapping",
     "nnx",
+    "linen",
 ]
 
 
@@ -88,6 +90,7 @@ def test_imports_point_one_way(module):
         "surrogate",
         "penalties",
         "nnx",
+        "linen",
     ],
 )
 def test_public_names_are_listed_and_documented(module):
