@@ -14,6 +14,7 @@ The twin of `jaxsrn.nnx`, with the same numbers. The wrappers hold no mathematic
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -34,6 +35,7 @@ __all__ = ["SpectralNorm", "StableRankNorm", "StableRankState", "fold", "layer_o
 COLLECTION = "stable_rank"
 _LAYERS = (nn.Conv, nn.ConvTranspose, nn.Dense, nn.DenseGeneral)
 _LEARNED = "learned"
+_traces = itertools.count()
 
 
 @struct.dataclass
@@ -88,7 +90,7 @@ class _Normalized(nn.Module):
         if not self.layer.has_variable("params", "kernel"):
             # In `init`: only the layer itself knows how its parameters begin.
             self.layer(x)
-        raw = nn.meta.unbox(self.layer.get_variable("params", "kernel"))
+        raw = jnp.asarray(nn.meta.unbox(self.layer.get_variable("params", "kernel")))
         norm = self._norm(float_dtype(raw.dtype))
         stored = self.variable(COLLECTION, "state", self._start, raw, norm)
         _check_state(stored.value, self._blank(raw.shape), layer_name(self.layer))
@@ -244,7 +246,7 @@ def fold(module: nn.Module, variables: Mapping) -> dict:
 
 def _folded(kernel, state: StableRankState, norm):
     """The kernel of a reading forward; of several layers along leading axes, all of theirs."""
-    raw, shape = nn.meta.unbox(kernel), state.constraint.layer_map.stored_shape
+    raw, shape = jnp.asarray(nn.meta.unbox(kernel)), state.constraint.layer_map.stored_shape
     axes = raw.ndim - len(shape)
     ensure(
         axes >= 0 and raw.shape[axes:] == shape and all(leaf.ndim >= axes for leaf in jax.tree.leaves(state)),
@@ -308,10 +310,14 @@ def layer_operators(module: nn.Module, variables: Mapping, *inputs, **options) -
     def run(variables, arrays):
         arrays = iter(arrays)
         filled = [next(arrays) if is_traced else leaf for leaf, is_traced in zip(leaves, traced, strict=True)]
-        # Dropout and its like ask for a key; the values do not matter here.
-        defaults = {"mutable": nn.DenyList("params"), "rngs": {"params": jax.random.key(0)}}
+        # Dropout and its like ask for a key; the values do not matter here. One of a new name makes `nn.jit` trace
+        # again: from its cache it would call no layer.
+        key = jax.random.key(0)
+        rngs = {"params": key, **options.get("rngs", {}), f"layer_operators_{next(_traces)}": key}
         with nn.intercept_methods(record):
-            module.apply(variables, *treedef.unflatten(filled), **{**defaults, **options})
+            module.apply(
+                variables, *treedef.unflatten(filled), **{"mutable": nn.DenyList("params"), **options, "rngs": rngs}
+            )
 
     jax.eval_shape(run, variables, [leaf for leaf, is_traced in zip(leaves, traced, strict=True) if is_traced])
     return {path: seen.op for path, seen in found.items() if seen.is_stored_as_is}

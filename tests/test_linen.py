@@ -15,6 +15,7 @@ from flax.traverse_util import flatten_dict
 import jaxsrn
 import jaxsrn.linen as jlinen
 import jaxsrn.nnx as jnnx
+from jaxsrn._flax_layers import layer_map
 
 FLOAT = {"param_dtype": jnp.float64}
 KEY = jax.random.key(0)
@@ -41,15 +42,13 @@ class Net(nn.Module):
     spectral: object = jlinen.SpectralNorm
 
     def setup(self):
-        circular = nn.Conv(3, (3, 3), padding="CIRCULAR", **FLOAT)
-        self.conv1 = self.stable(circular, 0.3, input_shape=(6, 6), gradient="implicit")
-        strided, gain = nn.Conv(4, (3, 3), strides=2, **FLOAT), nn.initializers.constant(-1.5)
-        self.conv2 = self.spectral(strided, input_shape=(6, 6), norm=gain)
-        self.dense = self.stable(nn.Dense(5, **FLOAT), 0.4, norm=2.0, cap=True)
+        self.conv = self.stable(nn.Conv(3, (3, 3), padding="CIRCULAR", **FLOAT), 0.3, input_shape=(6, 6))
+        self.hidden = self.spectral(nn.Dense(6, **FLOAT), norm=nn.initializers.constant(-1.5))
+        self.dense = self.stable(nn.Dense(5, **FLOAT), 0.3, norm=2.0, cap=True, gradient="implicit")
 
     def __call__(self, x):
-        x = nn.tanh(self.conv2(nn.tanh(self.conv1(x))))
-        return self.dense(x.reshape(len(x), -1))
+        x = nn.tanh(self.conv(x))
+        return self.dense(nn.tanh(self.hidden(x.reshape(len(x), -1))))
 
 
 class CompactNet(nn.Module):
@@ -66,9 +65,8 @@ class CompactNet(nn.Module):
 
         circular = nn.Conv(3, (3, 3), padding="CIRCULAR", **FLOAT)
         x = nn.tanh(call(self.stable(circular, 0.3, input_shape=(6, 6)), x))
-        x = nn.tanh(nn.Conv(4, (3, 3), strides=2, **FLOAT)(x))
-        norm = nn.initializers.ones
-        return call(self.spectral(nn.Dense(5, name="head", **FLOAT), norm=norm), x.reshape(len(x), -1))
+        x = nn.tanh(nn.Dense(6, **FLOAT)(x.reshape(len(x), -1)))
+        return call(self.spectral(nn.Dense(5, name="head", **FLOAT), norm=nn.initializers.ones), x)
 
 
 class NNXNet(nnx.Module):
@@ -81,17 +79,16 @@ class NNXNet(nnx.Module):
             layer.kernel[...] = params[name]["layer"]["kernel"]
             return layer
 
-        circular = filled(nnx.Conv(1, 3, (3, 3), padding="CIRCULAR", rngs=rngs, **FLOAT), "conv1")
-        strided = filled(nnx.Conv(3, 4, (3, 3), strides=2, rngs=rngs, **FLOAT), "conv2")
-        linear = filled(nnx.Linear(36, 5, rngs=rngs, **FLOAT), "dense")
-        gain = nnx.Param(jnp.asarray(params["conv2"]["norm"]))
-        self.conv1 = jnnx.StableRankNorm(circular, 0.3, input_shape=(6, 6), gradient="implicit")
-        self.conv2 = jnnx.SpectralNorm(strided, input_shape=(6, 6), norm=gain)
-        self.dense = jnnx.StableRankNorm(linear, 0.4, norm=2.0, cap=True)
+        conv = filled(nnx.Conv(1, 3, (3, 3), padding="CIRCULAR", rngs=rngs, **FLOAT), "conv")
+        hidden = filled(nnx.Linear(108, 6, rngs=rngs, **FLOAT), "hidden")
+        dense = filled(nnx.Linear(6, 5, rngs=rngs, **FLOAT), "dense")
+        self.conv = jnnx.StableRankNorm(conv, 0.3, input_shape=(6, 6))
+        self.hidden = jnnx.SpectralNorm(hidden, norm=nnx.Param(jnp.asarray(params["hidden"]["norm"])))
+        self.dense = jnnx.StableRankNorm(dense, 0.3, norm=2.0, cap=True, gradient="implicit")
 
     def __call__(self, x):
-        x = nnx.tanh(self.conv2(nnx.tanh(self.conv1(x))))
-        return self.dense(x.reshape(len(x), -1))
+        x = nnx.tanh(self.conv(x))
+        return self.dense(nnx.tanh(self.hidden(x.reshape(len(x), -1))))
 
 
 def cross_entropy(logits):
@@ -158,7 +155,7 @@ def test_linen_and_nnx_train_alike():
             assert np.any(grad != 0), path
             np.testing.assert_allclose(grad, twin_grads[path], rtol=1e-6, atol=1e-6)
     assert cross_entropy(logits) < cross_entropy(first) - 0.1
-    for name in ("conv1", "conv2", "dense"):
+    for name in ("conv", "hidden", "dense"):
         twin_state = [leaf[...] for leaf in getattr(twin, name).state]
         assert_trees_close(variables["stable_rank"][name], twin_state, rtol=1e-6, atol=1e-6)
 
@@ -218,8 +215,7 @@ def test_true_norms_and_stable_ranks_of_folded_kernels():
     """Against the explicit matrix, from the first forward on, and again once steps have followed new parameters."""
     model = Net()
     variables = model.init(KEY, IMAGES)
-    shapes = {"conv1": jaxsrn.CircularConv((6, 6)), "conv2": jaxsrn.ZeroPaddedConv((6, 6), strides=2)}
-    operators = {**shapes, "dense": jaxsrn.Dense()}
+    operators = {"conv": jaxsrn.CircularConv((6, 6)), "hidden": jaxsrn.Dense(), "dense": jaxsrn.Dense()}
     step = jax.jit(lambda variables: model.apply(variables, IMAGES, mutable=["stable_rank"])[1])
     for moved in (variables, perturbed(variables)):
         if moved is not variables:
@@ -231,85 +227,127 @@ def test_true_norms_and_stable_ranks_of_folded_kernels():
             return norm_and_rank(operators[name].to_dense(kernel))
 
         own = {name: measured(name, raw[name]["layer"]["kernel"]) for name in params}
-        norms = {"conv1": 1.0, "conv2": abs(raw["conv2"]["norm"]), "dense": min(2.0, own["dense"][0])}
-        targets = {"conv1": 0.3 * 36, "conv2": math.inf, "dense": 0.4 * 5}
-        assert own["conv1"][1] > targets["conv1"]
+        norms = {"conv": 1.0, "hidden": abs(raw["hidden"]["norm"]), "dense": min(2.0, own["dense"][0])}
+        targets = {"conv": 0.3 * 36, "hidden": math.inf, "dense": 0.3 * 5}
+        assert own["conv"][1] > targets["conv"]
+        assert own["dense"][1] > targets["dense"]
         for name, norm in norms.items():
             expected = norm, min(targets[name], own[name][1])
             np.testing.assert_allclose(measured(name, params[name]["kernel"]), expected, rtol=1e-5, err_msg=name)
 
 
+TWINS = {
+    "Conv": (
+        nn.Conv(4, (3, 2), strides=2, feature_group_count=2, padding="CIRCULAR"),
+        lambda rngs: nnx.Conv(2, 4, (3, 2), strides=2, feature_group_count=2, padding="CIRCULAR", rngs=rngs),
+        (6, 4),
+    ),
+    "dilated": (
+        nn.Conv(3, (3,), padding=2, kernel_dilation=2),
+        lambda rngs: nnx.Conv(2, 3, (3,), padding=2, kernel_dilation=2, rngs=rngs),
+        (7,),
+    ),
+    "causal": (
+        nn.Conv(3, 3, padding="CAUSAL", strides=None),
+        lambda rngs: nnx.Conv(2, 3, 3, padding="CAUSAL", strides=None, rngs=rngs),
+        (7,),
+    ),
+    "ConvTranspose": (
+        nn.ConvTranspose(3, (3,), (2,), transpose_kernel=True),
+        lambda rngs: nnx.ConvTranspose(2, 3, (3,), (2,), transpose_kernel=True, rngs=rngs),
+        (5,),
+    ),
+    "DenseGeneral": (
+        nn.DenseGeneral((2, 5), axis=(-2, -1)),
+        lambda rngs: nnx.LinearGeneral((3, 2), (2, 5), axis=(-2, -1), rngs=rngs),
+        None,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TWINS)
+def test_a_layer_is_the_operator_that_its_twin_is(name):
+    layer, make, input_shape = TWINS[name]
+    twin, in_shape = make(nnx.Rngs(0)), (*(input_shape or (3,)), 2)
+    shape = jax.eval_shape(layer.init, KEY, jnp.ones((1, *in_shape)))["params"]["kernel"].shape
+    assert layer_map(layer, shape, input_shape) == layer_map(twin, twin.kernel.shape, input_shape)
+
+
 LAYERS = {
-    "Conv": (lambda: nn.Conv(4, (3,), strides=2, feature_group_count=2, padding="CIRCULAR", **FLOAT), (6,), (6, 2)),
-    "ConvTranspose": (lambda: nn.ConvTranspose(3, (3,), (2,), padding="CIRCULAR", **FLOAT), (5,), (5, 2)),
-    "transposed": (lambda: nn.ConvTranspose(3, (3,), (2,), transpose_kernel=True, **FLOAT), (5,), (5, 2)),
-    "Dense": (lambda: nn.Dense(3, **FLOAT), None, (4,)),
-    "DenseGeneral": (lambda: nn.DenseGeneral((2, 3), axis=(-2, -1), **FLOAT), None, (3, 2)),
+    "ConvTranspose": (nn.ConvTranspose(3, (3,), (2,), padding="CIRCULAR", **FLOAT), (4,), (4, 2)),
+    "DenseGeneral": (nn.DenseGeneral((2, 3), axis=(-2, -1), **FLOAT), None, (3, 2)),
 }
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_every_layer_by_its_outputs_at_all_basis_images(name):
-    """A wrapper that is the whole model: its layer takes the place of the root."""
-    make, input_shape, in_shape = LAYERS[name]
-    model = jlinen.StableRankNorm(make(), 0.6, input_shape=input_shape)
+def test_a_wrapper_as_the_whole_model_by_its_outputs_at_all_basis_images(name):
+    """Its layer takes the place of the root. Kernels here are stored in another shape than the operator's."""
+    layer, input_shape, in_shape = LAYERS[name]
+    model = jlinen.StableRankNorm(layer, 0.6, input_shape=input_shape)
     basis = jnp.eye(math.prod(in_shape)).reshape((-1, *in_shape))
     variables = model.init(KEY, basis)
     outputs = model.apply(variables, basis)
-    norm, rank = norm_and_rank(outputs.reshape(len(basis), -1))
-    raw = norm_and_rank(make().apply({"params": variables["params"]["layer"]}, basis).reshape(len(basis), -1))
-    largest = min(basis.shape[0], outputs[0].size)
-    np.testing.assert_allclose((norm, rank), (1, min(0.6 * largest, raw[1])), rtol=1e-6)
-    np.testing.assert_allclose(make().apply(jlinen.fold(model, variables), basis), outputs, atol=1e-12)
+    raw = layer.apply({"params": variables["params"]["layer"]}, basis)
+    (norm, rank), (_, own_rank) = (norm_and_rank(images.reshape(len(basis), -1)) for images in (outputs, raw))
+    largest = min(len(basis), outputs[0].size)
+    np.testing.assert_allclose((norm, rank), (1, min(0.6 * largest, own_rank)), rtol=1e-6)
+    np.testing.assert_allclose(layer.apply(jlinen.fold(model, variables), basis), outputs, atol=1e-12)
+
+
+class Cell(nn.Module):
+    """One step of a recurrence, one layer of a stack, or one member of an ensemble."""
+
+    wrapped: bool = True
+    learned: bool = False
+
+    @nn.compact
+    def __call__(self, x, _=None):
+        layer = nn.Dense(4, **FLOAT)
+        norm = nn.initializers.constant(1.5) if self.learned else 0.9
+        x = (jlinen.StableRankNorm(layer, 0.5, norm=norm) if self.wrapped else layer)(x)
+        return nn.tanh(x + 1), None
+
+
+ROWS = jax.random.normal(KEY, (3, 4), jnp.float64)
 
 
 @pytest.mark.parametrize("transform", [nn.jit, nn.remat])
 def test_jit_and_remat(transform):
-    model, lifted = Net(), transform(Net)()
-    variables = perturbed(model.init(KEY, IMAGES))
-    born = lifted.init(KEY, IMAGES)
-    assert jax.tree.structure(born) == jax.tree.structure(variables)
+    model, lifted = Cell(learned=True), transform(Cell)(learned=True)
+    variables = perturbed(model.init(KEY, ROWS))
+    assert jax.tree.structure(jax.eval_shape(lifted.init, KEY, ROWS)) == jax.tree.structure(variables)
 
-    def loss_of(model, params):
-        logits, changed = model.apply({**variables, "params": params}, IMAGES, mutable=["stable_rank"])
-        return cross_entropy(logits), (logits, changed)
+    @jax.jit(static_argnums=0)
+    def results(model, params):
+        def loss_of(params):
+            outputs, changed = model.apply({**variables, "params": params}, ROWS, mutable=["stable_rank"])
+            return jnp.sum(outputs[0] ** 3), changed
 
-    results = [
-        jax.value_and_grad(lambda p, m=m: loss_of(m, p), has_aux=True)(variables["params"]) for m in (model, lifted)
-    ]
-    assert_trees_close(*results, rtol=1e-8, atol=1e-10)
-    assert_trees_close(born, model.init(KEY, IMAGES), rtol=1e-6, atol=1e-8)
+        return jax.value_and_grad(loss_of, has_aux=True)(params)
+
+    expected = results(model, variables["params"])
+    assert_trees_close(results(lifted, variables["params"]), expected, rtol=1e-8, atol=1e-10)
+    (_, changed), grads = expected
+    assert all(np.any(leaf != 0) for leaf in jax.tree.leaves(grads))
+    states = jax.tree.leaves(changed), jax.tree.leaves(variables["stable_rank"])
+    assert any(np.any(a != b) for a, b in zip(*states, strict=True))
 
 
 def test_an_argument_that_is_static_under_a_transformation():
     lifted = nn.remat(jlinen.SpectralNorm, static_argnums=(2,))(nn.Dense(3, **FLOAT))
     x = jnp.ones((2, 4))
-    variables = perturbed(lifted.init(KEY, x))
+    variables = perturbed(lifted.init(KEY, x, True))
     _, kept = lifted.apply(variables, x, False, mutable=["stable_rank"])
     _, stepped = lifted.apply(variables, x, True, mutable=["stable_rank"])
     jax.tree.map(np.testing.assert_array_equal, kept["stable_rank"], variables["stable_rank"])
     assert any(np.any(a != b) for a, b in zip(jax.tree.leaves(kept), jax.tree.leaves(stepped), strict=True))
 
 
-class Cell(nn.Module):
-    """One step of a recurrence, or one layer of a stack."""
-
-    wrapped: bool = True
-    learned: bool = False
-
-    @nn.compact
-    def __call__(self, x, _):
-        layer = nn.Conv(2, (3,), padding="CIRCULAR", **FLOAT)
-        norm = nn.initializers.constant(1.5) if self.learned else 0.9
-        x = (jlinen.StableRankNorm(layer, 0.6, input_shape=(6,), norm=norm) if self.wrapped else layer)(x)
-        return nn.tanh(x + 1), None
-
-
 def test_scan_over_stacked_layers():
     """Each layer has its state and its learned norm; folding takes them all."""
     axes = {"variable_axes": {"params": 0, "stable_rank": 0}, "split_rngs": {"params": True}, "length": 3}
     model, plain = nn.scan(Cell, **axes)(learned=True), nn.scan(Cell, **axes)(wrapped=False)
-    x = jax.random.normal(KEY, (2, 6, 2))
+    x = ROWS
     variables = perturbed(model.init(KEY, x, None))
     (out, _), changed = model.apply(variables, x, None, mutable=["stable_rank"])
     expected = x
@@ -322,16 +360,16 @@ def test_scan_over_stacked_layers():
     folded = jlinen.fold(model, variables)
     np.testing.assert_allclose(plain.apply(folded, x, None)[0], out, rtol=1e-8)
     inputs = jax.ShapeDtypeStruct(x.shape, x.dtype), None
-    assert jlinen.layer_operators(model, variables, *inputs) == {("Conv_0", "kernel"): jaxsrn.CircularConv((6,))}
+    assert jlinen.layer_operators(model, variables, *inputs) == {("Dense_0", "kernel"): jaxsrn.Dense()}
     swapped = {**variables, "params": jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 0, -1), variables["params"])}
-    with pytest.raises(ValueError, match=r"Conv_0: got kernels of shape \(3, 2, 2, 3\), expected \(3, 2, 2\), stacked"):
+    with pytest.raises(ValueError, match=r"Dense_0: got kernels of shape \(4, 4, 3\), expected \(4, 4\), stacked"):
         jlinen.fold(model, swapped)
 
 
 def test_scan_as_a_recurrence():
     """One layer at every step: the state is carried, or only read; as many steps of a loop give the same."""
     shared = {"variable_broadcast": "params", "variable_carry": "stable_rank", "split_rngs": {"params": False}}
-    x = jax.random.normal(KEY, (2, 6, 2))
+    x = ROWS
     variables = perturbed(Cell().init(KEY, x, None))
     (out, _), changed = nn.scan(Cell, **shared, length=4)().apply(variables, x, None, mutable=["stable_rank"])
     expected, states = x, variables
@@ -347,16 +385,18 @@ def test_scan_as_a_recurrence():
 
 def test_vmap_over_an_ensemble():
     lift = {"variable_axes": {"params": 0, "stable_rank": 0}, "split_rngs": {"params": True}, "in_axes": None}
-    ensemble = nn.vmap(CompactNet, **lift, axis_size=3)()
-    plain = nn.vmap(CompactNet, **lift, axis_size=3)(stable=plain_layer, spectral=plain_layer)
-    variables = ensemble.init(KEY, IMAGES)
-    out, changed = ensemble.apply(variables, IMAGES, mutable=["stable_rank"])
+    ensemble, plain = (nn.vmap(Cell, **lift, axis_size=3)(wrapped=wrapped) for wrapped in (True, False))
+    variables = ensemble.init(KEY, ROWS)
+    (out, _), changed = ensemble.apply(variables, ROWS, mutable=["stable_rank"])
     for i in range(3):
         single = jax.tree.map(lambda leaf, i=i: leaf[i], variables)
-        expected, state = CompactNet().apply(single, IMAGES, mutable=["stable_rank"])
+        (expected, _), state = Cell().apply(single, ROWS, mutable=["stable_rank"])
         np.testing.assert_allclose(out[i], expected, rtol=1e-8)
         assert_trees_close(jax.tree.map(lambda leaf, i=i: leaf[i], changed), state, rtol=1e-8, atol=1e-10)
-    np.testing.assert_allclose(plain.apply(jlinen.fold(ensemble, variables), IMAGES), out, rtol=1e-8)
+        kernels = jlinen.fold(Cell(), single)["params"]["Dense_0"]["kernel"], single["params"]["Dense_0"]["kernel"]
+        (norm, rank), (_, own_rank) = map(norm_and_rank, kernels)
+        np.testing.assert_allclose((norm, rank), (0.9, min(2, own_rank)), rtol=1e-6)
+    np.testing.assert_allclose(plain.apply(jlinen.fold(ensemble, variables), ROWS)[0], out, rtol=1e-8)
 
 
 def test_outside_layers_in_a_sequence():
@@ -396,7 +436,7 @@ def test_trained_weights_without_a_state_get_a_converged_one():
     params = variables["params"]
     _, born = model.apply({"params": params}, IMAGES, mutable=["stable_rank"])
     folded = jlinen.fold(model, {"params": params, **born})["params"]
-    rank = norm_and_rank(jaxsrn.CircularConv((6, 6)).to_dense(folded["conv1"]["kernel"]))[1]
+    rank = norm_and_rank(jaxsrn.CircularConv((6, 6)).to_dense(folded["conv"]["kernel"]))[1]
     np.testing.assert_allclose(rank, 0.3 * 36, rtol=1e-6)
 
 
@@ -413,15 +453,15 @@ class Flagged(nn.Module):
 
 
 def test_layer_operators():
-    expected = {"conv1": jaxsrn.CircularConv((6, 6)), "conv2": jaxsrn.ZeroPaddedConv((6, 6), strides=2)}
+    expected = {"conv": jaxsrn.CircularConv((6, 6)), "hidden": jaxsrn.Dense(), "dense": jaxsrn.Dense()}
     plain = Net(stable=plain_layer, spectral=plain_layer)
     shapes = jax.eval_shape(plain.init, KEY, IMAGES)
     found = jlinen.layer_operators(plain, shapes, IMAGES)
-    assert found == {(name, "kernel"): op for name, op in {**expected, "dense": jaxsrn.Dense()}.items()}
+    assert found == {(name, "kernel"): op for name, op in expected.items()}
     assert set(found) <= set(flatten_dict(shapes["params"]))
     # Also where the trace of the compiled module is remembered.
+    variables = jax.eval_shape(Net().init, KEY, IMAGES)
     for model in (Net(), nn.jit(Net)()):
-        variables = model.init(KEY, IMAGES)
         for _ in range(2):
             inside = jlinen.layer_operators(model, variables, IMAGES)
             assert inside == {(path[0], "layer", "kernel"): op for path, op in found.items()}
