@@ -33,6 +33,7 @@ from tqdm import tqdm
 
 import jaxsrn
 import jaxsrn.nnx as jnnx
+from jaxsrn import optim
 
 try:
     import torch
@@ -87,11 +88,15 @@ class Stack(nnx.Module):
         return x.mean(axis=(1, 2))
 
 
-def jax_step(wrap, padding: str, size: int, width: int, batch: int):
-    """One step of SGD, compiled: `(run, flops)`."""
+def descent(model, x):
+    return optax.sgd(1e-3)
+
+
+def jax_step(wrap, padding: str, size: int, width: int, batch: int, transformation=descent):
+    """One step of training, compiled: `(run, flops)`."""
     model = Stack(wrap, padding, size, width)
-    optimizer = nnx.Optimizer(model, optax.sgd(1e-3), wrt=nnx.Param)
     x = jax.random.normal(jax.random.key(0), (batch, size, size, width))
+    optimizer = nnx.Optimizer(model, transformation(model, x), wrt=nnx.Param)
     graphdef, state = nnx.split((model, optimizer))
 
     @jax.jit
@@ -322,6 +327,89 @@ def what_is_left(width: int):
     return [("What is left after 200 steps", text)], checks
 
 
+# Kernels projected after the optimizer's step
+
+EVERY = 100
+# Below what the layers start with, so that there is something to project.
+KEPT_NORM, KEPT_FRACTION = 1.0, 0.1
+KEEPERS = {
+    "keep_spectral_norm": lambda layers, every: optim.keep_spectral_norm(layers, KEPT_NORM, every=every),
+    "keep_stable_rank": lambda layers, every: optim.keep_stable_rank(layers, KEPT_FRACTION, every=every),
+}
+
+
+def adam(keeper=None, every: int = 1):
+    """Adam, and a projection after it: what `jax_step` takes."""
+
+    def transformation(model, x):
+        steps = optax.adam(1e-3)
+        return optax.chain(steps, keeper(jnnx.layer_operators(model, x), every)) if keeper else steps
+
+    return transformation
+
+
+def keeping_times(padding: str, size: int, width: int, batch: int, rounds: int):
+    """Rows of step times: the plain step, and with a projection in every step and in one of `EVERY`."""
+    transformations = {"plain": adam()}
+    for name, keeper in KEEPERS.items():
+        transformations[name] = adam(keeper)
+        # In fewer rounds than that none of its steps projects: what the others cost.
+        transformations[f"{name}, between"] = adam(keeper, max(EVERY, 2 * rounds + 5))
+    shape = padding, size, width, batch
+    runs = {name: jax_step(identity, *shape, t)[0] for name, t in tqdm(transformations.items(), desc="compiling")}
+    times = interleaved(runs, rounds)
+    ratios = {name: float(np.median(times[name] / times["plain"])) for name in runs}
+    rows = [(f"plain, {padding}", "", f"{1e3 * np.median(times['plain']):.1f}", "1.000")]
+    for name in KEEPERS:
+        each, between = ratios[name], ratios[f"{name}, between"]
+        rare = ((EVERY - 1) * between + each) / EVERY
+        rows += [
+            (f"{name}, {padding}", "1", f"{1e3 * np.median(times[name]):.1f}", f"{each:.3f}"),
+            (f"{name}, {padding}", EVERY, "", f"{rare:.3f}"),
+        ]
+    return rows
+
+
+def drift(name: str, width: int):
+    """`(layer, right after a projection, the most in the steps to the next)`, relative to what is kept."""
+    images, labels = load_digits(return_X_y=True)
+    images = (images / 16).astype(np.float32).reshape(-1, 8, 8, 1)
+    model, rng = Digits(width=width), np.random.default_rng(0)
+    layers = jnnx.layer_operators(model, images[:1])
+    optimizer = nnx.Optimizer(model, adam(KEEPERS[name], EVERY)(model, images[:1]), wrt=nnx.Param)
+    found = {path: [] for path in layers}
+    for i in tqdm(range(1, 2 * EVERY), desc=name):
+        batch = rng.choice(len(images), 64, replace=False)
+        digits_step(model, optimizer, images[batch], labels[batch])
+        if i >= EVERY:
+            for path, op in layers.items():
+                layer = getattr(model, path[0])
+                shape = op.in_shape(layer.kernel.shape)
+                norm, rank = measured(layer, shape)
+                largest = min(np.prod(shape), np.prod(op.out_shape(layer.kernel.shape)))
+                excess = norm / KEPT_NORM if name == "keep_spectral_norm" else rank / (KEPT_FRACTION * largest)
+                found[path].append(excess - 1)
+    return [(f"{name}, {path[0]}", f"{values[0]:.1e}", f"{max(values):.1%}") for path, values in found.items()]
+
+
+def keeping(width: int, *stacks):
+    """`stacks`: of `keeping_times`."""
+    rows = [row for stack in stacks for row in keeping_times(*stack)]
+    drifts = [row for name in KEEPERS for row in drift(name, width)]
+    sizes = "; ".join(f"{padding}: {n}x{n}x{c}, batch {batch}" for padding, n, c, batch, _ in stacks)
+    text = (
+        f"{NUM_LAYERS} convolutions of 3x3 taps, Adam, float32, kept at norm {KEPT_NORM:g} or at\n"
+        f"{KEPT_FRACTION:.0%} of the largest stable rank. {sizes}. `time` is a multiple of the plain step\n"
+        f"(medians over rounds of the ratio within a round). A step in {EVERY}: the mean of {EVERY - 1}\n"
+        f"steps without a projection, as measured, and one with.\n\n"
+        f"{table(('step', 'every', 'ms', 'time'), rows)}\n\n"
+        f"The CNN on the digits, Adam at 1e-3, a projection every {EVERY} steps: how far above what is kept each\n"
+        f"layer is, right after the first projection and at most in the {EVERY - 1} steps from there (below 0:\n"
+        f"never reached).\n\n" + table(("layer", "at once", "drift"), drifts)
+    )
+    return [("Kernels projected after the optimizer's step", text)], []
+
+
 # A recurrence
 
 
@@ -365,14 +453,18 @@ def recurrence(size: int, width: int, length: int):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--fast", action="store_true", help="tiny networks; records nothing")
-    parser.add_argument("--only", action="append", choices=("steps", "implicit", "left", "recurrence"))
+    parser.add_argument("--only", action="append", choices=("steps", "implicit", "left", "keeping", "recurrence"))
     parser.add_argument("--rounds", type=int, default=21, help="of the step times (default: %(default)s)")
     args = parser.parse_args()
     stack = (8, 8, 4, 3) if args.fast else (32, 64, 32, args.rounds)
+    kept = ("CIRCULAR", 32, 64, 32, args.rounds), ("SAME", 8, 4, 32, args.rounds)
+    if args.fast:
+        kept = ("CIRCULAR", 8, 4, 3, 2), ("SAME", 4, 4, 3, 2)
     parts = {
         "steps": lambda: step_times(*stack),
         "implicit": lambda: implicit_times(*stack),
         "left": lambda: what_is_left(4 if args.fast else 16),
+        "keeping": lambda: keeping(4 if args.fast else 16, *kept),
         "recurrence": lambda: recurrence(*(8, 4, 50) if args.fast else (32, 16, 1000)),
     }
     sections, checks = [], []

@@ -12,7 +12,7 @@ from jaxtyping import Array, Shaped
 from jaxsrn._checks import ensure, kernel_array
 from jaxsrn.operators import Operator
 
-__all__ = ["Layers", "Stack", "find_kernels", "stacks"]
+__all__ = ["Layers", "Path", "Stack", "find_kernels", "named_kernels", "stacked", "stacks"]
 
 Path = tuple[Any, ...]
 # {path: operator}; checked entry by entry.
@@ -62,19 +62,30 @@ def find_kernels(layers: Layers, params) -> dict[Path, int]:
     return found
 
 
-def stacks(layers: Layers, params) -> list[Stack]:
-    """The kernels that `layers` names, those of equal operator, shape and dtype stacked.
+def named_kernels(layers: Layers, params) -> dict[Path, Shaped[Array, "..."]]:
+    """The kernels that `layers` names, by path.
 
     Raises:
       ValueError: as `find_kernels`, or a kernel that does not fit its operator.
     """
     leaves = jax.tree.leaves(params)
-    groups: dict[tuple, list[Path]] = {}
     kernels = {}
     for path, index in find_kernels(layers, params).items():
         try:
             kernels[path] = kernel_array(leaves[index], layers[path])
         except ValueError as error:
             raise ValueError(f"layers: at {path!r}, {error}") from error
-        groups.setdefault((layers[path], kernels[path].shape, kernels[path].dtype), []).append(path)
+    return kernels
+
+
+def stacked(layers: Layers, kernels: Mapping) -> list[Stack]:
+    """Kernels by path, those of equal operator, shape and dtype stacked."""
+    groups: dict[tuple, list[Path]] = {}
+    for path, kernel in kernels.items():
+        groups.setdefault((layers[path], kernel.shape, kernel.dtype), []).append(path)
     return [Stack(op, paths, jnp.stack([kernels[path] for path in paths])) for (op, _, _), paths in groups.items()]
+
+
+def stacks(layers: Layers, params) -> list[Stack]:
+    """The kernels that `layers` names in `params`, stacked; raises as `named_kernels`."""
+    return stacked(layers, named_kernels(layers, params))

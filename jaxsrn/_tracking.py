@@ -23,7 +23,7 @@ from jaxtyping import Array, Complex, Float, Inexact, Int
 from jaxsrn import _fourier
 from jaxsrn._lanczos import random_start
 from jaxsrn._linalg import real_times, unit
-from jaxsrn._pairs import Pair, flat_products, pair_shapes
+from jaxsrn._pairs import Pair, pair_shapes
 from jaxsrn.operators import CircularConv, Dense, Operator
 
 __all__ = ["Track", "follow", "power_step", "start", "track_shapes"]
@@ -117,17 +117,26 @@ def _follow_images(kernel: Float[Array, "..."], op: Operator, track: Track) -> T
     Singular values of images lie close together, and cross. One vector alone, however many steps it takes, is late to
     turn into another; here the next ones are at hand.
     """
-    matvec, rmatvec, *_ = flat_products(kernel, op)
-    shape = track.pair.right.shape
+    shape, highest = track.pair.right.shape, lax.Precision.HIGHEST
+
+    def forward(vectors):
+        # Outputs stay images: where a kernel is split over its output channels so are they, flat ones could not be.
+        return op.apply(kernel, vectors.reshape((-1, *shape)), precision=highest)
+
+    def backward(images):
+        return op.transpose(kernel, images, precision=highest).reshape((len(images), -1))
+
     # Orthonormal but for rounding, which the choice of the largest below would amplify from step to step.
     kept = _orthonormal(track.watch.reshape((_RUNNERS_UP, -1)), unit(track.pair.right.reshape((1, -1))))
-    images = jax.vmap(matvec)(kept)
-    basis = _orthonormal(jax.vmap(rmatvec)(images[:_EXPANDED]), kept)
-    images = jnp.concatenate([images, jax.vmap(matvec)(basis[len(kept) :])])
-    weights = jnp.linalg.svd(_einsum("in,jn->ij", images, images))[0].T[: len(kept)]
+    images = forward(kept)
+    basis = _orthonormal(backward(images[:_EXPANDED]), kept)
+    images = jnp.concatenate([images, forward(basis[len(kept) :])])
+    axes = tuple(range(1, images.ndim))
+    gram = jnp.tensordot(images, images, axes=(axes, axes), precision=highest)
+    weights = jnp.linalg.svd(gram)[0].T[: len(kept)]
     rights = _einsum("kj,jn->kn", weights, basis)
-    right, left = unit(rights[0]), unit(_einsum("j,jn->n", weights[0], images))
-    pair = Pair(track.pair.site, right.reshape(shape), left.reshape(track.pair.left.shape))
+    left = unit(jnp.tensordot(weights[0], images, axes=1, precision=highest))
+    pair = Pair(track.pair.site, unit(rights[0]).reshape(shape), left)
     return Track(pair, rights[1:].reshape(track.watch.shape))
 
 

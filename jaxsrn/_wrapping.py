@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any
 
 import jax
@@ -11,9 +10,9 @@ import jax
 from jaxsrn._checks import ensure, errors_named
 from jaxsrn._flax_layers import LayerMap, layer_map, layer_name
 from jaxsrn._step import SRNCState, srnc_state, srnc_step
-from jaxsrn.ranks import stable_rank_range
+from jaxsrn.ranks import target_of
 
-__all__ = ["Constraint", "record_call", "target_of"]
+__all__ = ["Constraint", "record_call", "target_for"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,24 +44,10 @@ class Constraint:
         return self.layer_map.to_layer(normalized), state
 
 
-def target_of(layer, seen: LayerMap, fraction) -> float:
-    """The stable rank that is the given fraction of the largest that the layer's shapes allow.
-
-    Raises:
-      ValueError: a fraction outside (0, 1], or below what the taps allow; the message names the layer.
-    """
-    fraction, op = float(fraction), seen.op
+def target_for(layer, seen: LayerMap, fraction) -> float:
+    """`jaxsrn.ranks.target_of` for a layer; errors name it."""
     with errors_named(layer_name(layer)):
-        ensure(0 < fraction <= 1, f"fraction: got {fraction}, expected a number in (0, 1].")
-        largest = min(math.prod(op.in_shape(seen.shape)), math.prod(op.out_shape(seen.shape)))
-        low, _ = stable_rank_range(seen.shape, op)
-        # Rounding must not forbid the end of the interval.
-        ensure(
-            fraction * largest >= low * (1 - 1e-6),
-            f"fraction: got {fraction}, expected at least {low / largest:.6g}: with its taps the stable rank of {op} "
-            f"is at least {low:.6g} of {largest}.",
-        )
-    return fraction * largest
+        return target_of(float(fraction), seen.shape, seen.op)
 
 
 def record_call(found: dict[tuple, LayerMap], path: tuple, layer: Any, kernel_shape: tuple[int, ...], x) -> None:

@@ -27,7 +27,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jaxsrn._checks import ensure, errors_named, float_dtype
 from jaxsrn._flax_layers import LayerMap, layer_map, layer_name
-from jaxsrn._wrapping import Constraint, record_call, target_of
+from jaxsrn._wrapping import Constraint, record_call, target_for
 from jaxsrn.operators import Operator
 
 __all__ = ["SpectralNorm", "StableRankNorm", "StableRankState", "fold", "layer_operators"]
@@ -154,7 +154,7 @@ class StableRankNorm(_Normalized):
 
     @nn.nowrap
     def _target(self, seen: LayerMap) -> float:
-        return target_of(self.layer, seen, self.fraction)
+        return target_for(self.layer, seen, self.fraction)
 
 
 class SpectralNorm(_Normalized):

@@ -19,7 +19,7 @@ from flax import nnx
 
 from jaxsrn._checks import ensure, errors_named
 from jaxsrn._flax_layers import LayerMap, layer_map, layer_name
-from jaxsrn._wrapping import Constraint, record_call, target_of
+from jaxsrn._wrapping import Constraint, record_call, target_for
 from jaxsrn.operators import Operator
 
 __all__ = [
@@ -127,7 +127,7 @@ class StableRankNorm(_Normalized):
         rngs: nnx.Rngs | None = None,
     ):
         seen = _map_of(layer, input_shape)
-        super().__init__(layer, norm, Constraint(seen, target_of(layer, seen, fraction), bool(cap), gradient))
+        super().__init__(layer, norm, Constraint(seen, target_for(layer, seen, fraction), bool(cap), gradient))
 
 
 class SpectralNorm(_Normalized):

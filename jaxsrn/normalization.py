@@ -251,7 +251,12 @@ def _as_pair(initial: SingularTriplet | _pairs.Pair, op: Operator, kernel: Float
 
 
 @functools.partial(jax.jit, static_argnums=(5, 6))
-def _srnc(kernel, op, target, initial, tolerance, keep_norm, max_steps):
+def _srnc(*args):
+    return lowered_with_pair(*args)[0]
+
+
+def lowered_with_pair(kernel, op, target, initial, tolerance, keep_norm, max_steps) -> tuple[SRNResult, _pairs.Pair]:
+    """`srnc` of checked arguments, and the pair that its kernel was made with: where the next can start."""
     a, scale = _pairs.rescaled(kernel.astype(float_dtype(kernel.dtype)), op)
     problem, own = problem_of(a, op, target)
     frozen, tolerance = lax.stop_gradient((problem, tolerance))
@@ -272,7 +277,7 @@ def _srnc(kernel, op, target, initial, tolerance, keep_norm, max_steps):
     distance = _ratio(safe_sqrt(problem.inner(result - a, result - a)), safe_sqrt(squared))
     gap = _gap(frozen, bound, lax.stop_gradient(distance), keep_norm, feasible, unchanged)
     result = _measured(result, problem, norm, distance, gap, solution.num_steps, keep_norm, feasible)
-    return in_own_scale(result, scale, kernel, op, unchanged)
+    return in_own_scale(result, scale, kernel, op, unchanged), solution.pair
 
 
 @functools.partial(jax.jit, static_argnums=(5, 6))

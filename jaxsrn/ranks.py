@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxsrn._checks import Kernel, float_dtype, kernel_array
+from jaxsrn._checks import Kernel, ensure, float_dtype, kernel_array
 from jaxsrn._pairs import rescaled
 from jaxsrn.norms import norm_of
 from jaxsrn.operators import Operator
@@ -93,3 +93,21 @@ def stable_rank_range(kernel_shape: tuple[int, ...], op: Operator) -> tuple[floa
     channels_in, channels_out = op.in_shape(kernel_shape)[-1], op.out_shape(kernel_shape)[-1]
     bound = largest_functional(kernel_shape, op)
     return (max(1.0, 1 / bound) if bound else 0.0), float(min(samples_in * channels_in, samples_out * channels_out))
+
+
+def target_of(fraction: float, kernel_shape: tuple[int, ...], op: Operator) -> float:
+    """The stable rank that is `fraction` of `min(prod(in_shape), prod(out_shape))` (static).
+
+    Raises:
+      ValueError: a fraction outside (0, 1], or below what the taps of the kernel allow.
+    """
+    ensure(0 < fraction <= 1, f"fraction: got {fraction}, expected a number in (0, 1].")
+    largest = min(math.prod(op.in_shape(kernel_shape)), math.prod(op.out_shape(kernel_shape)))
+    low, _ = stable_rank_range(kernel_shape, op)
+    # Rounding must not forbid the end of the interval.
+    ensure(
+        fraction * largest >= low * (1 - 1e-6),
+        f"fraction: got {fraction}, expected at least {low / largest:.6g}: with its taps the stable rank of {op} is at "
+        f"least {low:.6g} of {largest}.",
+    )
+    return fraction * largest
