@@ -70,14 +70,13 @@ class Block(nnx.Module):
 
 
 class ResNet(nnx.Module):
-    """He et al. 2016 for CIFAR-10: three stages of `blocks` blocks, `6 * blocks + 2` layers."""
+    """He et al. 2016 for CIFAR-10: a stage of `blocks` blocks for each width, half the image from one to the next."""
 
-    def __init__(self, width: int, blocks: int, rngs: nnx.Rngs):
-        self.stem = nnx.Conv(3, width, (3, 3), use_bias=False, rngs=rngs)
-        self.norm = nnx.BatchNorm(width, momentum=0.9, rngs=rngs)
-        places = [(stage, i) for stage in range(3) for i in range(blocks)]
-        widths = [width, *(width * 2**stage for stage, _ in places)]
-        strides = [2 if stage and not i else 1 for stage, i in places]
+    def __init__(self, widths: list[int], blocks: int, rngs: nnx.Rngs):
+        self.stem = nnx.Conv(3, widths[0], (3, 3), use_bias=False, rngs=rngs)
+        self.norm = nnx.BatchNorm(widths[0], momentum=0.9, rngs=rngs)
+        strides = [2 if stage and not i else 1 for stage in range(len(widths)) for i in range(blocks)]
+        widths = [widths[0], *(width for width in widths for _ in range(blocks))]
         self.blocks = nnx.List([Block(*sizes, rngs) for sizes in zip(widths, widths[1:], strides, strict=False)])
         self.head = nnx.Linear(widths[-1], _cifar10.NUM_CLASSES, rngs=rngs)
 
@@ -162,7 +161,9 @@ def layers_of(model, operators) -> dict[str, tuple[float, float]]:
     found = {}
     for path, op in operators.items():
         kernel = folded[path][...]
-        found[layer_name(path)] = float(jaxsrn.spectral_norm(kernel, op)), float(jaxsrn.stable_rank(kernel, op))
+        norm, squared = jaxsrn.spectral_norm(kernel, op), jnp.sum(op.frobenius_weights(kernel.shape) * kernel**2)
+        # As jaxsrn.stable_rank, which would compute the norm again.
+        found[layer_name(path)] = float(norm), float(squared / norm**2)
     return found
 
 
@@ -350,8 +351,8 @@ def arguments():
     parser.add_argument("--every", type=int, default=1, help="of the optimizer: steps between (default: %(default)s)")
     parser.add_argument("--epochs", type=int, help="default: 30, with --fast 2")
     parser.add_argument("--batch", type=int, help="default: 128, with --fast 32")
-    parser.add_argument("--width", type=int, help="channels of the first stage (default: 16, with --fast 4)")
-    parser.add_argument("--blocks", type=int, help="in each of the three stages (default: 3, with --fast 1)")
+    parser.add_argument("--widths", type=int, nargs="+", help="channels of each stage (default: 16 32 64, fast: 4 8)")
+    parser.add_argument("--blocks", type=int, help="in each stage (default: 3, with --fast 1)")
     parser.add_argument("--images", type=int, help="of the training set, the first (default: all, with --fast 256)")
     parser.add_argument("--rate", type=float, default=0.1, help="the first learning rate (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of weights and batches (default: %(default)s)")
@@ -361,8 +362,8 @@ def arguments():
     parser.add_argument("--stand-in", action="store_true", help="synthetic images in the place of CIFAR-10")
     parser.add_argument("--fast", action="store_true", help="a small network, few images, no download")
     args = parser.parse_args()
-    usual = {"epochs": 30, "batch": 128, "width": 16, "blocks": 3, "images": None}
-    small = {"epochs": 2, "batch": 32, "width": 4, "blocks": 1, "images": 256}
+    usual = {"epochs": 30, "batch": 128, "widths": [16, 32, 64], "blocks": 3, "images": None}
+    small = {"epochs": 2, "batch": 32, "widths": [4, 8], "blocks": 1, "images": 256}
     for name, value in (small if args.fast else usual).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -373,7 +374,7 @@ def main():
     args = arguments()
     data = _cifar10.load(download=not args.fast, stand_in=args.stand_in)
     data = data.head(args.images, args.images)
-    model = ResNet(args.width, args.blocks, nnx.Rngs(args.seed))
+    model = ResNet(args.widths, args.blocks, nnx.Rngs(args.seed))
     # Which linear map each layer is, traced on one image.
     operators = jnnx.layer_operators(model, jax.ShapeDtypeStruct((1, SIZE, SIZE, 3), jnp.float32))
     model = wrapped(model, operators, args)
