@@ -347,7 +347,7 @@ def arguments():
     parser.add_argument("--method", choices=("plain", "spectral", "stable-rank"), default="stable-rank")
     parser.add_argument("--by", choices=("wrapper", "optimizer"), default="wrapper", help="what holds the constraint")
     parser.add_argument("--norm", type=float, default=1.0, help="of spectral: the largest norm (default: %(default)s)")
-    parser.add_argument("--fraction", type=float, default=0.1, help="of the largest stable rank (default: %(default)s)")
+    parser.add_argument("--fraction", type=float, default=0.2, help="of the largest stable rank (default: %(default)s)")
     parser.add_argument("--every", type=int, default=1, help="of the optimizer: steps between (default: %(default)s)")
     parser.add_argument("--epochs", type=int, help="default: 30, with --fast 2")
     parser.add_argument("--batch", type=int, help="default: 128, with --fast 32")

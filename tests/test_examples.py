@@ -10,7 +10,7 @@ from pathlib import Path
 
 SCRIPT = Path(__file__).parents[1] / "examples" / "train_cifar10.py"
 NUM_STEPS, SAVE_EVERY = 12, 2
-SMALL = ["--fast", "--stand-in", "--widths", "2", "--images", "48", "--batch", "8", "--epochs", "2", "--rate", "0.05"]
+SMALL = ["--fast", "--stand-in", "--widths", "8", "--images", "48", "--batch", "8", "--epochs", "2", "--rate", "0.05"]
 
 
 def start(output: Path, cache: Path, *options: str) -> subprocess.Popen:
