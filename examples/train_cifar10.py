@@ -351,7 +351,7 @@ def arguments():
     parser.add_argument("--every", type=int, default=1, help="of the optimizer: steps between (default: %(default)s)")
     parser.add_argument("--epochs", type=int, help="default: 30, with --fast 2")
     parser.add_argument("--batch", type=int, help="default: 128, with --fast 32")
-    parser.add_argument("--widths", type=int, nargs="+", help="channels of each stage (default: 16 32 64, with --fast 8)")
+    parser.add_argument("--widths", type=int, nargs="+", help="of each stage (default: 16 32 64, with --fast 8)")
     parser.add_argument("--blocks", type=int, help="in each stage (default: 3, with --fast 1)")
     parser.add_argument("--images", type=int, help="of the training set, the first (default: all, with --fast 256)")
     parser.add_argument("--rate", type=float, default=0.1, help="the first learning rate (default: %(default)s)")
