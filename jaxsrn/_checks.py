@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Shaped
 
-__all__ = ["Kernel", "ensure", "float_dtype", "int_tuple", "kernel_array", "positive_scalar", "static_int"]
+__all__ = [
+    "Kernel",
+    "ensure",
+    "errors_named",
+    "float_dtype",
+    "int_tuple",
+    "kernel_array",
+    "positive_scalar",
+    "static_int",
+]
 
 # What users pass: any real floating array; `kernel_array` says the rest.
 Kernel = Shaped[Array | np.ndarray, "..."]
@@ -17,6 +28,15 @@ def ensure(condition: bool, message: str) -> None:
     """Raises `ValueError(message)` unless the (static) condition holds."""
     if not condition:
         raise ValueError(message)
+
+
+@contextlib.contextmanager
+def errors_named(name: str):
+    """Puts a name, as that of a layer, before the message of a `ValueError` raised inside."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
 
 
 def int_tuple(value, length: int | None, name: str, minimum: int = 1) -> tuple[int, ...]:

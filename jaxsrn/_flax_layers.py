@@ -12,7 +12,7 @@ import math
 
 import jax
 
-from jaxsrn._checks import ensure
+from jaxsrn._checks import ensure, errors_named
 from jaxsrn.operators import CircularConv, Dense, Operator, ZeroPaddedConv
 
 __all__ = ["LayerMap", "layer_map", "layer_name"]
@@ -76,10 +76,8 @@ def layer_map(layer, kernel_shape: tuple[int, ...], input_shape) -> LayerMap:
       ValueError: a layer that is no such map (another class, REFLECT, a mask, batch axes, circular strides that do
         not divide), or an `input_shape` that is missing or does not fit; the message names the layer.
     """
-    try:
+    with errors_named(layer_name(layer)):
         return _layer_map(layer, tuple(kernel_shape), input_shape)
-    except ValueError as error:
-        raise ValueError(f"{layer_name(layer)}: {error}") from error
 
 
 def _layer_map(layer, kernel_shape, input_shape) -> LayerMap:

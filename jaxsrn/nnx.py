@@ -17,11 +17,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxsrn._checks import ensure
+from jaxsrn._checks import ensure, errors_named
 from jaxsrn._flax_layers import LayerMap, layer_map, layer_name
-from jaxsrn._step import srnc_state, srnc_step
+from jaxsrn._wrapping import Constraint, record_call, target_for
 from jaxsrn.operators import Operator
-from jaxsrn.ranks import target_of
 
 __all__ = [
     "SpectralNorm",
@@ -43,27 +42,13 @@ class StableRankState(nnx.Variable):
 class _Normalized(nnx.Module):
     """A layer whose kernel is normalized on the way into it; the stored kernel stays the raw parameter."""
 
-    def __init__(self, layer: nnx.Module, input_shape, norm, cap: bool, gradient: str):
-        ensure(
-            isinstance(getattr(layer, "kernel", None), nnx.Variable),
-            f"{layer_name(layer)}: it has no kernel; expected nnx.Conv, nnx.ConvTranspose, nnx.Linear or "
-            "nnx.LinearGeneral. Wrap the layers inside, or use jaxsrn.nnx.constrain.",
-        )
+    def __init__(self, layer: nnx.Module, norm, constraint: Constraint):
         self.layer = layer
-        self.layer_map = nnx.static(layer_map(layer, layer.kernel.shape, input_shape))
         self.norm = norm
-        self.cap = bool(cap)
-        self.gradient = gradient
+        self.constraint = nnx.static(constraint)
         # Module.train() and Module.eval() set this attribute, as they do for batch normalization.
         self.use_running_average = False
-
-    def _start(self, target: float) -> None:
-        """The target, and the state, converged."""
-        self.target = target
-        try:
-            state = srnc_state(self._raw(), self.operator, target, norm=self._norm(), cap=self.cap)
-        except ValueError as error:
-            raise ValueError(f"{layer_name(self.layer)}: {error}") from error
+        state = constraint.start(layer, layer.kernel[...], self._norm())
         leaves, treedef = jax.tree.flatten(state)
         self.state = nnx.List([StableRankState(leaf) for leaf in leaves])
         self.treedef = nnx.static(treedef)
@@ -71,10 +56,7 @@ class _Normalized(nnx.Module):
     @property
     def operator(self) -> Operator:
         """The operator at which norm and stable rank are meant (of a transposed layer, maybe that of its adjoint)."""
-        return self.layer_map.op
-
-    def _raw(self) -> jax.Array:
-        return self.layer_map.to_operator(self.layer.kernel[...])
+        return self.constraint.layer_map.op
 
     def _norm(self):
         # The sign of a learned gain means nothing: a norm has none.
@@ -83,10 +65,7 @@ class _Normalized(nnx.Module):
     def _step(self):
         """The normalized kernel in the layer's layout, by the stored state, and the next state."""
         state = jax.tree.unflatten(self.treedef, [variable[...] for variable in self.state])
-        kernel, state = srnc_step(
-            self._raw(), state, self.operator, self.target, norm=self._norm(), cap=self.cap, gradient=self.gradient
-        )
-        return self.layer_map.to_layer(kernel), state
+        return self.constraint.step(self.layer.kernel[...], state, self._norm())
 
     def _store(self, state) -> None:
         for variable, leaf in zip(self.state, jax.tree.leaves(state), strict=True):
@@ -147,12 +126,8 @@ class StableRankNorm(_Normalized):
         gradient: str = "frozen",
         rngs: nnx.Rngs | None = None,
     ):
-        super().__init__(layer, input_shape, norm, cap, gradient)
-        try:
-            target = target_of(float(fraction), self.layer_map.shape, self.operator)
-        except ValueError as error:
-            raise ValueError(f"{layer_name(layer)}: {error}") from error
-        self._start(target)
+        seen = _map_of(layer, input_shape)
+        super().__init__(layer, norm, Constraint(seen, target_for(layer, seen, fraction), bool(cap), gradient))
 
 
 class SpectralNorm(_Normalized):
@@ -175,8 +150,16 @@ class SpectralNorm(_Normalized):
         gradient: str = "frozen",
         rngs: nnx.Rngs | None = None,
     ):
-        super().__init__(layer, input_shape, norm, cap, gradient)
-        self._start(math.inf)
+        super().__init__(layer, norm, Constraint(_map_of(layer, input_shape), math.inf, bool(cap), gradient))
+
+
+def _map_of(layer, input_shape) -> LayerMap:
+    ensure(
+        isinstance(getattr(layer, "kernel", None), nnx.Variable),
+        f"{layer_name(layer)}: it has no kernel; expected nnx.Conv, nnx.ConvTranspose, nnx.Linear or "
+        "nnx.LinearGeneral. Wrap the layers inside, or use jaxsrn.nnx.constrain.",
+    )
+    return layer_map(layer, layer.kernel.shape, input_shape)
 
 
 def _with_kernel(layer: nnx.Module, kernel: jax.Array) -> nnx.Module:
@@ -234,10 +217,8 @@ def constrain(model: nnx.Module, wrap: Callable[[tuple, nnx.Module], nnx.Module]
         if isinstance(node, _Normalized) or not isinstance(node, nnx.Module) or not matches(path, node):
             return node
         found.append(path)
-        try:
+        with errors_named(".".join(map(str, path))):
             return wrap(path, node)
-        except ValueError as error:
-            raise ValueError(f"{'.'.join(map(str, path))}: {error}") from error
 
     rewritten = _rewritten(nnx.clone(model), change)
     ensure(bool(found), f"where: got {where!r}, which matches no layer of {type(model).__name__}; expected some.")
@@ -264,7 +245,7 @@ def layer_operators(model: nnx.Module, *inputs) -> Mapping[tuple, Operator]:
 
     def record(path, node):
         if isinstance(node, _Normalized):
-            found[(*path, "layer", "kernel")] = node.layer_map
+            found[(*path, "layer", "kernel")] = node.constraint.layer_map
         elif isinstance(node, _LAYERS):
             return _Recorder(node, (*path, "kernel"), found)
         return node
@@ -293,14 +274,7 @@ class _Recorder(nnx.Module):
         return getattr(self.layer, name)
 
     def __call__(self, x, *args, **kwargs):
-        kernel_shape, name = self.layer.kernel.shape, ".".join(map(str, self.path[:-1]))
-        shape = x.shape[-len(kernel_shape) + 1 : -1] if hasattr(self.layer, "kernel_size") else None
-        try:
-            seen = layer_map(self.layer, kernel_shape, shape)
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error
-        known = self.found.setdefault(self.path, seen)
-        ensure(known == seen, f"{name}: called as {known.op} and as {seen.op}, expected one image size.")
+        record_call(self.found, self.path, self.layer, self.layer.kernel.shape, x)
         return self.layer(x, *args, **kwargs)
 
 

@@ -44,7 +44,9 @@ ORDER = [
     "surrogate",
     "penalties",
     "_flax_layers",
+    "_wrapping",
     "nnx",
+    "linen",
 ]
 
 
@@ -89,6 +91,7 @@ def test_imports_point_one_way(module):
         "surrogate",
         "penalties",
         "nnx",
+        "linen",
     ],
 )
 def test_public_names_are_listed_and_documented(module):

@@ -1,0 +1,63 @@
+"""What the NNX and the Linen wrappers share: what a layer is held to, and which map a layer called in a model is."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+
+from jaxsrn._checks import ensure, errors_named
+from jaxsrn._flax_layers import LayerMap, layer_map, layer_name
+from jaxsrn._step import SRNCState, srnc_state, srnc_step
+from jaxsrn.ranks import target_of
+
+__all__ = ["Constraint", "record_call", "target_for"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Constraint:
+    """What a wrapper holds its layer to; static. Kernels are the layer's, in its layout.
+
+    Attributes:
+      layer_map: the layer's operator, and how its kernel is stored.
+      target: the stable rank; `math.inf` where only the norm is held.
+      cap, gradient: as `jaxsrn.srnc_step`.
+    """
+
+    layer_map: LayerMap
+    target: float
+    cap: bool
+    gradient: str
+
+    def start(self, layer, kernel: jax.Array, norm) -> SRNCState:
+        """The converged state; errors name the layer."""
+        with errors_named(layer_name(layer)):
+            op, raw = self.layer_map.op, self.layer_map.to_operator(kernel)
+            return srnc_state(raw, op, self.target, norm=norm, cap=self.cap)
+
+    def step(self, kernel: jax.Array, state: SRNCState, norm) -> tuple[jax.Array, SRNCState]:
+        """The normalized kernel by the state, and the next state."""
+        op, raw = self.layer_map.op, self.layer_map.to_operator(kernel)
+        options = {"norm": norm, "cap": self.cap, "gradient": self.gradient}
+        normalized, state = srnc_step(raw, state, op, self.target, **options)
+        return self.layer_map.to_layer(normalized), state
+
+
+def target_for(layer, seen: LayerMap, fraction) -> float:
+    """`jaxsrn.ranks.target_of` for a layer; errors name it."""
+    with errors_named(layer_name(layer)):
+        return target_of(float(fraction), seen.shape, seen.op)
+
+
+def record_call(found: dict[tuple, LayerMap], path: tuple, layer: Any, kernel_shape: tuple[int, ...], x) -> None:
+    """Notes in `found`, at the path of its kernel, which map a layer is that is called on `x`.
+
+    Raises:
+      ValueError: a layer that is no operator, or was called with another image size; the message names it.
+    """
+    shape = x.shape[-len(kernel_shape) + 1 : -1] if hasattr(layer, "kernel_size") else None
+    with errors_named(".".join(map(str, path[:-1])) or type(layer).__name__):
+        seen = layer_map(layer, kernel_shape, shape)
+        known = found.setdefault(path, seen)
+        ensure(known == seen, f"called as {known.op} and as {seen.op}, expected one image size.")
