@@ -1,9 +1,11 @@
 """What the experiments share: tables, figures of moderate size, and the report that says how it was made."""
 
+import argparse
 import os
 import platform
 import sys
 import textwrap
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import jax
@@ -51,6 +53,28 @@ def write(output: Path, title: str, command: str, sections: dict[str, str], name
     print(text)
     (output / name).write_text(text)
     print(f"Figures and this report are in {output}.")
+
+
+def run_parts(about: str, parts: dict[str, Callable], fast_parts: Iterable[str], output: str) -> None:
+    """The command line of an experiment in parts, each `(fast, output) -> what is wrong`; exits with all of that."""
+    parser = argparse.ArgumentParser(description=about.splitlines()[0])
+    parser.add_argument("--fast", action="store_true", help="small random kernels, no download")
+    parser.add_argument("--only", action="append", choices=parts, help="this part; may be repeated")
+    parser.add_argument("--output", default=output, help="directory to write to (default: %(default)s)")
+    args = parser.parse_args()
+    output = Path(args.output)
+    output.mkdir(parents=True, exist_ok=True)
+    plt.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False})
+    wrong = [
+        text for name in (fast_parts if args.fast else args.only or parts) for text in parts[name](args.fast, output)
+    ]
+    if wrong:
+        sys.exit("; ".join(wrong))
+
+
+def requirement(text: str, wrong: list[str]) -> dict[str, str]:
+    """The section that says whether what is required holds."""
+    return {"Requirement": f"{text[0].upper()}{text[1:]}: {'; '.join(wrong) if wrong else 'holds'}."}
 
 
 def trained_resnet50() -> dict:

@@ -14,9 +14,7 @@ Writes to grishina2024/. Exits with code 1 where a bound that is guaranteed is v
 than another.
 """
 
-import argparse
 import functools
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import matplotlib
 import numpy as np
-from _report import paragraphs, save, table, trained_resnet50, write
+from _report import paragraphs, requirement, run_parts, save, table, trained_resnet50, write
 from tqdm import tqdm
 
 import jaxsrn
@@ -344,29 +342,12 @@ PARTS = {"layers": layers_part, **{name: functools.partial(sweep_part, name) for
 
 
 def finish(output: Path, name: str, title: str, body: str, bad: list[str], fast: bool) -> None:
-    held = "; ".join(bad) if bad else "all hold"
     required = "guaranteed bounds are not below the norm"
     if name == "layers":
         required = "the norm is in its certified interval, TN <= F4, certified is the tightest where there are taps"
-    sections = {"Comparison": body, "Requirement": f"{required[0].upper()}{required[1:]}: {held}."}
     command = f"python examples/reproduce_grishina2024.py --only {name}" + " --fast" * fast
-    write(output, title, command, sections, f"{name}.md")
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--fast", action="store_true", help="small random kernels, no download")
-    parser.add_argument("--only", action="append", choices=PARTS, help="this part; may be repeated")
-    parser.add_argument("--output", default="grishina2024", help="directory to write to (default: %(default)s)")
-    args = parser.parse_args()
-    output = Path(args.output)
-    output.mkdir(parents=True, exist_ok=True)
-    plt.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False})
-    names = ["layers", *SMALL_AXES] if args.fast else args.only or PARTS
-    bad = [text for name in names for text in PARTS[name](args.fast, output)]
-    if bad:
-        sys.exit("; ".join(bad))
+    write(output, title, command, {"Comparison": body} | requirement(required, bad), f"{name}.md")
 
 
 if __name__ == "__main__":
-    main()
+    run_parts(__doc__, PARTS, ("layers", *SMALL_AXES), "grishina2024")

@@ -14,10 +14,8 @@ Writes to sedghi2019/. Exits with code 1 where the theorem fails, or a projectio
 clips that end in it.
 """
 
-import argparse
 import functools
 import os
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,7 +25,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 import jax
 import matplotlib
 import numpy as np
-from _report import paragraphs, save, table, trained_resnet50, write
+from _report import paragraphs, requirement, run_parts, save, table, trained_resnet50, write
 from tqdm import tqdm
 
 import jaxsrn
@@ -253,9 +251,9 @@ def draw_clips(own: np.ndarray, limit: float, found: list[Clipped], path):
     shown = max(10, int(1.5 * np.sum(own > limit)))
     curves = [("the kernel", own), *((one.title, one.values) for one in found)]
     for (title, values), color in zip(curves, ("#999999", "#D55E00", "#0072B2", "#009E73"), strict=True):
-        ax.plot(values[:shown] / limit, color=color, lw=1.6, label=title)
+        ax.plot(np.arange(1, shown + 1), values[:shown] / limit, color=color, lw=1.6, label=title)
     ax.axhline(1, color="0.3", lw=0.8)
-    ax.set(xlabel="index", ylabel="singular value / c", xscale="symlog", ylim=(0.8, min(own[0] / limit, 2.0) * 1.02))
+    ax.set(xlabel="index", ylabel="singular value / c", xscale="log", ylim=(0.8, min(own[0] / limit, 2.0) * 1.02))
     ax.legend(frameon=False)
     save(figure, path, dpi=110)
 
@@ -306,27 +304,10 @@ PARTS = {
 
 
 def finish(output: Path, name: str, title: str, body: str, required: str | None, bad: list[str], fast: bool) -> None:
-    sections = {"Result": body}
-    if required:
-        sections["Requirement"] = f"{required[0].upper()}{required[1:]}: {'; '.join(bad) if bad else 'holds'}."
+    sections = {"Result": body} | (requirement(required, bad) if required else {})
     command = f"python examples/reproduce_sedghi2019.py --only {name}" + " --fast" * fast
     write(output, title, command, sections, f"{name}.md")
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--fast", action="store_true", help="small random kernels, no download")
-    parser.add_argument("--only", action="append", choices=PARTS, help="this part; may be repeated")
-    parser.add_argument("--output", default="sedghi2019", help="directory to write to (default: %(default)s)")
-    args = parser.parse_args()
-    output = Path(args.output)
-    output.mkdir(parents=True, exist_ok=True)
-    plt.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False})
-    names = ("theorem", "spectra", "clip-64") if args.fast else args.only or PARTS
-    bad = [text for name in names for text in PARTS[name](args.fast, output)]
-    if bad:
-        sys.exit("; ".join(bad))
-
-
 if __name__ == "__main__":
-    main()
+    run_parts(__doc__, PARTS, ("theorem", "spectra", "clip-64"), "sedghi2019")
