@@ -84,8 +84,8 @@ def srnc_step(
     Dense layers: exactly Algorithm 2 of Sanyal, Torr, Dokania 2020. Any other layer: Zheng et al. 2025, eq. 7, one
     pass of the iteration of `srnc`, or two where another pair takes over; the power step is one on the kernel
     normalized with the stored pair, and next to it the pairs that may overtake are kept. With an infinite target so
-    they are for dense layers too, whose norm is then followed far closer than by power iteration alone. Problem (7)
-    is not convex, and what is followed is a local solution: where the kernel's own stable rank falls just below the
+    they are for dense layers too, by two steps each time: far closer than by power iteration alone. Problem (7) is
+    not convex, and what is followed is a local solution: where the kernel's own stable rank falls just below the
     target, a result that meets both constraints may stay for a while although the kernel itself would do. Pure, and
     without randomness: the same kernel and state give the same result, so a caller that keeps the old state has read
     only.

@@ -162,7 +162,7 @@ class SpectralNorm(_Normalized):
 
     As `StableRankNorm` without a target for the stable rank: the kernel is only rescaled, by one pass of
     `jaxsrn.srnc_step`. The raw kernel stays the parameter and is never overwritten; the state is converged from `init`
-    on, and follows the layer by frequency power iteration (circular) or power steps on one image.
+    on, and follows the layer by frequency power iteration (circular) or power steps of a few images.
 
     Args, errors: as `StableRankNorm`. The gradient is exact with either choice.
     """
