@@ -1,7 +1,7 @@
 """One gradient of a penalty summed over every convolution of a network, beside the same penalty in PyTorch.
 
-    python benchmarks/penalties.py           # the trained ResNet-50, ten minutes on 2 quiet cores; recorded
-    python benchmarks/penalties.py --only NAME   # one penalty: norm, four or tensor; nothing recorded
+    python benchmarks/penalties.py               # the trained ResNet-50, on 2 quiet cores; records every penalty
+    python benchmarks/penalties.py --only NAME   # one penalty: norm, four or tensor
     python benchmarks/penalties.py --fast    # small random layers, a minute, no download, nothing recorded
 
 The penalty is the sum over all layers, `jaxsrn.penalties.total`: of the exact spectral norm (circular padding), of the
@@ -224,27 +224,32 @@ def compare(name: str, layers: dict[str, Layer], rounds: int):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--fast", action="store_true", help="small random layers, nothing recorded")
-    parser.add_argument("--only", choices=PENALTIES, help="this penalty, nothing recorded")
+    parser.add_argument("--only", action="append", choices=PENALTIES, help="this penalty; may be repeated")
     args = parser.parse_args()
     layers = small() if args.fast else trained()
-    found = [compare(name, layers, 2 if args.fast else 5) for name in ([args.only] if args.only else PENALTIES)]
+    met = [run(name, layers, args.fast) for name in args.only or PENALTIES]
+    sys.exit(0 if all(met) else 1)
+
+
+def run(name: str, layers: dict[str, Layer], fast: bool) -> bool:
+    """Compares, prints and records one penalty; whether all that is required holds."""
+    row, checks = compare(name, layers, 2 if fast else 5)
     shapes = {(layer.op, layer.kernel.shape) for layer in layers.values()}
-    body = table(("penalty", "jaxsrn", "PyTorch", "PyTorch / jaxsrn", "value", "1 - cosine"), [row for row, _ in found])
     about = (
         f"Value and gradient of the sum over {len(layers)} layers ({len(shapes)} distinct shapes, "
         f"{sum(layer.kernel.size for layer in layers.values()):,} parameters), medians of 5 calls once compiled, one "
         "call where it takes more than 20 s. `value`: relative difference of the two sums; `1 - cosine`: of the two "
         f"gradients, all layers as one vector. torch {torch.__version__} with {torch.get_num_threads()} threads."
     )
-    checks = [check for _, some in found for check in some]
-    if args.fast:  # times of tiny layers say nothing
+    if fast:  # times of tiny layers say nothing
         checks = [check for check in checks if "not slower" not in check[1]]
+    body = table(("penalty", "jaxsrn", "PyTorch", "PyTorch / jaxsrn", "value", "1 - cosine"), [row])
     sections = [("One gradient", f"{about}\n\n{body}"), ("Requirements", "\n".join(verdict(*c) for c in checks))]
-    text = document("Penalties over a network", "python benchmarks/penalties.py", sections)
-    print(text)
-    if not (args.fast or args.only):
-        record("penalties", text)
-    sys.exit(0 if all(met for met, _ in checks) else 1)
+    text = document(f"Penalties over a network: {name}", f"python benchmarks/penalties.py --only {name}", sections)
+    print(text, flush=True)
+    if not fast:
+        record(f"penalties_{name}", text)
+    return all(met for met, _ in checks)
 
 
 if __name__ == "__main__":
