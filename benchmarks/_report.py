@@ -1,59 +1,19 @@
-"""What the benchmarks share: a description of the machine, tables, and the Markdown files under `results/`."""
+"""What the benchmarks share: verdicts, and the Markdown files under `results/`."""
 
 from __future__ import annotations
 
-import os
-import platform
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-import jax
-import numpy as np
+from _markdown import document, table
+
+__all__ = ["RESULTS", "document", "record", "table", "verdict"]
 
 RESULTS = Path(__file__).parent / "results"
-
-
-def machine() -> str:
-    """The processor, its cores, the accelerator if there is one, and the versions: no dates, no host names."""
-    device = jax.devices()[0]
-    accelerator = "" if device.platform == "cpu" else f", {device.device_kind}"
-    return (
-        f"{_cpu_model()}, {os.cpu_count()} cores{accelerator}; Python {platform.python_version()}, "
-        f"jax {jax.__version__}, numpy {np.__version__}"
-    )
-
-
-def _cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
-
-
-def table(header: Sequence[str], rows: Iterable[Sequence]) -> str:
-    """A Markdown table, padded so that it also reads well in a terminal; all but the first column right-aligned."""
-    rows = [[str(cell) for cell in row] for row in rows]
-    widths = [max(3, *(len(row[j]) for row in [header, *rows])) for j in range(len(header))]
-
-    def line(cells):
-        padded = [cell.rjust(w) if j else cell.ljust(w) for j, (cell, w) in enumerate(zip(cells, widths, strict=True))]
-        return "| " + " | ".join(padded) + " |"
-
-    rule = [("-" * (w - 1) + ":") if j else "-" * w for j, w in enumerate(widths)]
-    return "\n".join(map(line, [header, rule, *rows]))
 
 
 def verdict(met: bool, text: str) -> str:
     """One requirement, as a line of the report."""
     return f"- **{'met' if met else 'NOT MET'}**: {text}"
-
-
-def document(title: str, command: str, sections: Iterable[tuple[str, str]]) -> str:
-    """The whole report: how it was made, then sections of `(heading, body)`."""
-    head = f"# {title}\n\nMade by `{command}` on {machine()}.\n"
-    return "\n".join([head, *(f"## {heading}\n\n{body}\n" for heading, body in sections)])
 
 
 def record(name: str, text: str) -> None:

@@ -238,6 +238,11 @@ def implicit_times(*size_width_batch_rounds):
 # What is left after training
 
 
+def digits():
+    images, labels = load_digits(return_X_y=True)
+    return (images / 16).astype(np.float32).reshape(-1, 8, 8, 1), labels
+
+
 class Digits(nnx.Module):
     """Three convolutions and a dense layer on 8x8 images."""
 
@@ -274,8 +279,7 @@ def digits_step(model, optimizer, x, y):
 
 def train_digits(wrap, width: int):
     """The network after `STEPS` steps, in eval mode, and its loss and accuracy on all images."""
-    images, labels = load_digits(return_X_y=True)
-    images = (images / 16).astype(np.float32).reshape(-1, 8, 8, 1)
+    images, labels = digits()
     model, rng = Digits(wrap, width), np.random.default_rng(0)
     optimizer = nnx.Optimizer(model, optax.adam(1e-3), wrt=nnx.Param)
     for _ in range(STEPS):
@@ -373,8 +377,7 @@ def keeping_times(padding: str, size: int, width: int, batch: int, rounds: int):
 
 def drift(name: str, width: int):
     """`(layer, right after a projection, the most in the steps to the next)`, relative to what is kept."""
-    images, labels = load_digits(return_X_y=True)
-    images = (images / 16).astype(np.float32).reshape(-1, 8, 8, 1)
+    images, labels = digits()
     model, rng = Digits(width=width), np.random.default_rng(0)
     layers = jnnx.layer_operators(model, images[:1])
     optimizer = nnx.Optimizer(model, adam(KEEPERS[name], EVERY)(model, images[:1]), wrt=nnx.Param)

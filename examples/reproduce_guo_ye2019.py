@@ -12,16 +12,14 @@ matrix, and compares the paper's Gram matrix M^T M with the smaller one of M^T M
 Exits with code 1 where Theorem 2.1 is violated, or the barrier is not where it must be.
 """
 
-import argparse
 import functools
 import sys
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import matplotlib
 import numpy as np
-from _report import paragraphs, save, steps_of, table, write
+from _report import command_line, paragraphs, prepared, save, steps_of, table, write
 from tqdm import tqdm
 
 from jaxsrn import ZeroPaddedConv, penalties
@@ -312,13 +310,8 @@ def draw_barrier(tracked: dict, exact: dict, small: dict, path):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--fast", action="store_true", help="smaller images")
-    parser.add_argument("--output", default="guo_ye2019", help="directory to write to (default: %(default)s)")
-    args = parser.parse_args()
-    size, output = 7 if args.fast else 15, Path(args.output)
-    output.mkdir(parents=True, exist_ok=True)
-    plt.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False})
+    args = command_line(__doc__, "smaller images", "guo_ye2019").parse_args()
+    size, output = 7 if args.fast else 15, prepared(args.output)
 
     first, tracked, exact, small = {}, {}, {}, {}
     with tqdm(total=len(SHAPES) + len(ALPHAS)) as progress:

@@ -11,18 +11,16 @@ prescribed stable rank and the same norm, and approximates it by descent on a sp
 Exits with code 1 where the exact solution misses a stable rank or norm by more than 1e-10, relative.
 """
 
-import argparse
 import functools
 import sys
 import time
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import matplotlib
 import numpy as np
-from _report import paragraphs, save, steps_of, table, write
+from _report import command_line, paragraphs, prepared, save, steps_of, table, write
 from tqdm import tqdm
 
 import jaxsrn
@@ -516,13 +514,8 @@ def draw_progress(run: Descents, exact, path):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--fast", action="store_true", help="fewer starts, descents cut short")
-    parser.add_argument("--output", default="zheng2025", help="directory to write to (default: %(default)s)")
-    args = parser.parse_args()
-    size, output, misses = FAST if args.fast else FULL, Path(args.output), []
-    output.mkdir(parents=True, exist_ok=True)
-    plt.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False})
+    args = command_line(__doc__, "fewer starts, descents cut short", "zheng2025").parse_args()
+    size, output, misses = FAST if args.fast else FULL, prepared(args.output), []
 
     with tqdm(total=6) as progress:
         tick = steps_of(progress)

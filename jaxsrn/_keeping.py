@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int, Shaped
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxsrn import _layers
 from jaxsrn._checks import ensure, float_dtype, static_int
@@ -77,8 +77,11 @@ def keep(layers: _layers.Layers, every: int, rule: Rule) -> optax.GradientTransf
 
     def init(params):
         kernels = _layers.named_kernels(layers, params)
-        memory = tuple(_begun(rule, path, op, kernels[path]) for path, op in layers.items())
-        return KeepState(jnp.zeros((), jnp.int32), memory)
+        memory = []
+        for path, op in layers.items():
+            with _layers.errors_at(path):
+                memory.append(rule.begin(op, kernels[path].shape, float_dtype(kernels[path].dtype)))
+        return KeepState(jnp.zeros((), jnp.int32), tuple(memory))
 
     # Compiled here, so that without an outer jit it is compiled once.
     @jax.jit
@@ -106,13 +109,6 @@ def keep(layers: _layers.Layers, every: int, rule: Rule) -> optax.GradientTransf
         return tree.unflatten(steps), state
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-def _begun(rule: Rule, path, op: Operator, kernel: Shaped[Array, "..."]):
-    try:
-        return rule.begin(op, kernel.shape, float_dtype(kernel.dtype))
-    except ValueError as error:
-        raise ValueError(f"layers: at {path!r}, {error}") from error
 
 
 def _checked_step(path, step, shape: tuple[int, ...]):

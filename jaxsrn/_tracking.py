@@ -1,11 +1,10 @@
 """Leading singular pairs that follow a kernel while it changes: one cheap warm step after the other.
 
 A power step where no more is wanted. Zero padding and dense layers: the best pair in a small space of images.
-Circular convolutions:
-frequency power iteration, for fixed vectors the best frequency, for a fixed frequency better vectors. That follows
-one frequency's vectors, and would not see another frequency with other vectors overtake. So a coarse grid of
-frequencies is watched: one vector at each, with a power step of its own each time, and the best of every part of the
-grid climb along.
+Circular convolutions: frequency power iteration, for fixed vectors the best frequency, for a fixed frequency better
+vectors. That follows one frequency's vectors, and would not see another frequency with other vectors overtake. So a
+coarse grid of frequencies is watched: one vector at each, with a power step of its own each time, and the best of every
+part of the grid climb along.
 """
 
 from __future__ import annotations
