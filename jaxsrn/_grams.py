@@ -39,8 +39,8 @@ __all__ = [
 
 # Entries of matrices that are worked on at a time.
 CHUNK = 2**18
-# Directions that a reduced kernel keeps.
-_KEPT = 128
+# Kernels of so many columns are reduced, to bases of so many entries: the wider, the fewer directions tell enough.
+_WIDE, _BASIS_ENTRIES = 256, 3 * 2**14
 _product = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
 _einsum = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
 
@@ -78,7 +78,7 @@ def is_reduced(op: CircularConv, kernel_shape: tuple[int, ...]) -> bool:
     """Whether the kernel is wide, and its frequencies so few that a whole Gram matrix at each would not cost much."""
     terms = math.prod(kernel_shape[: op.num_axes])
     few = math.prod(_fourier.half_grid(op)) <= 3 * terms * (terms + 1) // 2
-    return few and min(_fourier.site_shape(op, kernel_shape)) >= 2 * _KEPT
+    return few and min(_fourier.site_shape(op, kernel_shape)) >= _WIDE
 
 
 def gram_polynomial(kernel: Float[Array, "..."], op: CircularConv) -> GramPolynomial:
@@ -98,8 +98,8 @@ def _leading_directions(coefficients: Float[Array, "groups terms rows columns"])
     groups, terms, _, columns = coefficients.shape
     stacked = coefficients.reshape((groups, -1, columns))
     energy = _product(stacked.mT, stacked)
-    start = random_start((1, columns, _KEPT), energy.dtype)
-    basis = jnp.linalg.qr(_product(energy, _product(energy, start)))[0]
+    start = random_start((1, columns, min(columns // 2, _BASIS_ENTRIES // columns)), energy.dtype)
+    basis = jnp.linalg.qr(_product(energy, _product(energy, _product(energy, start))))[0]
     rest = energy - _product(basis, _product(basis.mT, energy))
     rest = rest - _product(_product(rest, basis), basis.mT)
     # What the projections leave of rounding.
@@ -163,11 +163,9 @@ def symbol_at(poly: GramPolynomial, op: CircularConv, index, coefficients: Float
 def whole_grams(poly: GramPolynomial, op: CircularConv, index) -> Complex[Array, "groups columns columns"]:
     """`S^H S` of every group at one frequency, with all directions."""
     symbol = symbol_at(poly, op, index, poly.coefficients)
-
-    real, imag = symbol.real, symbol.imag
-    cross = _product(real.mT, imag)
-    even = _product(real.mT, real) + _product(imag.mT, imag)
-    return lax.complex(even, cross - cross.mT)
+    cross = _product(symbol.real.mT, symbol.imag)
+    stacked = jnp.concatenate([symbol.real, symbol.imag], axis=-2)
+    return lax.complex(_product(stacked.mT, stacked), cross - cross.mT)
 
 
 def with_all_directions(poly: GramPolynomial, group: Int[Array, ""], right: Complex[Array, " kept"]):

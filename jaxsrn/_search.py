@@ -45,7 +45,7 @@ from jaxsrn.operators import CircularConv
 __all__ = ["branch_and_bound", "branch_and_bound_pays", "rounding"]
 
 # Blocks start at this phi: wider ones are discarded too rarely in a flat spectrum, narrower ones are too many.
-_WIDEST = 0.4
+_WIDEST = 0.6
 _POWER_STEPS = 8
 _NUM_CLIMBERS = 8
 # The SVDs of so much work take as long as branch and bound at its least, each counted with its overhead.
@@ -89,7 +89,18 @@ def _blocks(op: CircularConv, kernel_shape: tuple[int, ...]) -> _Blocks:
         sizes.insert(0, wider)
     phi = np.sum(rate * (np.array(sizes) - 1), axis=-1)
     corners = np.array(list(itertools.product(*(range(0, e, s) for e, s in zip(ends, sizes[0], strict=True)))))
+    if len(sizes) == 1:
+        corners = _without_mirrored(corners, op.grid)
     return _Blocks(np.array(sizes), corners, ends, np.cos(phi) - excess * np.sin(phi))
+
+
+def _without_mirrored(indices: np.ndarray, grid: tuple[int, ...]) -> np.ndarray:
+    """One of each pair of opposite frequencies: at both ends of its last axis the half grid has them both."""
+
+    def rank(indices):
+        return np.ravel_multi_index(indices[:, ::-1].T, grid[::-1])
+
+    return indices[rank(indices) <= rank(-indices % np.array(grid))]
 
 
 # A good lower bound
@@ -114,18 +125,20 @@ def _estimates(poly: GramPolynomial, op: CircularConv, blocks: _Blocks, chunk: i
     count, columns = len(blocks.corners), poly.even.shape[-1]
     padded = np.resize(blocks.corners, (-count % chunk + count, op.num_axes))
     centres = _doubled_centres(padded, blocks.sizes[:1], blocks.ends).reshape((-1, chunk, op.num_axes))
-    start = unit(random_start((columns,), poly.even.dtype)).astype(_fourier.complex_dtype(poly.even.dtype))
+    start = jnp.zeros((columns, 2), poly.even.dtype).at[:, 0].set(unit(random_start((columns,), poly.even.dtype)))
 
     def estimate(doubled):
         grams = grams_at(poly, op, doubled)
         # ||G||_F^2 is the sum of the fourth powers of the singular values.
         bounds = jnp.sqrt(jnp.max(jnp.linalg.norm(grams, axis=(-2, -1)), axis=-1) + poly.loss)
-        vectors = jnp.broadcast_to(start, grams.shape[:-1])
+        vectors = jnp.broadcast_to(start, (*grams.shape[:-1], 2))
         for _ in range(_POWER_STEPS):
-            vectors = _einsum("pgij,pgj->pgi", grams, vectors)
-            values = jnp.linalg.norm(vectors, axis=-1, keepdims=True)
-            vectors = vectors / jnp.where(values == 0, 1, values).astype(vectors.dtype)
-        return values[..., 0], vectors, bounds
+            # Real and imaginary parts side by side: the matrices are read once, and by faster products.
+            even, odd = (_einsum("pgij,pgjc->pgic", part, vectors) for part in (grams.real, grams.imag))
+            vectors = jnp.stack([even[..., 0] - odd[..., 1], even[..., 1] + odd[..., 0]], axis=-1)
+            values = jnp.linalg.norm(vectors, axis=(-2, -1), keepdims=True)
+            vectors = vectors / jnp.where(values == 0, 1, values)
+        return values[..., 0, 0], lax.complex(vectors[..., 0], vectors[..., 1]), bounds
 
     values, vectors, bounds = lax.map(estimate, jnp.asarray(centres))
     values, vectors = (leaf.reshape((-1, *leaf.shape[2:]))[:count] for leaf in (values, vectors))
@@ -315,14 +328,10 @@ def _largest_of(
     def step(state):
         among, known = state
         k = jnp.argmax(among)
-        if poly.basis is None:
-            known = examine(indices[k], known)
-        else:
-            # That its reduced Gram matrix did not prove it low says little yet.
-            level = _squared_limit(poly, (1 + excess) * known.value)
-            low = _are_below(whole_grams(poly, op, indices[k])[None], level[None])[0]
-            known = lax.cond(low, lambda: known, lambda: examine(indices[k], known))
-        return among.at[k].set(False), known
+        # A reduced Gram matrix says little, and what has been found since may be higher.
+        level = _squared_limit(poly, (1 + excess) * known.value)
+        low = _are_below(whole_grams(poly, op, indices[k])[None], level[None])[0]
+        return among.at[k].set(False), lax.cond(low, lambda: known, lambda: examine(indices[k], known))
 
     return lax.while_loop(lambda state: jnp.any(state[0]), step, (among, known))[1]
 

@@ -68,11 +68,16 @@ def test_the_proof_alone_finds_the_largest(size, taps, monkeypatch):
         np.testing.assert_allclose(reached, fft_norms(kernels, size), rtol=1e-12, err_msg=name)
 
 
+def reduce_to(kept: int, columns: int, monkeypatch):
+    monkeypatch.setattr(_grams, "_WIDE", columns)
+    monkeypatch.setattr(_grams, "_BASIS_ENTRIES", kept * columns)
+
+
 @pytest.mark.parametrize("kept", [1, 3, 8])
 @pytest.mark.parametrize(("size", "shape"), [((7, 7), (3, 3, 16, 20)), ((6,), (3, 24, 16))], ids=str)
 def test_reduced_kernels(size, shape, kept, monkeypatch):
     """Few leading directions stand for all of a wide kernel: however many they are, nothing is missed."""
-    monkeypatch.setattr(_grams, "_KEPT", kept)
+    reduce_to(kept, 16, monkeypatch)
     op, tapered = CircularConv(size), np.exp(-np.arange(shape[-1]) / 2)
     assert _grams.is_reduced(op, shape)
     kernels = np.stack([gaussian(shape, seed) * taper for seed in range(8) for taper in (1, tapered)])
@@ -82,7 +87,7 @@ def test_reduced_kernels(size, shape, kept, monkeypatch):
 
 @pytest.mark.parametrize("kept", [1, 4])
 def test_the_loss_covers_the_other_directions(kept, monkeypatch):
-    monkeypatch.setattr(_grams, "_KEPT", kept)
+    reduce_to(kept, 8, monkeypatch)
     op, kernel = CircularConv((5, 6)), gaussian((3, 2, 8, 9)) * np.exp(-np.arange(9))
     poly = _grams.gram_polynomial(jnp.asarray(kernel), op)
     values = np.linalg.svd(_fourier.half_symbol(jnp.asarray(kernel), op), compute_uv=False)[:, 0].reshape((5, 4))
