@@ -12,7 +12,8 @@ On several hosts, start it on each; on clusters that JAX knows (Slurm, Cloud TPU
 
 Two convolutions are a `jaxsrn.nnx.StableRankNorm`. All kernels, and Adam's moments of them, are split over output
 channels; the state of a wrapper, some small vectors, is on every device. The step is one jitted function with
-`NamedSharding`s: XLA splits the normalization as it splits the convolution, and never gathers a kernel.
+`NamedSharding`s: XLA splits the normalization as it splits the convolution, and never gathers a kernel. (With groups
+it gathers kernels for the convolutions themselves, with or without a normalization.)
 """
 
 import argparse

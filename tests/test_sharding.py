@@ -18,7 +18,9 @@ def run(*checks: str) -> None:
     assert done.stdout.strip() == "fine"
 
 
-@pytest.mark.parametrize("check", ["step,circular,stable", "step,same,stable", "step,dense,implicit"])
+@pytest.mark.parametrize(
+    "check", ["step,circular,stable", "step,circular-grouped,stable", "step,same,stable", "step,dense,implicit"]
+)
 def test_training_gathers_no_kernel(check):
     """Forward, backward and Adam with kernels over four devices and batches over two: the numbers of one device."""
     run(check)
