@@ -16,7 +16,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxsrn import _layers
-from jaxsrn._checks import ensure, float_dtype, static_int
+from jaxsrn._checks import ensure, errors_named, float_dtype, static_int
 from jaxsrn._pairs import Pair, default_tolerance, pair_shapes
 from jaxsrn.normalization import SRNResult, lowered_with_pair, srnc
 from jaxsrn.operators import Operator, ZeroPaddedConv
@@ -79,7 +79,7 @@ def keep(layers: _layers.Layers, every: int, rule: Rule) -> optax.GradientTransf
         kernels = _layers.named_kernels(layers, params)
         memory = []
         for path, op in layers.items():
-            with _layers.errors_at(path):
+            with errors_named(f"layers: at {path!r}"):
                 memory.append(rule.begin(op, kernels[path].shape, float_dtype(kernels[path].dtype)))
         return KeepState(jnp.zeros((), jnp.int32), tuple(memory))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -10,10 +9,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Shaped
 
-from jaxsrn._checks import ensure, kernel_array
+from jaxsrn._checks import ensure, errors_named, kernel_array
 from jaxsrn.operators import Operator
 
-__all__ = ["Layers", "Path", "Stack", "errors_at", "find_kernels", "named_kernels", "stacked", "stacks"]
+__all__ = ["Layers", "Path", "Stack", "find_kernels", "named_kernels", "stacked", "stacks"]
 
 Path = tuple[Any, ...]
 # {path: operator}; checked entry by entry.
@@ -63,15 +62,6 @@ def find_kernels(layers: Layers, params) -> dict[Path, int]:
     return found
 
 
-@contextlib.contextmanager
-def errors_at(path: Path):
-    """Puts a layer's path before the message of a `ValueError` raised inside."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"layers: at {path!r}, {error}") from error
-
-
 def named_kernels(layers: Layers, params) -> dict[Path, Shaped[Array, "..."]]:
     """The kernels that `layers` names, by path.
 
@@ -81,7 +71,7 @@ def named_kernels(layers: Layers, params) -> dict[Path, Shaped[Array, "..."]]:
     leaves = jax.tree.leaves(params)
     kernels = {}
     for path, index in find_kernels(layers, params).items():
-        with errors_at(path):
+        with errors_named(f"layers: at {path!r}"):
             kernels[path] = kernel_array(leaves[index], layers[path])
     return kernels
 

@@ -326,11 +326,11 @@ BAD = {
     "no operator": (lambda keep: keep({("dense", "kernel"): "Dense"}).init(tree(0)), "expected an operator"),
     "no fit": (
         lambda keep: keep({("dense", "kernel"): CircularConv((4,))}).init(tree(0)),
-        r"layers: at \('dense', 'kernel'\), kernel: got shape \(8, 9\)",
+        r"layers: at \('dense', 'kernel'\): kernel: got shape \(8, 9\)",
     ),
     "aliased": (
         lambda keep: keep({("circular", "kernel"): CircularConv((2, 2))}).init(tree(0)),
-        r"layers: at \('circular', 'kernel'\), kernel: taps .* fall on each other",
+        r"layers: at \('circular', 'kernel'\): kernel: taps .* fall on each other",
     ),
     "no params": (lambda keep: keep(LAYERS).update(tree(1), None), "requires the current value of parameters"),
     "other shapes": (
@@ -355,5 +355,5 @@ def test_bad_limits(no_type_checks):
     for fraction in (0.0, 1.1, np.nan, np.ones(2)):
         with pytest.raises(ValueError, match="fraction: got"):
             keep_stable_rank(LAYERS, fraction)
-    with pytest.raises(ValueError, match=r"at \('same', 'kernel'\), fraction: got 0.01, expected at least"):
+    with pytest.raises(ValueError, match=r"at \('same', 'kernel'\): fraction: got 0.01, expected at least"):
         keep_stable_rank({("same", "kernel"): LAYERS["same", "kernel"]}, 0.01).init(tree(0))

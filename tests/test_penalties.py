@@ -340,7 +340,7 @@ def test_errors_of_batch_norm_and_sums():
         penalties.total(norm, {"a": OP}, params)
     with pytest.raises(ValueError, match=r"got 3 for \('a', 'kernel'\), expected an operator"):
         penalties.total(norm, {("a", "kernel"): 3}, params)
-    with pytest.raises(ValueError, match=r"layers: at \('a', 'bias'\), kernel: got shape \(2,\)"):
+    with pytest.raises(ValueError, match=r"layers: at \('a', 'bias'\): kernel: got shape \(2,\)"):
         penalties.total(norm, {("a", "bias"): OP}, params)
     with pytest.raises(ValueError, match=r"got a value of shape \(72,\) for \('a', 'kernel'\)"):
         penalties.total(jaxsrn.singular_values, LAYERS, params)
