@@ -18,11 +18,11 @@ __all__ = [
     "paragraphs",
     "prepared",
     "requirement",
+    "resnet50",
     "run_parts",
     "save",
     "steps_of",
     "table",
-    "trained_resnet50",
     "write",
 ]
 
@@ -77,11 +77,6 @@ def run_parts(about: str, parts: dict[str, Callable], fast_parts: Iterable[str],
 def requirement(text: str, wrong: list[str]) -> dict[str, str]:
     """The section that says whether what is required holds."""
     return {"Requirement": f"{text[0].upper()}{text[1:]}: {'; '.join(wrong) if wrong else 'holds'}."}
-
-
-def trained_resnet50() -> dict:
-    """The convolutions of a trained ResNet-50 by name, with their geometry; fetched once."""
-    return resnet50.load()
 
 
 def steps_of(progress):

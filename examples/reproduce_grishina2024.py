@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import matplotlib
 import numpy as np
-from _report import paragraphs, requirement, run_parts, save, table, trained_resnet50, write
+from _report import paragraphs, requirement, resnet50, run_parts, save, table, write
 from tqdm import tqdm
 
 import jaxsrn
@@ -120,7 +120,7 @@ def measure(method: Callable, layer: Layer, rounds: int) -> Measured:
 def trained_layers() -> list[Layer]:
     return [
         Layer(name, layer.kernel, ZeroPaddedConv(layer.input_shape, padding=layer.padding, strides=layer.strides))
-        for name, layer in trained_resnet50().items()
+        for name, layer in resnet50.load().items()
     ]
 
 

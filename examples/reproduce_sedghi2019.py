@@ -25,7 +25,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 import jax
 import matplotlib
 import numpy as np
-from _report import paragraphs, requirement, run_parts, save, table, trained_resnet50, write
+from _report import paragraphs, requirement, resnet50, run_parts, save, table, write
 from tqdm import tqdm
 
 import jaxsrn
@@ -149,7 +149,7 @@ class RandomLayer(NamedTuple):
 
 def layers_of(fast: bool) -> dict:
     if not fast:
-        return trained_resnet50()
+        return resnet50.load()
     rng = np.random.default_rng(0)
     shapes = {"a": (3, 3, 3, 4), "b": (1, 1, 4, 6), "c": (3, 3, 4, 4)}
     return {name: RandomLayer(rng.standard_normal(shape).astype(np.float32)) for name, shape in shapes.items()}

@@ -56,8 +56,9 @@ def blocks_of(op: Operator, kernel_shape: tuple[int, ...], dtype) -> Blocks:
     """The stack of an operator whose taps do not fall on each other."""
     weights = jnp.broadcast_to(op.frobenius_weights(kernel_shape, dtype), kernel_shape)
     if isinstance(op, CircularConv):
-        counts = jnp.asarray(_fourier.multiplicity(op), dtype)[:, None, None]
-        return Blocks(lambda kernel: _fourier.half_symbol(kernel, op), counts, weights)
+        layer = _fourier.without_idle_axes(op, kernel_shape)
+        counts = _fourier.repetitions(op, layer) * _fourier.multiplicity(layer)[:, None, None]
+        return Blocks(lambda kernel: _fourier.half_symbol(kernel, layer), jnp.asarray(counts, dtype), weights)
     one = jnp.ones((1, 1, 1), dtype)
     if isinstance(op, Dense):
         return Blocks(lambda kernel: kernel[None], one, weights)

@@ -8,6 +8,7 @@ kernel is real, `S(-w) = conj(S(w))`, so half of the last axis suffices.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import math
@@ -33,6 +34,9 @@ __all__ = [
     "multiplicity",
     "overshoot",
     "polynomial",
+    "repetitions",
+    "same_site",
+    "site_at",
     "site_gradient",
     "site_of_images",
     "site_shape",
@@ -40,6 +44,7 @@ __all__ = [
     "squared_phase_sums",
     "symbol_on",
     "wave",
+    "without_idle_axes",
 ]
 
 _FREQ, _PHASE, _TAP = "abc", "xyz", "hwd"
@@ -54,6 +59,17 @@ def complex_dtype(dtype) -> jnp.dtype:
 def half_grid(op: CircularConv) -> tuple[int, ...]:
     """Shape of the frequencies that determine all others."""
     return (*op.grid[:-1], op.grid[-1] // 2 + 1)
+
+
+def without_idle_axes(op: CircularConv, kernel_shape: tuple[int, ...]) -> CircularConv:
+    """The same singular values on a smaller image: along an axis of one tap all frequencies are alike."""
+    axes = zip(op.input_shape, op.strides, kernel_shape, strict=False)
+    return dataclasses.replace(op, input_shape=tuple(s if taps == 1 else n for n, s, taps in axes))
+
+
+def repetitions(op: CircularConv, layer: CircularConv) -> int:
+    """How many times the singular values of the layer without idle axes are those of the whole one."""
+    return math.prod(op.grid) // math.prod(layer.grid)
 
 
 def multiplicity(op: CircularConv) -> np.ndarray:
@@ -184,6 +200,16 @@ def _locate(op: CircularConv, site: Int[Array, ""]) -> tuple[tuple[Int[Array, ""
     """The frequency index per axis and the group of a site."""
     *index, group = jnp.unravel_index(site, (*half_grid(op), op.feature_group_count))
     return tuple(index), group
+
+
+def site_at(op: CircularConv, index, group: Int[Array, ""]) -> Int[Array, ""]:
+    """The site of a frequency index per axis and a group."""
+    return jnp.ravel_multi_index((*index, group), (*half_grid(op), op.feature_group_count), mode="clip")
+
+
+def same_site(op: CircularConv, smaller: CircularConv, site: Int[Array, ""]) -> Int[Array, ""]:
+    """The site with the index and group of a site of a layer on a smaller grid."""
+    return site_at(op, *_locate(smaller, site))
 
 
 def _site_rows(op: CircularConv, kernel_shape, index, dtype) -> list[Complex[Array, "phases taps"]]:

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Inexact, Int
 from jaxsrn import _fourier
 from jaxsrn._lanczos import leading_singular_vectors, random_start
 from jaxsrn._linalg import top_pairs, top_values, unit
-from jaxsrn._search import branch_and_bound, branch_and_bound_pays
+from jaxsrn._search import are_below, branch_and_bound, branch_and_bound_pays, rounding
 from jaxsrn.operators import CircularConv, Dense, Operator, ZeroPaddedConv
 
 __all__ = [
@@ -148,6 +148,55 @@ def _circular_start(kernel: Float[Array, "..."], op: ZeroPaddedConv) -> Float[Ar
     return windowed(pair, layer, op, kernel.shape).right
 
 
+def _leading_wave(kernel: Float[Array, "..."], op: CircularConv) -> Pair:
+    """The leading pair over all sites: by branch and bound, or SVDs where they take less."""
+    if math.prod(kernel.shape[:-2]) == op.feature_group_count == 1:
+        return _constant_wave(kernel, op)
+    layer = _fourier.without_idle_axes(op, kernel.shape)
+    if branch_and_bound_pays(kernel.shape, layer):
+        pair = Pair(*branch_and_bound(kernel, layer))
+    else:
+        sites = jnp.asarray(_fourier.distinct_sites(layer)[0])
+        values = top_values(_fourier.half_symbol(kernel, layer)[sites])
+        pair = _first(site_pairs(kernel, layer, sites[jnp.argmax(values)][None])[1])
+    return pair._replace(site=_fourier.same_site(op, layer, pair.site))
+
+
+def _constant_wave(kernel: Float[Array, "..."], op: CircularConv) -> Pair:
+    """That of a single tap: its symbol is one matrix everywhere, in the first phase."""
+    pair = _leading_of_matrix(kernel.reshape(kernel.shape[-2:]))
+    rows, _ = _fourier.site_shape(op, kernel.shape)
+    right = jnp.pad(pair.right, (0, rows - pair.right.size))
+    dtype = _fourier.complex_dtype(kernel.dtype)
+    return Pair(pair.site, right.astype(dtype), pair.left.astype(dtype))
+
+
+def _leading_of_matrix(matrix: Float[Array, "in out"]) -> Pair:
+    """By an SVD; of large matrices only where a Cholesky factorization does not prove what Lanczos finds."""
+
+    if not branch_and_bound_pays((1, *matrix.shape), CircularConv((1,))):
+        return _by_svd(matrix)
+    start = random_start(matrix.shape[:1], matrix.dtype)
+    pair = _matrix_free(matrix, Dense(), start, default_tolerance(matrix.dtype))
+    product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+    value = jnp.vdot(pair.right, product(matrix, pair.left))
+    gram = product(matrix, matrix.T) if matrix.shape[0] <= matrix.shape[1] else product(matrix.T, matrix)
+    limit = value**2 * (1 + 2 * rounding(max(matrix.shape), matrix.dtype))
+    proven = are_below(gram[None, None], limit[None])[0]
+
+    def fall_back(state):
+        # Whatever does not change in a loop XLA moves out of it.
+        return ~state[0], _by_svd(jax.lax.optimization_barrier((matrix, state[0]))[0])
+
+    # Not a condition: mapped, that takes both ways.
+    return jax.lax.while_loop(lambda state: ~state[0], fall_back, (proven, pair))[1]
+
+
+def _by_svd(matrix: Float[Array, "in out"]) -> Pair:
+    _, u, v = top_pairs(matrix[None])
+    return Pair(jnp.asarray(0), u[0], v[0])
+
+
 def leading(kernel: Float[Array, "..."], op: Operator, tolerance, start=None) -> Pair:
     """The leading pair of `T(kernel)`, found without any assumption. The kernel's scale must not be extreme.
 
@@ -155,15 +204,9 @@ def leading(kernel: Float[Array, "..."], op: Operator, tolerance, start=None) ->
     that happens to be another singular vector cannot trap it.
     """
     if isinstance(op, Dense):
-        _, u, v = top_pairs(kernel[None])
-        return Pair(jnp.asarray(0), u[0], v[0])
+        return _leading_of_matrix(kernel)
     if isinstance(op, CircularConv):
-        if branch_and_bound_pays(kernel.shape, op):
-            return Pair(*branch_and_bound(kernel, op))
-        sites = jnp.asarray(_fourier.distinct_sites(op)[0])
-        values = top_values(_fourier.half_symbol(kernel, op)[sites])
-        _, pairs = site_pairs(kernel, op, sites[jnp.argmax(values)][None])
-        return _first(pairs)
+        return _leading_wave(kernel, op)
     noise = unit(random_start(op.in_shape(kernel.shape), kernel.dtype))
     if start is None:
         # As others may be as large as the wave's, all take part.

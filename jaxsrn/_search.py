@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool, Complex, Float, Int
+from jaxtyping import Array, Bool, Complex, Float, Inexact, Int
 
 from jaxsrn import _fourier
 from jaxsrn._grams import (
@@ -42,7 +42,7 @@ from jaxsrn._lanczos import leading_singular_vectors, random_start
 from jaxsrn._linalg import real_times, top_pairs, unit
 from jaxsrn.operators import CircularConv
 
-__all__ = ["branch_and_bound", "branch_and_bound_pays", "rounding"]
+__all__ = ["are_below", "branch_and_bound", "branch_and_bound_pays", "rounding"]
 
 # Blocks start at this phi: wider ones are discarded too rarely in a flat spectrum, narrower ones are too many.
 _WIDEST = 0.6
@@ -258,8 +258,7 @@ def branch_and_bound(kernel: Float[Array, "..."], op: CircularConv, excess: floa
     step = functools.partial(_look, poly, op, blocks, chunk, excess)
     # Zero and NaN need no proof.
     best = lax.while_loop(lambda proof: (proof.size > 0) & (proof.best.value > 0), step, proof).best
-    sites = (*_fourier.half_grid(op), len(poly.coefficients))
-    site = jnp.ravel_multi_index((*best.index, best.group), sites, mode="clip")
+    site = _fourier.site_at(op, best.index, best.group)
     swap = is_transposed(op, kernel.shape)
     return site, *((best.right.conj(), best.left.conj()) if swap else (best.left, best.right))
 
@@ -295,7 +294,7 @@ def _are_low(poly: GramPolynomial, op: CircularConv, blocks: _Blocks, corners, l
     sizes, factors = jnp.asarray(blocks.sizes)[levels], jnp.asarray(blocks.factors, poly.even.dtype)[levels]
     limits = jnp.where(factors > 0, limit * factors, 0)
     grams = grams_at(poly, op, _doubled_centres(corners, sizes, blocks.ends))
-    return _are_below(grams, _squared_limit(poly, limits) - poly.loss)
+    return are_below(grams, _squared_limit(poly, limits) - poly.loss)
 
 
 def _squared_limit(poly: GramPolynomial, limits: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -304,7 +303,7 @@ def _squared_limit(poly: GramPolynomial, limits: Float[Array, "..."]) -> Float[A
     return limits**2 * (1 + 2 * rounding(poly.coefficients.shape[-2], limits.dtype))
 
 
-def _are_below(grams: Complex[Array, "points groups n n"], levels: Float[Array, " points"]) -> Bool[Array, " points"]:
+def are_below(grams: Inexact[Array, "points groups n n"], levels: Float[Array, " points"]) -> Bool[Array, " points"]:
     """Whether all eigenvalues are below the levels: the differences have Cholesky factors."""
     scaled = grams / jnp.where(levels > 0, levels, 1)[:, None, None, None].astype(grams.dtype)
     identity = jnp.eye(grams.shape[-1], dtype=grams.dtype)[None, None]
@@ -330,7 +329,7 @@ def _largest_of(
         k = jnp.argmax(among)
         # A reduced Gram matrix says little, and what has been found since may be higher.
         level = _squared_limit(poly, (1 + excess) * known.value)
-        low = _are_below(whole_grams(poly, op, indices[k])[None], level[None])[0]
+        low = are_below(whole_grams(poly, op, indices[k])[None], level[None])[0]
         return among.at[k].set(False), lax.cond(low, lambda: known, lambda: examine(indices[k], known))
 
     return lax.while_loop(lambda state: jnp.any(state[0]), step, (among, known))[1]

@@ -47,9 +47,9 @@ def certified(kernel: Kernel, op: Operator, *, resolution: float = 0.01, any_siz
     """An interval that is guaranteed to hold the spectral norm of `T(kernel)`.
 
     Circular: from below the value of a frequency, from above the proof by branch and bound that no other one exceeds
-    it by more than `resolution`. Dense: an SVD. Zero padding: from below a Rayleigh quotient of the real operator
-    (Lanczos), from above the circular layers that cover it. The ends are widened for rounding. The cost does not
-    depend on the size of the image, but for the Lanczos steps of zero padding.
+    it by more than `resolution`. Dense: as `spectral_norm`. Zero padding: from below a Rayleigh quotient of the real
+    operator (Lanczos), from above the circular layers that cover it. The ends are widened for rounding. The cost does
+    not depend on the size of the image, but for the Lanczos steps of zero padding.
 
     With zero padding the width is what the covers lose, most on small images; it does not shrink with `resolution`.
 
@@ -98,7 +98,7 @@ def _certified(kernel, op, resolution, any_size):
 
 
 def _of_circular(kernel: Float[Array, "..."], op: CircularConv, resolution: float) -> NormInterval:
-    fixed = lax.stop_gradient(kernel)
+    fixed, op = lax.stop_gradient(kernel), _fourier.without_idle_axes(op, kernel.shape)
     if branch_and_bound_pays(kernel.shape, op):
         # What the proof leaves open and the room for rounding are the width together.
         excess = max(resolution - 3 * slack_of(kernel), 0.0)

@@ -48,8 +48,9 @@ def leading_triplet(
 ) -> SingularTriplet:
     """The largest singular value of `T(kernel)` with its two vectors, from a cold start.
 
-    Circular: the leading value of the symbol over all its frequencies, its vectors as plane waves. Dense: an SVD.
-    Zero padding: Golub-Kahan-Lanczos with thick restarts on the real operator, from the wave of the circular layer.
+    Circular: the leading value of the symbol over all its frequencies, its vectors as plane waves. Dense: an SVD, or
+    Lanczos with a proof. Zero padding: Golub-Kahan-Lanczos with thick restarts on the real operator, from the wave of
+    the circular layer.
 
     Args:
       kernel: `(c_in, c_out)` or `(*taps, c_in // groups, c_out)`.
@@ -108,9 +109,10 @@ def spectral_norm(kernel: Kernel, op: Operator) -> Float[Array, ""]:
     """`||T(kernel)||_2`, the largest singular value of exactly this operator.
 
     Circular: the maximum over all frequencies, guaranteed to rounding: by an SVD at each of them in small layers, in
-    large ones by branch and bound, at a cost that does not depend on the image. Dense: an SVD. Zero padding:
-    Golub-Kahan-Lanczos to a relative residual of `eps ** (2/3)`. The gradient is the outer product of the leading
-    vectors, held constant: exact for a simple value, finite always (also at zero), in forward and reverse mode.
+    large ones by branch and bound, at a cost that does not depend on the image. Dense: an SVD; of large matrices
+    Lanczos, and a Cholesky factorization that proves it. Zero padding: Golub-Kahan-Lanczos to a relative residual of
+    `eps ** (2/3)`. The gradient is the outer product of the leading vectors, held constant: exact for a simple value,
+    finite always (also at zero), in forward and reverse mode.
 
     Args:
       kernel: `(c_in, c_out)` or `(*taps, c_in // groups, c_out)`.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -91,7 +90,7 @@ def _exceeds_output(op: Operator, kernel_shape) -> bool:
 def _extreme(kernel, op, alpha, gram):
     kernel = kernel.astype(float_dtype(kernel.dtype))
     if isinstance(op, CircularConv):
-        op = _without_idle_axes(op, kernel.shape)
+        op = _fourier.without_idle_axes(op, kernel.shape)
     fixed, _ = _pairs.rescaled(lax.stop_gradient(kernel), op)
     largest, smallest = _extreme_pairs(fixed, op)
     above = frozen_value(kernel, op, largest) ** 2 - alpha
@@ -99,12 +98,6 @@ def _extreme(kernel, op, alpha, gram):
     below = alpha - (0.0 if singular else frozen_value(kernel, op, smallest) ** 2)
     # NaN compares as false, and must not end as alpha.
     return jnp.where(below > above, below, above)
-
-
-def _without_idle_axes(op: CircularConv, kernel_shape) -> CircularConv:
-    """The same singular values on a smaller image: along an axis of one tap all frequencies are alike."""
-    axes = zip(op.input_shape, op.strides, kernel_shape, strict=False)
-    return dataclasses.replace(op, input_shape=tuple(s if taps == 1 else n for n, s, taps in axes))
 
 
 def _extreme_pairs(kernel: Float[Array, "..."], op: Operator) -> tuple[_pairs.Pair, _pairs.Pair]:

@@ -86,8 +86,10 @@ def _singular_values(kernel, op):
     kernel = kernel.astype(float_dtype(kernel.dtype))
     if not isinstance(op, CircularConv):
         return jnp.linalg.svd(kernel if isinstance(op, Dense) else op.to_dense(kernel), compute_uv=False)
-    sites, counts = _fourier.distinct_sites(op)
-    values = jnp.linalg.svd(_fourier.half_symbol(kernel, op)[sites], compute_uv=False)
+    layer = _fourier.without_idle_axes(op, kernel.shape)
+    sites, counts = _fourier.distinct_sites(layer)
+    values = jnp.linalg.svd(_fourier.half_symbol(kernel, layer)[sites], compute_uv=False)
+    counts = counts * _fourier.repetitions(op, layer)
     values = jnp.repeat(values, counts, axis=0, total_repeat_length=int(counts.sum()))
     return _descending(values.reshape(-1))
 

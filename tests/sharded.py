@@ -106,12 +106,8 @@ def compiled(name: str, wrapper: str):
     step, state, x = training(name, WRAPPERS[wrapper])
     where = shardings(state, mesh()), NamedSharding(mesh(), P("data"))
     spread = jax.device_put((state, x), where)
-    return (
-        step,
-        (state, x),
-        spread,
-        jax.jit(step, in_shardings=where, out_shardings=(None, where[0])).lower(*spread).compile(),
-    )
+    program = jax.jit(step, in_shardings=where, out_shardings=(None, where[0])).lower(*spread).compile()
+    return step, (state, x), spread, program
 
 
 def check_step(name: str, wrapper: str) -> None:

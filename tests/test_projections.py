@@ -16,6 +16,7 @@ KINDS = by_name(
     "dense-wide",
     "circular-1d",
     "circular-1d-even-taps",
+    "circular-1d-one-tap",
     "circular-1d-stride-odd-dilation",
     "circular-1d-groups",
     "circular-2d-one-channel",
@@ -288,7 +289,18 @@ def test_clipping_is_the_published_pass(name):
     assert norm_of(expected, case.op) > limit * (1 + 1e-3)
 
 
-@pytest.mark.parametrize("name", ["dense-wide", "circular-1d-stride", "circular-1d-groups", "same-1d", "transposed-2d"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "dense-wide",
+        "circular-1d-stride",
+        "circular-1d-groups",
+        "circular-1d-one-tap",
+        "circular-3d-stride-groups",
+        "same-1d",
+        "transposed-2d",
+    ],
+)
 def test_clipping_is_the_nearest_map_then_its_mean_over_the_taps(name):
     (case,) = by_name(name)
     a = kernel(case)

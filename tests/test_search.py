@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from cases import CASES, dense, fft_norms, gaussian, quick_jit, spectral_kinds
 
+import jaxsrn
 from jaxsrn import CircularConv, _fourier, _grams, _search, spectral_norm
 
 CIRCULAR = [case for case in CASES if isinstance(case.op, CircularConv)]
@@ -114,3 +115,31 @@ def test_it_is_used_where_it_pays():
     assert not _search.branch_and_bound_pays((3, 3, 1, 64), CircularConv((64, 64)))
     assert _search.branch_and_bound_pays((3, 3, 64, 64), CircularConv((32, 32)))
     assert _search.branch_and_bound_pays((3, 3, 512, 512), CircularConv((7, 7)))
+
+
+@pytest.mark.parametrize("strides", [1, 2, (2, 1)])
+@pytest.mark.parametrize("taps", [(1, 1), (1, 3), (3, 1)], ids=str)
+def test_axes_of_one_tap(taps, strides):
+    """All frequencies of such an axis are alike: one is looked at, and its vectors belong to the whole image."""
+    op, kernel = CircularConv((8, 6), strides=strides), gaussian((*taps, 4, 5))
+    matrix = dense(kernel, op)
+    triplet = jaxsrn.leading_triplet(kernel, op)
+    np.testing.assert_allclose(triplet.value, np.linalg.norm(matrix, 2), rtol=1e-12)
+    np.testing.assert_allclose(triplet.residual, 0, atol=1e-12)
+    np.testing.assert_allclose(triplet.left.ravel() @ matrix @ triplet.right.ravel(), triplet.value, rtol=1e-12)
+    expected = np.linalg.svd(matrix, compute_uv=False)
+    np.testing.assert_allclose(jaxsrn.singular_values(kernel, op), expected, atol=1e-12 * expected[0])
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "orthogonal", "rank one"])
+def test_large_matrices(kind):
+    """No SVD where Lanczos and one factorization will do; exact all the same."""
+    matrix = gaussian((150, 160))
+    if kind == "orthogonal":
+        matrix = np.linalg.qr(matrix.T)[0].T
+    if kind == "rank one":
+        matrix = np.outer(matrix[:, 0], matrix[0])
+    triplet = jaxsrn.leading_triplet(matrix, jaxsrn.Dense())
+    in_layer = spectral_norm(matrix[None, None], CircularConv((9, 9)))
+    np.testing.assert_allclose([triplet.value, in_layer], np.linalg.norm(matrix, 2), rtol=1e-12)
+    np.testing.assert_allclose(triplet.residual, 0, atol=1e-9)
