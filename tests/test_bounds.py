@@ -137,6 +137,16 @@ def test_interval_by_branch_and_bound(size, taps, resolution, monkeypatch):
     jax.clear_caches()
 
 
+def test_zero_padding_is_never_looser_than_the_tensor_norm(monkeypatch):
+    """Where that is the norm of the cover, an interval of the cover as wide as the resolution would be."""
+    monkeypatch.setattr(bounds, "branch_and_bound_pays", lambda *_: True)
+    jax.clear_caches()
+    op, kernel = ZeroPaddedConv((9, 8)), jnp.broadcast_to(gaussian((4, 5)), (3, 3, 4, 5))
+    upper = bounds.certified(kernel, op, resolution=0.2).upper
+    np.testing.assert_allclose(upper, bounds.tensor_norm(kernel, op), rtol=1e-9)
+    jax.clear_caches()
+
+
 def test_gram_iteration_is_the_published_one():
     """On a layer's own frequencies: `||G^(2^t)||_F^(1/2^(t+1))`, written out."""
     op, kernel = CircularConv((5, 4)), gaussian((3, 3, 2, 3))
