@@ -132,9 +132,11 @@ def _corrected(layers, rule: Rule, kernels: dict, steps: dict, memory: dict):
     steps, memory = dict(steps), dict(memory)
     wide = {path: float_dtype(kernels[path].dtype) for path in steps}
     points = {path: kernels[path].astype(dtype) + steps[path].astype(dtype) for path, dtype in wide.items()}
+    done = jnp.zeros(())
     for stack in _layers.stacked(layers, points):
         memories = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(memory[path] for path in stack.paths))
-        targets, memories = rule.correct(stack.kernels, stack.op, memories)
+        targets, memories = rule.correct(_layers.after(stack.kernels, done), stack.op, memories)
+        done = targets.reshape(-1)[0]
         for i, path in enumerate(stack.paths):
             # What is right already is left to the last bit.
             same, step = targets[i] == points[path], targets[i] - kernels[path].astype(targets.dtype)

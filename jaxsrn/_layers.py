@@ -12,7 +12,7 @@ from jaxtyping import Array, Shaped
 from jaxsrn._checks import ensure, errors_named, kernel_array
 from jaxsrn.operators import Operator
 
-__all__ = ["Layers", "Path", "Stack", "find_kernels", "named_kernels", "stacked", "stacks"]
+__all__ = ["Layers", "Path", "Stack", "after", "find_kernels", "named_kernels", "stacked", "stacks"]
 
 Path = tuple[Any, ...]
 # {path: operator}; checked entry by entry.
@@ -87,3 +87,12 @@ def stacked(layers: Layers, kernels: Mapping) -> list[Stack]:
 def stacks(layers: Layers, params) -> list[Stack]:
     """The kernels that `layers` names in `params`, stacked; raises as `named_kernels`."""
     return stacked(layers, named_kernels(layers, params))
+
+
+def after(kernels: Shaped[Array, "..."], value: Shaped[Array, ""]) -> Shaped[Array, "..."]:
+    """The same kernels, but not before `value` is known: for stacks that are to be worked on in turn.
+
+    On CPUs jaxlib's batched SVDs can wait for each other forever where several run at once (0.10.2). XLA drops
+    optimization barriers, but does not know that nothing is below minus infinity.
+    """
+    return jnp.where(value < -jnp.inf, 0, kernels)

@@ -340,13 +340,13 @@ def total(function: Callable, layers: _layers.Layers, params) -> Float[Array, ""
       ValueError: a path that is not in `params` (it is named), a kernel that does not fit its operator, or a function
         whose value is not a scalar.
     """
-    sums = []
+    running = jnp.zeros((), jnp.float32)
     for stack in _layers.stacks(layers, params):
-        values = jax.vmap(function, (0, None))(stack.kernels, stack.op)
+        values = jax.vmap(function, (0, None))(_layers.after(stack.kernels, running), stack.op)
         ensure(
             jnp.shape(values) == (len(stack.paths),),
             f"function: got a value of shape {jnp.shape(values)[1:]} for {stack.paths[0]!r}, expected a scalar.",
         )
-        sums.append(jnp.sum(values))
-    dtype = max([jnp.dtype(jnp.float32), *(one.dtype for one in sums)], key=lambda dtype: dtype.itemsize)
-    return functools.reduce(jnp.add, (one.astype(dtype) for one in sums), jnp.zeros((), dtype))
+        dtype = max(running.dtype, values.dtype, key=lambda dtype: dtype.itemsize)
+        running = running.astype(dtype) + jnp.sum(values).astype(dtype)
+    return running

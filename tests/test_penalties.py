@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import re
 
 import flax
 import jax
@@ -344,3 +345,23 @@ def test_errors_of_batch_norm_and_sums():
         penalties.total(norm, {("a", "bias"): OP}, params)
     with pytest.raises(ValueError, match=r"got a value of shape \(72,\) for \('a', 'kernel'\)"):
         penalties.total(jaxsrn.singular_values, LAYERS, params)
+
+
+def ancestors(program: str) -> dict[str, set[str]]:
+    """Everything that the instructions of a compiled program are computed from, directly or not."""
+    found: dict[str, set[str]] = {}
+    for name, rest in re.findall(r"%([\w.-]+) = (.*)", program):
+        direct = set(re.findall(r"%([\w.-]+)", rest))
+        found[name] = direct.union(*(found.get(operand, set()) for operand in direct))
+    return found
+
+
+def test_layers_are_worked_on_in_turn():
+    """On CPUs batched SVDs that run at once can wait for each other forever: each needs the one before."""
+    params = {name: gaussian((rows, 5)) for name, rows in (("a", 4), ("b", 5), ("c", 6))}
+    layers = {(name,): Dense() for name in params}
+    program = jax.jit(lambda params: penalties.total(jaxsrn.spectral_norm, layers, params)).lower(params).compile()
+    found = ancestors(program.as_text())
+    svds = re.findall(r"%([\w.-]+) = [^\n]* custom-call\([^\n]*gesdd", program.as_text())
+    assert len(svds) == 3
+    assert sorted(len(found[svd].intersection(svds)) for svd in svds) == [0, 1, 2]
