@@ -173,7 +173,6 @@ def _constant_wave(kernel: Float[Array, "..."], op: CircularConv) -> Pair:
 
 def _leading_of_matrix(matrix: Float[Array, "in out"]) -> Pair:
     """By an SVD; of large matrices only where a Cholesky factorization does not prove what Lanczos finds."""
-
     if not branch_and_bound_pays((1, *matrix.shape), CircularConv((1,))):
         return _by_svd(matrix)
     start = random_start(matrix.shape[:1], matrix.dtype)

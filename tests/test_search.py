@@ -7,7 +7,7 @@ import pytest
 from cases import CASES, dense, fft_norms, gaussian, quick_jit, spectral_kinds
 
 import jaxsrn
-from jaxsrn import CircularConv, _fourier, _grams, _search, spectral_norm
+from jaxsrn import CircularConv, _fourier, _grams, _pairs, _search, spectral_norm
 
 CIRCULAR = [case for case in CASES if isinstance(case.op, CircularConv)]
 
@@ -143,3 +143,16 @@ def test_large_matrices(kind):
     in_layer = spectral_norm(matrix[None, None], CircularConv((9, 9)))
     np.testing.assert_allclose([triplet.value, in_layer], np.linalg.norm(matrix, 2), rtol=1e-12)
     np.testing.assert_allclose(triplet.residual, 0, atol=1e-9)
+
+
+def test_a_matrix_without_proof_gets_an_svd(monkeypatch):
+    """Also where Lanczos stops at another singular value: the proof fails, and the SVD is taken."""
+    monkeypatch.setattr(
+        _pairs, "_matrix_free", lambda *_: _pairs.Pair(jnp.asarray(0), jnp.eye(170)[0], jnp.eye(170)[0])
+    )
+    matrix = np.diag(1 + np.arange(170.0))
+    triplet = jaxsrn.leading_triplet(matrix, jaxsrn.Dense())
+    np.testing.assert_allclose(triplet.value, 170, rtol=1e-12)
+    np.testing.assert_allclose(triplet.residual, 0, atol=1e-12)
+    values = jax.vmap(spectral_norm, (0, None))(np.stack([matrix, 2 * matrix]), jaxsrn.Dense())
+    np.testing.assert_allclose(values, [170, 340], rtol=1e-12)
