@@ -237,6 +237,9 @@ def draw_layers(found: list[Bounds], path):
     for (name, values), color, marker in zip(curves.items(), COLORS[1:], MARKERS[1:], strict=False):
         ax.plot(values, marker + "-", color=color, lw=1, ms=6, label=name)
     ax.set(ylabel="over the exact norm", yscale="log")
+    ticks = [t for t in (1, 1.5, 2, 3, 4, 6, 8) if t <= ax.get_ylim()[1]]
+    ax.set_yticks(ticks, [f"{t:g}" for t in ticks])
+    ax.minorticks_off()
     ax.set_xticks(range(len(wide)), [one.layer.name for one in wide], rotation=60, ha="right", fontsize=8)
     ax.legend(frameon=False, ncols=5, loc="upper left")
     save(figure, path, dpi=110)
