@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Inexact, Int
 from jaxsrn import _fourier
 from jaxsrn._lanczos import leading_singular_vectors, random_start
 from jaxsrn._linalg import top_pairs, top_values, unit
-from jaxsrn._search import are_below, branch_and_bound, branch_and_bound_pays, rounding
+from jaxsrn._search import are_below, branch_and_bound, branch_and_bound_pays, squared_limit, svds_are_dear
 from jaxsrn.operators import CircularConv, Dense, Operator, ZeroPaddedConv
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "flat_products",
     "images",
     "leading",
+    "leading_wave",
     "nearby",
     "pair_of_images",
     "pair_shapes",
@@ -148,18 +149,22 @@ def _circular_start(kernel: Float[Array, "..."], op: ZeroPaddedConv) -> Float[Ar
     return windowed(pair, layer, op, kernel.shape).right
 
 
-def _leading_wave(kernel: Float[Array, "..."], op: CircularConv) -> Pair:
-    """The leading pair over all sites: by branch and bound, or SVDs where they take less."""
+def leading_wave(kernel: Float[Array, "..."], op: CircularConv, excess: float = 0.0) -> tuple[Pair, float]:
+    """The leading pair over all sites: by branch and bound, or SVDs where they take less.
+
+    Returns:
+      `(pair, excess)`: no singular value exceeds that of the pair by more than that share; at most what was allowed.
+    """
     if math.prod(kernel.shape[:-2]) == op.feature_group_count == 1:
-        return _constant_wave(kernel, op)
+        return _constant_wave(kernel, op), 0.0
     layer = _fourier.without_idle_axes(op, kernel.shape)
     if branch_and_bound_pays(kernel.shape, layer):
-        pair = Pair(*branch_and_bound(kernel, layer))
+        pair = Pair(*branch_and_bound(kernel, layer, excess))
     else:
-        sites = jnp.asarray(_fourier.distinct_sites(layer)[0])
+        sites, excess = jnp.asarray(_fourier.distinct_sites(layer)[0]), 0.0
         values = top_values(_fourier.half_symbol(kernel, layer)[sites])
         pair = _first(site_pairs(kernel, layer, sites[jnp.argmax(values)][None])[1])
-    return pair._replace(site=_fourier.same_site(op, layer, pair.site))
+    return pair._replace(site=_fourier.same_site(op, layer, pair.site)), excess
 
 
 def _constant_wave(kernel: Float[Array, "..."], op: CircularConv) -> Pair:
@@ -173,15 +178,14 @@ def _constant_wave(kernel: Float[Array, "..."], op: CircularConv) -> Pair:
 
 def _leading_of_matrix(matrix: Float[Array, "in out"]) -> Pair:
     """By an SVD; of large matrices only where a Cholesky factorization does not prove what Lanczos finds."""
-    if not branch_and_bound_pays((1, *matrix.shape), CircularConv((1,))):
+    if not svds_are_dear(1, matrix.shape):
         return _by_svd(matrix)
     start = random_start(matrix.shape[:1], matrix.dtype)
     pair = _matrix_free(matrix, Dense(), start, default_tolerance(matrix.dtype))
     product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
-    value = jnp.vdot(pair.right, product(matrix, pair.left))
-    gram = product(matrix, matrix.T) if matrix.shape[0] <= matrix.shape[1] else product(matrix.T, matrix)
-    limit = value**2 * (1 + 2 * rounding(max(matrix.shape), matrix.dtype))
-    proven = are_below(gram[None, None], limit[None])[0]
+    limit = squared_limit(max(matrix.shape), jnp.vdot(pair.right, product(matrix, pair.left)))
+    wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
+    proven = are_below(product(wide, wide.T)[None, None], limit[None])[0]
 
     def fall_back(state):
         # Whatever does not change in a loop XLA moves out of it.
@@ -205,7 +209,7 @@ def leading(kernel: Float[Array, "..."], op: Operator, tolerance, start=None) ->
     if isinstance(op, Dense):
         return _leading_of_matrix(kernel)
     if isinstance(op, CircularConv):
-        return _leading_wave(kernel, op)
+        return leading_wave(kernel, op)[0]
     noise = unit(random_start(op.in_shape(kernel.shape), kernel.dtype))
     if start is None:
         # As others may be as large as the wave's, all take part.

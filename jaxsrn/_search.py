@@ -42,7 +42,7 @@ from jaxsrn._lanczos import leading_singular_vectors, random_start
 from jaxsrn._linalg import real_times, top_pairs, unit
 from jaxsrn.operators import CircularConv
 
-__all__ = ["are_below", "branch_and_bound", "branch_and_bound_pays", "rounding"]
+__all__ = ["are_below", "branch_and_bound", "branch_and_bound_pays", "rounding", "squared_limit", "svds_are_dear"]
 
 # Blocks start at this phi: wider ones are discarded too rarely in a flat spectrum, narrower ones are too many.
 _WIDEST = 0.6
@@ -229,11 +229,15 @@ def rounding(rows: int, dtype) -> float:
     return 2 * math.sqrt(rows) * float(jnp.finfo(dtype).eps)
 
 
+def svds_are_dear(count: int, shape: tuple[int, int]) -> bool:
+    """Whether SVDs of so many matrices take longer than proofs that none has a larger singular value; static."""
+    return min(shape) > 1 and count * (min(shape) ** 3 + _SVD_OVERHEAD) > _SVD_WORK
+
+
 def branch_and_bound_pays(kernel_shape: tuple[int, ...], op: CircularConv) -> bool:
     """Whether an SVD at every site would take longer; static."""
-    smaller = min(_fourier.site_shape(op, kernel_shape))
     sites = math.prod(_fourier.half_grid(op)) * op.feature_group_count
-    return smaller > 1 and sites * (smaller**3 + _SVD_OVERHEAD) > _SVD_WORK
+    return svds_are_dear(sites, _fourier.site_shape(op, kernel_shape))
 
 
 def branch_and_bound(kernel: Float[Array, "..."], op: CircularConv, excess: float = 0.0):
@@ -294,13 +298,13 @@ def _are_low(poly: GramPolynomial, op: CircularConv, blocks: _Blocks, corners, l
     sizes, factors = jnp.asarray(blocks.sizes)[levels], jnp.asarray(blocks.factors, poly.even.dtype)[levels]
     limits = jnp.where(factors > 0, limit * factors, 0)
     grams = grams_at(poly, op, _doubled_centres(corners, sizes, blocks.ends))
-    return are_below(grams, _squared_limit(poly, limits) - poly.loss)
+    return are_below(grams, squared_limit(poly.coefficients.shape[-2], limits) - poly.loss)
 
 
-def _squared_limit(poly: GramPolynomial, limits: Float[Array, "..."]) -> Float[Array, "..."]:
+def squared_limit(rows: int, limits: Float[Array, "..."]) -> Float[Array, "..."]:
     """The squares of limits of singular values, with room for rounding."""
     # Half of it in terms of the singular value.
-    return limits**2 * (1 + 2 * rounding(poly.coefficients.shape[-2], limits.dtype))
+    return limits**2 * (1 + 2 * rounding(rows, limits.dtype))
 
 
 def are_below(grams: Inexact[Array, "points groups n n"], levels: Float[Array, " points"]) -> Bool[Array, " points"]:
@@ -328,7 +332,7 @@ def _largest_of(
         among, known = state
         k = jnp.argmax(among)
         # A reduced Gram matrix says little, and what has been found since may be higher.
-        level = _squared_limit(poly, (1 + excess) * known.value)
+        level = squared_limit(poly.coefficients.shape[-2], (1 + excess) * known.value)
         low = are_below(whole_grams(poly, op, indices[k])[None], level[None])[0]
         return among.at[k].set(False), lax.cond(low, lambda: known, lambda: examine(indices[k], known))
 

@@ -21,7 +21,6 @@ from jaxsrn._checks import Kernel, ensure, float_dtype, kernel_array, static_int
 from jaxsrn._covers import NormInterval, covers, for_any_size, slack_of, widened
 from jaxsrn._linalg import gram_bound
 from jaxsrn._reshapings import channel_l1, fantastic_four, l1, lip_bound, tensor_norm
-from jaxsrn._search import branch_and_bound, branch_and_bound_pays
 from jaxsrn.norms import frozen_value
 from jaxsrn.operators import CircularConv, Dense, Operator
 
@@ -101,14 +100,11 @@ def _certified(kernel, op, resolution, any_size):
 
 
 def _of_circular(kernel: Float[Array, "..."], op: CircularConv, resolution: float) -> NormInterval:
-    fixed, op = lax.stop_gradient(kernel), _fourier.without_idle_axes(op, kernel.shape)
-    if branch_and_bound_pays(kernel.shape, op):
-        # What the proof leaves open and the room for rounding are the width together.
-        excess = max(resolution - 3 * slack_of(kernel), 0.0)
-        value = frozen_value(kernel, op, _pairs.Pair(*branch_and_bound(fixed, op, excess)))
-        return NormInterval(value, (1 + excess) * value)
-    value = _frozen_leading(kernel, op, _pairs.default_tolerance(kernel.dtype))
-    return NormInterval(value, value)
+    # What the proof leaves open and the room for rounding are the width together.
+    allowed = max(resolution - 3 * slack_of(kernel), 0.0)
+    pair, excess = _pairs.leading_wave(lax.stop_gradient(kernel), op, allowed)
+    value = frozen_value(kernel, op, pair)
+    return NormInterval(value, (1 + excess) * value)
 
 
 def _frozen_leading(kernel: Float[Array, "..."], op: Operator, tolerance: float) -> Float[Array, ""]:

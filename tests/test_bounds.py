@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from cases import BAD_KERNELS, BY_NAME, CASES, dense, fft_norms, gaussian, quick_jit, spectral_kinds
 
-from jaxsrn import CircularConv, Dense, ZeroPaddedConv, bounds
+from jaxsrn import CircularConv, Dense, ZeroPaddedConv, _pairs, bounds
 
 
 def holds(interval, norm) -> bool:
@@ -116,15 +116,23 @@ def test_thousands_of_extremal_polynomials(n):
     assert np.all(norms <= gram)
 
 
+@pytest.fixture
+def branch_and_bound_always(monkeypatch):
+    """Also where SVDs would take less; nothing compiled otherwise is used again."""
+    monkeypatch.setattr(_pairs, "branch_and_bound_pays", lambda *_: True)
+    jax.clear_caches()
+    yield
+    jax.clear_caches()
+
+
 GRIDS = [((61,), (5,)), ((24, 24), (3, 3)), ((9, 8, 10), (3, 2, 3))]
 
 
 @pytest.mark.parametrize("resolution", [0.0, 0.01, 0.2])
 @pytest.mark.parametrize(("size", "taps"), GRIDS, ids=str)
-def test_interval_by_branch_and_bound(size, taps, resolution, monkeypatch):
+@pytest.mark.usefixtures("branch_and_bound_always")
+def test_interval_by_branch_and_bound(size, taps, resolution):
     """As in large layers, on small ones of all kinds of spectra, in float32."""
-    monkeypatch.setattr(bounds, "branch_and_bound_pays", lambda *_: True)
-    jax.clear_caches()
     interval_of = quick_jit(
         jax.vmap(lambda kernel: bounds.certified(kernel, CircularConv(size), resolution=resolution))
     )
@@ -134,17 +142,14 @@ def test_interval_by_branch_and_bound(size, taps, resolution, monkeypatch):
         assert np.all(interval.lower <= norms), name
         assert np.all(norms <= interval.upper), name
         assert np.all(interval.upper <= (1 + resolution) * (1 + 1e-4) * interval.lower), name
-    jax.clear_caches()
 
 
-def test_zero_padding_is_never_looser_than_the_tensor_norm(monkeypatch):
+@pytest.mark.usefixtures("branch_and_bound_always")
+def test_zero_padding_is_never_looser_than_the_tensor_norm():
     """Where that is the norm of the cover, an interval of the cover as wide as the resolution would be."""
-    monkeypatch.setattr(bounds, "branch_and_bound_pays", lambda *_: True)
-    jax.clear_caches()
     op, kernel = ZeroPaddedConv((9, 8)), jnp.broadcast_to(gaussian((4, 5)), (3, 3, 4, 5))
     upper = bounds.certified(kernel, op, resolution=0.2).upper
     np.testing.assert_allclose(upper, bounds.tensor_norm(kernel, op), rtol=1e-9)
-    jax.clear_caches()
 
 
 def test_gram_iteration_is_the_published_one():
