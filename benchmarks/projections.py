@@ -168,8 +168,9 @@ def trained_cases(channels: int) -> list[Case]:
         if layer.kernel.shape[:2] == (3, 3) and layer.kernel.shape[-1] == channels
     )
     title = f"ResNet-50 {name}, {channels} channels, n = {layer.input_shape[0]}"
-    # An SVD of all frequencies takes seconds.
-    return [Case(title, layer.kernel, layer.input_shape, 5e-3, 30, 40)]
+    # An SVD of all frequencies takes seconds. On the smallest images repeated clips, too, come near the projection.
+    tolerance = 2e-4 if channels == 512 else 5e-3
+    return [Case(title, layer.kernel, layer.input_shape, tolerance, 30, 40)]
 
 
 PARTS = {
