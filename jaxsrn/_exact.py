@@ -228,7 +228,7 @@ def solve(problem: Problem, op: Operator, starts: Pair, max_steps: int, toleranc
         ends = jax.vmap(lambda start: _ascend(problem, op, start, max_steps, tolerance))(state.starts)
         best = jnp.lexsort(merit(ends.best)[::-1])[0]
         end = jax.tree.map(lambda leaf: leaf[best], ends)
-        leading = _pairs.leading(end.best.kernel, op, norm_tolerance, end.pair.right)
+        leading = _pairs.leading(end.best.kernel, op, start=end.pair.right)
         norm = frozen_value(end.best.kernel, op, leading)
         solution = Solution(end.best, end.pair, leading, norm, state.solution.num_steps + end.num_steps)
         # All starts alike: a second copy of the passes for one start would double the compilation.

@@ -19,7 +19,14 @@ from jaxtyping import Array, Float, Inexact, Int
 from jaxsrn import _fourier
 from jaxsrn._lanczos import leading_singular_vectors, random_start
 from jaxsrn._linalg import top_pairs, top_values, unit
-from jaxsrn._search import are_below, branch_and_bound, branch_and_bound_pays, squared_limit, svds_are_dear
+from jaxsrn._search import (
+    are_below,
+    branch_and_bound,
+    branch_and_bound_pays,
+    finer_grids_are_free,
+    squared_limit,
+    svds_are_dear,
+)
 from jaxsrn.operators import CircularConv, Dense, Operator, ZeroPaddedConv
 
 __all__ = [
@@ -36,12 +43,15 @@ __all__ = [
     "pair_shapes",
     "plain_gradient",
     "rescaled",
+    "search_tolerance",
     "site_pairs",
     "windowed",
 ]
 
 # Of the random part of a cold start, relative to the wave.
 _NOISE = 0.3
+# How much finer than those of the image the frequencies are among which that wave is looked for.
+_FINER = 4
 
 
 class Pair(NamedTuple):
@@ -90,6 +100,14 @@ def _first(pairs: Pair) -> Pair:
 def default_tolerance(dtype) -> float:
     """Relative residual of singular vectors that is asked for: the value's error is of the order of its square."""
     return float(jnp.finfo(dtype).eps) ** (2 / 3)
+
+
+def search_tolerance(dtype) -> float:
+    """The same where the leading pair of all is searched for: in float32 below the error that a norm may have, 1e-5.
+
+    The residual bounds the error of the value also where others are so near that its square says nothing.
+    """
+    return float(jnp.finfo(dtype).eps) ** 0.75
 
 
 def flat_products(kernel: Float[Array, "..."], op: Operator):
@@ -143,9 +161,16 @@ def windowed(pair: Pair, layer: CircularConv, op: ZeroPaddedConv, kernel_shape) 
 
 
 def _circular_start(kernel: Float[Array, "..."], op: ZeroPaddedConv) -> Float[Array, "..."]:
-    """Near the leading right vector: the leading wave of the circular layer on the same image."""
-    layer = circular_layer(op, kernel.shape, op.dilated_shape, op.strides)
-    pair = leading(kernel, layer, default_tolerance(kernel.dtype))
+    """Near the leading right vector: a leading wave of the circular layer, faded out at the edges.
+
+    Nothing binds its frequency to the grid of the image: half a step off, the wave runs out of phase at the edges.
+    """
+    sizes = (tuple(scale * n for n in op.dilated_shape) for scale in (1, _FINER))
+    layer, finer = (circular_layer(op, kernel.shape, size, op.strides) for size in sizes)
+    # Sites are counted in 32 bits.
+    if finer_grids_are_free(kernel.shape, layer) and math.prod(finer.grid) * op.feature_group_count < 2**31:
+        layer = finer
+    pair, _ = leading_wave(kernel, layer)
     return windowed(pair, layer, op, kernel.shape).right
 
 
@@ -200,16 +225,18 @@ def _by_svd(matrix: Float[Array, "in out"]) -> Pair:
     return Pair(jnp.asarray(0), u[0], v[0])
 
 
-def leading(kernel: Float[Array, "..."], op: Operator, tolerance, start=None) -> Pair:
+def leading(kernel: Float[Array, "..."], op: Operator, tolerance=None, start=None) -> Pair:
     """The leading pair of `T(kernel)`, found without any assumption. The kernel's scale must not be extreme.
 
-    `start`, a right vector, only speeds up the matrix-free search: a fixed random part is mixed in, so that a start
-    that happens to be another singular vector cannot trap it.
+    `tolerance` is the relative residual at which a matrix-free search stops, by default `search_tolerance`. `start`, a
+    right vector, only speeds that search up: a fixed random part is mixed in, so that a start that happens to be
+    another singular vector cannot trap it.
     """
     if isinstance(op, Dense):
         return _leading_of_matrix(kernel)
     if isinstance(op, CircularConv):
         return leading_wave(kernel, op)[0]
+    tolerance = search_tolerance(kernel.dtype) if tolerance is None else tolerance
     noise = unit(random_start(op.in_shape(kernel.shape), kernel.dtype))
     if start is None:
         # As others may be as large as the wave's, all take part.

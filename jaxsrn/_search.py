@@ -42,7 +42,15 @@ from jaxsrn._lanczos import leading_singular_vectors, random_start
 from jaxsrn._linalg import real_times, top_pairs, unit
 from jaxsrn.operators import CircularConv
 
-__all__ = ["are_below", "branch_and_bound", "branch_and_bound_pays", "rounding", "squared_limit", "svds_are_dear"]
+__all__ = [
+    "are_below",
+    "branch_and_bound",
+    "branch_and_bound_pays",
+    "finer_grids_are_free",
+    "rounding",
+    "squared_limit",
+    "svds_are_dear",
+]
 
 # Blocks start at this phi: wider ones are discarded too rarely in a flat spectrum, narrower ones are too many.
 _WIDEST = 0.6
@@ -238,6 +246,11 @@ def branch_and_bound_pays(kernel_shape: tuple[int, ...], op: CircularConv) -> bo
     """Whether an SVD at every site would take longer; static."""
     sites = math.prod(_fourier.half_grid(op)) * op.feature_group_count
     return svds_are_dear(sites, _fourier.site_shape(op, kernel_shape))
+
+
+def finer_grids_are_free(kernel_shape: tuple[int, ...], op: CircularConv) -> bool:
+    """Whether branch and bound, by blocks of frequencies, takes as long on a larger image; static."""
+    return branch_and_bound_pays(kernel_shape, op) and not is_reduced(op, kernel_shape)
 
 
 def branch_and_bound(kernel: Float[Array, "..."], op: CircularConv, excess: float = 0.0):

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 from jaxsrn import _pairs
 from jaxsrn._checks import Kernel, ensure, float_dtype, kernel_array, positive_scalar
 from jaxsrn._exact import Problem, closed_form, functional, merit
-from jaxsrn._pairs import Pair, default_tolerance
+from jaxsrn._pairs import Pair
 from jaxsrn._starts import survey
 from jaxsrn._tracking import Track, follow, has_turned, power_step, start, track_shapes
 from jaxsrn.normalization import problem_of
@@ -148,7 +148,7 @@ def _srnc_state(kernel, op, target, follows_own):
     kernel = lax.stop_gradient(kernel.astype(float_dtype(kernel.dtype)))
     a, _ = _pairs.rescaled(kernel, op)
     if target is None or isinstance(op, Dense):
-        own = _pairs.leading(a, op, default_tolerance(a.dtype))
+        own = _pairs.leading(a, op)
         return SRNCState(start(a, op, own, _is_watched(op, target)), None)
     problem, own = problem_of(a, op, target)
     unchanged = problem.inner(a, a) <= target * problem.norm**2

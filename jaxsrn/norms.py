@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from jaxsrn import _pairs
 from jaxsrn._checks import Kernel, ensure, float_dtype, kernel_array, positive_scalar
-from jaxsrn._pairs import default_tolerance
+from jaxsrn._pairs import search_tolerance
 from jaxsrn.operators import Operator
 
 __all__ = ["SingularTriplet", "leading_triplet", "spectral_norm"]
@@ -57,7 +57,7 @@ def leading_triplet(
       op: its operator.
       initial: an earlier triplet of a similar kernel; it saves iterations of the matrix-free search and never
         changes what is found.
-      tolerance: relative residual at which that search stops; default `eps ** (2/3)` of the dtype. Traced.
+      tolerance: relative residual at which that search stops; default `eps ** 0.75` of the dtype. Traced.
 
     Returns:
       A `SingularTriplet` in float32 or wider. `value` is differentiable (outer product of the vectors, exact for a
@@ -68,7 +68,7 @@ def leading_triplet(
     """
     kernel = kernel_array(kernel, op)
     dtype = float_dtype(kernel.dtype)
-    tolerance = positive_scalar(default_tolerance(dtype) if tolerance is None else tolerance, "tolerance", dtype)
+    tolerance = positive_scalar(search_tolerance(dtype) if tolerance is None else tolerance, "tolerance", dtype)
     if initial is not None:
         check_triplet(initial, op, kernel.shape)
     return _leading_triplet(kernel, op, initial, tolerance)
@@ -111,7 +111,7 @@ def spectral_norm(kernel: Kernel, op: Operator) -> Float[Array, ""]:
     Circular: the maximum over all frequencies, guaranteed to rounding: by an SVD at each of them in small layers, in
     large ones by branch and bound, at a cost that does not depend on the image. Dense: an SVD; of large matrices
     Lanczos, and a Cholesky factorization that proves it. Zero padding: Golub-Kahan-Lanczos to a relative residual of
-    `eps ** (2/3)`. The gradient is the outer product of the leading vectors, held constant: exact for a simple value,
+    `eps ** 0.75`. The gradient is the outer product of the leading vectors, held constant: exact for a simple value,
     finite always (also at zero), in forward and reverse mode.
 
     Args:
@@ -136,4 +136,4 @@ def _spectral_norm(kernel, op):
 def norm_of(kernel: Float[Array, "..."], op: Operator) -> Float[Array, ""]:
     """`spectral_norm` of a kernel that is already checked and wide enough."""
     fixed, _ = _pairs.rescaled(lax.stop_gradient(kernel), op)
-    return frozen_value(kernel, op, _pairs.leading(fixed, op, default_tolerance(kernel.dtype)))
+    return frozen_value(kernel, op, _pairs.leading(fixed, op))

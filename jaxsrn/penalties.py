@@ -108,7 +108,7 @@ def _extreme_pairs(kernel: Float[Array, "..."], op: Operator) -> tuple[_pairs.Pa
         # Transposed: like a symbol it maps outputs to inputs.
         matrix = op.to_dense(kernel).T[None]
         return tuple(_as_images(u[0], v[0], op, kernel.shape) for _, u, v in end_pairs(matrix))
-    largest = _pairs.leading(kernel, op, _pairs.default_tolerance(kernel.dtype))
+    largest = _pairs.leading(kernel, op)
     return largest, _smallest_matrix_free(kernel, op, frozen_value(kernel, op, largest))
 
 

@@ -9,7 +9,7 @@ from cases import CASES, by_name, derivative, gaussian, kernel, quick_jit
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxsrn import CircularConv, Dense, SingularTriplet, ZeroPaddedConv, leading_triplet, spectral_norm
+from jaxsrn import CircularConv, Dense, SingularTriplet, ZeroPaddedConv, _pairs, leading_triplet, spectral_norm
 
 # One operator of each kind.
 KINDS = by_name("dense-wide", "circular-2d-strides", "same-1d")
@@ -124,6 +124,27 @@ def test_degenerate_kernels(case, data):
     for seed, scale in ((1, 1.0), (2, 1e-3)):
         step = scale * gaussian(case.kernel_shape, seed)
         assert norm(weights + step, case.op) >= expected + np.sum(gradient * step) - 1e-9
+
+
+# Cold starts
+
+
+def test_a_cold_start_is_near_the_answer_whatever_the_image():
+    """Differences of neighbours: their leading frequency, pi, is none of an image of 21 samples."""
+    channels = np.linalg.qr(gaussian((64, 64)))[0] * np.linspace(1, 0, 64)
+    weights, op = np.stack([channels, -channels]), ZeroPaddedConv((21,))
+    start = _pairs._circular_start(jnp.asarray(weights), op)
+    # The layer is the tensor product of both factors.
+    _, _, samples = np.linalg.svd(cases.dense(np.asarray([1.0, -1.0]).reshape((2, 1, 1)), op))
+    leading, _, _ = np.linalg.svd(channels)
+    assert abs(np.vdot(start, np.outer(samples[0], leading[:, 0]))) > 0.98
+
+
+@pytest.mark.parametrize("seed", [227, 302])
+def test_float32_tells_values_apart_that_are_close(seed):
+    """Two values within 5e-5: what a looser search ends at lies between them, or is the smaller one."""
+    op, weights = ZeroPaddedConv((48,)), np.random.default_rng(seed).standard_normal((3, 4, 4)).astype(np.float32)
+    np.testing.assert_allclose(spectral_norm(jnp.asarray(weights), op), norm(weights, op), rtol=2e-6)
 
 
 # Warm starts
