@@ -182,10 +182,13 @@ def count_traces():
 
 @pytest.mark.parametrize(("contract", "op", "shape"), PAIRS)
 def test_values(contract, op, shape):
-    """Mapped under jit as one by one, finite at zero, NaN from NaN, and traced once."""
+    """Under jit as eagerly, over kernels as one by one, finite at zero, NaN from NaN, and traced once."""
     function = contract.function
+    eager = function(gaussian(shape), op)
+    chex.assert_trees_all_close(jax.jit(function)(gaussian(shape), op), eager, rtol=1e-9, atol=1e-9)
+
     kernels = jnp.stack([gaussian(shape, seed) for seed in range(3)])
-    mapped = jax.jit(jax.vmap(function, (0, None)))(kernels, op)
+    mapped = jax.vmap(function, (0, None))(kernels, op)
     for i, kernel in enumerate(kernels):
         one = function(kernel, op)
         # Signs of singular vectors are a choice, and steps may differ by rounding.
