@@ -19,7 +19,8 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxsrn import _pairs
-from jaxsrn._pairs import Pair, default_tolerance
+from jaxsrn._lanczos import default_tolerance
+from jaxsrn._pairs import Pair
 from jaxsrn.norms import frozen_value
 from jaxsrn.operators import Operator
 

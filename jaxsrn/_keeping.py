@@ -17,7 +17,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxsrn import _layers
 from jaxsrn._checks import ensure, errors_named, float_dtype, static_int
-from jaxsrn._pairs import Pair, default_tolerance, pair_shapes
+from jaxsrn._lanczos import default_tolerance
+from jaxsrn._pairs import Pair, pair_shapes
 from jaxsrn.normalization import SRNResult, lowered_with_pair, srnc
 from jaxsrn.operators import Operator, ZeroPaddedConv
 from jaxsrn.projections import project_spectral_ball

@@ -14,7 +14,13 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-__all__ = ["leading_singular_vectors", "random_start", "top_singular_vectors"]
+__all__ = [
+    "default_tolerance",
+    "leading_singular_vectors",
+    "random_start",
+    "search_tolerance",
+    "top_singular_vectors",
+]
 
 # Ritz vectors carried through a restart resolve the cluster at the top; the rest of the basis is the memory price.
 _BASIS = 20
@@ -22,6 +28,19 @@ _KEPT = 8
 # Steps after which it is seen whether more are needed: a small SVD.
 _BETWEEN_CHECKS = 4
 _MAX_RESTARTS = 200
+
+
+def default_tolerance(dtype) -> float:
+    """Relative residual of singular vectors that is asked for: the value's error is of the order of its square."""
+    return float(jnp.finfo(dtype).eps) ** (2 / 3)
+
+
+def search_tolerance(dtype) -> float:
+    """The same where the leading pair of all is searched for: in float32 below the error that a norm may have, 1e-5.
+
+    The residual bounds the error of the value also where others are so near that its square says nothing.
+    """
+    return float(jnp.finfo(dtype).eps) ** 0.75
 
 
 class _Basis(NamedTuple):

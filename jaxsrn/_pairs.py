@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Array, Float, Inexact, Int
 
 from jaxsrn import _fourier
-from jaxsrn._lanczos import leading_singular_vectors, random_start
+from jaxsrn._lanczos import default_tolerance, leading_singular_vectors, random_start, search_tolerance
 from jaxsrn._linalg import top_pairs, top_values, unit
 from jaxsrn._search import (
     are_below,
@@ -33,7 +33,6 @@ __all__ = [
     "Pair",
     "by_largest",
     "circular_layer",
-    "default_tolerance",
     "flat_products",
     "images",
     "leading",
@@ -43,7 +42,6 @@ __all__ = [
     "pair_shapes",
     "plain_gradient",
     "rescaled",
-    "search_tolerance",
     "site_pairs",
     "windowed",
 ]
@@ -95,19 +93,6 @@ def site_pairs(kernel, op: CircularConv, sites: Int[Array, " k"]) -> tuple[Float
 
 def _first(pairs: Pair) -> Pair:
     return jax.tree.map(lambda leaf: leaf[0], pairs)
-
-
-def default_tolerance(dtype) -> float:
-    """Relative residual of singular vectors that is asked for: the value's error is of the order of its square."""
-    return float(jnp.finfo(dtype).eps) ** (2 / 3)
-
-
-def search_tolerance(dtype) -> float:
-    """The same where the leading pair of all is searched for: in float32 below the error that a norm may have, 1e-5.
-
-    The residual bounds the error of the value also where others are so near that its square says nothing.
-    """
-    return float(jnp.finfo(dtype).eps) ** 0.75
 
 
 def flat_products(kernel: Float[Array, "..."], op: Operator):

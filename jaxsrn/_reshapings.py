@@ -21,7 +21,7 @@ from jaxtyping import Array, Complex, Float
 from jaxsrn import _fourier, _pairs
 from jaxsrn._checks import Kernel, float_dtype, kernel_array, static_int
 from jaxsrn._covers import NormInterval, covers, widened
-from jaxsrn._lanczos import leading_singular_vectors, random_start
+from jaxsrn._lanczos import default_tolerance, leading_singular_vectors, random_start
 from jaxsrn._linalg import top_pairs, unit
 from jaxsrn.operators import CircularConv, Dense, Operator
 
@@ -79,7 +79,7 @@ def _leading_vectors(matrix: Float[Array, "rows columns"], num_steps: int | None
     if min(matrix.shape) <= _SVD_SIDE:
         _, left, right = top_pairs(matrix[None])
         return left[0], right[0]
-    tolerance = _pairs.default_tolerance(matrix.dtype)
+    tolerance = default_tolerance(matrix.dtype)
     _, left, right, _ = leading_singular_vectors(
         lambda x: product(matrix, x), lambda y: product(y, matrix), start, matrix.shape[0], tolerance
     )

@@ -38,7 +38,7 @@ from jaxsrn._grams import (
     whole_grams,
     with_all_directions,
 )
-from jaxsrn._lanczos import leading_singular_vectors, random_start
+from jaxsrn._lanczos import default_tolerance, leading_singular_vectors, random_start
 from jaxsrn._linalg import real_times, top_pairs, unit
 from jaxsrn.operators import CircularConv
 
@@ -214,7 +214,7 @@ def _polished(poly: GramPolynomial, op: CircularConv, index, group, right) -> _P
         lambda y: real_of(_einsum("rc,r->c", symbol.conj(), complex_of(y))),
         real_of(right),
         2 * len(symbol),
-        float(jnp.finfo(poly.even.dtype).eps) ** (2 / 3),
+        default_tolerance(poly.even.dtype),
     )
     left, right = unit(complex_of(left)), unit(complex_of(right))
     return _Pair(index, group, left, right, jnp.linalg.norm(_einsum("rc,c->r", symbol, right)))

@@ -81,7 +81,7 @@ def _certified(kernel, op, resolution, any_size):
     # At any size, taps that miss this image meet others.
     kernel, scale = _pairs.by_largest(kernel) if any_size else _pairs.rescaled(kernel, op)
     if isinstance(op, Dense):
-        interval = _frozen_leading(kernel, op, _pairs.default_tolerance(kernel.dtype))
+        interval = _frozen_leading(kernel, op)
         interval = NormInterval(interval, interval)
     else:
         covered = covers(kernel, op, any_size)
@@ -107,7 +107,7 @@ def _of_circular(kernel: Float[Array, "..."], op: CircularConv, resolution: floa
     return NormInterval(value, (1 + excess) * value)
 
 
-def _frozen_leading(kernel: Float[Array, "..."], op: Operator, tolerance: float) -> Float[Array, ""]:
+def _frozen_leading(kernel: Float[Array, "..."], op: Operator, tolerance: float | None = None) -> Float[Array, ""]:
     return frozen_value(kernel, op, _pairs.leading(lax.stop_gradient(kernel), op, tolerance))
 
 

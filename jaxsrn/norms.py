@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from jaxsrn import _pairs
 from jaxsrn._checks import Kernel, ensure, float_dtype, kernel_array, positive_scalar
-from jaxsrn._pairs import search_tolerance
+from jaxsrn._lanczos import search_tolerance
 from jaxsrn.operators import Operator
 
 __all__ = ["SingularTriplet", "leading_triplet", "spectral_norm"]

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 
 from jaxsrn import _fourier, _layers, _pairs
 from jaxsrn._checks import Kernel, ensure, float_dtype, kernel_array, positive_scalar, static_int
-from jaxsrn._lanczos import leading_singular_vectors, random_start, top_singular_vectors
+from jaxsrn._lanczos import default_tolerance, leading_singular_vectors, random_start, top_singular_vectors
 from jaxsrn._linalg import end_pairs, unit
 from jaxsrn.norms import frozen_value
 from jaxsrn.operators import CircularConv, Dense, Operator
@@ -217,7 +217,7 @@ def _init_pairs(kernel, op, alpha, gram):
     def product(x):
         return shifted(x.reshape(shape)).reshape(-1)
 
-    size, tolerance = math.prod(shape), _pairs.default_tolerance(kernel.dtype)
+    size, tolerance = math.prod(shape), default_tolerance(kernel.dtype)
     _, vectors = top_singular_vectors(product, product, size, size, 2, tolerance, kernel.dtype)
     return _rotated(kernel, op, alpha, gram, vectors.reshape((2, *shape)))
 

@@ -13,8 +13,8 @@ from jaxtyping import Array, Complex, Float
 
 from jaxsrn import _fourier
 from jaxsrn._checks import Kernel, ensure, float_dtype, kernel_array
-from jaxsrn._lanczos import top_singular_vectors
-from jaxsrn._pairs import default_tolerance, flat_products, rescaled
+from jaxsrn._lanczos import default_tolerance, top_singular_vectors
+from jaxsrn._pairs import flat_products, rescaled
 from jaxsrn.operators import CircularConv, Dense, Operator
 
 __all__ = ["singular_values", "symbol", "top_singular_values"]
