@@ -6,7 +6,7 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Shaped
 
 from jaxsrn._checks import Kernel, ensure, float_dtype, kernel_array
 from jaxsrn._pairs import rescaled
