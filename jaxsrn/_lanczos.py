@@ -112,7 +112,7 @@ def leading_singular_vectors(
     start: Float[Array, " in"],
     out_size: int,
     tolerance: float | Float[Array, ""],
-    max_restarts: int = _MAX_RESTARTS,
+    first_check: int = _BASIS,
 ) -> tuple[Float[Array, ""], Float[Array, " out"], Float[Array, " in"], Float[Array, ""]]:
     """The leading singular triplet of the map `matvec`, and the relative residual `||T^T u - sigma v|| / sigma`.
 
@@ -121,7 +121,8 @@ def leading_singular_vectors(
       start: where the Krylov space starts; any non-zero vector that is not orthogonal to the answer.
       out_size: length of an output.
       tolerance: relative residual at which to stop.
-      max_restarts: cycles of the basis.
+      first_check: steps before the first look at the residual. By default a whole basis: a start near another
+        singular vector would pass for the leading one earlier.
 
     Returns:
       `(sigma, u, v, residual)`; zeros for `u` where the map is zero.
@@ -141,13 +142,13 @@ def leading_singular_vectors(
         full = state.used == size
         basis = lax.cond(full, lambda: _restarted(state.basis, kept), lambda: state.basis)
         first = jnp.where(full, kept, state.used)
-        # The first basis as a whole: earlier, a start near another singular vector would pass for the leading one.
-        used = jnp.where(first == 0, size, jnp.minimum(first + _BETWEEN_CHECKS, size))
+        steps = jnp.where(first == 0, first_check, _BETWEEN_CHECKS)
+        used = jnp.minimum(first + steps, size)
         basis = lax.fori_loop(first, used, functools.partial(_extend, matvec, rmatvec), basis)
         return _State(basis, used, _residual(basis, used), state.restarts + full.astype(state.restarts.dtype))
 
     def unfinished(state: _State):
-        return (state.residual > tolerance) & (state.restarts < max_restarts)
+        return (state.residual > tolerance) & (state.restarts < _MAX_RESTARTS)
 
     start = _State(empty, jnp.asarray(0), jnp.asarray(jnp.inf, start.dtype), jnp.asarray(0))
     state = lax.while_loop(unfinished, advance, start)

@@ -32,9 +32,9 @@ from jaxsrn._ball import Iterate
 from jaxsrn._clip import Blocks, blocks_of
 from jaxsrn._covers import covers
 from jaxsrn._exact import safe_sqrt
+from jaxsrn._pairs import matrix_size
 from jaxsrn.norms import norm_of
 from jaxsrn.operators import Operator, ZeroPaddedConv
-from jaxsrn.spectra import matrix_size
 
 __all__ = ["Nearest", "Solution", "nearest", "with_derivative"]
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Inexact, Int
+from jaxtyping import Array, Bool, Float, Inexact, Int
 
 from jaxsrn import _fourier
 from jaxsrn._lanczos import default_tolerance, leading_singular_vectors, random_start, search_tolerance
@@ -31,12 +31,14 @@ from jaxsrn.operators import CircularConv, Dense, Operator, ZeroPaddedConv
 
 __all__ = [
     "Pair",
+    "as_images",
     "by_largest",
     "circular_layer",
     "flat_products",
     "images",
     "leading",
     "leading_wave",
+    "matrix_size",
     "nearby",
     "pair_of_images",
     "pair_shapes",
@@ -46,10 +48,21 @@ __all__ = [
     "windowed",
 ]
 
-# Of the random part of a cold start, relative to the wave.
+# Of the random part of a cold start, relative to the wave: others may be as large, and all take part.
 _NOISE = 0.3
+# Of a phase of that wave in a start, relative to the other: with less, the search may end at the wrong one.
+_SHARE = 0.35
+# Two phases whose norms differ by more than that are no rivals: the noise has enough of both.
+_RIVALS = 0.05
+# Norms of phases differ by about the samples to the power of -3. On more samples one is as good as the other, unless
+# already those of the waves differ by more than that share of the tolerance.
+_FEW_SAMPLES, _SAME = 512, 0.05
+# Lanczos steps that a cold start takes at least: with that much noise it is not near a singular vector.
+_COLD_STEPS = 12
 # How much finer than those of the image the frequencies are among which that wave is looked for.
 _FINER = 4
+# Entries of an explicit matrix up to which a zero-padded layer's norm is proven: 512 x 512.
+_PROVEN_SIZE = 2**18
 
 
 class Pair(NamedTuple):
@@ -66,6 +79,16 @@ def pair_shapes(op: Operator, kernel_shape: tuple[int, ...]) -> Pair:
         return Pair((), op.in_shape(kernel_shape), op.out_shape(kernel_shape))
     rows, columns = _fourier.site_shape(op, kernel_shape)
     return Pair((), (rows,), (columns,))
+
+
+def as_images(right: Float[Array, " in"], left: Float[Array, " out"], op: Operator, kernel_shape) -> Pair:
+    """The pair of two flat vectors, of a layer that is not circular."""
+    return Pair(jnp.asarray(0), right.reshape(op.in_shape(kernel_shape)), left.reshape(op.out_shape(kernel_shape)))
+
+
+def matrix_size(op: Operator, kernel_shape: tuple[int, ...]) -> int:
+    """Entries of the explicit matrix (static)."""
+    return math.prod(op.in_shape(kernel_shape)) * math.prod(op.out_shape(kernel_shape))
 
 
 def rescaled(kernel: Float[Array, "..."], op: Operator) -> tuple[Float[Array, "..."], Float[Array, ""]]:
@@ -109,12 +132,11 @@ def flat_products(kernel: Float[Array, "..."], op: Operator):
     return matvec, rmatvec, math.prod(in_shape), math.prod(out_shape)
 
 
-def _matrix_free(kernel, op: Operator, start: Float[Array, "..."], tolerance) -> Pair:
+def _matrix_free(kernel, op: Operator, start: Float[Array, "..."], tolerance, **options) -> Pair:
     """Lanczos with the real operator from a given right vector."""
     matvec, rmatvec, _, out_size = flat_products(kernel, op)
-    _, left, right, _ = leading_singular_vectors(matvec, rmatvec, start.reshape(-1), out_size, tolerance)
-    left, right = left.reshape(op.out_shape(kernel.shape)), right.reshape(op.in_shape(kernel.shape))
-    return Pair(jnp.asarray(0), unit(right), unit(left))
+    _, left, right, _ = leading_singular_vectors(matvec, rmatvec, start.reshape(-1), out_size, tolerance, **options)
+    return as_images(unit(right), unit(left), op, kernel.shape)
 
 
 def circular_layer(op: ZeroPaddedConv, kernel_shape, sizes: tuple[int, ...], strides: tuple[int, ...]) -> CircularConv:
@@ -145,8 +167,8 @@ def windowed(pair: Pair, layer: CircularConv, op: ZeroPaddedConv, kernel_shape) 
     return Pair(jnp.asarray(0), right, left)
 
 
-def _circular_start(kernel: Float[Array, "..."], op: ZeroPaddedConv) -> Float[Array, "..."]:
-    """Near the leading right vector: a leading wave of the circular layer, faded out at the edges.
+def _circular_start(kernel: Float[Array, "..."], op: ZeroPaddedConv) -> Float[Array, "2 ..."]:
+    """Near the leading right vector: a leading wave of the circular layer, faded out at the edges, in two phases.
 
     Nothing binds its frequency to the grid of the image: half a step off, the wave runs out of phase at the edges.
     """
@@ -156,7 +178,42 @@ def _circular_start(kernel: Float[Array, "..."], op: ZeroPaddedConv) -> Float[Ar
     if finer_grids_are_free(kernel.shape, layer) and math.prod(finer.grid) * op.feature_group_count < 2**31:
         layer = finer
     pair, _ = leading_wave(kernel, layer)
-    return windowed(pair, layer, op, kernel.shape).right
+    phases = (pair._replace(right=turn * pair.right) for turn in (1, 1j))
+    wave, turned = (windowed(phase, layer, op, kernel.shape).right for phase in phases)
+    return jnp.stack([wave, unit(turned - jnp.vdot(wave, turned) * wave)])
+
+
+class _Search(NamedTuple):
+    """Where a search starts, what it found, how often there was one, and whether there has to be another."""
+
+    start: Float[Array, "..."]
+    pair: Pair
+    count: Int[Array, ""]
+    again: Bool[Array, ""]
+
+
+def _from_circular(kernel: Float[Array, "..."], op: ZeroPaddedConv, noise: Float[Array, "..."], tolerance) -> Pair:
+    """Lanczos with the real operator from a wave of the circular layer.
+
+    The edges tell two phases of the wave apart, but often by less than 1e-4 of their norms. A start with next to
+    nothing of one of them ends at the other: the search is repeated from both.
+    """
+    waves = _circular_start(kernel, op)
+    images = op.apply(kernel, waves, precision=jax.lax.Precision.HIGHEST)
+    norms = jnp.linalg.norm(images.reshape((2, -1)), axis=1)
+    apart = jnp.abs(norms[1] - norms[0]) / jnp.where(norms[0] == 0, 1, norms[0])
+    few = math.prod(op.input_shape) <= _FEW_SAMPLES
+    rivals = (apart < _RIVALS) & (few | (apart > _SAME * tolerance))
+
+    def search(state: _Search) -> _Search:
+        pair = _matrix_free(kernel, op, state.start + _NOISE * noise, tolerance, first_check=_COLD_STEPS)
+        shares = jnp.abs(jnp.tensordot(waves, pair.right, pair.right.ndim))
+        again = (state.count == 0) & rivals & (shares[1] < _SHARE * shares[0])
+        return _Search(pair.right + waves[1], pair, state.count + 1, again)
+
+    nothing = Pair(jnp.asarray(0), jnp.zeros_like(waves[0]), jnp.zeros(op.out_shape(kernel.shape), kernel.dtype))
+    start = _Search(waves[0], nothing, jnp.asarray(0), jnp.asarray(True))
+    return jax.lax.while_loop(lambda state: state.again, search, start).pair
 
 
 def leading_wave(kernel: Float[Array, "..."], op: CircularConv, excess: float = 0.0) -> tuple[Pair, float]:
@@ -213,19 +270,21 @@ def _by_svd(matrix: Float[Array, "in out"]) -> Pair:
 def leading(kernel: Float[Array, "..."], op: Operator, tolerance=None, start=None) -> Pair:
     """The leading pair of `T(kernel)`, found without any assumption. The kernel's scale must not be extreme.
 
-    `tolerance` is the relative residual at which a matrix-free search stops, by default `search_tolerance`. `start`, a
-    right vector, only speeds that search up: a fixed random part is mixed in, so that a start that happens to be
-    another singular vector cannot trap it.
+    `tolerance` is the relative residual at which a matrix-free search stops, by default `search_tolerance`, or a proof
+    in its place where the matrix is small. `start`, a right vector, only speeds that search up: a fixed random part is
+    mixed in, so that a start that happens to be another singular vector cannot trap it.
     """
     if isinstance(op, Dense):
         return _leading_of_matrix(kernel)
     if isinstance(op, CircularConv):
         return leading_wave(kernel, op)[0]
+    if tolerance is None and matrix_size(op, kernel.shape) <= _PROVEN_SIZE:
+        pair = _leading_of_matrix(op.to_dense(kernel).T)
+        return as_images(pair.right, pair.left, op, kernel.shape)
     tolerance = search_tolerance(kernel.dtype) if tolerance is None else tolerance
     noise = unit(random_start(op.in_shape(kernel.shape), kernel.dtype))
     if start is None:
-        # As others may be as large as the wave's, all take part.
-        return _matrix_free(kernel, op, _circular_start(kernel, op) + _NOISE * noise, tolerance)
+        return _from_circular(kernel, op, noise, tolerance)
     return _matrix_free(kernel, op, start + 1e-3 * noise, tolerance)
 
 

@@ -11,7 +11,6 @@ from jaxtyping import Array, Float
 
 from jaxsrn import _pairs
 from jaxsrn._checks import Kernel, ensure, float_dtype, kernel_array, positive_scalar
-from jaxsrn._lanczos import search_tolerance
 from jaxsrn.operators import Operator
 
 __all__ = ["SingularTriplet", "leading_triplet", "spectral_norm"]
@@ -48,16 +47,17 @@ def leading_triplet(
 ) -> SingularTriplet:
     """The largest singular value of `T(kernel)` with its two vectors, from a cold start.
 
-    Circular: the leading value of the symbol over all its frequencies, its vectors as plane waves. Dense: an SVD, or
-    Lanczos with a proof. Zero padding: Golub-Kahan-Lanczos with thick restarts on the real operator, from the wave of
-    the circular layer.
+    Circular: the leading value of the symbol over all its frequencies, its vectors as plane waves. Dense, and zero
+    padding up to 2**18 entries of the explicit matrix: an SVD, or Lanczos with a proof. Larger layers with zero
+    padding: Golub-Kahan-Lanczos with thick restarts on the real operator, from the wave of the circular layer.
 
     Args:
       kernel: `(c_in, c_out)` or `(*taps, c_in // groups, c_out)`.
       op: its operator.
       initial: an earlier triplet of a similar kernel; it saves iterations of the matrix-free search and never
         changes what is found.
-      tolerance: relative residual at which that search stops; default `eps ** 0.75` of the dtype. Traced.
+      tolerance: relative residual at which that search stops; default `eps ** 0.75` of the dtype. Traced. Where it is
+        given, small layers with zero padding are searched too, without a proof.
 
     Returns:
       A `SingularTriplet` in float32 or wider. `value` is differentiable (outer product of the vectors, exact for a
@@ -68,7 +68,7 @@ def leading_triplet(
     """
     kernel = kernel_array(kernel, op)
     dtype = float_dtype(kernel.dtype)
-    tolerance = positive_scalar(search_tolerance(dtype) if tolerance is None else tolerance, "tolerance", dtype)
+    tolerance = None if tolerance is None else positive_scalar(tolerance, "tolerance", dtype)
     if initial is not None:
         check_triplet(initial, op, kernel.shape)
     return _leading_triplet(kernel, op, initial, tolerance)
@@ -110,9 +110,10 @@ def spectral_norm(kernel: Kernel, op: Operator) -> Float[Array, ""]:
 
     Circular: the maximum over all frequencies, guaranteed to rounding: by an SVD at each of them in small layers, in
     large ones by branch and bound, at a cost that does not depend on the image. Dense: an SVD; of large matrices
-    Lanczos, and a Cholesky factorization that proves it. Zero padding: Golub-Kahan-Lanczos to a relative residual of
-    `eps ** 0.75`. The gradient is the outer product of the leading vectors, held constant: exact for a simple value,
-    finite always (also at zero), in forward and reverse mode.
+    Lanczos, and a Cholesky factorization that proves it. Zero padding: the same up to 2**18 entries of the explicit
+    matrix; above, Golub-Kahan-Lanczos to a relative residual of `eps ** 0.75`, without a proof. The gradient is the
+    outer product of the leading vectors, held constant: exact for a simple value, finite always (also at zero), in
+    forward and reverse mode.
 
     Args:
       kernel: `(c_in, c_out)` or `(*taps, c_in // groups, c_out)`.

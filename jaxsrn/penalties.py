@@ -18,7 +18,6 @@ from jaxsrn._lanczos import default_tolerance, leading_singular_vectors, random_
 from jaxsrn._linalg import end_pairs, unit
 from jaxsrn.norms import frozen_value
 from jaxsrn.operators import CircularConv, Dense, Operator
-from jaxsrn.spectra import matrix_size
 
 __all__ = [
     "TrackedPairs",
@@ -104,10 +103,10 @@ def _extreme_pairs(kernel: Float[Array, "..."], op: Operator) -> tuple[_pairs.Pa
     """The pairs of the largest and of the smallest singular value, of `min(prod(in_shape), prod(out_shape))`."""
     if isinstance(op, CircularConv):
         return _extreme_at_sites(kernel, op)
-    if isinstance(op, Dense) or matrix_size(op, kernel.shape) <= _DENSE_LIMIT:
+    if isinstance(op, Dense) or _pairs.matrix_size(op, kernel.shape) <= _DENSE_LIMIT:
         # Transposed: like a symbol it maps outputs to inputs.
         matrix = op.to_dense(kernel).T[None]
-        return tuple(_as_images(u[0], v[0], op, kernel.shape) for _, u, v in end_pairs(matrix))
+        return tuple(_pairs.as_images(u[0], v[0], op, kernel.shape) for _, u, v in end_pairs(matrix))
     largest = _pairs.leading(kernel, op)
     return largest, _smallest_matrix_free(kernel, op, frozen_value(kernel, op, largest))
 
@@ -121,11 +120,6 @@ def _extreme_at_sites(kernel, op: CircularConv):
         _, u, v = end_pairs(_fourier.site_symbol(kernel, op, site)[None])[end]
         pairs.append(_pairs.Pair(site, u[0], v[0]))
     return tuple(pairs)
-
-
-def _as_images(right: Float[Array, " in"], left: Float[Array, " out"], op: Operator, kernel_shape) -> _pairs.Pair:
-    right, left = right.reshape(op.in_shape(kernel_shape)), left.reshape(op.out_shape(kernel_shape))
-    return _pairs.Pair(jnp.asarray(0), right, left)
 
 
 def _smallest_matrix_free(kernel, op: Operator, norm) -> _pairs.Pair:
@@ -144,7 +138,7 @@ def _smallest_matrix_free(kernel, op: Operator, norm) -> _pairs.Pair:
     # Unit images, or zero: what the map makes of the vector is its singular value times them.
     image = unit(matvec(vector))
     right, left = (image, vector) if in_size > out_size else (vector, image)
-    return _as_images(right, left, op, kernel.shape)
+    return _pairs.as_images(right, left, op, kernel.shape)
 
 
 # Algorithm 2.1: pairs that follow the kernel

@@ -16,7 +16,7 @@ from jaxsrn._clip import blocks_of, smooth_excess
 from jaxsrn._nearest import nearest, with_derivative
 from jaxsrn.norms import norm_of
 from jaxsrn.operators import Dense, Operator, ZeroPaddedConv
-from jaxsrn.spectra import DENSE_LIMIT, matrix_size
+from jaxsrn.spectra import DENSE_LIMIT
 
 __all__ = ["ProjectionResult", "clip_singular_values", "project_spectral_ball"]
 
@@ -61,7 +61,7 @@ def clip_singular_values(kernel: Kernel, op: Operator, max_norm) -> Shaped[Array
         that is too large to form.
     """
     kernel, max_norm = _checked(kernel, op, max_norm)
-    size = matrix_size(op, kernel.shape)
+    size = _pairs.matrix_size(op, kernel.shape)
     ensure(
         not isinstance(op, ZeroPaddedConv) or size <= DENSE_LIMIT,
         f"kernel: the explicit matrix of {op} has {size} entries, expected at most {DENSE_LIMIT}; "

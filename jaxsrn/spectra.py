@@ -14,7 +14,7 @@ from jaxtyping import Array, Complex, Float
 from jaxsrn import _fourier
 from jaxsrn._checks import Kernel, ensure, float_dtype, kernel_array
 from jaxsrn._lanczos import default_tolerance, top_singular_vectors
-from jaxsrn._pairs import flat_products, rescaled
+from jaxsrn._pairs import flat_products, matrix_size, rescaled
 from jaxsrn.operators import CircularConv, Dense, Operator
 
 __all__ = ["singular_values", "symbol", "top_singular_values"]
@@ -51,11 +51,6 @@ def symbol(kernel: Kernel, op: Operator) -> Complex[Array, "..."]:
 def _symbol(kernel, op):
     out = _fourier.symbol_on(kernel.astype(float_dtype(kernel.dtype)), op, op.grid)
     return out if op.feature_group_count > 1 else jnp.squeeze(out, op.num_axes)
-
-
-def matrix_size(op: Operator, kernel_shape: tuple[int, ...]) -> int:
-    """Entries of the explicit matrix."""
-    return math.prod(op.in_shape(kernel_shape)) * math.prod(op.out_shape(kernel_shape))
 
 
 def singular_values(kernel: Kernel, op: Operator) -> Float[Array, " n"]:

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxsrn import CircularConv, Dense, SingularTriplet, ZeroPaddedConv, _pairs, leading_triplet, spectral_norm
+from jaxsrn._lanczos import search_tolerance
 
 # One operator of each kind.
 KINDS = by_name("dense-wide", "circular-2d-strides", "same-1d")
@@ -133,18 +134,41 @@ def test_a_cold_start_is_near_the_answer_whatever_the_image():
     """Differences of neighbours: their leading frequency, pi, is none of an image of 21 samples."""
     channels = np.linalg.qr(gaussian((64, 64)))[0] * np.linspace(1, 0, 64)
     weights, op = np.stack([channels, -channels]), ZeroPaddedConv((21,))
-    start = _pairs._circular_start(jnp.asarray(weights), op)
+    start, _ = _pairs._circular_start(jnp.asarray(weights), op)
     # The layer is the tensor product of both factors.
     _, _, samples = np.linalg.svd(cases.dense(np.asarray([1.0, -1.0]).reshape((2, 1, 1)), op))
     leading, _, _ = np.linalg.svd(channels)
     assert abs(np.vdot(start, np.outer(samples[0], leading[:, 0]))) > 0.98
 
 
+def gaussian32(seed, shape):
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape).astype(np.float32))
+
+
 @pytest.mark.parametrize("seed", [227, 302])
 def test_float32_tells_values_apart_that_are_close(seed):
     """Two values within 5e-5: what a looser search ends at lies between them, or is the smaller one."""
-    op, weights = ZeroPaddedConv((48,)), np.random.default_rng(seed).standard_normal((3, 4, 4)).astype(np.float32)
-    np.testing.assert_allclose(spectral_norm(jnp.asarray(weights), op), norm(weights, op), rtol=2e-6)
+    op, weights = ZeroPaddedConv((48,)), gaussian32(seed, (3, 4, 4))
+    searched = leading_triplet(weights, op, tolerance=search_tolerance(jnp.float32)).value
+    np.testing.assert_allclose(searched, norm(weights, op), rtol=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("seed", "sizes", "channels"), [(211, (8, 8), 4), (270, (8, 8), 4), (115, (10, 10), 6), (65, (18, 18), 2)]
+)
+def test_the_larger_of_two_phases_is_found(seed, sizes, channels):
+    """Nothing but the edges tells them apart, here by 2e-5 to 1e-3; a start in one of them is no way to the other."""
+    op, weights = ZeroPaddedConv(sizes), gaussian32(seed, (3, 3, channels, channels))
+    searched = leading_triplet(weights, op, tolerance=search_tolerance(jnp.float32)).value
+    np.testing.assert_allclose([searched, spectral_norm(weights, op)], norm(weights, op), rtol=5e-6)
+
+
+def test_norms_of_small_layers_with_zero_padding_do_not_rest_on_a_search(monkeypatch):
+    monkeypatch.delattr(_pairs, "_from_circular")
+    op, weights = ZeroPaddedConv((11,)), gaussian((3, 46, 47))
+    np.testing.assert_allclose(spectral_norm(weights, op), norm(weights, op), rtol=1e-12)
+    with pytest.raises(NameError, match="_from_circular"):
+        spectral_norm(gaussian((3, 47, 47)), op)
 
 
 # Warm starts
