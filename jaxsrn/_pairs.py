@@ -48,14 +48,14 @@ __all__ = [
     "windowed",
 ]
 
-# Of the random part of a cold start, relative to the wave: others may be as large, and all take part.
+# Of the random part of a cold start, relative to the wave: other waves may be as large, and all take part.
 _NOISE = 0.3
 # Of a phase of that wave in a start, relative to the other: with less, the search may end at the wrong one.
 _SHARE = 0.35
 # Two phases whose norms differ by more than that are no rivals: the noise has enough of both.
 _RIVALS = 0.05
-# Norms of phases differ by about the samples to the power of -3. On more samples one is as good as the other, unless
-# already those of the waves differ by more than that share of the tolerance.
+# Norms of phases differ as the coefficients of the window at the doubled frequency, by about `samples ** -3`: on more
+# samples one is as good as the other, unless even those of the waves differ by more than that share of the tolerance.
 _FEW_SAMPLES, _SAME = 512, 0.05
 # Lanczos steps that a cold start takes at least: with that much noise it is not near a singular vector.
 _COLD_STEPS = 12

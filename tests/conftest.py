@@ -10,6 +10,10 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + (
     " --xla_cpu_use_fusion_emitters=false" if jaxlib.version.__version__.startswith("0.10.") else ""
 )
 
+# jaxlib's batched SVDs hold a thread of XLA's pool each while they wait for others to work (0.10.2): where one program
+# runs as many at once as there are threads, on two cores two, all wait for ever. XLA takes the size of its pool here.
+os.environ.setdefault("NPROC", "8")
+
 import jax
 import jaxtyping
 import pytest
