@@ -886,6 +886,11 @@ def dense_errors(op: ZeroPaddedConv, shape, count: int) -> list[float]:
     return errors
 
 
+def errors_by_geometry(geometries: dict, effort: Effort) -> dict[str, list[float]]:
+    chosen, count = (list(geometries.items())[:2], 3) if effort.fast else (geometries.items(), 60)
+    return {name: dense_errors(*where, count) for name, where in tqdm(chosen, desc="zero padding", leave=False)}
+
+
 def arpack_norm(kernel: np.ndarray, op: ZeroPaddedConv) -> float:
     """The norm with SAME padding and an odd number of taps, by ARPACK and PyTorch's convolution in float64."""
     weight = torch.tensor(kernel.transpose(3, 2, 0, 1), dtype=torch.float64)
@@ -956,13 +961,7 @@ def product_cases(effort: Effort) -> list[Case]:
 
 
 def zero_padding(effort: Effort) -> Part:
-    proven, searched = (
-        {
-            name: dense_errors(*where, 3 if effort.fast else 60)
-            for name, where in tqdm(list(geometries.items())[: 2 if effort.fast else None], desc=desc, leave=False)
-        }
-        for desc, geometries in (("small layers", PROVEN), ("larger layers", SEARCHED))
-    )
+    proven, searched = (errors_by_geometry(geometries, effort) for geometries in (PROVEN, SEARCHED))
     rows, shares, errors, inside = [], [], [], True
     for case in tqdm(product_cases(effort), desc="products", leave=False):
         op = ZeroPaddedConv(case.op.input_shape)

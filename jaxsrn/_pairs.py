@@ -133,7 +133,7 @@ def flat_products(kernel: Float[Array, "..."], op: Operator):
 
 
 def _matrix_free(kernel, op: Operator, start: Float[Array, "..."], tolerance, **options) -> Pair:
-    """Lanczos with the real operator from a given right vector."""
+    """Lanczos with the real operator from a given right vector; options of `leading_singular_vectors`."""
     matvec, rmatvec, _, out_size = flat_products(kernel, op)
     _, left, right, _ = leading_singular_vectors(matvec, rmatvec, start.reshape(-1), out_size, tolerance, **options)
     return as_images(unit(right), unit(left), op, kernel.shape)

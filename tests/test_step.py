@@ -158,14 +158,14 @@ def test_dense_norms_are_followed_closer_than_by_power_iteration():
     assert ours < 0.002
 
 
-def converged(kernel, op, target):
-    """The exact solution with norm 1, to rounding: where steps end. `srnc` finds the same, to fewer digits."""
-    state, step = srnc_state(kernel, op, target), jax.jit(srnc_step)
+def settled(kernel, op, target):
+    """`(normalized kernel, state)` where steps end: the exact solution to rounding; `srnc` finds it to fewer digits."""
+    state = srnc_state(kernel, op, target)
     for _ in range(60):
-        normalized, state = step(kernel, state, op, target)
+        normalized, state = srnc_step(kernel, state, op, target)
     result = jaxsrn.srnc(kernel, op, target, tolerance=1e-13, max_steps=2000)
     np.testing.assert_allclose(normalized, result.kernel / result.spectral_norm, atol=1e-6)
-    return normalized
+    return normalized, state
 
 
 @pytest.mark.parametrize(
@@ -180,13 +180,10 @@ def test_the_implicit_gradient_is_the_true_one(op, shape, share):
     """Central differences of the exact solution; the frozen gradient is another one."""
     kernel, direction, weights = gaussian(shape, 1), gaussian(shape, 2), gaussian(shape, 3)
     target = share_of_own(kernel, op, share)
-    state = srnc_state(kernel, op, target)
-    step = jax.jit(lambda state: srnc_step(kernel, state, op, target)[1])
-    for _ in range(50):
-        state = step(state)
+    _, state = settled(kernel, op, target)
 
     def slope(width):
-        ends = [jnp.sum(converged(kernel + sign * width * direction, op, target) * weights) for sign in (1, -1)]
+        ends = [jnp.sum(settled(kernel + sign * width * direction, op, target)[0] * weights) for sign in (1, -1)]
         return (ends[0] - ends[1]) / (2 * width)
 
     # Richardson's extrapolation.
