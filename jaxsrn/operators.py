@@ -21,11 +21,9 @@ from jax import lax
 from jaxtyping import Array, Shaped
 
 from jaxsrn._checks import Kernel, ensure, int_tuple, kernel_array
+from jaxsrn._convolution import PLAIN, TO_TRANSPOSE_IN_IMAGES, TO_TRANSPOSE_IN_KERNELS, Layout, convolve
 
 __all__ = ["CircularConv", "Dense", "Operator", "ZeroPaddedConv"]
-
-# Flax's layout, with one batch axis: channels last for images, (*taps, in, out) for kernels.
-_SPATIAL = {1: "W", 2: "HW", 3: "DHW"}
 
 
 class Contacts(NamedTuple):
@@ -55,7 +53,7 @@ class Operator(abc.ABC):
         """For every spatial axis and every tap on it, where the tap meets real input samples (static)."""
 
     @abc.abstractmethod
-    def _apply_batch(self, kernel, x, precision):
+    def _apply_batch(self, kernel, x, precision, layout: Layout):
         """`apply` for exactly one batch axis and checked arguments."""
 
     def apply(self, kernel: Kernel, x: Kernel, *, precision=None) -> Shaped[Array, "..."]:
@@ -78,9 +76,13 @@ class Operator(abc.ABC):
             x.ndim >= len(in_shape) and x.shape[x.ndim - len(in_shape) :] == in_shape,
             f"x: got shape {x.shape}, expected (*batch, {', '.join(map(str, in_shape))}) for {self}.",
         )
-        dtype = jnp.promote_types(kernel.dtype, x.dtype)
+        return self._apply(kernel, x, precision, PLAIN)
+
+    def _apply(self, kernel, x, precision, layout: Layout) -> Shaped[Array, "..."]:
+        """`apply` for checked arguments."""
+        in_shape, dtype = self.in_shape(kernel.shape), jnp.promote_types(kernel.dtype, x.dtype)
         batch = x.shape[: x.ndim - len(in_shape)]
-        y = self._apply_batch(kernel.astype(dtype), x.astype(dtype).reshape((-1, *in_shape)), precision)
+        y = self._apply_batch(kernel.astype(dtype), x.astype(dtype).reshape((-1, *in_shape)), precision, layout)
         return y.reshape((*batch, *y.shape[1:]))
 
     def transpose(self, kernel: Kernel, y: Kernel, *, precision=None):
@@ -97,12 +99,12 @@ class Operator(abc.ABC):
         )
         dtype = jnp.promote_types(kernel.dtype, y.dtype)
         x_shape = y.shape[: y.ndim - len(out_shape)] + self.in_shape(kernel.shape)
-        apply = functools.partial(self.apply, kernel.astype(dtype), precision=precision)
+        apply = functools.partial(self._apply, kernel.astype(dtype), precision=precision, layout=TO_TRANSPOSE_IN_IMAGES)
         return jax.linear_transpose(apply, jax.ShapeDtypeStruct(x_shape, dtype))(y.astype(dtype))[0]
 
     def kernel_gradient(self, kernel_shape: tuple[int, ...], x, y, *, precision=lax.Precision.HIGHEST):
         """`grad_K <y, T(K) x>`: the adjoint in the kernel, of shape `kernel_shape`."""
-        apply = functools.partial(self.apply, x=x, precision=precision)
+        apply = functools.partial(self._apply, x=x, precision=precision, layout=TO_TRANSPOSE_IN_KERNELS)
         return jax.linear_transpose(apply, jax.ShapeDtypeStruct(kernel_shape, x.dtype))(y)[0]
 
     def frobenius_weights(self, kernel_shape: tuple[int, ...], dtype=None) -> Shaped[Array, "..."]:
@@ -175,7 +177,7 @@ class Dense(Operator):
     def axis_contacts(self, kernel_shape):
         return []
 
-    def _apply_batch(self, kernel, x, precision):
+    def _apply_batch(self, kernel, x, precision, layout):
         return jnp.matmul(x, kernel, precision=precision)
 
 
@@ -223,17 +225,15 @@ class _Conv(Operator):
         """Samples that the dilated taps span on each axis."""
         return tuple((k - 1) * d + 1 for k, d in zip(kernel_shape, self.kernel_dilation, strict=False))
 
-    def _convolve(self, kernel, x, padding, input_dilation, precision):
-        letters = _SPATIAL[self.num_axes]
-        layout = (f"N{letters}C", f"{letters}IO", f"N{letters}C")
-        return lax.conv_general_dilated(
-            x,
+    def _convolve(self, kernel, x, padding, input_dilation, precision, layout: Layout):
+        return convolve(
             kernel,
+            x,
+            layout,
             window_strides=self.strides,
             padding=padding,
             lhs_dilation=input_dilation,
             rhs_dilation=self.kernel_dilation,
-            dimension_numbers=layout,
             feature_group_count=self.feature_group_count,
             precision=precision,
         )
@@ -299,11 +299,11 @@ class CircularConv(_Conv):
         periods = (n // math.gcd(n, d) for n, d in zip(self.input_shape, self.kernel_dilation, strict=True))
         return (*(min(k, period) for k, period in zip(kernel_shape, periods, strict=False)), *kernel_shape[-2:])
 
-    def _apply_batch(self, kernel, x, precision):
+    def _apply_batch(self, kernel, x, precision, layout):
         extents = self.extents(kernel.shape)
         pads = [((extent - 1) // 2, extent // 2) for extent in extents]
         x = jnp.pad(x, [(0, 0), *pads, (0, 0)], mode="wrap")
-        return self._convolve(kernel, x, "VALID", None, precision)
+        return self._convolve(kernel, x, "VALID", None, precision, layout)
 
 
 @jax.tree_util.register_static
@@ -395,5 +395,5 @@ class ZeroPaddedConv(_Conv):
             contacts.append(axis)
         return contacts
 
-    def _apply_batch(self, kernel, x, precision):
-        return self._convolve(kernel, x, self.pads(kernel.shape), self.input_dilation, precision)
+    def _apply_batch(self, kernel, x, precision, layout):
+        return self._convolve(kernel, x, self.pads(kernel.shape), self.input_dilation, precision, layout)

@@ -1,5 +1,7 @@
 """Operators against explicit matrices built from the definition, and against Flax element by element."""
 
+import re
+
 import cases
 import flax.linen as linen
 import jax
@@ -39,6 +41,23 @@ def test_matrix_and_adjoints_equal_the_definition(case):
     np.testing.assert_allclose(gradient, expected, atol=1e-12)
     # The adjoint identity itself: <y, T(K) x> = <grad, K>.
     np.testing.assert_allclose(np.sum(gradient * weights), np.vdot(y, matrix @ x.ravel()), rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("case", by_name("circular-2d-strides", "same-1d", "transposed-2d"), ids=str)
+def test_the_adjoints_are_convolutions_in_the_layout_of_the_map(case):
+    """XLA is slow in any other within loops on CPUs, up to 70 times."""
+    in_shape, out_shape = cases.shapes(case.kernel_shape, case.op)
+    x, y = jnp.zeros(in_shape), jnp.zeros(out_shape)
+    found = {
+        re.search(r"dim_numbers = (\S.*?\]->\[.*?\])", jax.jit(function).lower().as_text())[1]
+        for function in (
+            lambda: case.op.apply(kernel(case), x),
+            lambda: case.op.transpose(kernel(case), y),
+            lambda: case.op.kernel_gradient(case.kernel_shape, x, y),
+        )
+    }
+    spatial = ", ".join(str(axis) for axis in range(case.op.num_axes))
+    assert found == {f"[b, {spatial}, f]x[{spatial}, i, o]->[b, {spatial}, f]"}
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if not is_aliased(case)], ids=str)

@@ -13,6 +13,7 @@ SOURCE = Path(jaxsrn.__file__).parent
 # A module may import only from modules before it.
 ORDER = [
     "_checks",
+    "_convolution",
     "operators",
     "_fourier",
     "_linalg",
