@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxsrn import _pairs
+from jaxsrn import _leading, _pairs
 from jaxsrn._lanczos import default_tolerance
 from jaxsrn._pairs import Pair
 from jaxsrn.norms import frozen_value
@@ -191,7 +191,7 @@ def _ascend(problem: Problem, op: Operator, start: Pair, max_steps: int, toleran
     scale = problem.inner(problem.kernel, problem.kernel)
 
     def step(state: _Ascent) -> _Ascent:
-        pair = _pairs.nearby(state.point, op, state.pair, vector_tolerance)
+        pair = _leading.nearby(state.point, op, state.pair, vector_tolerance)
         new = closed_form(problem, functional(pair, op, weights, shape))
         residual = new.kernel - state.point
         size = safe_sqrt(problem.inner(new.kernel, new.kernel))
@@ -229,7 +229,7 @@ def solve(problem: Problem, op: Operator, starts: Pair, max_steps: int, toleranc
         ends = jax.vmap(lambda start: _ascend(problem, op, start, max_steps, tolerance))(state.starts)
         best = jnp.lexsort(merit(ends.best)[::-1])[0]
         end = jax.tree.map(lambda leaf: leaf[best], ends)
-        leading = _pairs.leading(end.best.kernel, op, start=end.pair.right)
+        leading = _leading.leading(end.best.kernel, op, start=end.pair.right)
         norm = frozen_value(end.best.kernel, op, leading)
         solution = Solution(end.best, end.pair, leading, norm, state.solution.num_steps + end.num_steps)
         # All starts alike: a second copy of the passes for one start would double the compilation.

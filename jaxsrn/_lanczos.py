@@ -1,6 +1,7 @@
-"""Golub-Kahan-Lanczos bidiagonalisation with full reorthogonalisation and thick restarts, matrix-free.
+"""Leading singular vectors, matrix-free: Lanczos for `T^T T` with full reorthogonalisation and thick restarts.
 
-Golub, Kahan 1965; the restart keeps the leading Ritz vectors (Baglama, Reichel 2005).
+The same Krylov spaces as those of Golub and Kahan 1965, on one side. The restart keeps the leading Ritz vectors (Wu,
+Simon 2000).
 """
 
 from __future__ import annotations
@@ -44,11 +45,13 @@ def search_tolerance(dtype) -> float:
 
 
 class _Basis(NamedTuple):
-    """`T right^T = left^T projected`, and `T^T left^T = right^T projected^T` up to the coupling to the next vector."""
+    """`T^T T vectors^T = vectors^T projected` up to the coupling of the last used vector to the next, in the next row.
 
-    right: Float[Array, "basis+1 in"]
-    left: Float[Array, "basis out"]
-    projected: Float[Array, "basis basis"]
+    All rows take part in every product, as slices would be copied: those not yet used are zero.
+    """
+
+    vectors: Float[Array, "rows in"]
+    projected: Float[Array, "rows rows"]
     coupling: Float[Array, ""]
 
 
@@ -57,6 +60,7 @@ class _State(NamedTuple):
 
     basis: _Basis
     used: Int[Array, ""]
+    value: Float[Array, ""]
     residual: Float[Array, ""]
     restarts: Int[Array, ""]
 
@@ -65,45 +69,47 @@ def _dot(a, b):
     return jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
 
 
-def _orthogonalise(vector, basis):
-    """The part of `vector` orthogonal to the rows of `basis`, as a unit vector (0 where nothing is left)."""
-    before = jnp.linalg.norm(vector)
-    # Once leaves rounding errors as large as the cancellation; twice is enough (Giraud et al. 2005).
-    coefficients = _dot(basis, vector)
-    vector = vector - _dot(coefficients, basis)
-    correction = _dot(basis, vector)
-    vector = vector - _dot(correction, basis)
-    norm = jnp.linalg.norm(vector)
+def _extend(gram: Callable, j: Int[Array, ""], basis: _Basis) -> _Basis:
+    """One step: the `j`-th column of the projection and the next vector (0 where nothing is left)."""
+    vectors = basis.vectors
+    image = gram(vectors[j])
+    before = jnp.linalg.norm(image)
+    # What the recurrence knows, then the rest: once leaves rounding errors as large as the cancellation, twice is
+    # enough (Giraud et al. 2005).
+    own = _dot(vectors[j], image)
+    image = image - own * vectors[j] - basis.coupling * vectors[j - 1]
+    others = _dot(vectors, image)
+    image = image - _dot(others, vectors)
+    column = others.at[j].add(own).at[j - 1].add(basis.coupling)
+    norm = jnp.linalg.norm(image)
     # What is left of a vector inside the space is noise: the Krylov space is exhausted.
-    norm = jnp.where(norm <= 10 * jnp.finfo(vector.dtype).eps * before, 0.0, norm)
-    unit = jnp.where(norm == 0, 0.0, vector / jnp.where(norm == 0, 1.0, norm))
-    return unit, norm, coefficients + correction
+    norm = jnp.where(norm <= 10 * jnp.finfo(image.dtype).eps * before, 0.0, norm)
+    following = jnp.where(norm == 0, 0.0, image / jnp.where(norm == 0, 1.0, norm))
+    projected = basis.projected.at[:, j].set(column).at[j].set(column)
+    return _Basis(vectors.at[j + 1].set(following), projected, norm)
 
 
-def _extend(matvec, rmatvec, j: Int[Array, ""], basis: _Basis) -> _Basis:
-    """One step of the bidiagonalisation: the `j`-th left vector and the next right one."""
-    left_vector, alpha, column = _orthogonalise(matvec(basis.right[j]), basis.left)
-    projected = basis.projected.at[:, j].set(column).at[j, j].set(alpha)
-    left = basis.left.at[j].set(left_vector)
-    next_vector, coupling, _ = _orthogonalise(rmatvec(left_vector), basis.right)
-    return _Basis(basis.right.at[j + 1].set(next_vector), left, projected, coupling)
+def _ritz(basis: _Basis):
+    """Values and coefficients of the Ritz vectors, the largest first."""
+    # That of a positive semidefinite matrix; stacks of eigh are no safe ground in jaxlib 0.10.2 (jax issue 39292).
+    _, values, coefficients = jnp.linalg.svd(basis.projected)
+    return values, coefficients
 
 
 def _restarted(basis: _Basis, kept: int) -> _Basis:
     """The basis rotated to its leading Ritz vectors, ready to go on."""
-    size = basis.left.shape[0]
-    x, values, yt = jnp.linalg.svd(basis.projected)
-    right = jnp.zeros_like(basis.right).at[:kept].set(_dot(yt[:kept], basis.right[:size]))
-    right = right.at[kept].set(basis.right[size])
-    left = jnp.zeros_like(basis.left).at[:kept].set(_dot(x[:, :kept].T, basis.left))
+    values, coefficients = _ritz(basis)
+    vectors = jnp.zeros_like(basis.vectors).at[:kept].set(_dot(coefficients[:kept], basis.vectors))
     projected = jnp.zeros_like(basis.projected).at[jnp.arange(kept), jnp.arange(kept)].set(values[:kept])
-    return _Basis(right, left, projected, basis.coupling)
+    # The next vector couples with all of those kept, which its own step finds.
+    return _Basis(vectors.at[kept].set(basis.vectors[-1]), projected, jnp.zeros_like(basis.coupling))
 
 
-def _residual(basis: _Basis, used: Int[Array, ""]) -> Float[Array, ""]:
-    """Relative residual of the leading Ritz vectors, of which `T v = sigma u` holds exactly."""
-    x, values, _ = jnp.linalg.svd(basis.projected)
-    return basis.coupling * jnp.abs(x[used - 1, 0]) / jnp.where(values[0] == 0, 1.0, values[0])
+def _progress(basis: _Basis, used: Int[Array, ""]):
+    """The leading singular value so far, and `||T^T T v - theta v|| / theta` of its vector."""
+    values, coefficients = _ritz(basis)
+    residual = basis.coupling * jnp.abs(coefficients[0, used - 1]) / jnp.where(values[0] == 0, 1.0, values[0])
+    return jnp.sqrt(values[0]), residual
 
 
 def leading_singular_vectors(
@@ -113,6 +119,7 @@ def leading_singular_vectors(
     out_size: int,
     tolerance: float | Float[Array, ""],
     first_check: int = _BASIS,
+    floor: float | Float[Array, ""] = 0.0,
 ) -> tuple[Float[Array, ""], Float[Array, " out"], Float[Array, " in"], Float[Array, ""]]:
     """The leading singular triplet of the map `matvec`, and the relative residual `||T^T u - sigma v|| / sigma`.
 
@@ -123,6 +130,7 @@ def leading_singular_vectors(
       tolerance: relative residual at which to stop.
       first_check: steps before the first look at the residual. By default a whole basis: a start near another
         singular vector would pass for the leading one earlier.
+      floor: the search is given up where it leads to a singular value below.
 
     Returns:
       `(sigma, u, v, residual)`; zeros for `u` where the map is zero.
@@ -133,10 +141,10 @@ def leading_singular_vectors(
     norm = jnp.linalg.norm(start)
     empty = _Basis(
         jnp.zeros((size + 1, start.size), start.dtype).at[0].set(start / jnp.where(norm == 0, 1.0, norm)),
-        jnp.zeros((size, out_size), start.dtype),
-        jnp.zeros((size, size), start.dtype),
+        jnp.zeros((size + 1, size + 1), start.dtype),
         jnp.zeros((), start.dtype),
     )
+    extend = functools.partial(_extend, lambda x: rmatvec(matvec(x)))
 
     def advance(state: _State) -> _State:
         full = state.used == size
@@ -144,16 +152,21 @@ def leading_singular_vectors(
         first = jnp.where(full, kept, state.used)
         steps = jnp.where(first == 0, first_check, _BETWEEN_CHECKS)
         used = jnp.minimum(first + steps, size)
-        basis = lax.fori_loop(first, used, functools.partial(_extend, matvec, rmatvec), basis)
-        return _State(basis, used, _residual(basis, used), state.restarts + full.astype(state.restarts.dtype))
+        basis = lax.fori_loop(first, used, extend, basis)
+        return _State(basis, used, *_progress(basis, used), state.restarts + full.astype(state.restarts.dtype))
 
     def unfinished(state: _State):
-        return (state.residual > tolerance) & (state.restarts < _MAX_RESTARTS)
+        # There is a singular value as near as the residual.
+        promising = ~(state.value * (1 + state.residual) < floor)
+        return (state.residual > tolerance) & promising & (state.restarts < _MAX_RESTARTS)
 
-    start = _State(empty, jnp.asarray(0), jnp.asarray(jnp.inf, start.dtype), jnp.asarray(0))
-    state = lax.while_loop(unfinished, advance, start)
-    basis = _restarted(state.basis, 1)
-    return basis.projected[0, 0], basis.left[0], basis.right[0], state.residual
+    infinite = jnp.asarray(jnp.inf, start.dtype)
+    state = _State(empty, jnp.asarray(0), infinite, infinite, jnp.asarray(0))
+    state = lax.while_loop(unfinished, advance, state)
+    right = _dot(_ritz(state.basis)[1][0], state.basis.vectors)
+    image = matvec(right)
+    value = jnp.linalg.norm(image)
+    return value, jnp.where(value == 0, 0.0, image / jnp.where(value == 0, 1.0, value)), right, state.residual
 
 
 def random_start(shape: tuple[int, ...], dtype, seed: int | Int[Array, ""] = 0) -> Float[Array, "..."]:

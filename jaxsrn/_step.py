@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from jaxsrn import _pairs
+from jaxsrn import _leading, _pairs
 from jaxsrn._checks import Kernel, ensure, float_dtype, kernel_array, positive_scalar
 from jaxsrn._exact import Problem, closed_form, functional, merit
 from jaxsrn._pairs import Pair
@@ -148,7 +148,7 @@ def _srnc_state(kernel, op, target, follows_own):
     kernel = lax.stop_gradient(kernel.astype(float_dtype(kernel.dtype)))
     a, _ = _pairs.rescaled(kernel, op)
     if target is None or isinstance(op, Dense):
-        own = _pairs.leading(a, op)
+        own = _leading.leading(a, op)
         return SRNCState(start(a, op, own, _is_watched(op, target)), None)
     problem, own = problem_of(a, op, target)
     unchanged = problem.inner(a, a) <= target * problem.norm**2

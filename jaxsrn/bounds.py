@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from jaxsrn import _fourier, _pairs
+from jaxsrn import _fourier, _leading, _pairs
 from jaxsrn._checks import Kernel, ensure, float_dtype, kernel_array, static_int
 from jaxsrn._covers import NormInterval, covers, for_any_size, slack_of, widened
 from jaxsrn._linalg import gram_bound
@@ -102,13 +102,13 @@ def _certified(kernel, op, resolution, any_size):
 def _of_circular(kernel: Float[Array, "..."], op: CircularConv, resolution: float) -> NormInterval:
     # What the proof leaves open and the room for rounding are the width together.
     allowed = max(resolution - 3 * slack_of(kernel), 0.0)
-    pair, excess = _pairs.leading_wave(lax.stop_gradient(kernel), op, allowed)
+    pair, excess = _leading.leading_wave(lax.stop_gradient(kernel), op, allowed)
     value = frozen_value(kernel, op, pair)
     return NormInterval(value, (1 + excess) * value)
 
 
 def _frozen_leading(kernel: Float[Array, "..."], op: Operator, tolerance: float | None = None) -> Float[Array, ""]:
-    return frozen_value(kernel, op, _pairs.leading(lax.stop_gradient(kernel), op, tolerance))
+    return frozen_value(kernel, op, _leading.leading(lax.stop_gradient(kernel), op, tolerance))
 
 
 def _lower_at_any_size(kernel: Float[Array, "..."], op: Operator) -> Float[Array, ""]:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from jaxsrn import _pairs
+from jaxsrn import _leading, _pairs
 from jaxsrn._checks import Kernel, ensure, float_dtype, kernel_array, positive_scalar, static_int
 from jaxsrn._exact import Problem, closed_form, functional, safe_sqrt, solve
 from jaxsrn._raising import raised
@@ -287,7 +287,7 @@ def _srnc_raised(kernel, op, target, initial, tolerance, keep_norm, max_steps):
 
     def raise_(problem: Problem) -> SRNResult:
         found = raised(problem, op, max_steps, tolerance)
-        leading = _pairs.leading(lax.stop_gradient(found.kernel), op)
+        leading = _leading.leading(lax.stop_gradient(found.kernel), op)
         change, squared = found.kernel - problem.kernel, problem.inner(problem.kernel, problem.kernel)
         distance = safe_sqrt(problem.inner(change, change) / squared)
         gap = _gap(
@@ -307,7 +307,7 @@ def _srnc_raised(kernel, op, target, initial, tolerance, keep_norm, max_steps):
 
 def problem_of(a: Float[Array, "..."], op: Operator, target) -> tuple[Problem, _pairs.Pair]:
     """Problem (7) for a kernel, its norm as a function of the kernel, and the leading pair."""
-    own = _pairs.leading(lax.stop_gradient(a), op)
+    own = _leading.leading(lax.stop_gradient(a), op)
     weights = op.frobenius_weights(a.shape, a.dtype)
     return Problem(a, weights, target, frozen_value(a, op, own)), own
 
@@ -384,7 +384,7 @@ def _srnc_tanay(kernel, op, target):
 
 def assessed(candidate, problem: Problem, own: _pairs.Pair, op: Operator, num_steps) -> SRNResult:
     """What is known of a candidate for (7), whoever found it; `own` is the leading pair of the original kernel."""
-    leading = _pairs.leading(lax.stop_gradient(candidate), op)
+    leading = _leading.leading(lax.stop_gradient(candidate), op)
     change, squared = candidate - problem.kernel, problem.inner(problem.kernel, problem.kernel)
     distance = _ratio(safe_sqrt(problem.inner(change, change)), safe_sqrt(squared))
     low, high = stable_rank_range(candidate.shape, op)

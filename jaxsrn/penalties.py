@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from jaxsrn import _fourier, _layers, _pairs
+from jaxsrn import _fourier, _layers, _leading, _pairs
 from jaxsrn._checks import Kernel, ensure, float_dtype, kernel_array, positive_scalar, static_int
 from jaxsrn._lanczos import default_tolerance, leading_singular_vectors, random_start, top_singular_vectors
 from jaxsrn._linalg import end_pairs, unit
@@ -107,7 +107,7 @@ def _extreme_pairs(kernel: Float[Array, "..."], op: Operator) -> tuple[_pairs.Pa
         # Transposed: like a symbol it maps outputs to inputs.
         matrix = op.to_dense(kernel).T[None]
         return tuple(_pairs.as_images(u[0], v[0], op, kernel.shape) for _, u, v in end_pairs(matrix))
-    largest = _pairs.leading(kernel, op)
+    largest = _leading.leading(kernel, op)
     return largest, _smallest_matrix_free(kernel, op, frozen_value(kernel, op, largest))
 
 

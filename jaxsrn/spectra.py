@@ -107,7 +107,7 @@ def _descending_jvp(primals, tangents):
 def top_singular_values(kernel: Kernel, op: Operator, k: int) -> Float[Array, " k"]:
     """The `k` largest singular values of `T(kernel)`, descending, with multiplicity.
 
-    Circular and dense layers: from `singular_values`. Zero padding: Golub-Kahan-Lanczos with deflation, matrix-free;
+    Circular and dense layers: from `singular_values`. Zero padding: Lanczos with deflation, matrix-free;
     from the explicit matrix where a large part of a small one is asked for. The gradient holds the singular vectors
     constant, which is exact for simple values.
 

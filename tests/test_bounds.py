@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from cases import BAD_KERNELS, BY_NAME, CASES, dense, fft_norms, gaussian, quick_jit, spectral_kinds
 
-from jaxsrn import CircularConv, Dense, ZeroPaddedConv, _pairs, bounds
+from jaxsrn import CircularConv, Dense, ZeroPaddedConv, _leading, bounds
 
 
 def holds(interval, norm) -> bool:
@@ -119,7 +119,7 @@ def test_thousands_of_extremal_polynomials(n):
 @pytest.fixture
 def branch_and_bound_always(monkeypatch):
     """Also where SVDs would take less; nothing compiled otherwise is used again."""
-    monkeypatch.setattr(_pairs, "branch_and_bound_pays", lambda *_: True)
+    monkeypatch.setattr(_leading, "branch_and_bound_pays", lambda *_: True)
     jax.clear_caches()
     yield
     jax.clear_caches()

@@ -9,7 +9,16 @@ from cases import CASES, by_name, derivative, gaussian, kernel, quick_jit
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxsrn import CircularConv, Dense, SingularTriplet, ZeroPaddedConv, _pairs, leading_triplet, spectral_norm
+from jaxsrn import (
+    CircularConv,
+    Dense,
+    SingularTriplet,
+    ZeroPaddedConv,
+    _leading,
+    _padded,
+    leading_triplet,
+    spectral_norm,
+)
 from jaxsrn._lanczos import search_tolerance
 
 # One operator of each kind.
@@ -134,7 +143,7 @@ def test_a_cold_start_is_near_the_answer_whatever_the_image():
     """Differences of neighbours: their leading frequency, pi, is none of an image of 21 samples."""
     channels = np.linalg.qr(gaussian((64, 64)))[0] * np.linspace(1, 0, 64)
     weights, op = np.stack([channels, -channels]), ZeroPaddedConv((21,))
-    start, _ = _pairs._circular_start(jnp.asarray(weights), op)
+    start = _padded._circular_starts(jnp.asarray(weights), op).waves[0, 0]
     # The layer is the tensor product of both factors.
     _, _, samples = np.linalg.svd(cases.dense(np.asarray([1.0, -1.0]).reshape((2, 1, 1)), op))
     leading, _, _ = np.linalg.svd(channels)
@@ -164,10 +173,10 @@ def test_the_larger_of_two_phases_is_found(seed, sizes, channels):
 
 
 def test_norms_of_small_layers_with_zero_padding_do_not_rest_on_a_search(monkeypatch):
-    monkeypatch.delattr(_pairs, "_from_circular")
+    monkeypatch.delattr(_leading, "search")
     op, weights = ZeroPaddedConv((11,)), gaussian((3, 46, 47))
     np.testing.assert_allclose(spectral_norm(weights, op), norm(weights, op), rtol=1e-12)
-    with pytest.raises(NameError, match="_from_circular"):
+    with pytest.raises(NameError, match="search"):
         spectral_norm(gaussian((3, 47, 47)), op)
 
 

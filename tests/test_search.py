@@ -7,7 +7,7 @@ import pytest
 from cases import CASES, dense, fft_norms, gaussian, quick_jit, spectral_kinds
 
 import jaxsrn
-from jaxsrn import CircularConv, _fourier, _grams, _pairs, _search, spectral_norm
+from jaxsrn import CircularConv, _climbing, _fourier, _grams, _leading, _pairs, _search, spectral_norm
 
 CIRCULAR = [case for case in CASES if isinstance(case.op, CircularConv)]
 
@@ -54,11 +54,11 @@ def test_spectra_of_all_kinds(size, taps):
 def test_the_proof_alone_finds_the_largest(size, taps, monkeypatch):
     """From the pair of frequency 0, whatever that is, instead of the climb."""
 
-    def poor(poly, op, blocks, values, vectors):
-        start = jnp.ones(poly.even.shape[-1], vectors.dtype)
-        return _search._polished(poly, op, jnp.zeros(op.num_axes, int), jnp.asarray(0), start)
+    def poor(poly, op, blocks, known):
+        start = jnp.ones(poly.even.shape[-1], known.vectors.dtype)
+        return _climbing._polished(poly, op, jnp.zeros(op.num_axes, int), jnp.asarray(0), start)
 
-    monkeypatch.setattr(_search, "_best_climb", poor)
+    monkeypatch.setattr(_search, "best_climb", poor)
     op = CircularConv(size)
     # A new function: nothing compiled with the climb is used again.
     search = quick_jit(lambda kernels: jax.vmap(lambda kernel: _search.branch_and_bound(kernel, op))(kernels))
@@ -147,9 +147,8 @@ def test_large_matrices(kind):
 
 def test_a_matrix_without_proof_gets_an_svd(monkeypatch):
     """Also where Lanczos stops at another singular value: the proof fails, and the SVD is taken."""
-    monkeypatch.setattr(
-        _pairs, "_matrix_free", lambda *_: _pairs.Pair(jnp.asarray(0), jnp.eye(170)[0], jnp.eye(170)[0])
-    )
+    poor = _pairs.Found(jnp.ones(()), _pairs.Pair(jnp.asarray(0), jnp.eye(170)[0], jnp.eye(170)[0]))
+    monkeypatch.setattr(_leading, "matrix_free", lambda *_: poor)
     matrix = np.diag(1 + np.arange(170.0))
     triplet = jaxsrn.leading_triplet(matrix, jaxsrn.Dense())
     np.testing.assert_allclose(triplet.value, 170, rtol=1e-12)

@@ -1,0 +1,204 @@
+"""The leading singular pair of a layer with zero padding, by a search from waves of the circular layer. No proof."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxsrn import _fourier
+from jaxsrn._grams import is_reduced
+from jaxsrn._lanczos import random_start
+from jaxsrn._linalg import unit
+from jaxsrn._pairs import Found, Pair, circular_layer, matrix_free, windowed
+from jaxsrn._search import peaks
+from jaxsrn.operators import CircularConv, ZeroPaddedConv
+
+__all__ = ["search"]
+
+# Of the random part of a cold start, relative to the wave: other waves may be as large, and all take part.
+_NOISE = 0.1
+# Of a phase of that wave in a start, relative to the other: with less, the search may end at the wrong one.
+_SHARE = 0.35
+# Two phases whose norms differ by more than that are no rivals: the noise has enough of both.
+_RIVALS = 0.05
+# Norms of phases differ as the coefficients of the window at the doubled frequency, by about `samples ** -3`: on more
+# samples one is as good as the other, unless even those of the waves differ by more than that share of the tolerance.
+_FEW_SAMPLES, _SAME = 512, 0.05
+# Lanczos steps that a cold start takes at least: with that much noise it is not near a singular vector.
+_COLD_STEPS = 10
+# The same of a start that is near one.
+_WARM_STEPS = 2
+# Layers of so many channels are searched in so few of them first.
+_MANY_CHANNELS, _FEW_CHANNELS = 32, 16
+# Waves from which a search may start.
+_MOST_STARTS = 4
+# How much finer than those of the image the frequencies are among which that wave is looked for.
+_FINER = 4
+_einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+
+
+def search(kernel: Float[Array, "..."], op: ZeroPaddedConv, tolerance) -> Pair:
+    """The leading pair, to a relative residual; without a proof that no other singular value is larger."""
+    noise = unit(random_start(op.in_shape(kernel.shape), kernel.dtype))
+    wide = op.feature_group_count == 1 and min(kernel.shape[-2:]) >= _MANY_CHANNELS
+    found = (_through_few_channels if wide else _from_waves)(kernel, op, _circular_starts(kernel, op), noise, tolerance)
+    return found.pair
+
+
+# Where the search starts
+
+
+class _Starts(NamedTuple):
+    """Where to search: waves of the circular layer in two phases, faded out at the edges, and what each can reach.
+
+    The norms of images in which a wave dominates do not exceed its limit, the largest singular value of the symbol
+    around its frequency.
+    """
+
+    limits: Float[Array, " starts"]
+    waves: Float[Array, "starts 2 ..."]
+
+
+def _circular_starts(kernel: Float[Array, "..."], op: ZeroPaddedConv) -> _Starts:
+    """Near the leading right vector: the largest waves of the circular layer.
+
+    Nothing binds their frequencies to the grid of the image: half a step off, a wave runs out of phase at the edges.
+    """
+    layer, scale = _circular_model(op, kernel.shape)
+    limits, pairs = peaks(kernel, layer, _MOST_STARTS, scale)
+    pairs = Pair(*pairs)
+    phases = (pairs._replace(right=turn * pairs.right) for turn in (1, 1j))
+    waves = (jax.vmap(lambda pair: windowed(pair, layer, op, kernel.shape).right)(phase) for phase in phases)
+    return _Starts(limits * _fourier.overshoot(layer, kernel.shape), jax.vmap(_two_phases)(*waves))
+
+
+def _circular_model(op: ZeroPaddedConv, kernel_shape) -> tuple[CircularConv, int]:
+    """The circular layer whose frequencies are looked at, and how much finer than those of the image they are."""
+    sizes = (tuple(scale * n for n in op.dilated_shape) for scale in (1, _FINER))
+    layer, finer = (circular_layer(op, kernel_shape, size, op.strides) for size in sizes)
+    # Sites are counted in 32 bits.
+    fine = not is_reduced(layer, kernel_shape) and math.prod(finer.grid) * op.feature_group_count < 2**31
+    return (finer, _FINER) if fine else (layer, 1)
+
+
+def _two_phases(wave: Float[Array, "..."], turned: Float[Array, "..."]) -> Float[Array, "2 ..."]:
+    """An orthonormal basis of both."""
+    wave = unit(wave)
+    return jnp.stack([wave, unit(turned - jnp.vdot(wave, turned) * wave)])
+
+
+# From one wave and from several
+
+
+class _Search(NamedTuple):
+    """Where a search starts, what it found, how often there was one, and whether there has to be another."""
+
+    start: Float[Array, "..."]
+    found: Found
+    count: Int[Array, ""]
+    again: Bool[Array, ""]
+
+
+def _from_wave(kernel, op: ZeroPaddedConv, waves: Float[Array, "2 ..."], noise, tolerance, floor) -> Found:
+    """Lanczos with the real operator from a wave of the circular layer; given up where it ends below `floor`.
+
+    The edges tell two phases of the wave apart, but often by less than 1e-4 of their norms. A start with next to
+    nothing of one of them ends at the other: the search is repeated from both.
+    """
+    images = op.apply(kernel, waves, precision=jax.lax.Precision.HIGHEST)
+    norms = jnp.linalg.norm(images.reshape((2, -1)), axis=1)
+    apart = jnp.abs(norms[1] - norms[0]) / jnp.where(norms[0] == 0, 1, norms[0])
+    few = math.prod(op.input_shape) <= _FEW_SAMPLES
+    rivals = (apart < _RIVALS) & (few | (apart > _SAME * tolerance))
+
+    def repeat(state: _Search) -> _Search:
+        found = matrix_free(kernel, op, state.start + _NOISE * noise, tolerance, first_check=_COLD_STEPS, floor=floor)
+        shares = jnp.abs(jnp.tensordot(waves, found.pair.right, found.pair.right.ndim))
+        again = (state.count == 0) & rivals & (shares[1] < _SHARE * shares[0])
+        return _Search(found.pair.right + waves[1], found, state.count + 1, again)
+
+    start = _Search(waves[0], _nothing(kernel, op), jnp.asarray(0), jnp.asarray(True))
+    return jax.lax.while_loop(lambda state: state.again, repeat, start).found
+
+
+def _nothing(kernel: Float[Array, "..."], op: ZeroPaddedConv) -> Found:
+    """In place of what is not yet found."""
+    right, left = (jnp.zeros(shape, kernel.dtype) for shape in (op.in_shape(kernel.shape), op.out_shape(kernel.shape)))
+    return Found(jnp.zeros((), kernel.dtype), Pair(jnp.asarray(0), right, left))
+
+
+def _from_waves(kernel, op: ZeroPaddedConv, starts: _Starts, noise, tolerance) -> Found:
+    """The best that is found from several waves, the largest first, as long as one might exceed what is found."""
+
+    def unfinished(state):
+        k, best = state
+        limit = starts.limits[jnp.minimum(k, len(starts.limits) - 1)]
+        return (k < len(starts.limits)) & ((k == 0) | (limit > best.value))
+
+    def look(state):
+        k, best = state
+        found = _from_wave(kernel, op, starts.waves[k], noise, tolerance, best.value)
+        return k + 1, jax.tree.map(lambda new, old: jnp.where(found.value <= best.value, old, new), found, best)
+
+    return jax.lax.while_loop(unfinished, look, (jnp.asarray(0), _nothing(kernel, op)))[1]
+
+
+# Wide layers
+
+
+def _through_few_channels(kernel, op: ZeroPaddedConv, starts: _Starts, noise, tolerance) -> Found:
+    """The leading pair of a layer of many channels, whose images use few of them.
+
+    On all images whose channels lie in a subspace the layer is a narrow one, which has nearly all of the nearly equal
+    singular values that make the search long: they differ in space. A power step of the whole layer leads to the
+    subspaces of inputs and outputs, and what is left to Lanczos is far from the leading value.
+    """
+    rights, lefts = _power_steps(kernel, op, starts)
+    narrow, ins = _narrowed(kernel, rights, lefts)
+    waves, noise = (_einsum("...i,ia->...a", images, ins) for images in (starts.waves, noise))
+    waves = jax.vmap(_two_phases)(waves[:, 0], waves[:, 1])
+    found = _from_waves(narrow, op, starts._replace(waves=waves), unit(noise), tolerance)
+    image = _einsum("...a,ia->...i", found.pair.right, ins)
+    narrow, ins = _narrowed(kernel, *_power_step(kernel, op, image))
+    found = matrix_free(narrow, op, _einsum("...i,ia->...a", image, ins), tolerance, first_check=_WARM_STEPS)
+    image = _einsum("...a,ia->...i", found.pair.right, ins)
+    return matrix_free(kernel, op, image, tolerance, first_check=_WARM_STEPS)
+
+
+def _power_step(kernel, op: ZeroPaddedConv, image: Float[Array, "..."]):
+    """`(T^T T image, T image)`."""
+    left = op.apply(kernel, image, precision=jax.lax.Precision.HIGHEST)
+    return op.transpose(kernel, left, precision=jax.lax.Precision.HIGHEST), left
+
+
+def _power_steps(kernel, op: ZeroPaddedConv, starts: _Starts):
+    """The same of all waves that might exceed what the largest reaches as it is; zero in place of the others."""
+    first = _power_step(kernel, op, starts.waves[0, 0])
+    count = jnp.sum(starts.limits > jnp.linalg.norm(first[1]))
+    stacks = [jnp.zeros((len(starts.limits), *image.shape), image.dtype).at[0].set(image) for image in first]
+
+    def step(k, stacks):
+        images = _power_step(kernel, op, starts.waves[k, 0])
+        return [stack.at[k].set(image) for stack, image in zip(stacks, images, strict=True)]
+
+    return jax.lax.fori_loop(1, count, step, stacks)
+
+
+def _narrowed(kernel: Float[Array, "..."], rights: Float[Array, "..."], lefts: Float[Array, "..."]):
+    """The layer from and to the channels that images use most, and which of the inputs these are."""
+    ins, outs = _channel_directions(rights), _channel_directions(lefts)
+    return _einsum("...io,ia,ob->...ab", kernel, ins, outs), ins
+
+
+def _channel_directions(images: Float[Array, "... c"]) -> Float[Array, "c few"]:
+    """An orthonormal basis of the channels that the images use most, by subspace iteration."""
+    rows = images.reshape((-1, images.shape[-1]))
+    basis = random_start((images.shape[-1], _FEW_CHANNELS), images.dtype)
+    for _ in range(2):
+        basis = jnp.linalg.qr(_einsum("nc,nk->ck", rows, _einsum("nc,ck->nk", rows, basis)))[0]
+    return basis

@@ -1,0 +1,148 @@
+"""The search for leading pairs of layers with zero padding: several waves, few channels, and the Lanczos under both."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import dense, gaussian, quick_jit
+
+from jaxsrn import CircularConv, ZeroPaddedConv, _fourier, _padded, _search, leading_triplet, spectral_norm
+from jaxsrn._lanczos import leading_singular_vectors, search_tolerance
+
+
+def searched(kernel, op):
+    """By the search also where a proof would be at hand."""
+    return leading_triplet(kernel, op, tolerance=search_tolerance(kernel.dtype)).value
+
+
+# Starts
+
+
+@pytest.mark.parametrize(
+    ("size", "shape"), [((24,), (3, 3, 4)), ((16, 12), (3, 3, 5, 4)), ((5, 5), (3, 3, 2, 2))], ids=str
+)
+def test_peaks_are_singular_values_at_frequencies_far_apart(size, shape):
+    op, kernel, radius = CircularConv(size), jnp.asarray(gaussian(shape)), 2
+    values, (sites, left, right) = _search.peaks(kernel, op, 4, radius)
+    exact = np.linalg.svd(_fourier.half_symbol(kernel, op), compute_uv=False)[:, 0]
+    np.testing.assert_allclose(values[0], exact.max(), rtol=1e-12)
+    assert np.all(np.diff(values) <= 0)
+    kept = np.flatnonzero(values)
+    symbols = jax.vmap(_fourier.site_symbol, (None, None, 0))(kernel, op, sites)
+    # Of all but the first by power steps.
+    np.testing.assert_allclose(jnp.einsum("ki,kij,kj->k", left.conj(), symbols, right)[kept], values[kept], rtol=1e-3)
+    assert np.all(values[kept] <= exact[sites[kept]] * (1 + 1e-12))
+    assert np.all(values[kept] >= 0.9 * exact[sites[kept]])
+    index = np.stack(np.unravel_index(sites[kept], _fourier.half_grid(op)), axis=-1)
+    for i, j in zip(*np.triu_indices(len(kept), 1), strict=True):
+        for other in (index[j], -index[j]):
+            steps = (index[i] - other) % np.array(size)
+            assert np.max(np.minimum(steps, size - steps)) > radius
+
+
+def test_a_wave_that_is_lower_on_the_torus_may_lead_with_zero_padding():
+    """Two channels without connection; at the edges the one with the larger circular norm loses more."""
+    steep, flat = np.outer([1, 2, 1], [1, 2, 1]) / 16, np.outer([-1, 4, -1], [-1, 4, -1]) / 36
+    kernel = np.zeros((3, 3, 2, 2))
+    kernel[..., 0, 0], kernel[..., 1, 1] = steep, 0.9986 * flat
+    op, angle = ZeroPaddedConv((30, 30)), np.pi / 31
+    expected = (2 + 2 * np.cos(angle)) ** 2 / 16, 0.9986 * (4 + 2 * np.cos(angle)) ** 2 / 36
+    assert expected[1] > expected[0] * (1 + 2e-4)
+    np.testing.assert_allclose(searched(jnp.asarray(kernel, jnp.float32), op), expected[1], rtol=1e-6)
+
+
+# Few channels
+
+
+def decaying(shape, rate):
+    return gaussian(shape) * np.exp(-np.arange(shape[-1]) / rate)
+
+
+@pytest.mark.parametrize("weights", [gaussian((3, 36, 40)), decaying((3, 40, 33), 4)], ids=["flat", "decaying"])
+@pytest.mark.parametrize("op", [ZeroPaddedConv((18,)), ZeroPaddedConv((20,), strides=2)], ids=str)
+def test_layers_of_many_channels(op, weights):
+    """In few channels first: the norm is that of the whole matrix all the same, as are its vectors."""
+    matrix = dense(weights, op)
+    triplet = leading_triplet(jnp.asarray(weights), op, tolerance=1e-9)
+    np.testing.assert_allclose(triplet.value, np.linalg.norm(matrix, 2), rtol=1e-12)
+    assert triplet.residual <= 1e-8
+
+
+def test_a_layer_of_few_channels_in_many_takes_no_step_of_the_whole_one(monkeypatch):
+    """Where the images lie in the subspace, the narrow layer has the very same leading pair."""
+    weights = np.einsum("tab,ia,ob->tio", gaussian((3, 5, 6)), gaussian((40, 5), 1), gaussian((36, 6), 2))
+    op, steps = ZeroPaddedConv((48,)), []
+    search = _padded.matrix_free
+
+    def counted(kernel, op, *args, **options):
+        found = search(kernel, op, *args, **options)
+        steps.append(kernel.shape)
+        return found
+
+    monkeypatch.setattr(_padded, "matrix_free", counted)
+    value = searched(jnp.asarray(weights), op)
+    np.testing.assert_allclose(value, np.linalg.norm(dense(weights, op), 2), rtol=1e-12)
+    assert steps == [(3, 16, 16), (3, 16, 16), (3, 40, 36)]
+
+
+def test_channel_directions_span_the_channels_of_images():
+    images = gaussian((2, 7, 5, 3)) @ gaussian((3, 40), 1)
+    basis = _padded._channel_directions(jnp.asarray(images))
+    np.testing.assert_allclose(basis.T @ basis, np.eye(16), atol=1e-12)
+    np.testing.assert_allclose(images @ basis @ basis.T, images, atol=1e-12)
+
+
+def test_zero_and_nan_in_many_channels():
+    op, zero = ZeroPaddedConv((24, 24)), jnp.zeros((3, 3, 32, 32))
+    assert spectral_norm(zero, op) == 0
+    assert np.isnan(spectral_norm(zero.at[0, 0, 0, 0].set(jnp.nan), op))
+
+
+# Lanczos
+
+
+@quick_jit
+def lanczos(matrix, start, tolerance, floor):
+    return leading_singular_vectors(
+        lambda x: matrix @ x, lambda y: matrix.T @ y, start, len(matrix), tolerance, floor=floor
+    )
+
+
+def with_spectrum(values, shape):
+    left, right = (np.linalg.qr(gaussian((n, len(values)), seed))[0] for n, seed in zip(shape, (1, 2), strict=True))
+    return jnp.asarray(left * np.asarray(values) @ right.T)
+
+
+@pytest.mark.parametrize("shape", [(90, 70), (70, 90), (5, 60)], ids=str)
+@pytest.mark.parametrize("spectrum", ["clustered", "repeated", "rank one", "geometric"])
+def test_matrices_with_a_prescribed_spectrum(spectrum, shape):
+    values = {
+        "clustered": 1 - 1e-3 * np.arange(min(shape)),
+        "repeated": np.r_[1.0, 1.0, np.linspace(0.9, 0, min(shape) - 2)],
+        "rank one": np.array([1.0]),
+        "geometric": 0.3 ** np.arange(min(shape)),
+    }[spectrum]
+    matrix = with_spectrum(values, shape)
+    value, u, v, residual = lanczos(matrix, jnp.asarray(gaussian((shape[1],), 3)), 1e-10, 0.0)
+    np.testing.assert_allclose(value, 1, rtol=1e-12)
+    assert residual <= 1e-10
+    np.testing.assert_allclose([np.linalg.norm(u), np.linalg.norm(v)], 1, rtol=1e-12)
+    np.testing.assert_allclose(matrix @ v, value * u, atol=1e-12)
+    np.testing.assert_allclose(matrix.T @ u, value * v, atol=1e-9)
+
+
+def test_a_search_that_leads_below_the_floor_is_given_up():
+    """No earlier than it is clear, and not where it leads above."""
+    matrix = with_spectrum(np.r_[1.0, 1 - 1e-4, np.linspace(0.99, 0, 78)], (80, 80))
+    start = jnp.asarray(gaussian((80,), 3))
+    value, _, _, residual = lanczos(matrix, start, 1e-10, 1.05)
+    assert value * (1 + residual) < 1.05
+    assert residual > 1e-4
+    np.testing.assert_allclose(lanczos(matrix, start, 1e-10, 0.9995)[0], 1, rtol=1e-12)
+
+
+def test_a_map_that_is_zero():
+    value, left, right, residual = lanczos(jnp.zeros((40, 30)), jnp.ones(30), 1e-10, 0.0)
+    assert value == residual == 0
+    np.testing.assert_array_equal(left, 0)
+    np.testing.assert_allclose(np.linalg.norm(right), 1, rtol=1e-12)
