@@ -232,7 +232,7 @@ def other_peaks(
 
     Frequencies within `radius` indices of a better one, or of its opposite, are none of their own: their value is 0.
     """
-    # The kernels whose every frequency was estimated are wide, and each climb dear.
+    # Where every frequency was estimated kernels are wide, as a rule, and each climb is dear.
     found = _climbs(poly, op, blocks, known, count if len(blocks.sizes) == 1 else 2 * _NUM_CLIMBERS)
     order = jnp.argsort(-found.value)
     pairs = jax.tree.map(lambda first, rest: jnp.concatenate([first[None], rest[order]]), highest, found)

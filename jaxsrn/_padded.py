@@ -37,7 +37,7 @@ _WARM_STEPS = 2
 _MANY_CHANNELS, _FEW_CHANNELS = 32, 16
 # Waves from which a search may start.
 _MOST_STARTS = 4
-# How much finer than those of the image the frequencies are among which that wave is looked for.
+# How much finer than those of the image the frequencies are among which waves are looked for.
 _FINER = 4
 _einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
