@@ -1049,8 +1049,8 @@ def zero_padding(effort: Effort) -> Part:
     if not effort.fast:
         for name, own in zip(("to 1e-5", "spectral_norm"), zip(*shares, strict=True), strict=True):
             met = sum(share <= 0.2 for share in own)
-            text = f"at most 20% for {met} of {len(own)} kernels; median {np.median(own):.0%}, largest {max(own):.0%}"
-            checks.append((met == len(own), f"zero padding: products, {name}, of power iteration's for 1e-3: {text}"))
+            found = f"at most 20% for {met} of {len(own)} kernels; median {np.median(own):.0%}, largest {max(own):.0%}"
+            checks.append((met == len(own), f"zero padding: products, {name}, of power iteration's for 1e-3: {found}"))
     return Part([("Zero padding", text)], checks, {})
 
 
