@@ -45,7 +45,7 @@ def test_matrix_and_adjoints_equal_the_definition(case):
 
 @pytest.mark.parametrize("case", by_name("circular-2d-strides", "same-1d", "transposed-2d"), ids=str)
 def test_the_adjoints_are_convolutions_in_the_layout_of_the_map(case):
-    """XLA is slow in any other within loops on CPUs, up to 70 times."""
+    """XLA is slow in any other within loops on CPUs."""
     in_shape, out_shape = cases.shapes(case.kernel_shape, case.op)
     x, y = jnp.zeros(in_shape), jnp.zeros(out_shape)
     found = {
