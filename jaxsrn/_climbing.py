@@ -65,6 +65,7 @@ class Blocks(NamedTuple):
 
 
 def blocks_of(op: CircularConv, kernel_shape: tuple[int, ...]) -> Blocks:
+    """As wide as they may be to be discarded at all; single frequencies where no width is certified (static)."""
     degrees, ends = np.array(_fourier.degrees(op, kernel_shape)), np.array(_fourier.half_grid(op))
     # Half the angle between neighbours in the measure of phi.
     rate = np.pi * degrees / (2 * np.array(op.grid))

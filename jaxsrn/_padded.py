@@ -116,14 +116,14 @@ def _from_wave(kernel, op: ZeroPaddedConv, waves: Float[Array, "2 ..."], noise, 
     few = math.prod(op.input_shape) <= _FEW_SAMPLES
     rivals = (apart < _RIVALS) & (few | (apart > _SAME * tolerance))
 
-    def repeat(state: _Search) -> _Search:
+    def attempt(state: _Search) -> _Search:
         found = matrix_free(kernel, op, state.start + _NOISE * noise, tolerance, first_check=_COLD_STEPS, floor=floor)
         shares = jnp.abs(jnp.tensordot(waves, found.pair.right, found.pair.right.ndim))
         again = (state.count == 0) & rivals & (shares[1] < _SHARE * shares[0])
         return _Search(found.pair.right + waves[1], found, state.count + 1, again)
 
     start = _Search(waves[0], _nothing(kernel, op), jnp.asarray(0), jnp.asarray(True))
-    return jax.lax.while_loop(lambda state: state.again, repeat, start).found
+    return jax.lax.while_loop(lambda state: state.again, attempt, start).found
 
 
 def _nothing(kernel: Float[Array, "..."], op: ZeroPaddedConv) -> Found:

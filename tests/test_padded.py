@@ -68,21 +68,21 @@ def test_layers_of_many_channels(op, weights):
     assert triplet.residual <= 1e-8
 
 
-def test_a_layer_of_few_channels_in_many_takes_no_step_of_the_whole_one(monkeypatch):
-    """Where the images lie in the subspace, the narrow layer has the very same leading pair."""
+def test_layers_of_many_channels_are_searched_in_few_first(monkeypatch):
+    """Twice, and in the whole layer at the end; here the few channels hold all there is."""
     weights = np.einsum("tab,ia,ob->tio", gaussian((3, 5, 6)), gaussian((40, 5), 1), gaussian((36, 6), 2))
-    op, steps = ZeroPaddedConv((48,)), []
+    op, shapes = ZeroPaddedConv((48,)), []
     search = _padded.matrix_free
 
     def counted(kernel, op, *args, **options):
         found = search(kernel, op, *args, **options)
-        steps.append(kernel.shape)
+        shapes.append(kernel.shape)
         return found
 
     monkeypatch.setattr(_padded, "matrix_free", counted)
     value = searched(jnp.asarray(weights), op)
     np.testing.assert_allclose(value, np.linalg.norm(dense(weights, op), 2), rtol=1e-12)
-    assert steps == [(3, 16, 16), (3, 16, 16), (3, 40, 36)]
+    assert shapes == [(3, 16, 16), (3, 16, 16), (3, 40, 36)]
 
 
 def test_channel_directions_span_the_channels_of_images():
