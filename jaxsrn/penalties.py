@@ -184,20 +184,26 @@ def _side_shape(op: Operator, kernel_shape, gram: str) -> tuple[int, ...]:
     return op.out_shape(kernel_shape) if on_output else op.in_shape(kernel_shape)
 
 
+def _gram_maps(kernel, op: Operator, gram: str) -> tuple[Callable, Callable]:
+    """`M` and `M^T` on images, or the other way round where the Gram matrix is `M M^T`."""
+    maps = [functools.partial(f, kernel, precision=lax.Precision.HIGHEST) for f in (op.apply, op.transpose)]
+    on_output = gram == "small" and _exceeds_output(op, kernel.shape)
+    return tuple(maps[::-1] if on_output else maps)
+
+
 def _image(kernel, op: Operator, vector: Float[Array, "..."], gram: str) -> Float[Array, "..."]:
     """`M v`, or `M^T v` where the Gram matrix is `M M^T`."""
-    on_output = gram == "small" and _exceeds_output(op, kernel.shape)
-    return (op.transpose if on_output else op.apply)(kernel, vector, precision=lax.Precision.HIGHEST)
+    return _gram_maps(kernel, op, gram)[0](vector)
 
 
 def _shifted_gram(kernel, op: Operator, alpha, gram: str) -> Callable:
     """The map `G - alpha I`, up to a factor that keeps it in the range of the dtype."""
     scale = jnp.maximum(jnp.max(jnp.abs(kernel)), jnp.sqrt(alpha))
     kernel, shift = kernel / scale, (jnp.sqrt(alpha) / scale) ** 2
+    forward, back = _gram_maps(kernel, op, gram)
 
     def product(vector):
-        image, pull_back = jax.vjp(lambda x: _image(kernel, op, x, gram), vector)
-        return pull_back(image)[0] - shift * vector
+        return back(forward(vector)) - shift * vector
 
     return product
 
