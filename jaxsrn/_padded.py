@@ -33,8 +33,8 @@ _FEW_SAMPLES, _SAME = 512, 0.05
 _COLD_STEPS = 10
 # The same of a start that is near one.
 _WARM_STEPS = 2
-# Layers of so many channels are searched in so few of them first.
-_MANY_CHANNELS, _FEW_CHANNELS = 32, 16
+# Layers of so many channels are searched in so few of them first, or in that share of the smaller number.
+_MANY_CHANNELS, _FEW_CHANNELS, _FEW_OF = 32, 16, 16
 # Waves from which a search may start.
 _MOST_STARTS = 4
 # How much finer than those of the image the frequencies are among which waves are looked for.
@@ -46,8 +46,10 @@ def search(kernel: Float[Array, "..."], op: ZeroPaddedConv, tolerance) -> Pair:
     """The leading pair, to a relative residual; without a proof that no other singular value is larger."""
     noise = unit(random_start(op.in_shape(kernel.shape), kernel.dtype))
     wide = op.feature_group_count == 1 and min(kernel.shape[-2:]) >= _MANY_CHANNELS
-    found = (_through_few_channels if wide else _from_waves)(kernel, op, _circular_starts(kernel, op), noise, tolerance)
-    return found.pair
+    starts = _circular_starts(kernel, op)
+    if wide:
+        return _through_few_channels(kernel, op, starts, noise, tolerance)
+    return _from_waves(kernel, op, starts, noise, tolerance).pair
 
 
 # Where the search starts
@@ -151,29 +153,60 @@ def _from_waves(kernel, op: ZeroPaddedConv, starts: _Starts, noise, tolerance) -
 # Wide layers
 
 
-def _through_few_channels(kernel, op: ZeroPaddedConv, starts: _Starts, noise, tolerance) -> Found:
+class _Narrow(NamedTuple):
+    """The layer between the channels that some images use most, and the directions that these are."""
+
+    kernel: Float[Array, "..."]
+    ins: Float[Array, "c_in few"]
+    outs: Float[Array, "c_out few"]
+
+    def inside(self, images: Float[Array, "..."]) -> Float[Array, "..."]:
+        """Inputs of the layer as those of the narrow one."""
+        return _einsum("...i,ia->...a", images, self.ins)
+
+    def outside(self, pair: Pair) -> Pair:
+        """A pair of the narrow layer as one of the layer."""
+        right, left = (_einsum("...a,ia->...i", *both) for both in ((pair.right, self.ins), (pair.left, self.outs)))
+        return pair._replace(right=right, left=left)
+
+
+def _through_few_channels(kernel, op: ZeroPaddedConv, starts: _Starts, noise, tolerance) -> Pair:
     """The leading pair of a layer of many channels, whose images use few of them.
 
     On all images whose channels lie in a subspace the layer is a narrow one, which has nearly all of the nearly equal
     singular values that make the search long: they differ in space. A power step of the whole layer leads to the
     subspaces of inputs and outputs, and what is left to Lanczos is far from the leading value.
     """
-    rights, lefts = _power_steps(kernel, op, starts)
-    narrow, ins = _narrowed(kernel, rights, lefts)
-    waves, noise = (_einsum("...i,ia->...a", images, ins) for images in (starts.waves, noise))
+    narrow = _narrowed(kernel, *_power_steps(kernel, op, starts))
+    waves, noise = (narrow.inside(images) for images in (starts.waves, noise))
     waves = jax.vmap(_two_phases)(waves[:, 0], waves[:, 1])
-    found = _from_waves(narrow, op, starts._replace(waves=waves), unit(noise), tolerance)
-    image = _einsum("...a,ia->...i", found.pair.right, ins)
-    narrow, ins = _narrowed(kernel, *_power_step(kernel, op, image))
-    found = matrix_free(narrow, op, _einsum("...i,ia->...a", image, ins), tolerance, first_check=_WARM_STEPS)
-    image = _einsum("...a,ia->...i", found.pair.right, ins)
-    return matrix_free(kernel, op, image, tolerance, first_check=_WARM_STEPS)
+    first = narrow.outside(_from_waves(narrow.kernel, op, starts._replace(waves=waves), unit(noise), tolerance).pair)
+    right, left = _power_step(kernel, op, first.right)
+    # Room for the pair itself and for where it leads: what follows is no worse.
+    sides = ((first.right, right), (first.left, left))
+    narrow = _narrowed(kernel, *(jnp.stack([unit(image) for image in side]) for side in sides))
+    start = narrow.inside(first.right)
+    second = narrow.outside(matrix_free(narrow.kernel, op, start, tolerance, first_check=_WARM_STEPS).pair)
+
+    def finish(state):
+        _, pair = state
+        return True, matrix_free(kernel, op, pair.right, tolerance, first_check=_WARM_STEPS).pair
+
+    # Not a condition: mapped, that takes both ways.
+    finished = _residual(first.right, right, left) <= tolerance
+    return jax.lax.while_loop(lambda state: ~state[0], finish, (finished, second))[1]
 
 
 def _power_step(kernel, op: ZeroPaddedConv, image: Float[Array, "..."]):
     """`(T^T T image, T image)`."""
     left = op.apply(kernel, image, precision=jax.lax.Precision.HIGHEST)
     return op.transpose(kernel, left, precision=jax.lax.Precision.HIGHEST), left
+
+
+def _residual(image: Float[Array, "..."], right: Float[Array, "..."], left: Float[Array, "..."]) -> Float[Array, ""]:
+    """`||T^T T image - value^2 image|| / value^2` of a unit image with its power step."""
+    squared = jnp.sum(left**2)
+    return jnp.linalg.norm((right - squared * image).reshape(-1)) / jnp.where(squared == 0, 1.0, squared)
 
 
 def _power_steps(kernel, op: ZeroPaddedConv, starts: _Starts):
@@ -189,16 +222,16 @@ def _power_steps(kernel, op: ZeroPaddedConv, starts: _Starts):
     return jax.lax.fori_loop(1, count, step, stacks)
 
 
-def _narrowed(kernel: Float[Array, "..."], rights: Float[Array, "..."], lefts: Float[Array, "..."]):
-    """The layer from and to the channels that images use most, and which of the inputs these are."""
-    ins, outs = _channel_directions(rights), _channel_directions(lefts)
-    return _einsum("...io,ia,ob->...ab", kernel, ins, outs), ins
+def _narrowed(kernel: Float[Array, "..."], rights: Float[Array, "..."], lefts: Float[Array, "..."]) -> _Narrow:
+    few = max(_FEW_CHANNELS, min(kernel.shape[-2:]) // _FEW_OF)
+    ins, outs = _channel_directions(rights, few), _channel_directions(lefts, few)
+    return _Narrow(_einsum("...io,ia,ob->...ab", kernel, ins, outs), ins, outs)
 
 
-def _channel_directions(images: Float[Array, "... c"]) -> Float[Array, "c few"]:
+def _channel_directions(images: Float[Array, "... c"], few: int) -> Float[Array, "c {few}"]:
     """An orthonormal basis of the channels that the images use most, by subspace iteration."""
     rows = images.reshape((-1, images.shape[-1]))
-    basis = random_start((images.shape[-1], _FEW_CHANNELS), images.dtype)
+    basis = random_start((images.shape[-1], few), images.dtype)
     for _ in range(2):
         basis = jnp.linalg.qr(_einsum("nc,nk->ck", rows, _einsum("nc,ck->nk", rows, basis)))[0]
     return basis

@@ -50,7 +50,7 @@ def leading_triplet(
     Circular: the leading value of the symbol over all its frequencies, its vectors as plane waves. Dense, and zero
     padding up to 2**18 entries of the explicit matrix: an SVD, or Lanczos with a proof. Larger layers with zero
     padding: Lanczos with thick restarts on the real operator, from the largest waves of the circular layer, each as
-    long as its value on the torus exceeds what is found; of 32 channels or more in the 16 that they use most, first.
+    long as its value on the torus exceeds what is found; of 32 channels or more in the few that they use most, first.
 
     Args:
       kernel: `(c_in, c_out)` or `(*taps, c_in // groups, c_out)`.

@@ -85,9 +85,45 @@ def test_layers_of_many_channels_are_searched_in_few_first(monkeypatch):
     assert shapes == [(3, 16, 16), (3, 16, 16), (3, 40, 36)]
 
 
+@pytest.mark.parametrize("tolerance", [0.3, 1e-2, 1e-4])
+def test_layers_of_many_channels_to_a_loose_tolerance(tolerance):
+    """Where the few channels are enough no search of the whole layer follows; its pair still has the residual."""
+    weights, op = decaying((3, 40, 33), 4), ZeroPaddedConv((64,))
+    triplet = leading_triplet(jnp.asarray(weights), op, tolerance=tolerance)
+    assert triplet.residual <= tolerance
+    np.testing.assert_allclose(np.linalg.norm(triplet.right), 1, rtol=1e-12)
+    np.testing.assert_allclose(np.linalg.norm(triplet.left), 1, rtol=1e-12)
+    matrix = dense(weights, op)
+    right, left = triplet.right.ravel(), triplet.left.ravel()
+    np.testing.assert_allclose(triplet.value, left @ matrix @ right, rtol=1e-12)
+    np.testing.assert_allclose(triplet.value, np.linalg.norm(matrix, 2), rtol=tolerance)
+
+
+def test_layers_of_many_channels_take_few_products_to_a_loose_tolerance(monkeypatch):
+    """Power steps of the whole layer and no Lanczos, counted as they run."""
+    weights, op, counts = jnp.asarray(decaying((3, 40, 33), 4)), ZeroPaddedConv((80,)), []
+    apply = ZeroPaddedConv.apply
+
+    def counted(self, kernel, x, **options):
+        if kernel.shape == weights.shape:
+            jax.debug.callback(lambda: counts.append(x.shape))
+        return apply(self, kernel, x, **options)
+
+    monkeypatch.setattr(ZeroPaddedConv, "apply", counted)
+    taken = []
+    for tolerance in (0.1, 1e-8):
+        counts.clear()
+        leading_triplet(weights, op, tolerance=tolerance)
+        jax.effects_barrier()
+        taken.append(len(counts))
+    # Of the power steps of up to four peaks, of that of what is found in few channels, and of the returned residual.
+    assert taken[0] <= _padded._MOST_STARTS + 2
+    assert taken[1] > taken[0] + 2
+
+
 def test_channel_directions_span_the_channels_of_images():
     images = gaussian((2, 7, 5, 3)) @ gaussian((3, 40), 1)
-    basis = _padded._channel_directions(jnp.asarray(images))
+    basis = _padded._channel_directions(jnp.asarray(images), 16)
     np.testing.assert_allclose(basis.T @ basis, np.eye(16), atol=1e-12)
     np.testing.assert_allclose(images @ basis @ basis.T, images, atol=1e-12)
 
