@@ -19,6 +19,7 @@ from jaxsrn import _leading, _pairs
 from jaxsrn._checks import Kernel, ensure, float_dtype, kernel_array, positive_scalar
 from jaxsrn._exact import Problem, closed_form, functional, merit
 from jaxsrn._pairs import Pair
+from jaxsrn._reverse import in_reverse
 from jaxsrn._starts import survey
 from jaxsrn._tracking import Track, follow, has_turned, power_step, start, track_shapes
 from jaxsrn.normalization import problem_of
@@ -32,8 +33,9 @@ _START_PASSES = 10
 _MAX_PASSES = 500
 # Of a step for the norm alone: without a stable rank to lower, the next singular values lie close below it.
 _NORM_PASSES = 2
-# The linear system of the true gradient: Krylov vectors, restarts, and the relative residual that is accepted.
-_GMRES = {"atol": 0.0, "restart": 40, "maxiter": 20}
+# The linear system of the true gradient: Krylov vectors, restarts, a stop in the midst of a restart (some tens of
+# vectors are enough), and the relative residual that is accepted.
+_GMRES = {"atol": 0.0, "restart": 40, "maxiter": 20, "solve_method": "incremental"}
 _ACCEPTED_RESIDUAL = 1e-3
 
 
@@ -250,13 +252,17 @@ def _moving_pair(a: Float[Array, "..."], op: Operator, target, pair: Pair) -> Pa
     """The pair as a function of the kernel: the fixed point of power steps on the kernel normalized with the pair."""
     fixed, rebuild = _real_vector(pair)
 
-    def residual(vector):
+    def residual(op: Operator, vector):
         now = rebuild(vector)
         # A matrix has the pair of its normalized form, and determines it also where that has rank one.
         kernel = a if isinstance(op, Dense) else _normalized(a, op, target, now)
         return vector - _real_vector(_aligned(power_step(kernel, op, now), pair))[0]
 
-    return rebuild(lax.custom_root(residual, fixed, lambda _, vector: vector, _tangent_solve))
+    def tangent_solve(matvec, rhs):
+        backward = jax.vjp(functools.partial(residual, in_reverse(op)), fixed)[1]
+        return _tangent_solve(matvec, lambda cotangent: backward(cotangent)[0], rhs)
+
+    return rebuild(lax.custom_root(functools.partial(residual, op), fixed, lambda _, vector: vector, tangent_solve))
 
 
 def _real_vector(pair: Pair):
@@ -282,13 +288,16 @@ def _aligned(pair: Pair, reference: Pair) -> Pair:
     return Pair(pair.site, pair.right * phase, pair.left * phase)
 
 
-def _tangent_solve(matvec, rhs):
+def _tangent_solve(matvec, transposed, rhs):
     """`matvec^-1 rhs` by GMRES; 0, which is the frozen gradient, where that does not converge."""
 
     def solve_guarded(matvec, rhs):
         tolerance = float(jnp.finfo(rhs.dtype).eps) ** 0.6
-        x, _ = jax.scipy.sparse.linalg.gmres(matvec, rhs, tol=tolerance, solve_method="batched", **_GMRES)
+        x, _ = jax.scipy.sparse.linalg.gmres(matvec, rhs, tol=tolerance, **_GMRES)
         error = jnp.linalg.norm(matvec(x) - rhs)
         return jnp.where(error <= _ACCEPTED_RESIDUAL * jnp.linalg.norm(rhs), x, 0.0)
 
-    return lax.custom_linear_solve(matvec, rhs, solve_guarded, transpose_solve=solve_guarded)
+    def solve_transposed(_, rhs):
+        return solve_guarded(transposed, rhs)
+
+    return lax.custom_linear_solve(matvec, rhs, solve_guarded, transpose_solve=solve_transposed)

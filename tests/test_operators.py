@@ -1,8 +1,10 @@
 """Operators against explicit matrices built from the definition, and against Flax element by element."""
 
+import functools
 import re
 
 import cases
+import chex
 import flax.linen as linen
 import jax
 import jax.numpy as jnp
@@ -14,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxsrn import CircularConv, Dense, ZeroPaddedConv
+from jaxsrn._reverse import in_reverse
 
 CONVOLUTIONS = [case for case in CASES if not isinstance(case.op, Dense)]
 # One operator of each kind.
@@ -43,21 +46,50 @@ def test_matrix_and_adjoints_equal_the_definition(case):
     np.testing.assert_allclose(np.sum(gradient * weights), np.vdot(y, matrix @ x.ravel()), rtol=1e-11, atol=1e-11)
 
 
+def layouts(case, function, *args):
+    """Of all convolutions in the lowered program, and the one in which XLA is fast within loops on CPUs."""
+    text, spatial = jax.jit(function).lower(*args).as_text(), ", ".join(map(str, range(case.op.num_axes)))
+    found = set(re.findall(r"dim_numbers = (\S.*?\]->\[.*?\])", text))
+    return found, {f"[b, {spatial}, f]x[{spatial}, i, o]->[b, {spatial}, f]"}
+
+
 @pytest.mark.parametrize("case", by_name("circular-2d-strides", "same-1d", "transposed-2d"), ids=str)
 def test_the_adjoints_are_convolutions_in_the_layout_of_the_map(case):
-    """XLA is slow in any other within loops on CPUs."""
     in_shape, out_shape = cases.shapes(case.kernel_shape, case.op)
-    x, y = jnp.zeros(in_shape), jnp.zeros(out_shape)
-    found = {
-        re.search(r"dim_numbers = (\S.*?\]->\[.*?\])", jax.jit(function).lower().as_text())[1]
-        for function in (
-            lambda: case.op.apply(kernel(case), x),
-            lambda: case.op.transpose(kernel(case), y),
-            lambda: case.op.kernel_gradient(case.kernel_shape, x, y),
-        )
-    }
-    spatial = ", ".join(str(axis) for axis in range(case.op.num_axes))
-    assert found == {f"[b, {spatial}, f]x[{spatial}, i, o]->[b, {spatial}, f]"}
+
+    def products(kernel, x, y):
+        return case.op.apply(kernel, x), case.op.transpose(kernel, y), case.op.kernel_gradient(case.kernel_shape, x, y)
+
+    found, fast = layouts(case, products, kernel(case), jnp.zeros(in_shape), jnp.zeros(out_shape))
+    assert found == fast
+
+
+def pulled_back(op, kernel, x, y):
+    """The derivatives of all three products in reverse mode."""
+    gradient = functools.partial(op.kernel_gradient, kernel.shape)
+    products = (op.apply, (kernel, x), y), (op.transpose, (kernel, y), x), (gradient, (x, y), kernel)
+    return [jax.vjp(function, *arguments)[1](cotangent) for function, arguments, cotangent in products]
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if isinstance(case.op, ZeroPaddedConv)], ids=str)
+def test_in_reverse_derivatives_are_those_of_jax(case):
+    in_shape, out_shape = cases.shapes(case.kernel_shape, case.op)
+    x, y = jnp.asarray(gaussian((2, *in_shape), 1)), jnp.asarray(gaussian((2, *out_shape), 2))
+    own, expected = (pulled_back(op, kernel(case), x, y) for op in (in_reverse(case.op), case.op))
+    chex.assert_trees_all_close(own, expected, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("case", by_name("same-1d", "transposed-2d"), ids=str)
+def test_in_reverse_derivatives_are_convolutions_in_the_layout_of_the_map(case):
+    in_shape, out_shape = cases.shapes(case.kernel_shape, case.op)
+    function = functools.partial(pulled_back, in_reverse(case.op))
+    found, fast = layouts(case, function, kernel(case), jnp.zeros(in_shape), jnp.zeros(out_shape))
+    assert found == fast
+
+
+def test_in_reverse_leaves_other_operators_as_they_are():
+    for case in by_name("dense-tall", "circular-2d-strides"):
+        assert in_reverse(case.op) is case.op
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if not is_aliased(case)], ids=str)
