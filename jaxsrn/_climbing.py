@@ -180,12 +180,27 @@ def _climbs(poly: GramPolynomial, op: CircularConv, blocks: Blocks, known: Estim
     _, chosen = lax.top_k(known.values.reshape(-1), min(count, known.values.size))
     box, group = jnp.unravel_index(chosen.astype(int), known.values.shape)
     starts = jnp.asarray(doubled_centres(blocks.corners, blocks.sizes[:1], blocks.ends) // 2)[box]
+    if len(blocks.sizes) > 1:
+        own, own_box = _own_opposites(op, blocks)
+        starts = jnp.concatenate([starts, own.astype(starts.dtype)])
+        group = jnp.concatenate([group, jnp.argmax(known.values[own_box], axis=-1)])
+        box = jnp.concatenate([box, own_box])
     rights = jax.vmap(functools.partial(with_all_directions, poly))(group, known.vectors[box, group])
     pairs = jax.vmap(functools.partial(_climb, poly, op, blocks))(starts, group, rights)
     mirrored = (pairs.index[:, -1] >= blocks.ends[-1])[:, None]
     index = jnp.where(mirrored, -pairs.index % np.array(op.grid)[None], pairs.index)
     left, right = (jnp.where(mirrored, side.conj(), side) for side in (pairs.left, pairs.right))
     return pairs._replace(index=index, left=left, right=right)
+
+
+def _own_opposites(op: CircularConv, blocks: Blocks) -> tuple[np.ndarray, np.ndarray]:
+    """The frequencies that are their own opposites, or nearly so, and their coarsest blocks (static).
+
+    A real kernel has the same singular values at opposite frequencies: here they are stationary, and often highest.
+    """
+    indices = np.array(list(itertools.product(*((0, n // 2) if n > 1 else (0,) for n in op.grid))))
+    shape = -(-blocks.ends // blocks.sizes[0])
+    return indices, np.ravel_multi_index((indices // blocks.sizes[0]).T, shape)
 
 
 def best_climb(poly: GramPolynomial, op: CircularConv, blocks: Blocks, known: Estimates) -> SitePair:

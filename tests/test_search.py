@@ -69,6 +69,23 @@ def test_the_proof_alone_finds_the_largest(size, taps, monkeypatch):
         np.testing.assert_allclose(reached, fft_norms(kernels, size), rtol=1e-12, err_msg=name)
 
 
+@quick_jit
+def climbed(kernel, op):
+    poly, blocks = _grams.gram_polynomial(kernel, op), _climbing.blocks_of(op, kernel.shape)
+    return _climbing.best_climb(poly, op, blocks, _climbing.estimates(poly, op, blocks)).value
+
+
+@pytest.mark.parametrize("size", [(96,), (97,), (128, 96)], ids=str)
+def test_climbing_looks_at_frequencies_that_are_their_own_opposites(size):
+    """There the norm of a real kernel is stationary, and those of trained kernels often highest."""
+    op, rng = CircularConv(size), np.random.default_rng(0)
+    corners = np.stack(np.meshgrid(*((0, n // 2) for n in size), indexing="ij"), axis=-1).reshape((-1, len(size)))
+    for _ in range(20 if len(size) == 1 else 5):
+        kernel = rng.standard_normal((5,) * len(size) + (3, 3))
+        symbol = np.fft.fftn(kernel, size, axes=range(len(size)))[tuple(corners.T)]
+        assert climbed(jnp.asarray(kernel), op) >= np.linalg.norm(symbol, 2, axis=(1, 2)).max() * (1 - 1e-12)
+
+
 def reduce_to(kept: int, columns: int, monkeypatch):
     monkeypatch.setattr(_grams, "_WIDE", columns)
     monkeypatch.setattr(_grams, "_BASIS_ENTRIES", kept * columns)
