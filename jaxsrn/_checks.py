@@ -78,8 +78,8 @@ def positive_scalar(value, name: str, dtype, *, or_zero: bool = False) -> jax.Ar
     """`value` as a scalar of `dtype`; positive (`or_zero`: not negative) and finite wherever it is concrete."""
     ensure(jnp.ndim(value) == 0, f"{name}: got shape {jnp.shape(value)}, expected a scalar; use jax.vmap over several.")
     if not isinstance(value, jax.core.Tracer):
-        # NumPy's, as comparing a concrete JAX array while something is traced gives a tracer.
-        number = np.asarray(value, dtype=float)
+        # NumPy's, as comparing a concrete JAX array while something is traced gives a tracer; as it will be used.
+        number = np.asarray(np.asarray(value).astype(dtype), dtype=float)
         ensure(
             bool(np.isfinite(number) and (number > 0 or (or_zero and number == 0))),
             f"{name}: got {value}, expected a positive finite number{' or 0' if or_zero else ''}.",

@@ -175,9 +175,8 @@ def _climb(poly: GramPolynomial, op: CircularConv, blocks: Blocks, index, group,
     return lax.fori_loop(0, halvings, step, SitePair(index, group, *power(index, right)))
 
 
-def _climbs(poly: GramPolynomial, op: CircularConv, blocks: Blocks, known: Estimates, count: int) -> SitePair:
-    """Where climbing leads from the most promising blocks: a stack of pairs at frequencies of the half grid."""
-    _, chosen = lax.top_k(known.values.reshape(-1), min(count, known.values.size))
+def _climbs(poly: GramPolynomial, op: CircularConv, blocks: Blocks, known: Estimates, chosen) -> SitePair:
+    """Where climbing leads from some of the estimates: a stack of pairs at frequencies of the half grid."""
     box, group = jnp.unravel_index(chosen.astype(int), known.values.shape)
     starts = jnp.asarray(doubled_centres(blocks.corners, blocks.sizes[:1], blocks.ends) // 2)[box]
     if len(blocks.sizes) > 1:
@@ -193,6 +192,11 @@ def _climbs(poly: GramPolynomial, op: CircularConv, blocks: Blocks, known: Estim
     return pairs._replace(index=index, left=left, right=right)
 
 
+def _most_promising(known: Estimates, count: int) -> Int[Array, " chosen"]:
+    """Which estimates are the largest."""
+    return lax.top_k(known.values.reshape(-1), min(count, known.values.size))[1]
+
+
 def _own_opposites(op: CircularConv, blocks: Blocks) -> tuple[np.ndarray, np.ndarray]:
     """The frequencies that are their own opposites, or nearly so, and their coarsest blocks (static).
 
@@ -206,7 +210,8 @@ def _own_opposites(op: CircularConv, blocks: Blocks) -> tuple[np.ndarray, np.nda
 def best_climb(poly: GramPolynomial, op: CircularConv, blocks: Blocks, known: Estimates) -> SitePair:
     """The best frequency of the half grid that climbing reaches from the most promising blocks, with its pair."""
     # Where every frequency was estimated there is nowhere to climb to.
-    pairs = _climbs(poly, op, blocks, known, _NUM_CLIMBERS if len(blocks.sizes) > 1 else 1)
+    chosen = _most_promising(known, _NUM_CLIMBERS if len(blocks.sizes) > 1 else 1)
+    pairs = _climbs(poly, op, blocks, known, chosen)
     best = jax.tree.map(lambda leaf: leaf[jnp.argmax(pairs.value)], pairs)
     return _polished(poly, op, best.index, best.group, best.right)
 
@@ -249,7 +254,9 @@ def other_peaks(
     Frequencies within `radius` indices of a better one, or of its opposite, are none of their own: their value is 0.
     """
     # Where every frequency was estimated kernels are wide, as a rule, and each climb is dear.
-    found = _climbs(poly, op, blocks, known, count if len(blocks.sizes) == 1 else 2 * _NUM_CLIMBERS)
+    dear = len(blocks.sizes) == 1
+    chosen = _apart(known, op, blocks, count, radius) if dear else _most_promising(known, 2 * _NUM_CLIMBERS)
+    found = _climbs(poly, op, blocks, known, chosen)
     order = jnp.argsort(-found.value)
     pairs = jax.tree.map(lambda first, rest: jnp.concatenate([first[None], rest[order]]), highest, found)
     value = jnp.where(_are_apart(pairs, op, radius), pairs.value, 0)
@@ -257,15 +264,37 @@ def other_peaks(
     return jax.tree.map(lambda leaf: leaf[chosen], pairs._replace(value=value))
 
 
-def _are_apart(pairs: SitePair, op: CircularConv, radius: int) -> Bool[Array, " pairs"]:
-    """Which of a stack are not near one of those that come before."""
+def _apart(known: Estimates, op: CircularConv, blocks: Blocks, count: int, radius: int) -> Int[Array, " chosen"]:
+    """Which estimates at single frequencies are the largest, none near a larger one of its group."""
+    groups = np.arange(known.values.shape[1])
+
+    def pick(k, state):
+        values, chosen = state
+        best = jnp.argmax(values)
+        box, group = jnp.unravel_index(best, values.shape)
+        corners = jnp.asarray(blocks.corners)
+        near = _are_close(corners, corners[box][None], op, radius) & (groups == group)[None]
+        return jnp.where(near, -1, values), chosen.at[k].set(best)
+
+    count = min(count, known.values.size)
+    return lax.fori_loop(0, count, pick, (known.values, jnp.zeros(count, int)))[1]
+
+
+def _are_close(indices, others, op: CircularConv, radius: int) -> Bool[Array, "indices others"]:
+    """Which frequencies are near which others, or near their opposites."""
     grid = np.array(op.grid)[None, None]
 
-    def near(other):
-        steps = (pairs.index[:, None] - other[None]) % grid
+    def near(others):
+        steps = (indices[:, None] - others[None]) % grid
         return jnp.max(jnp.minimum(steps, grid - steps), axis=-1) <= radius
 
-    close = (near(pairs.index) | near(-pairs.index)) & (pairs.group[:, None] == pairs.group[None])
+    return near(others) | near(-others)
+
+
+def _are_apart(pairs: SitePair, op: CircularConv, radius: int) -> Bool[Array, " pairs"]:
+    """Which of a stack are not near one of those that come before."""
+    close = _are_close(pairs.index, pairs.index, op, radius)
+    close = close & (pairs.group[:, None] == pairs.group[None])
     before = np.tri(len(pairs.value), k=-1, dtype=bool)
     blocked = close & jnp.asarray(before)
 

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Inexact
 from jaxsrn import _fourier
 from jaxsrn.operators import CircularConv, Dense, Operator
 
-__all__ = ["Blocks", "Clipping", "blocks_of", "clipped", "excess", "excess_derivative", "smooth_excess", "split"]
+__all__ = ["Blocks", "Clipping", "blocks_of", "clipped", "excess", "excess_derivative", "smooth_clipped", "split"]
 
 _product = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
 
@@ -91,18 +91,25 @@ def excess(clipping: Clipping) -> Inexact[Array, "batch rows columns"]:
 
 
 @jax.custom_jvp
-def smooth_excess(matrices: Inexact[Array, "batch rows columns"], limit: Float[Array, ""]):
-    """`excess` of the matrices themselves, with its derivative in both arguments."""
-    return excess(split(matrices, limit))
+def smooth_clipped(matrices: Inexact[Array, "batch rows columns"], limit: Float[Array, ""]):
+    """`clipped` of the matrices themselves, with its derivative in both arguments; and the largest singular value.
+
+    Not what is left when the excess is subtracted: of a norm far above the limit that would be rounding. The largest
+    value is a constant for derivatives.
+    """
+    clipping = split(matrices, limit)
+    return clipped(clipping), jnp.max(clipping.values)
 
 
-@smooth_excess.defjvp
-def _smooth_excess_jvp(primals, tangents):
+@smooth_clipped.defjvp
+def _smooth_clipped_jvp(primals, tangents):
     clipping = split(*primals)
-    # Raising the limit takes away less of every value above it.
+    # Raising the limit raises every value above it.
     above = (clipping.values > clipping.limit).astype(clipping.values.dtype)
-    tangent = excess_derivative(clipping, tangents[0])
-    return excess(clipping), tangent - tangents[1].astype(tangent.dtype) * _assemble(clipping, above)
+    tangent = tangents[0] - excess_derivative(clipping, tangents[0])
+    tangent = tangent + tangents[1].astype(tangent.dtype) * _assemble(clipping, above)
+    largest = jnp.max(clipping.values)
+    return (clipped(clipping), largest), (tangent, jnp.zeros_like(largest))
 
 
 def _assemble(clipping: Clipping, values):

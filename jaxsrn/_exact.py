@@ -179,7 +179,7 @@ class _Ascent(NamedTuple):
     num_steps: Int[Array, ""]
 
 
-def _ascend(problem: Problem, op: Operator, start: Pair, max_steps: int, tolerance) -> _Ascent:
+def _ascend(problem: Problem, op: Operator, start: Pair, max_steps: int | Int[Array, ""], tolerance) -> _Ascent:
     """Minorise-maximise passes from one pair, Anderson accelerated, to a relative change of the kernel.
 
     Every candidate is the closed form of a true unit pair, whatever point that pair was taken from: both guarantees
@@ -226,10 +226,11 @@ def solve(problem: Problem, op: Operator, starts: Pair, max_steps: int, toleranc
     norm_tolerance = default_tolerance(problem.weights.dtype)
 
     def round_(state: _Rounds) -> _Rounds:
-        ends = jax.vmap(lambda start: _ascend(problem, op, start, max_steps, tolerance))(state.starts)
+        steps_left = max_steps - state.solution.num_steps
+        ends = jax.vmap(lambda start: _ascend(problem, op, start, steps_left, tolerance))(state.starts)
         best = jnp.lexsort(merit(ends.best)[::-1])[0]
         end = jax.tree.map(lambda leaf: leaf[best], ends)
-        leading = _leading.leading(end.best.kernel, op, start=end.pair.right)
+        leading = _larger(end.best.kernel, op, end.pair, _leading.leading(end.best.kernel, op))
         norm = frozen_value(end.best.kernel, op, leading)
         solution = Solution(end.best, end.pair, leading, norm, state.solution.num_steps + end.num_steps)
         # All starts alike: a second copy of the passes for one start would double the compilation.
@@ -242,6 +243,12 @@ def solve(problem: Problem, op: Operator, starts: Pair, max_steps: int, toleranc
         return (state.count == 0) | more
 
     return lax.while_loop(unfinished, round_, _Rounds(starts, _nothing(problem, starts), jnp.asarray(0))).solution
+
+
+def _larger(kernel: Float[Array, "..."], op: Operator, known: Pair, found: Pair) -> Pair:
+    """Of two pairs the one with the larger value: a search without a proof may miss what is known."""
+    is_larger = frozen_value(kernel, op, found) >= frozen_value(kernel, op, known)
+    return jax.tree.map(lambda a, b: jnp.where(is_larger, a, b), found, known)
 
 
 def _nothing(problem: Problem, starts: Pair) -> Solution:

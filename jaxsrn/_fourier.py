@@ -207,6 +207,17 @@ def site_at(op: CircularConv, index, group: Int[Array, ""]) -> Int[Array, ""]:
     return jnp.ravel_multi_index((*index, group), (*half_grid(op), op.feature_group_count), mode="clip")
 
 
+def times_modulo(index: Int[Array, "..."], factor: np.ndarray, n: int) -> Int[Array, "..."]:
+    """`index * factor % n` for indices in `[0, n)`; bit by bit of the static factor where 32 bits might not hold it."""
+    if n * int(np.max(np.abs(factor), initial=0)) < 2**31:
+        return index * factor % n
+    factor, total = factor % n, jnp.zeros_like(index * factor)
+    for bit in range(n.bit_length()):
+        total = (total + (factor >> bit & 1) * index) % n
+        index = 2 * index % n
+    return total
+
+
 def same_site(op: CircularConv, smaller: CircularConv, site: Int[Array, ""]) -> Int[Array, ""]:
     """The site with the index and group of a site of a layer on a smaller grid."""
     return site_at(op, *_locate(smaller, site))
@@ -271,7 +282,7 @@ def wave(op: CircularConv, site: Int[Array, ""], vector: Complex[Array, " c"], p
     image = vector.reshape((*strides, -1))[np.ix_(*phases)]
     for axis, (t, s, n, i) in enumerate(zip(positions, strides, op.grid, index, strict=True)):
         roots = jnp.asarray(np.exp(2j * np.pi * np.arange(n) / n), vector.dtype)
-        factor = roots[i * (np.asarray(t) // s % n) % n]
+        factor = roots[times_modulo(i, np.asarray(t) // s, n)]
         image = image * jnp.expand_dims(factor, [a for a in range(image.ndim) if a != axis])
     in_group = (jnp.arange(op.feature_group_count) == group).astype(vector.real.dtype)
     shape = (*image.shape[:-1], op.feature_group_count * image.shape[-1])

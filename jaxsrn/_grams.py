@@ -132,7 +132,7 @@ def _phases(doubled: Int[Array, "points axes"], exponents: np.ndarray, op: Circu
     """`<w, t>` at half-integer indices, `(points, exponents)`; reduced as integers, which keeps full precision."""
     angles = jnp.zeros((len(doubled), len(exponents)), dtype)
     for axis, n in enumerate(op.grid):
-        turns = doubled[:, axis, None] * exponents[None, :, axis] % (2 * n)
+        turns = _fourier.times_modulo(doubled[:, axis, None] % (2 * n), exponents[None, :, axis], 2 * n)
         angles = angles + turns.astype(dtype) * (math.pi / n)
     return angles
 

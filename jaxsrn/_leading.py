@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 from jaxsrn import _fourier
 from jaxsrn._lanczos import default_tolerance, random_start, search_tolerance
 from jaxsrn._linalg import top_pairs, top_values, unit
-from jaxsrn._padded import search
+from jaxsrn._padded import at_first_contact, search, without_idle_axes
 from jaxsrn._pairs import Pair, as_images, matrix_free, matrix_size, site_pairs
 from jaxsrn._search import (
     are_below,
@@ -67,7 +67,7 @@ def _leading_of_matrix(matrix: Float[Array, "in out"]) -> Pair:
     start = random_start(matrix.shape[:1], matrix.dtype)
     pair = matrix_free(matrix, Dense(), start, default_tolerance(matrix.dtype)).pair
     product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
-    limit = squared_limit(max(matrix.shape), jnp.vdot(pair.right, product(matrix, pair.left)))
+    limit = squared_limit(max(matrix.shape), product(pair.right, product(matrix, pair.left)))
     wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
     proven = are_below(product(wide, wide.T)[None, None], limit[None])[0]
 
@@ -88,21 +88,25 @@ def leading(kernel: Float[Array, "..."], op: Operator, tolerance=None, start=Non
     """The leading pair of `T(kernel)`, found without any assumption. The kernel's scale must not be extreme.
 
     `tolerance` is the relative residual at which a matrix-free search stops, by default `search_tolerance`, or a proof
-    in its place where the matrix is small. `start`, a right vector, only speeds that search up: a fixed random part is
-    mixed in, so that a start that happens to be another singular vector cannot trap it.
+    in its place where the matrix is small. With `start`, a right vector, the search starts there alone: a fixed random
+    part is mixed in, so that a start that happens to be another singular vector cannot trap it.
     """
     if isinstance(op, Dense):
         return _leading_of_matrix(kernel)
     if isinstance(op, CircularConv):
         return leading_wave(kernel, op)[0]
-    if tolerance is None and matrix_size(op, kernel.shape) <= _PROVEN_SIZE:
+    small = without_idle_axes(op, kernel.shape)
+    if small.input_shape != op.input_shape:
+        return at_first_contact(leading(kernel, small, tolerance), op, kernel.shape)
+    is_small = tolerance is None and matrix_size(op, kernel.shape) <= _PROVEN_SIZE
+    if is_small or math.prod(op.input_shape) == 1:
         pair = _leading_of_matrix(op.to_dense(kernel).T)
         return as_images(pair.right, pair.left, op, kernel.shape)
     tolerance = search_tolerance(kernel.dtype) if tolerance is None else tolerance
     if start is None:
         return search(kernel, op, tolerance)
     noise = unit(random_start(op.in_shape(kernel.shape), kernel.dtype))
-    return matrix_free(kernel, op, start + 1e-3 * noise, tolerance).pair
+    return matrix_free(kernel, op, unit(start) + 1e-3 * noise, tolerance).pair
 
 
 def nearby(kernel: Float[Array, "..."], op: Operator, pair: Pair, tolerance) -> Pair:

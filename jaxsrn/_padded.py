@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from typing import NamedTuple
@@ -18,7 +19,7 @@ from jaxsrn._pairs import Found, Pair, circular_layer, matrix_free, windowed
 from jaxsrn._search import peaks
 from jaxsrn.operators import CircularConv, ZeroPaddedConv
 
-__all__ = ["search"]
+__all__ = ["at_first_contact", "search", "without_idle_axes"]
 
 # Of the random part of a cold start, relative to the wave: other waves may be as large, and all take part.
 _NOISE = 0.1
@@ -52,6 +53,40 @@ def search(kernel: Float[Array, "..."], op: ZeroPaddedConv, tolerance) -> Pair:
     return _from_waves(kernel, op, starts, noise, tolerance).pair
 
 
+# Axes of one tap
+
+
+def without_idle_axes(op: ZeroPaddedConv, kernel_shape: tuple[int, ...]) -> ZeroPaddedConv:
+    """The layer on a single sample along axes of one tap: it does the same to each of them, wherever it meets any."""
+    contacts = op.axis_contacts(kernel_shape)
+    idle = [k == 1 and len(axis[0].outputs) > 0 for k, axis in zip(kernel_shape[:-2], contacts, strict=True)]
+
+    def where(alone, otherwise):
+        return tuple(alone if axis else value for axis, value in zip(idle, otherwise, strict=True))
+
+    return dataclasses.replace(
+        op,
+        input_shape=where(1, op.input_shape),
+        padding=where((0, 0), op.pads(kernel_shape)),
+        strides=where(1, op.strides),
+        input_dilation=where(1, op.input_dilation),
+    )
+
+
+def at_first_contact(pair: Pair, op: ZeroPaddedConv, kernel_shape: tuple[int, ...]) -> Pair:
+    """A pair of the layer without idle axes on the images of the layer: zero but where a tap first meets a sample."""
+    taps = [axis[0] for axis in op.axis_contacts(kernel_shape)]
+
+    def placed(image, shape, first):
+        single = [small != n for small, n in zip(image.shape, shape, strict=True)]
+        place = tuple(slice(i, i + 1) if alone else slice(None) for alone, i in zip(single, (*first, 0), strict=True))
+        return jnp.zeros(shape, image.dtype).at[place].set(image)
+
+    right = placed(pair.right, op.in_shape(kernel_shape), [tap.inputs[0] for tap in taps])
+    left = placed(pair.left, op.out_shape(kernel_shape), [tap.outputs[0] for tap in taps])
+    return pair._replace(right=right, left=left)
+
+
 # Where the search starts
 
 
@@ -71,12 +106,20 @@ def _circular_starts(kernel: Float[Array, "..."], op: ZeroPaddedConv) -> _Starts
 
     Nothing binds their frequencies to the grid of the image: half a step off, a wave runs out of phase at the edges.
     """
-    layer, scale = _circular_model(op, kernel.shape)
-    limits, pairs = peaks(kernel, layer, _MOST_STARTS, scale)
-    pairs = Pair(*pairs)
-    phases = (pairs._replace(right=turn * pairs.right) for turn in (1, 1j))
-    waves = (jax.vmap(lambda pair: windowed(pair, layer, op, kernel.shape).right)(phase) for phase in phases)
-    return _Starts(limits * _fourier.overshoot(layer, kernel.shape), jax.vmap(_two_phases)(*waves))
+    layer, finer = _circular_model(op, kernel.shape)
+    limits, pairs = peaks(kernel, layer, _MOST_STARTS, finer)
+
+    def image(pair: Pair, turn):
+        return windowed(pair._replace(right=turn * pair.right), layer, op, kernel.shape).right
+
+    def phases(pair: Pair):
+        # The phase with the larger real part first: where the symbol is real there is no other.
+        angle = jnp.angle(jnp.sum(pair.right**2)) / 2
+        turn = jax.lax.complex(jnp.cos(angle), -jnp.sin(angle))
+        return _two_phases(image(pair, turn), image(pair, 1j * turn))
+
+    limits = jnp.where(limits > 0, limits * _fourier.overshoot(layer, kernel.shape), 0)
+    return _Starts(limits, jax.vmap(phases)(Pair(*pairs)))
 
 
 def _circular_model(op: ZeroPaddedConv, kernel_shape) -> tuple[CircularConv, int]:
@@ -91,7 +134,7 @@ def _circular_model(op: ZeroPaddedConv, kernel_shape) -> tuple[CircularConv, int
 def _two_phases(wave: Float[Array, "..."], turned: Float[Array, "..."]) -> Float[Array, "2 ..."]:
     """An orthonormal basis of both."""
     wave = unit(wave)
-    return jnp.stack([wave, unit(turned - jnp.vdot(wave, turned) * wave)])
+    return jnp.stack([wave, unit(turned - jnp.sum(wave * turned) * wave)])
 
 
 # From one wave and from several
@@ -120,7 +163,8 @@ def _from_wave(kernel, op: ZeroPaddedConv, waves: Float[Array, "2 ..."], noise, 
 
     def attempt(state: _Search) -> _Search:
         found = matrix_free(kernel, op, state.start + _NOISE * noise, tolerance, first_check=_COLD_STEPS, floor=floor)
-        shares = jnp.abs(jnp.tensordot(waves, found.pair.right, found.pair.right.ndim))
+        right = found.pair.right
+        shares = jnp.abs(jnp.tensordot(waves, right, right.ndim, precision=jax.lax.Precision.HIGHEST))
         again = (state.count == 0) & rivals & (shares[1] < _SHARE * shares[0])
         return _Search(found.pair.right + waves[1], found, state.count + 1, again)
 
@@ -145,7 +189,8 @@ def _from_waves(kernel, op: ZeroPaddedConv, starts: _Starts, noise, tolerance) -
     def look(state):
         k, best = state
         found = _from_wave(kernel, op, starts.waves[k], noise, tolerance, best.value)
-        return k + 1, jax.tree.map(lambda new, old: jnp.where(found.value <= best.value, old, new), found, best)
+        is_lower = (found.value <= best.value) & (k > 0)
+        return k + 1, jax.tree.map(lambda new, old: jnp.where(is_lower, old, new), found, best)
 
     return jax.lax.while_loop(unfinished, look, (jnp.asarray(0), _nothing(kernel, op)))[1]
 
@@ -177,7 +222,7 @@ def _through_few_channels(kernel, op: ZeroPaddedConv, starts: _Starts, noise, to
     singular values that make the search long: they differ in space. A power step of the whole layer leads to the
     subspaces of inputs and outputs, and what is left to Lanczos is far from the leading value.
     """
-    narrow = _narrowed(kernel, *_power_steps(kernel, op, starts))
+    narrow = _narrowed(kernel, *_power_steps(kernel, op, starts, noise))
     waves, noise = (narrow.inside(images) for images in (starts.waves, noise))
     waves = jax.vmap(_two_phases)(waves[:, 0], waves[:, 1])
     first = narrow.outside(_from_waves(narrow.kernel, op, starts._replace(waves=waves), unit(noise), tolerance).pair)
@@ -209,14 +254,17 @@ def _residual(image: Float[Array, "..."], right: Float[Array, "..."], left: Floa
     return jnp.linalg.norm((right - squared * image).reshape(-1)) / jnp.where(squared == 0, 1.0, squared)
 
 
-def _power_steps(kernel, op: ZeroPaddedConv, starts: _Starts):
-    """The same of all waves that might exceed what the largest reaches as it is; zero in place of the others."""
-    first = _power_step(kernel, op, starts.waves[0, 0])
+def _power_steps(kernel, op: ZeroPaddedConv, starts: _Starts, noise):
+    """The same of all waves that might exceed what the largest reaches as it is; zero in place of the others.
+
+    With noise, for the sake of channels that the waves do not use.
+    """
+    first = _power_step(kernel, op, starts.waves[0, 0] + _NOISE * noise)
     count = jnp.sum(starts.limits > jnp.linalg.norm(first[1]))
     stacks = [jnp.zeros((len(starts.limits), *image.shape), image.dtype).at[0].set(image) for image in first]
 
     def step(k, stacks):
-        images = _power_step(kernel, op, starts.waves[k, 0])
+        images = _power_step(kernel, op, starts.waves[k, 0] + _NOISE * noise)
         return [stack.at[k].set(image) for stack, image in zip(stacks, images, strict=True)]
 
     return jax.lax.fori_loop(1, count, step, stacks)

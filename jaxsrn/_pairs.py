@@ -70,9 +70,9 @@ def rescaled(kernel: Float[Array, "..."], op: Operator) -> tuple[Float[Array, ".
     """The same map up to its scale: `(kernel / scale, scale)`, the largest entry as a constant (1 for zero).
 
     Squares of very small or large kernels leave the range of the dtype; pairs and stable ranks have no scale. Taps
-    that meet no sample have no part in the map: they become 0.
+    that meet no sample have no part in the map: they become 0, but for NaN.
     """
-    return by_largest(jnp.where(jnp.asarray(op.tap_counts(kernel.shape) > 0), kernel, 0.0))
+    return by_largest(kernel * jnp.asarray(op.tap_counts(kernel.shape) > 0, kernel.dtype))
 
 
 def by_largest(kernel: Float[Array, "..."]) -> tuple[Float[Array, "..."], Float[Array, ""]]:

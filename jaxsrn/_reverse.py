@@ -8,7 +8,7 @@ each has the other two as its derivatives. JAX has no such rule for both modes: 
 from __future__ import annotations
 
 import dataclasses
-import functools
+from collections.abc import Callable
 
 import jax
 from jax import lax
@@ -25,44 +25,22 @@ def in_reverse(op: Operator) -> Operator:
     return _InReverse(**_arguments(op))
 
 
-@jax.tree_util.register_static
-class _InReverse(ZeroPaddedConv):
-    def apply(self, kernel, x, *, precision=None):
-        return _apply(_plain(self), precision, kernel, x)
-
-    def transpose(self, kernel, y, *, precision=None):
-        return _transpose(_plain(self), precision, kernel, y)
-
-    def kernel_gradient(self, kernel_shape, x, y, *, precision=lax.Precision.HIGHEST):
-        return _kernel_gradient(_plain(self), precision, kernel_shape, x, y)
-
-
-def _plain(op: _InReverse) -> ZeroPaddedConv:
-    return ZeroPaddedConv(**_arguments(op))
-
-
 def _arguments(op: ZeroPaddedConv) -> dict:
     return {field.name: getattr(op, field.name) for field in dataclasses.fields(op)}
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _with_pull_back(product: Callable, pull_back: Callable, num_static: int) -> Callable:
+    """A product of two arrays, after static arguments, with its rule for reverse mode.
+
+    The forward pass is the bare product: what is left of the rule then has a forward mode, as second derivatives need.
+    """
+    rule = jax.custom_vjp(product, nondiff_argnums=tuple(range(num_static)))
+    rule.defvjp(lambda *args: (product(*args), args[-2:]), pull_back)
+    return rule
+
+
 def _apply(op: ZeroPaddedConv, precision, kernel, x):
     return op.apply(kernel, x, precision=precision)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _transpose(op: ZeroPaddedConv, precision, kernel, y):
-    return op.transpose(kernel, y, precision=precision)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _kernel_gradient(op: ZeroPaddedConv, precision, kernel_shape, x, y):
-    return op.kernel_gradient(kernel_shape, x, y, precision=precision)
-
-
-def _with_arguments(function):
-    """The forward pass of `custom_vjp` that keeps the two arguments."""
-    return lambda *args: (function(*args), args[-2:])
 
 
 def _pull_back_apply(op, precision, arguments, y):
@@ -70,9 +48,17 @@ def _pull_back_apply(op, precision, arguments, y):
     return op.kernel_gradient(kernel.shape, x, y, precision=precision), op.transpose(kernel, y, precision=precision)
 
 
+def _transpose(op: ZeroPaddedConv, precision, kernel, y):
+    return op.transpose(kernel, y, precision=precision)
+
+
 def _pull_back_transpose(op, precision, arguments, x):
     kernel, y = arguments
     return op.kernel_gradient(kernel.shape, x, y, precision=precision), op.apply(kernel, x, precision=precision)
+
+
+def _kernel_gradient(op: ZeroPaddedConv, precision, kernel_shape, x, y):
+    return op.kernel_gradient(kernel_shape, x, y, precision=precision)
 
 
 def _pull_back_kernel_gradient(op, precision, kernel_shape, arguments, kernel):
@@ -80,6 +66,19 @@ def _pull_back_kernel_gradient(op, precision, kernel_shape, arguments, kernel):
     return op.transpose(kernel, y, precision=precision), op.apply(kernel, x, precision=precision)
 
 
-_apply.defvjp(_with_arguments(_apply), _pull_back_apply)
-_transpose.defvjp(_with_arguments(_transpose), _pull_back_transpose)
-_kernel_gradient.defvjp(_with_arguments(_kernel_gradient), _pull_back_kernel_gradient)
+@jax.tree_util.register_static
+class _InReverse(ZeroPaddedConv):
+    """The layer whose products have these rules."""
+
+    def apply(self, kernel, x, *, precision=None):
+        return _with_pull_back(_apply, _pull_back_apply, 2)(self._plain(), precision, kernel, x)
+
+    def transpose(self, kernel, y, *, precision=None):
+        return _with_pull_back(_transpose, _pull_back_transpose, 2)(self._plain(), precision, kernel, y)
+
+    def kernel_gradient(self, kernel_shape, x, y, *, precision=lax.Precision.HIGHEST):
+        rule = _with_pull_back(_kernel_gradient, _pull_back_kernel_gradient, 3)
+        return rule(self._plain(), precision, kernel_shape, x, y)
+
+    def _plain(self) -> ZeroPaddedConv:
+        return ZeroPaddedConv(**_arguments(self))

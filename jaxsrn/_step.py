@@ -12,12 +12,14 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
 from jaxsrn import _leading, _pairs
 from jaxsrn._checks import Kernel, ensure, float_dtype, kernel_array, positive_scalar
 from jaxsrn._exact import Problem, closed_form, functional, merit
+from jaxsrn._fourier import complex_dtype
 from jaxsrn._pairs import Pair
 from jaxsrn._reverse import in_reverse
 from jaxsrn._starts import survey
@@ -28,7 +30,7 @@ from jaxsrn.operators import Dense, Operator
 
 __all__ = ["SRNCState", "srnc_state", "srnc_step"]
 
-GRADIENTS = ("frozen", "implicit")
+_GRADIENTS = ("frozen", "implicit")
 _START_PASSES = 10
 _MAX_PASSES = 500
 # Of a step for the norm alone: without a stable rank to lower, the next singular values lie close below it.
@@ -112,7 +114,7 @@ def srnc_step(
       ValueError: a kernel, target, norm or gradient that does not fit; a state of another layer; aliased taps.
     """
     kernel, target, norm = _checked(kernel, op, target, norm, cap)
-    ensure(gradient in GRADIENTS, f"gradient: got {gradient!r}, expected one of {GRADIENTS}.")
+    ensure(gradient in _GRADIENTS, f"gradient: got {gradient!r}, expected one of {_GRADIENTS}.")
     track = track_shapes(op, kernel.shape, _is_watched(op, target))
     expected = SRNCState(track, track if _follows_own(op, target, norm, cap) else None)
     ensure(
@@ -129,7 +131,7 @@ def _checked(kernel, op: Operator, target, norm, cap):
     dtype = float_dtype(kernel.dtype)
     ensure(norm is not None or not cap, "cap: got True with norm=None, expected a norm to stay below; give norm.")
     norm = None if norm is None else positive_scalar(norm, "norm", dtype, or_zero=True)
-    if isinstance(target, float) and target == math.inf:
+    if not isinstance(target, jax.core.Tracer) and np.ndim(target) == 0 and np.isposinf(np.asarray(target, float)):
         return kernel, None, norm
     op.check_not_aliased(kernel.shape)
     return kernel, positive_scalar(target, "target", dtype), norm
@@ -202,10 +204,12 @@ def _converged(a: Float[Array, "..."], op: Operator, target, pair: Pair) -> Trac
 @functools.partial(jax.jit, static_argnames=("cap", "gradient"))
 def _srnc_step(kernel, state, op, target, norm, cap, gradient):
     a, scale = _pairs.rescaled(kernel.astype(float_dtype(kernel.dtype)), op)
-    fixed, (track, own) = lax.stop_gradient((a, state))
+    # A model may have been cast as a whole, its state with it.
+    fixed, (track, own) = lax.stop_gradient((a, jax.tree.map(functools.partial(_in_precision_of, a), state)))
     # The power step comes first, on this kernel: after a step of an optimizer the stored pair is that of another one.
     track, own = _followed(fixed, op, target, track), None if own is None else follow(fixed, op, own)
-    pair = track.pair if gradient == "frozen" else _moving_pair(a, op, target, track.pair)
+    # Of the norm alone the frozen gradient is the true one.
+    pair = track.pair if gradient == "frozen" or target is None else _moving_pair(a, op, target, track.pair)
     # The solution is proportional to the norm and does not depend on the scale of the kernel.
     unit_kernel = _normalized(a, op, target, pair)
     if norm is None or cap:
@@ -213,6 +217,13 @@ def _srnc_step(kernel, state, op, target, norm, cap, gradient):
         norm = own_norm if norm is None else jnp.minimum(norm, own_norm)
     result = jnp.where(jnp.asarray(op.tap_counts(kernel.shape) == 0), kernel, (norm * unit_kernel).astype(kernel.dtype))
     return result, SRNCState(track, own)
+
+
+def _in_precision_of(kernel: Float[Array, "..."], leaf: jax.Array) -> jax.Array:
+    """A leaf of the state in the kernel's dtype, or in the complex one of the same precision; sites stay."""
+    if not jnp.issubdtype(leaf.dtype, jnp.inexact):
+        return leaf
+    return leaf.astype(complex_dtype(kernel.dtype) if jnp.iscomplexobj(leaf) else kernel.dtype)
 
 
 def _followed(a: Float[Array, "..."], op: Operator, target, track: Track) -> Track:
@@ -282,7 +293,7 @@ def _real_vector(pair: Pair):
 
 def _aligned(pair: Pair, reference: Pair) -> Pair:
     """The same pair with the phase of the reference: one phase for both vectors changes nothing."""
-    overlap = jnp.vdot(pair.left, reference.left)
+    overlap = jnp.vdot(pair.left, reference.left, precision=lax.Precision.HIGHEST)
     size = jnp.sqrt(jnp.where(overlap == 0, 1.0, overlap.real**2 + overlap.imag**2))
     phase = jnp.where(overlap == 0, 1.0, overlap / size.astype(overlap.dtype))
     return Pair(pair.site, pair.right * phase, pair.left * phase)

@@ -8,6 +8,7 @@ maximum over `m` equispaced angles per axis (M. Riesz).
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 
@@ -22,7 +23,7 @@ from jaxsrn._covers import NormInterval, covers, for_any_size, slack_of, widened
 from jaxsrn._linalg import gram_bound
 from jaxsrn._reshapings import channel_l1, fantastic_four, l1, lip_bound, tensor_norm
 from jaxsrn.norms import frozen_value
-from jaxsrn.operators import CircularConv, Dense, Operator
+from jaxsrn.operators import CircularConv, Dense, Operator, ZeroPaddedConv
 
 __all__ = [
     "NormInterval",
@@ -112,13 +113,28 @@ def _frozen_leading(kernel: Float[Array, "..."], op: Operator, tolerance: float 
 
 
 def _lower_at_any_size(kernel: Float[Array, "..."], op: Operator) -> Float[Array, ""]:
-    """Every circular grid has frequency 0; every zero-padded layer connects some two samples by a tap of its own."""
+    """Every circular grid has frequency 0; a zero-padded layer that connects any two samples does it by a tap."""
     if isinstance(op, CircularConv):
         at_zero = jnp.arange(op.feature_group_count)
         return jnp.max(_pairs.site_pairs(kernel, op, at_zero)[0])
+    if not _always_connects(op, kernel.shape):
+        return jnp.zeros((), kernel.dtype)
     by_group = _fourier.grouped(kernel, op)
     taps = jnp.moveaxis(by_group, -2, -3).reshape((-1, op.feature_group_count, kernel.shape[-2], by_group.shape[-1]))
     return jnp.min(jnp.max(jnp.linalg.svd(taps, compute_uv=False)[..., 0], axis=-1))
+
+
+def _always_connects(op: ZeroPaddedConv, kernel_shape: tuple[int, ...]) -> bool:
+    """Whether at every image size some tap meets a sample (static): dilated taps may all miss a small image."""
+    for axis, extent in enumerate(op.extents(kernel_shape)):
+        # Windows of a whole period of strides inside the image: from there on nothing new happens.
+        for n in range(1, extent + op.strides[axis] * op.input_dilation[axis] + 1):
+            sizes = (*op.input_shape[:axis], n, *op.input_shape[axis + 1 :])
+            layer = dataclasses.replace(op, input_shape=sizes)
+            outputs = layer.out_shape(kernel_shape)[axis]
+            if outputs > 0 and not any(len(tap.outputs) for tap in layer.axis_contacts(kernel_shape)[axis]):
+                return False
+    return True
 
 
 # Gram iteration

@@ -301,7 +301,7 @@ def layer_operators(module: nn.Module, variables: Mapping, *inputs, **options) -
             return outputs
         outputs = call(*args, **kwargs)
         kernel = nn.meta.unbox(layer.get_variable("params", "kernel"))
-        record_call(found, (*layer.path, "kernel"), layer, kernel.shape, *args, *kwargs.values())
+        record_call(found, (*layer.path, "kernel"), layer, kernel.shape, next(iter((*args, *kwargs.values()))))
         return outputs
 
     leaves, treedef = jax.tree.flatten(inputs)

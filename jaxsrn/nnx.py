@@ -71,18 +71,24 @@ class _Normalized(nnx.Module):
         for variable, leaf in zip(self.state, jax.tree.leaves(state), strict=True):
             variable[...] = leaf
 
-    def __call__(self, x, *, update_stats: bool = True):
+    def set_view(self, use_running_average: bool | None = None) -> None:
+        """For `nnx.view`, as that of batch normalization: with `True` forwards only read."""
+        if use_running_average is not None:
+            self.use_running_average = use_running_average
+
+    def __call__(self, x, update_stats: bool = True, **options):
         """The layer with its normalized kernel.
 
         Args:
           x: the layer's input, of any spatial shape: the weights are those of `input_shape`.
           update_stats: whether to store the stepped state afterwards. Without it, and after `model.eval()`, the
             forward only reads: any number of them see the same weights.
+          **options: of the layer itself, such as `out_sharding`.
         """
         kernel, state = self._step()
         if update_stats and not self.use_running_average:
             self._store(state)
-        return _with_kernel(self.layer, kernel)(x)
+        return _with_kernel(self.layer, kernel)(x, **options)
 
     def refresh(self) -> None:
         """One step of the state without a forward."""
@@ -279,7 +285,10 @@ class _Recorder(nnx.Module):
 
 
 def _rewritten(node, change: Callable[[tuple, Any], Any], path: tuple = (), memo: dict | None = None):
-    """The node with every part `p` replaced by `change(path, p)`, in place; what was replaced is not entered."""
+    """The node with every part `p` replaced by `change(path, p)`; what was replaced is not entered.
+
+    In place, but for tuples.
+    """
     memo = {} if memo is None else memo
     if id(node) in memo:
         return memo[id(node)][0]
@@ -287,6 +296,12 @@ def _rewritten(node, change: Callable[[tuple, Any], Any], path: tuple = (), memo
     # The original is kept, so that its id is not given to another one.
     memo[id(node)] = new, node
     if new is not node:
+        return new
+    if isinstance(node, tuple):
+        parts = [_rewritten(child, change, (*path, i), memo) for i, child in enumerate(node)]
+        if any(part is not child for part, child in zip(parts, node, strict=True)):
+            new = type(node)(*parts) if hasattr(node, "_fields") else tuple(parts)
+            memo[id(node)] = new, node
         return new
     for key, child in _children(node):
         changed = _rewritten(child, change, (*path, key), memo)

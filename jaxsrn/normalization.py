@@ -142,7 +142,9 @@ def _lowered_values(s: Float[Array, " n"], target, num_preserved: int):
         g2 = g1 * root * _ratio(s1, s2)
         return jnp.where(jnp.arange(len(s)) == 0, g1, g2) * s, jnp.asarray(0)
     # Feasible iff the leading k alone do not exceed the target; k = 1 always is the last resort.
-    fits = head[: min(num_preserved, len(s))] <= target * squares[0]
+    # Rounding must not decide where the two are equal.
+    room = 1 + 16 * jnp.finfo(s.dtype).eps
+    fits = head[: min(num_preserved, len(s))] <= target * squares[0] * room
     k = jnp.maximum(jnp.sum(fits), 1)
     kept = jnp.arange(len(s)) < k
     rest = jnp.where(k < len(s), tail[jnp.minimum(k, len(s) - 1)], 0.0)
@@ -289,7 +291,7 @@ def _srnc_raised(kernel, op, target, initial, tolerance, keep_norm, max_steps):
         found = raised(problem, op, max_steps, tolerance)
         leading = _leading.leading(lax.stop_gradient(found.kernel), op)
         change, squared = found.kernel - problem.kernel, problem.inner(problem.kernel, problem.kernel)
-        distance = safe_sqrt(problem.inner(change, change) / squared)
+        distance = _ratio(safe_sqrt(problem.inner(change, change)), safe_sqrt(squared))
         gap = _gap(
             lax.stop_gradient(problem), found.squared_bound, lax.stop_gradient(distance), True, found.feasible, False
         )

@@ -55,8 +55,8 @@ def leading_triplet(
     Args:
       kernel: `(c_in, c_out)` or `(*taps, c_in // groups, c_out)`.
       op: its operator.
-      initial: an earlier triplet of a similar kernel; it saves iterations of the matrix-free search and never
-        changes what is found.
+      initial: an earlier triplet of a similar kernel, where the matrix-free search starts in place of the waves,
+        with a small random part mixed in; it saves most of the steps. Nothing else depends on it.
       tolerance: relative residual at which that search stops; default `eps ** 0.75` of the dtype. Traced. Where it is
         given, small layers with zero padding are searched too, without a proof.
 

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int, Shaped
 
 from jaxsrn import _pairs
 from jaxsrn._checks import Kernel, ensure, float_dtype, kernel_array, positive_scalar, static_int
-from jaxsrn._clip import blocks_of, smooth_excess
+from jaxsrn._clip import blocks_of, smooth_clipped
 from jaxsrn._nearest import nearest, with_derivative
 from jaxsrn.norms import norm_of
 from jaxsrn.operators import Dense, Operator, ZeroPaddedConv
@@ -80,9 +80,11 @@ def _checked(kernel, op: Operator, max_norm) -> tuple[jax.Array, jax.Array]:
 def _clip_singular_values(kernel, op, max_norm):
     a, scale = _pairs.rescaled(kernel.astype(float_dtype(kernel.dtype)), op)
     blocks = blocks_of(op, a.shape, a.dtype)
-    # The stack keeps inner products, so this is the clipped stack transformed back, exact where nothing is clipped.
-    lost = blocks.pull_back(smooth_excess(blocks.stack(a), max_norm / scale))
-    return kernel - (lost * scale).astype(kernel.dtype)
+    limit = max_norm / scale
+    # The stack keeps inner products, so that its adjoint transforms back.
+    matrices, largest = smooth_clipped(blocks.stack(a), limit)
+    keep = (largest <= limit) | jnp.asarray(op.tap_counts(kernel.shape) == 0)
+    return jnp.where(keep, kernel, (blocks.pull_back(matrices) * scale).astype(kernel.dtype))
 
 
 def project_spectral_ball(
@@ -141,7 +143,7 @@ def _project_spectral_ball(kernel, op, max_norm, tolerance, max_steps):
     weights = op.frobenius_weights(a.shape, a.dtype)
     size = jnp.sqrt(jnp.sum(weights * fixed**2))
     if isinstance(op, Dense):
-        found = a - smooth_excess(a[None], limit)[0]
+        found = smooth_clipped(a[None], limit)[0][0]
         residual, num_steps = jnp.where(jnp.isnan(size), size, 0.0), jnp.asarray(1)
     else:
         # Nothing is as small as asked where the kernel stays as it is: no step is taken then.

@@ -98,12 +98,16 @@ def stable_rank_range(kernel_shape: tuple[int, ...], op: Operator) -> tuple[floa
 def target_of(fraction: float, kernel_shape: tuple[int, ...], op: Operator) -> float:
     """The stable rank that is `fraction` of `min(prod(in_shape), prod(out_shape))` (static).
 
+    Where all kernels have the same stable rank, such as matrices of one row or column, it is that one.
+
     Raises:
       ValueError: a fraction outside (0, 1], or below what the taps of the kernel allow.
     """
     ensure(0 < fraction <= 1, f"fraction: got {fraction}, expected a number in (0, 1].")
     largest = min(math.prod(op.in_shape(kernel_shape)), math.prod(op.out_shape(kernel_shape)))
-    low, _ = stable_rank_range(kernel_shape, op)
+    low, high = stable_rank_range(kernel_shape, op)
+    if low == high:
+        return low
     # Rounding must not forbid the end of the interval.
     ensure(
         fraction * largest >= low * (1 - 1e-6),

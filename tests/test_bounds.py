@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from cases import BAD_KERNELS, BY_NAME, CASES, dense, fft_norms, gaussian, quick_jit, spectral_kinds
 
+import jaxsrn
 from jaxsrn import CircularConv, Dense, ZeroPaddedConv, _leading, bounds
 
 
@@ -196,3 +197,25 @@ def test_errors():
         bounds.gram_iteration(kernel, op, num_steps=0)
     with pytest.raises(ValueError, match="oversampling: got 1, expected a static integer >= 2"):
         bounds.gram_iteration(kernel, op, oversampling=1)
+
+
+@pytest.mark.parametrize(
+    ("op", "shape"),
+    [
+        (ZeroPaddedConv((1,), kernel_dilation=2), (2, 1, 1)),
+        (ZeroPaddedConv((1,), padding=((1, 1),), strides=2), (1, 1, 1)),
+    ],
+    ids=str,
+)
+def test_layers_whose_taps_all_miss_a_small_image(op, shape):
+    """The norm is 0 at this size, so the interval of all sizes starts there."""
+    kernel = jnp.ones(shape)
+    assert jaxsrn.spectral_norm(kernel, op) == 0
+    assert bounds.certified(kernel, op, any_size=True).lower == 0
+
+
+@pytest.mark.parametrize("n", [1, 2, 7])
+def test_some_tap_meets_every_image_by_default(n):
+    kernel = jnp.asarray(gaussian((3, 3, 2, 2)))
+    lower = bounds.certified(kernel, ZeroPaddedConv((9, 9)), any_size=True).lower
+    assert 0 < lower <= np.linalg.norm(dense(kernel, ZeroPaddedConv((n, n))), 2) * (1 + 1e-12)

@@ -3,12 +3,14 @@
 import functools
 import math
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
+from cases import gaussian
 from flax import nnx
 from sklearn.datasets import load_digits
 
@@ -390,3 +392,37 @@ NAME = r"Conv\(in_features=2, out_features=3, kernel_size=\(3, 3\)\): "
 def test_misuse_names_the_layer(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_wrapped_attention():
+    """Flax hands its projections keyword arguments of its own."""
+    attention = nnx.MultiHeadAttention(num_heads=2, in_features=4, decode=False, rngs=nnx.Rngs(0))
+    model = jnnx.constrain(attention, lambda path, layer: jnnx.SpectralNorm(layer))
+    x = jnp.asarray(gaussian((1, 3, 4)), jnp.float32)
+    np.testing.assert_allclose(jnnx.fold(model)(x), model(x, deterministic=True), rtol=1e-5, atol=1e-6)
+
+
+def test_view_and_positional_update_stats():
+    wrapped = jnnx.SpectralNorm(conv(2, 3, (3, 3)), input_shape=(4, 4))
+    x = jnp.asarray(gaussian((1, 4, 4, 2)), jnp.float32)
+    state = jax.tree.map(jnp.copy, nnx.state(wrapped))
+    np.testing.assert_array_equal(nnx.view(wrapped, use_running_average=True)(x), wrapped(x, False))
+    chex.assert_trees_all_equal(nnx.state(wrapped), state)
+
+
+class Pair(nnx.Module):
+    def __init__(self):
+        self.layers = nnx.data((conv(2, 3, (3, 3)), conv(3, 2, (3, 3))))
+
+    def __call__(self, x):
+        return self.layers[1](self.layers[0](x))
+
+
+def test_layers_in_a_tuple():
+    x = jnp.asarray(gaussian((1, 4, 4, 2)), jnp.float32)
+    model = jnnx.constrain(Pair(), lambda path, layer: jnnx.SpectralNorm(layer, input_shape=(4, 4)))
+    assert [type(layer) for layer in model.layers] == [jnnx.SpectralNorm] * 2
+    assert set(jnnx.layer_operators(model, x)) == {("layers", i, "layer", "kernel") for i in range(2)}
+    folded = jnnx.fold(model)
+    assert [type(layer) for layer in folded.layers] == [nnx.Conv] * 2
+    np.testing.assert_allclose(folded(x), model(x), rtol=1e-5, atol=1e-6)

@@ -9,6 +9,7 @@ from cases import CASES, by_name, derivative, gaussian, kernel, quick_jit
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import jaxsrn
 from jaxsrn import (
     CircularConv,
     Dense,
@@ -16,6 +17,7 @@ from jaxsrn import (
     ZeroPaddedConv,
     _leading,
     _padded,
+    bounds,
     leading_triplet,
     spectral_norm,
 )
@@ -386,3 +388,18 @@ def test_tolerance_must_be_positive(case, tolerance):
 def test_tolerance_must_be_a_scalar():
     with pytest.raises(ValueError, match=r"tolerance: got shape \(2,\), expected a scalar"):
         leading_triplet(jnp.ones((2, 2)), Dense(), tolerance=jnp.ones(2))
+
+
+def test_nan_in_a_tap_without_effect_is_no_plausible_number():
+    op = ZeroPaddedConv((2,))
+    kernel = jnp.ones((5, 1, 1)).at[0].set(jnp.nan)
+    for function in (jaxsrn.spectral_norm, jaxsrn.stable_rank, bounds.gram_iteration, bounds.tensor_norm, bounds.l1):
+        assert np.isnan(function(kernel, op))
+    assert np.isnan(bounds.certified(kernel, op).upper)
+
+
+def test_initial_triplets_have_no_scale():
+    first = leading_triplet(jnp.asarray(BINOMIAL), LONG, tolerance=1e-8)
+    large = first._replace(right=1e8 * first.right, left=1e8 * first.left)
+    again = leading_triplet(jnp.asarray(BINOMIAL), LONG, initial=large, tolerance=1e-8)
+    np.testing.assert_allclose(again.value, first.value, rtol=1e-12)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from cases import dense, gaussian, quick_jit
 
-from jaxsrn import CircularConv, ZeroPaddedConv, _fourier, _padded, _search, leading_triplet, spectral_norm
+from jaxsrn import CircularConv, ZeroPaddedConv, _fourier, _leading, _padded, _search, leading_triplet, spectral_norm
 from jaxsrn._lanczos import leading_singular_vectors, search_tolerance
 
 
@@ -51,7 +51,58 @@ def test_a_wave_that_is_lower_on_the_torus_may_lead_with_zero_padding():
     np.testing.assert_allclose(searched(jnp.asarray(kernel, jnp.float32), op), expected[1], rtol=1e-6)
 
 
+# Axes of one tap
+
+
+@pytest.mark.parametrize("tolerance", [None, 1e-10])
+@pytest.mark.parametrize(
+    ("op", "shape"),
+    [
+        (ZeroPaddedConv((5, 4)), (1, 1, 3, 4)),
+        (ZeroPaddedConv((9, 7), strides=(2, 3)), (1, 1, 3, 4)),
+        (ZeroPaddedConv((6, 6), padding=((2, 1), (3, 3)), strides=2), (1, 1, 3, 2)),
+        (ZeroPaddedConv((6, 6), feature_group_count=2), (1, 1, 3, 4)),
+        (ZeroPaddedConv((9, 5)), (3, 1, 3, 4)),
+        (ZeroPaddedConv((5, 9), strides=(3, 2)), (1, 3, 3, 4)),
+        (ZeroPaddedConv((4, 5), padding=((1, 1), (1, 2)), input_dilation=2), (1, 3, 3, 2)),
+        (ZeroPaddedConv((1, 9)), (1, 3, 3, 2)),
+    ],
+    ids=str,
+)
+def test_axes_of_one_tap(op, shape, tolerance):
+    kernel = gaussian(shape)
+    matrix = dense(kernel, op)
+    triplet = leading_triplet(jnp.asarray(kernel), op, tolerance=tolerance)
+    np.testing.assert_allclose(triplet.value, np.linalg.norm(matrix, 2), rtol=1e-12)
+    np.testing.assert_allclose(matrix @ triplet.right.ravel(), triplet.value * triplet.left.ravel(), atol=1e-8)
+    np.testing.assert_allclose([np.linalg.norm(triplet.left), np.linalg.norm(triplet.right)], 1, rtol=1e-12)
+
+
+def test_one_tap_that_never_meets_the_image():
+    op = ZeroPaddedConv((1,), padding=((1, 1),), strides=2)
+    assert leading_triplet(jnp.ones((1, 2, 2)), op).value == 0
+
+
+def test_one_tap_on_a_large_image_is_a_matrix(monkeypatch):
+    """Proven, and without a search."""
+    monkeypatch.setattr(_leading, "search", None)
+    matrix = gaussian((1, 1, 40, 30))
+    value = spectral_norm(jnp.asarray(matrix), ZeroPaddedConv((65, 65), strides=2))
+    np.testing.assert_allclose(value, np.linalg.norm(matrix[0, 0], 2), rtol=1e-12)
+
+
 # Few channels
+
+
+def test_channels_that_no_wave_uses_may_lead():
+    """Two channels of many without connection, largest at the same frequency, of which one wave starts."""
+    op, angle = ZeroPaddedConv((30, 30)), np.pi / 31
+    kernel = np.zeros((3, 3, 64, 64))
+    kernel[..., 0, 0] = np.outer([1, 2, 1], [1, 2, 1]) / 16
+    kernel[..., 40, 40] = 0.9995 * np.outer([1, 6, 1], [1, 6, 1]) / 64
+    expected = (2 + 2 * np.cos(angle)) ** 2 / 16, 0.9995 * (6 + 2 * np.cos(angle)) ** 2 / 64
+    assert expected[1] > expected[0] * (1 + 1e-3)
+    np.testing.assert_allclose(searched(jnp.asarray(kernel, jnp.float32), op), expected[1], rtol=1e-6)
 
 
 def decaying(shape, rate):
@@ -128,9 +179,12 @@ def test_channel_directions_span_the_channels_of_images():
     np.testing.assert_allclose(images @ basis @ basis.T, images, atol=1e-12)
 
 
-def test_zero_and_nan_in_many_channels():
-    op, zero = ZeroPaddedConv((24, 24)), jnp.zeros((3, 3, 32, 32))
-    assert spectral_norm(zero, op) == 0
+@pytest.mark.parametrize("channels", [4, 32])
+def test_zero_and_nan(channels):
+    op, zero = ZeroPaddedConv((24, 24)), jnp.zeros((3, 3, channels, channels))
+    triplet = leading_triplet(zero, op)
+    assert triplet.value == spectral_norm(zero, op) == 0
+    np.testing.assert_allclose([np.linalg.norm(triplet.left), np.linalg.norm(triplet.right)], 1, rtol=1e-6)
     assert np.isnan(spectral_norm(zero.at[0, 0, 0, 0].set(jnp.nan), op))
 
 

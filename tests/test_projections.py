@@ -509,3 +509,19 @@ def test_bad_options():
         jaxsrn.project_spectral_ball(jnp.ones((2, 2)), Dense(), 1.0, tolerance=-1.0)
     with pytest.raises(ValueError, match="use project_spectral_ball"):
         jaxsrn.clip_singular_values(jnp.ones((3, 3, 16, 16)), ZeroPaddedConv((32, 32)), 1.0)
+
+
+@pytest.mark.parametrize("function", ["clip_singular_values", "project_spectral_ball"])
+def test_matrices_far_outside_keep_their_digits(function):
+    """What is subtracted is a million times what is left."""
+    a = 1e6 * jnp.asarray(gaussian((40, 30)), jnp.float32)
+    found = getattr(jaxsrn, function)(a, Dense(), 1.0)
+    u, s, vt = np.linalg.svd(np.asarray(a, np.float64), full_matrices=False)
+    np.testing.assert_allclose(getattr(found, "kernel", found), u @ (np.minimum(s, 1)[:, None] * vt), atol=1e-5)
+
+
+def test_clipping_in_a_narrow_dtype_rounds_once():
+    a = (100 * jnp.asarray(gaussian((48, 48)))).astype(jnp.bfloat16)
+    u, s, vt = np.linalg.svd(np.asarray(a, np.float64))
+    found = np.asarray(jaxsrn.clip_singular_values(a, Dense(), 1.0), np.float64)
+    np.testing.assert_allclose(found, u @ (np.minimum(s, 1)[:, None] * vt), atol=2e-3)

@@ -13,7 +13,7 @@ from cases import CASES, by_name, derivative, gaussian, kernel, quick_jit
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxsrn import CircularConv, Dense, ZeroPaddedConv, stable_rank, stable_rank_range
+from jaxsrn import CircularConv, Dense, ZeroPaddedConv, ranks, stable_rank, stable_rank_range
 
 CIRCULAR = [case for case in CASES if isinstance(case.op, CircularConv)]
 PADDED = [case for case in CASES if isinstance(case.op, ZeroPaddedConv)]
@@ -382,3 +382,10 @@ def test_bad_kernels(function, weights, op, message):
 def test_kernels_must_be_real_and_floating(dtype):
     with pytest.raises(ValueError, match=r"kernel: got dtype .*expected a real floating-point"):
         stable_rank(jnp.ones((2, 2), dtype), Dense())
+
+
+def test_a_fraction_where_all_kernels_have_the_same_stable_rank():
+    """Such as a head of one unit, whose matrix has rank one."""
+    assert ranks.target_of(0.3, (8, 1), Dense()) == 1
+    with pytest.raises(ValueError, match=r"fraction: got 0.05, expected at least 0.0555556"):
+        ranks.target_of(0.05, (3, 3, 2, 3), CircularConv((8, 8)))

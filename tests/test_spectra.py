@@ -11,7 +11,7 @@ from cases import CASES, by_name, derivative, gaussian, kernel, quick_jit
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxsrn import CircularConv, Dense, ZeroPaddedConv, singular_values, symbol, top_singular_values
+from jaxsrn import CircularConv, Dense, ZeroPaddedConv, _fourier, singular_values, symbol, top_singular_values
 
 CIRCULAR = [case for case in CASES if isinstance(case.op, CircularConv)]
 KINDS = by_name("dense-wide", "circular-2d-strides", "same-1d")
@@ -302,3 +302,13 @@ def test_k_must_be_an_integer(k):
 def test_bad_kernels(function, weights, message):
     with pytest.raises(ValueError, match=message):
         function(weights, CircularConv((4, 4)))
+
+
+@pytest.mark.parametrize("n", [7, 46_341, 100_000, 2**30 - 1])
+def test_products_modulo_large_sizes_do_not_overflow(n):
+    rng = np.random.default_rng(0)
+    index = np.unique(np.r_[0, 1, n - 1, rng.integers(0, n, 20)])
+    factor = np.r_[-n, -3, 0, 2, n - 1, rng.integers(0, n, 20)]
+    found = _fourier.times_modulo(jnp.asarray(index[:, None], jnp.int32), factor[None].astype(np.int32), n)
+    assert found.dtype == jnp.int32
+    np.testing.assert_array_equal(found, [[int(i) * int(f) % n for f in factor] for i in index])

@@ -184,3 +184,12 @@ def test_scalars_have_exact_derivatives():
 def test_bad_input(arguments, options, message):
     with pytest.raises(ValueError, match=message):
         jaxsrn.srn(*arguments, **options)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_rounding_does_not_decide_how_many_fit(seed):
+    """Of an orthogonal matrix two values are exactly a stable rank of 2."""
+    q, _ = np.linalg.qr(np.random.default_rng(seed).standard_normal((3, 3)))
+    result = jaxsrn.srn(jnp.asarray(q), 2.0, num_preserved=2)
+    assert int(result.num_preserved) == 2
+    np.testing.assert_allclose(result.stable_rank, 2, rtol=1e-12)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import by_name, dense, kernel, pull_back, weights
+from cases import by_name, dense, gaussian, kernel, pull_back, weights
 
 import jaxsrn
 from jaxsrn import CircularConv, Dense, ZeroPaddedConv
@@ -431,3 +431,12 @@ def test_bad_input(array, op, target, options, message):
 def test_bad_input_of_the_original():
     with pytest.raises(ValueError, match="fall on each other"):
         jaxsrn.srnc_tanay(jnp.ones((5, 2, 2)), CircularConv((4,)), 2.0)
+
+
+@pytest.mark.parametrize("max_steps", [1, 2, 3, 5])
+def test_no_more_steps_than_allowed(max_steps):
+    """Also where the passes end at a kernel that is larger elsewhere, and go on from there."""
+    for seed in range(6):
+        a, op = jnp.asarray(gaussian((3, 2, 2), seed)), CircularConv((16,))
+        result = jaxsrn.srnc(a, op, 0.3 * jaxsrn.stable_rank(a, op), max_steps=max_steps)
+        assert int(result.num_steps) <= max_steps

@@ -235,3 +235,48 @@ def test_bad_arguments():
         srnc_step(kernel, state, op, math.inf, norm=-2.0)
     with pytest.raises(ValueError, match="state: it does not fit a kernel of shape"):
         srnc_step(kernel, state, op, 3.0, norm=None)
+
+
+@pytest.mark.parametrize("infinite", [np.float32("inf"), np.float64("inf"), jnp.asarray(jnp.inf)])
+def test_any_infinite_number_asks_for_the_norm_alone(infinite):
+    kernel, op = jnp.asarray(gaussian((3, 2, 2))), CircularConv((8,))
+    state = srnc_state(kernel, op, infinite)
+    expected = srnc_step(kernel, srnc_state(kernel, op, math.inf), op, math.inf)
+    for found, other in zip(
+        jax.tree.leaves(srnc_step(kernel, state, op, infinite)), jax.tree.leaves(expected), strict=True
+    ):
+        np.testing.assert_array_equal(found, other)
+
+
+@pytest.mark.parametrize("name", ["circular-2d", "same-2d", "dense-tall"])
+def test_a_state_that_was_cast_with_its_model(name):
+    """The step is that of the kernel's precision, to the digits that the state has left."""
+    case = BY_NAME[name]
+    kernel = jnp.asarray(gaussian(case.kernel_shape), jnp.float32)
+    target = 0.6 * float(jaxsrn.stable_rank(kernel, case.op))
+    state = srnc_state(kernel, case.op, target)
+    expected, _ = srnc_step(kernel, state, case.op, target)
+
+    def narrow(leaf):
+        return leaf.astype(jnp.bfloat16) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
+
+    found, after = srnc_step(kernel, jax.tree.map(narrow, state), case.op, target)
+    np.testing.assert_allclose(found, expected, atol=1e-2)
+    assert jax.tree.map(lambda leaf: leaf.dtype, after) == jax.tree.map(lambda leaf: leaf.dtype, state)
+
+
+def test_the_true_gradient_with_zero_padding_has_a_derivative_again():
+    """By forward over reverse: what it is of the gradient that reverse mode gives, by differences."""
+    op, kernel = ZeroPaddedConv((6,)), jnp.asarray(gaussian((3, 3, 4)))
+    target = 0.5 * float(jaxsrn.stable_rank(kernel, op))
+    _, state = settled(kernel, op, target)
+    weights, direction = jnp.asarray(gaussian((3, 3, 4), 1)), jnp.asarray(gaussian((3, 3, 4), 2))
+
+    def value(kernel):
+        normalized, _ = srnc_step(kernel, state, op, target, gradient="implicit")
+        return jnp.sum(normalized * weights)
+
+    gradient, tangent = jax.jvp(jax.grad(value), (kernel,), (direction,))
+    _, slope = jax.jvp(value, (kernel,), (direction,))
+    np.testing.assert_allclose(jnp.sum(gradient * direction), slope, rtol=1e-8)
+    assert np.all(np.isfinite(tangent))
