@@ -24,7 +24,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Inexact, Int
 
 from jaxsrn._clip import Blocks, Clipping, clipped, excess, excess_derivative, split
-from jaxsrn._exact import safe_sqrt
+from jaxsrn._linalg import safe_sqrt
 
 __all__ = ["Candidate", "Iterate", "begin", "derivative", "distance_and_excess", "proven_gap", "solve"]
 

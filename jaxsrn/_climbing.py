@@ -25,7 +25,7 @@ from jaxsrn._grams import (
     with_all_directions,
 )
 from jaxsrn._lanczos import default_tolerance, leading_singular_vectors, random_start
-from jaxsrn._linalg import real_times, unit
+from jaxsrn._linalg import einsum, real_times, unit
 from jaxsrn.operators import CircularConv
 
 __all__ = [
@@ -45,7 +45,6 @@ __all__ = [
 _WIDEST = 0.6
 _POWER_STEPS = 8
 _NUM_CLIMBERS = 8
-_einsum = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
 
 
 class Blocks(NamedTuple):
@@ -134,7 +133,7 @@ def estimates(poly: GramPolynomial, op: CircularConv, blocks: Blocks) -> Estimat
         vectors = jnp.broadcast_to(start, (*grams.shape[:-1], 2))
         for _ in range(_POWER_STEPS):
             # Real and imaginary parts side by side: the matrices are read once, and by faster products.
-            even, odd = (_einsum("pgij,pgjc->pgic", part, vectors) for part in (grams.real, grams.imag))
+            even, odd = (einsum("pgij,pgjc->pgic", part, vectors) for part in (grams.real, grams.imag))
             vectors = jnp.stack([even[..., 0] - odd[..., 1], even[..., 1] + odd[..., 0]], axis=-1)
             values = jnp.linalg.norm(vectors, axis=(-2, -1), keepdims=True)
             vectors = vectors / jnp.where(values == 0, 1, values)
@@ -160,15 +159,15 @@ def _climb(poly: GramPolynomial, op: CircularConv, blocks: Blocks, index, group,
     def power(index, right):
         symbol = symbol_at(poly, op, index, coefficients)
         for _ in range(3):
-            left = unit(_einsum("rc,c->r", symbol, right))
-            right = unit(_einsum("rc,r->c", symbol.conj(), left))
-        return left, right, jnp.linalg.norm(_einsum("rc,c->r", symbol, right))
+            left = unit(einsum("rc,c->r", symbol, right))
+            right = unit(einsum("rc,r->c", symbol.conj(), left))
+        return left, right, jnp.linalg.norm(einsum("rc,c->r", symbol, right))
 
     def step(k, pair: SitePair) -> SitePair:
         stride = jnp.maximum(jnp.asarray(blocks.sizes[:1]) // 2 ** (k + 1), 1)
         candidates = (pair.index[None] + around * stride) % grid[None]
-        filters = _einsum("r,tr->t", pair.left.conj(), real_times("trc,c->tr", coefficients, pair.right))
-        values = jnp.abs(_einsum("pt,t->p", waves_at(poly, op, 2 * candidates), filters))
+        filters = einsum("r,tr->t", pair.left.conj(), real_times("trc,c->tr", coefficients, pair.right))
+        values = jnp.abs(einsum("pt,t->p", waves_at(poly, op, 2 * candidates), filters))
         index = candidates[jnp.argmax(values)]
         return SitePair(index, group, *power(index, pair.right))
 
@@ -227,14 +226,14 @@ def _polished(poly: GramPolynomial, op: CircularConv, index, group, right) -> Si
         return jnp.concatenate([z.real, z.imag])
 
     _, left, right, _ = leading_singular_vectors(
-        lambda x: real_of(_einsum("rc,c->r", symbol, complex_of(x))),
-        lambda y: real_of(_einsum("rc,r->c", symbol.conj(), complex_of(y))),
+        lambda x: real_of(einsum("rc,c->r", symbol, complex_of(x))),
+        lambda y: real_of(einsum("rc,r->c", symbol.conj(), complex_of(y))),
         real_of(right),
         2 * len(symbol),
         default_tolerance(poly.even.dtype),
     )
     left, right = unit(complex_of(left)), unit(complex_of(right))
-    return SitePair(index, group, left, right, jnp.linalg.norm(_einsum("rc,c->r", symbol, right)))
+    return SitePair(index, group, left, right, jnp.linalg.norm(einsum("rc,c->r", symbol, right)))
 
 
 def in_site(pair: SitePair, op: CircularConv, kernel_shape):

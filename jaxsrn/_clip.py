@@ -6,21 +6,18 @@ the symbol at half of the frequencies (circular), the matrix itself (dense), the
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Float, Inexact
 
 from jaxsrn import _fourier
+from jaxsrn._linalg import matmul
 from jaxsrn.operators import CircularConv, Dense, Operator
 
 __all__ = ["Blocks", "Clipping", "blocks_of", "clipped", "excess", "excess_derivative", "smooth_clipped", "split"]
-
-_product = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
 
 
 class Blocks(NamedTuple):
@@ -113,7 +110,7 @@ def _smooth_clipped_jvp(primals, tangents):
 
 
 def _assemble(clipping: Clipping, values):
-    return _product(clipping.left * values[:, None, :].astype(clipping.left.dtype), clipping.right)
+    return matmul(clipping.left * values[:, None, :].astype(clipping.left.dtype), clipping.right)
 
 
 def excess_derivative(clipping: Clipping, direction: Inexact[Array, "..."]) -> Inexact[Array, "..."]:
@@ -125,16 +122,16 @@ def excess_derivative(clipping: Clipping, direction: Inexact[Array, "..."]) -> I
     """
     u, s, vh, limit = clipping
     uh, v = _adjoint(u), _adjoint(vh)
-    inside = _product(_product(uh, direction), v)
+    inside = matmul(matmul(uh, direction), v)
     gains = jnp.maximum(s - limit, 0.0)
     ratio = (gains / jnp.where(s == 0, 1.0, s))[:, None, :].astype(u.dtype)
     even, odd = (inside + _adjoint(inside)) / 2, (inside - _adjoint(inside)) / 2
     a, b = (factor.astype(u.dtype) for factor in _divided_differences(s, gains, limit))
-    out = _product(_product(u, a * even + b * odd), vh)
+    out = matmul(matmul(u, a * even + b * odd), vh)
     if direction.shape[-2] > direction.shape[-1]:
-        out = out + _product((_product(direction, v) - _product(u, inside)) * ratio, vh)
+        out = out + matmul((matmul(direction, v) - matmul(u, inside)) * ratio, vh)
     if direction.shape[-2] < direction.shape[-1]:
-        out = out + _product(u, jnp.swapaxes(ratio, -1, -2) * (_product(uh, direction) - _product(inside, vh)))
+        out = out + matmul(u, jnp.swapaxes(ratio, -1, -2) * (matmul(uh, direction) - matmul(inside, vh)))
     return out
 
 

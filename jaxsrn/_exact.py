@@ -10,7 +10,6 @@ minorise-maximise iteration, so the distance never grows. It stops at `||T(K)||_
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import jax
@@ -20,6 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxsrn import _leading, _pairs
 from jaxsrn._lanczos import default_tolerance
+from jaxsrn._linalg import matmul, safe_sqrt
 from jaxsrn._pairs import Pair
 from jaxsrn.norms import frozen_value
 from jaxsrn.operators import Operator
@@ -31,7 +31,6 @@ __all__ = [
     "functional",
     "is_feasible",
     "merit",
-    "safe_sqrt",
     "solve",
     "squared_distance",
 ]
@@ -70,12 +69,6 @@ class Solution(NamedTuple):
     leading: Pair
     norm: Float[Array, ""]
     num_steps: Int[Array, ""]
-
-
-def safe_sqrt(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """`sqrt(max(x, 0))` with derivative 0 at 0: there the constraint it stands for is not active."""
-    clipped = x <= 0  # false for NaN, which must stay NaN
-    return jnp.where(clipped, 0.0, jnp.sqrt(jnp.where(clipped, 1.0, x)))
 
 
 def functional(pair: Pair, op: Operator, weights: Float[Array, "..."], kernel_shape) -> Float[Array, "..."]:
@@ -131,9 +124,6 @@ def _gains(new: Candidate, old: Candidate, scale) -> Bool[Array, ""]:
     return (new_class < old_class) | ((new_class == old_class) & (new_value < old_value - rounding))
 
 
-_dot = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
-
-
 class _Anderson(NamedTuple):
     """Differences of the last iterates and of their residuals (rows), and the last of each."""
 
@@ -159,12 +149,12 @@ def _anderson(memory: _Anderson, weights, point, residual) -> tuple[_Anderson, F
     )
     flat = residuals.reshape((_ANDERSON_DEPTH, -1))
     weighted = (residuals * weights[None]).reshape((_ANDERSON_DEPTH, -1))
-    gram = _dot(weighted, flat.T)
+    gram = matmul(weighted, flat.T)
     # Empty rows, and differences that no longer carry information, must not blow up the coefficients.
     ridge = 10 * jnp.finfo(point.dtype).eps * jnp.trace(gram)
     gram = gram + jnp.where(ridge == 0, 1.0, ridge) * jnp.eye(_ANDERSON_DEPTH, dtype=point.dtype)
-    coefficients = jnp.linalg.solve(gram, _dot(weighted, residual.reshape(-1)))
-    correction = _dot(coefficients, (steps + residuals).reshape(flat.shape)).reshape(point.shape)
+    coefficients = jnp.linalg.solve(gram, matmul(weighted, residual.reshape(-1)))
+    correction = matmul(coefficients, (steps + residuals).reshape(flat.shape)).reshape(point.shape)
     return _Anderson(steps, residuals, point, residual, memory.count + 1), point + residual - correction
 
 

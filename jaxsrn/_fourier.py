@@ -15,9 +15,9 @@ import math
 
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jaxtyping import Array, Complex, Float, Int, Shaped
 
+from jaxsrn._linalg import einsum
 from jaxsrn.operators import CircularConv, ZeroPaddedConv
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "half_grid",
     "half_symbol",
     "is_self_conjugate",
+    "locate",
     "multiplicity",
     "overshoot",
     "polynomial",
@@ -43,12 +44,12 @@ __all__ = [
     "site_symbol",
     "squared_phase_sums",
     "symbol_on",
+    "times_modulo",
     "wave",
     "without_idle_axes",
 ]
 
 _FREQ, _PHASE, _TAP = "abc", "xyz", "hwd"
-_einsum = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
 
 
 def complex_dtype(dtype) -> jnp.dtype:
@@ -149,7 +150,7 @@ def _contract(kernel, op: CircularConv, rows: list[np.ndarray], dtype) -> Shaped
     d = op.num_axes
     axes = ",".join(f + p + t for f, p, t in zip(_FREQ[:d], _PHASE[:d], _TAP[:d], strict=True))
     spec = f"{_TAP[:d]}igo,{axes}->{_FREQ[:d]}g{_PHASE[:d]}io"
-    out = _einsum(spec, grouped(kernel, op).astype(dtype), *(jnp.asarray(row, dtype) for row in rows))
+    out = einsum(spec, grouped(kernel, op).astype(dtype), *(jnp.asarray(row, dtype) for row in rows))
     return out.reshape((*out.shape[: d + 1], -1, out.shape[-1]))
 
 
@@ -196,7 +197,7 @@ def site_shape(op: CircularConv, kernel_shape) -> tuple[int, int]:
     return math.prod(op.strides) * kernel_shape[-2], kernel_shape[-1] // op.feature_group_count
 
 
-def _locate(op: CircularConv, site: Int[Array, ""]) -> tuple[tuple[Int[Array, ""], ...], Int[Array, ""]]:
+def locate(op: CircularConv, site: Int[Array, ""]) -> tuple[tuple[Int[Array, ""], ...], Int[Array, ""]]:
     """The frequency index per axis and the group of a site."""
     *index, group = jnp.unravel_index(site, (*half_grid(op), op.feature_group_count))
     return tuple(index), group
@@ -220,7 +221,7 @@ def times_modulo(index: Int[Array, "..."], factor: np.ndarray, n: int) -> Int[Ar
 
 def same_site(op: CircularConv, smaller: CircularConv, site: Int[Array, ""]) -> Int[Array, ""]:
     """The site with the index and group of a site of a layer on a smaller grid."""
-    return site_at(op, *_locate(smaller, site))
+    return site_at(op, *locate(smaller, site))
 
 
 def _site_rows(op: CircularConv, kernel_shape, index, dtype) -> list[Complex[Array, "phases taps"]]:
@@ -230,21 +231,21 @@ def _site_rows(op: CircularConv, kernel_shape, index, dtype) -> list[Complex[Arr
 def site_symbol(kernel: Float[Array, "..."], op: CircularConv, site: Int[Array, ""]) -> Complex[Array, "in out"]:
     """`S(w)` of one group, `(phases * c_in // groups, c_out // groups)`."""
     d, dtype = op.num_axes, complex_dtype(kernel.dtype)
-    index, group = _locate(op, site)
+    index, group = locate(op, site)
     taps = jnp.take(grouped(kernel, op), group, axis=-2).astype(dtype)
     axes = ",".join(p + t for p, t in zip(_PHASE[:d], _TAP[:d], strict=True))
-    out = _einsum(f"{_TAP[:d]}io,{axes}->{_PHASE[:d]}io", taps, *_site_rows(op, kernel.shape, index, dtype))
+    out = einsum(f"{_TAP[:d]}io,{axes}->{_PHASE[:d]}io", taps, *_site_rows(op, kernel.shape, index, dtype))
     return out.reshape((-1, out.shape[-1]))
 
 
 def site_gradient(op: CircularConv, kernel_shape, site, u: Complex[Array, " in"], v: Complex[Array, " out"]):
     """`grad_K Re(u^H S_K(w) v)`, of shape `kernel_shape`: the functional of the unit pair `(u, v)` at a site."""
     d, groups = op.num_axes, op.feature_group_count
-    index, group = _locate(op, site)
+    index, group = locate(op, site)
     axes = ",".join(p + t for p, t in zip(_PHASE[:d], _TAP[:d], strict=True))
     rows = _site_rows(op, kernel_shape, index, u.dtype)
     u = jnp.conj(u).reshape((*op.strides, -1))
-    taps = jnp.real(_einsum(f"{axes},{_PHASE[:d]}i,o->{_TAP[:d]}io", *rows, u, v))
+    taps = jnp.real(einsum(f"{axes},{_PHASE[:d]}i,o->{_TAP[:d]}io", *rows, u, v))
     in_group = jnp.arange(groups) == group
     out = taps[..., None, :] * in_group[:, None].astype(taps.dtype).reshape((1,) * (d + 1) + (groups, 1))
     return out.reshape(kernel_shape)
@@ -277,7 +278,7 @@ def wave(op: CircularConv, site: Int[Array, ""], vector: Complex[Array, " c"], p
     Returns:
       `(*positions, c)`, not normalised.
     """
-    index, group = _locate(op, site)
+    index, group = locate(op, site)
     phases = [np.asarray(t) % s for t, s in zip(positions, strides, strict=True)]
     image = vector.reshape((*strides, -1))[np.ix_(*phases)]
     for axis, (t, s, n, i) in enumerate(zip(positions, strides, op.grid, index, strict=True)):

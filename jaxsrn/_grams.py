@@ -10,7 +10,6 @@ by Cauchy and Schwarz, so that the small `Q^T S^H S Q` already tell of most freq
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import NamedTuple
 
@@ -21,7 +20,7 @@ from jaxtyping import Array, Complex, Float, Int
 
 from jaxsrn import _fourier
 from jaxsrn._lanczos import random_start
-from jaxsrn._linalg import gram_bound, real_times
+from jaxsrn._linalg import einsum, gram_bound, matmul, real_times
 from jaxsrn.operators import CircularConv
 
 __all__ = [
@@ -41,8 +40,6 @@ __all__ = [
 CHUNK = 2**18
 # Kernels of so many columns are reduced, to bases of so many entries: the wider, the fewer directions tell enough.
 _WIDE, _BASIS_ENTRIES = 256, 3 * 2**14
-_product = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
-_einsum = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
 
 
 class GramPolynomial(NamedTuple):
@@ -89,7 +86,7 @@ def gram_polynomial(kernel: Float[Array, "..."], op: CircularConv) -> GramPolyno
     basis, loss, kept = None, jnp.zeros((), coefficients.dtype), coefficients
     if is_reduced(op, kernel.shape):
         basis, loss = _leading_directions(coefficients)
-        kept = _product(coefficients, basis[:, None])
+        kept = matmul(coefficients, basis[:, None])
     return GramPolynomial(coefficients, exponents, basis, loss, *_autocorrelation(kept, exponents))
 
 
@@ -97,11 +94,11 @@ def _leading_directions(coefficients: Float[Array, "groups terms rows columns"])
     """The basis of each group by subspace iteration from a fixed start, and the loss of the worst."""
     groups, terms, _, columns = coefficients.shape
     stacked = coefficients.reshape((groups, -1, columns))
-    energy = _product(stacked.mT, stacked)
+    energy = matmul(stacked.mT, stacked)
     start = random_start((1, columns, min(columns // 2, _BASIS_ENTRIES // columns)), energy.dtype)
-    basis = jnp.linalg.qr(_product(energy, _product(energy, _product(energy, start))))[0]
-    rest = energy - _product(basis, _product(basis.mT, energy))
-    rest = rest - _product(_product(rest, basis), basis.mT)
+    basis = jnp.linalg.qr(matmul(energy, matmul(energy, matmul(energy, start))))[0]
+    rest = energy - matmul(basis, matmul(basis.mT, energy))
+    rest = rest - matmul(matmul(rest, basis), basis.mT)
     # What the projections leave of rounding.
     slack = 4 * jnp.finfo(energy.dtype).eps * jnp.linalg.norm(energy, axis=(-2, -1))
     return basis, terms * (gram_bound(rest, 4) + jnp.max(slack))
@@ -119,7 +116,7 @@ def _autocorrelation(coefficients: Float[Array, "groups terms rows columns"], ex
 
     def add(sums, term):
         """One term with all others: a single large product."""
-        products = _product(term[0].mT, side_by_side).reshape((groups, columns, terms, columns))
+        products = matmul(term[0].mT, side_by_side).reshape((groups, columns, terms, columns))
         return sums.at[term[1]].add(jnp.moveaxis(products, 2, 0)), None
 
     sums = jnp.zeros((len(lags), groups, columns, columns), coefficients.dtype)
@@ -141,7 +138,7 @@ def grams_at(poly: GramPolynomial, op: CircularConv, doubled) -> Complex[Array, 
     """`Q^T S^H S Q` of every group."""
     angles = _phases(doubled, poly.lags, op, poly.even.dtype)
     parts = (
-        _einsum("pl,lgij->pgij", wave, part)
+        einsum("pl,lgij->pgij", wave, part)
         for wave, part in ((jnp.cos(angles), poly.even), (jnp.sin(angles), poly.odd))
     )
     return lax.complex(*parts)
@@ -156,16 +153,16 @@ def waves_at(poly: GramPolynomial, op: CircularConv, doubled) -> Complex[Array, 
 def symbol_at(poly: GramPolynomial, op: CircularConv, index, coefficients: Float[Array, "... terms rows columns"]):
     """At one frequency, of the given coefficients: of all groups, or of one."""
     waves = waves_at(poly, op, 2 * index[None])[0]
-    real, imag = (_einsum("t,...trc->...rc", part, coefficients) for part in (waves.real, waves.imag))
+    real, imag = (einsum("t,...trc->...rc", part, coefficients) for part in (waves.real, waves.imag))
     return lax.complex(real, imag)
 
 
 def whole_grams(poly: GramPolynomial, op: CircularConv, index) -> Complex[Array, "groups columns columns"]:
     """`S^H S` of every group at one frequency, with all directions."""
     symbol = symbol_at(poly, op, index, poly.coefficients)
-    cross = _product(symbol.real.mT, symbol.imag)
+    cross = matmul(symbol.real.mT, symbol.imag)
     stacked = jnp.concatenate([symbol.real, symbol.imag], axis=-2)
-    return lax.complex(_product(stacked.mT, stacked), cross - cross.mT)
+    return lax.complex(matmul(stacked.mT, stacked), cross - cross.mT)
 
 
 def with_all_directions(poly: GramPolynomial, group: Int[Array, ""], right: Complex[Array, " kept"]):

@@ -15,6 +15,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from jaxsrn._linalg import matmul
+
 __all__ = [
     "default_tolerance",
     "leading_singular_vectors",
@@ -65,21 +67,17 @@ class _State(NamedTuple):
     restarts: Int[Array, ""]
 
 
-def _dot(a, b):
-    return jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
-
-
 def _extend(gram: Callable, j: Int[Array, ""], basis: _Basis) -> _Basis:
     """One step: the `j`-th column of the projection and the next vector (0 where nothing is left)."""
     vectors = basis.vectors
     image = gram(vectors[j])
     before = jnp.linalg.norm(image)
-    # What the recurrence knows, then the rest: once leaves rounding errors as large as the cancellation, twice is
-    # enough (Giraud et al. 2005).
-    own = _dot(vectors[j], image)
+    # What the recurrence knows, then all the rest once more: one pass alone leaves rounding errors as large as the
+    # cancellation.
+    own = matmul(vectors[j], image)
     image = image - own * vectors[j] - basis.coupling * vectors[j - 1]
-    others = _dot(vectors, image)
-    image = image - _dot(others, vectors)
+    others = matmul(vectors, image)
+    image = image - matmul(others, vectors)
     column = others.at[j].add(own).at[j - 1].add(basis.coupling)
     norm = jnp.linalg.norm(image)
     # What is left of a vector inside the space is noise: the Krylov space is exhausted.
@@ -99,7 +97,7 @@ def _ritz(basis: _Basis):
 def _restarted(basis: _Basis, kept: int) -> _Basis:
     """The basis rotated to its leading Ritz vectors, ready to go on."""
     values, coefficients = _ritz(basis)
-    vectors = jnp.zeros_like(basis.vectors).at[:kept].set(_dot(coefficients[:kept], basis.vectors))
+    vectors = jnp.zeros_like(basis.vectors).at[:kept].set(matmul(coefficients[:kept], basis.vectors))
     projected = jnp.zeros_like(basis.projected).at[jnp.arange(kept), jnp.arange(kept)].set(values[:kept])
     # The next vector couples with all of those kept, which its own step finds.
     return _Basis(vectors.at[kept].set(basis.vectors[-1]), projected, jnp.zeros_like(basis.coupling))
@@ -130,7 +128,8 @@ def leading_singular_vectors(
       tolerance: relative residual at which to stop.
       first_check: steps before the first look at the residual. By default a whole basis: a start near another
         singular vector would pass for the leading one earlier.
-      floor: the search is given up where it leads to a singular value below.
+      floor: the search is given up where the singular value that it has come near is below. A larger one might
+        still follow, as it might after the end of any search.
 
     Returns:
       `(sigma, u, v, residual)`; zeros for `u` where the map is zero.
@@ -163,7 +162,7 @@ def leading_singular_vectors(
     infinite = jnp.asarray(jnp.inf, start.dtype)
     state = _State(empty, jnp.asarray(0), infinite, infinite, jnp.asarray(0))
     state = lax.while_loop(unfinished, advance, state)
-    right = _dot(_ritz(state.basis)[1][0], state.basis.vectors)
+    right = matmul(_ritz(state.basis)[1][0], state.basis.vectors)
     image = matvec(right)
     value = jnp.linalg.norm(image)
     return value, jnp.where(value == 0, 0.0, image / jnp.where(value == 0, 1.0, value)), right, state.residual
@@ -185,8 +184,8 @@ def top_singular_vectors(
     def find(i: Int[Array, ""], found):
         values, lefts, rights = found
         value, left, right, _ = leading_singular_vectors(
-            lambda x: matvec(x) - _dot(values * _dot(rights, x), lefts),
-            lambda y: rmatvec(y) - _dot(values * _dot(lefts, y), rights),
+            lambda x: matvec(x) - matmul(values * matmul(rights, x), lefts),
+            lambda y: rmatvec(y) - matmul(values * matmul(lefts, y), rights),
             random_start((in_size,), dtype, seed=i),
             out_size,
             tolerance,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 
 import jax
@@ -11,7 +10,7 @@ from jaxtyping import Array, Float
 
 from jaxsrn import _fourier
 from jaxsrn._lanczos import default_tolerance, random_start, search_tolerance
-from jaxsrn._linalg import top_pairs, top_values, unit
+from jaxsrn._linalg import matmul, top_pairs, top_values, unit
 from jaxsrn._padded import at_first_contact, search, without_idle_axes
 from jaxsrn._pairs import Pair, as_images, matrix_free, matrix_size, site_pairs
 from jaxsrn._search import (
@@ -66,10 +65,9 @@ def _leading_of_matrix(matrix: Float[Array, "in out"]) -> Pair:
         return _by_svd(matrix)
     start = random_start(matrix.shape[:1], matrix.dtype)
     pair = matrix_free(matrix, Dense(), start, default_tolerance(matrix.dtype)).pair
-    product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
-    limit = squared_limit(max(matrix.shape), product(pair.right, product(matrix, pair.left)))
+    limit = squared_limit(max(matrix.shape), matmul(pair.right, matmul(matrix, pair.left)))
     wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
-    proven = are_below(product(wide, wide.T)[None, None], limit[None])[0]
+    proven = are_below(matmul(wide, wide.T)[None, None], limit[None])[0]
 
     def fall_back(state):
         # Whatever does not change in a loop XLA moves out of it.

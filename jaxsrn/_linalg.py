@@ -1,4 +1,4 @@
-"""Leading and last singular pairs of small matrices, stacked, and a bound of their values."""
+"""Products in full precision, roots, and the leading and last singular pairs of small matrices, stacked."""
 
 from __future__ import annotations
 
@@ -9,7 +9,11 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Inexact
 
-__all__ = ["end_pairs", "gram_bound", "real_times", "top_pairs", "top_values", "unit"]
+__all__ = ["einsum", "end_pairs", "gram_bound", "matmul", "real_times", "safe_sqrt", "top_pairs", "top_values", "unit"]
+
+# Wherever digits count: the default of TPUs and of some GPUs keeps few of them.
+einsum = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
+matmul = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
 
 
 def unit(vector: Inexact[Array, "..."]) -> Inexact[Array, "..."]:
@@ -21,10 +25,15 @@ def unit(vector: Inexact[Array, "..."]) -> Inexact[Array, "..."]:
     return jnp.where(is_zero, first, vector / jnp.sqrt(jnp.where(is_zero, 1, squared)).astype(vector.dtype))
 
 
+def safe_sqrt(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """`sqrt(max(x, 0))` with derivative 0 at 0: there the constraint it stands for is not active."""
+    clipped = x <= 0  # false for NaN, which must stay NaN
+    return jnp.where(clipped, 0.0, jnp.sqrt(jnp.where(clipped, 1.0, x)))
+
+
 def real_times(spec: str, real: Float[Array, "..."], vectors: Inexact[Array, "..."]) -> Inexact[Array, "..."]:
     """`einsum` of real coefficients and complex vectors: two real products in place of four, and no complex copy."""
-    product = functools.partial(jnp.einsum, spec, real, precision=lax.Precision.HIGHEST)
-    return lax.complex(product(vectors.real), product(vectors.imag))
+    return lax.complex(einsum(spec, real, vectors.real), einsum(spec, real, vectors.imag))
 
 
 def top_pairs(matrices: Inexact[Array, "batch in out"]):
@@ -72,8 +81,7 @@ def gram_bound(matrices: Inexact[Array, "batch in out"], num_steps: int) -> Floa
     """An upper bound of every singular value of a stack of matrices, by Gram iteration (Delattre et al. 2023)."""
     if matrices.shape[-2] < matrices.shape[-1]:
         matrices = jnp.swapaxes(matrices, -1, -2)
-    product = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
-    grams = product(jnp.swapaxes(matrices.conj(), -1, -2), matrices)
+    grams = matmul(jnp.swapaxes(matrices.conj(), -1, -2), matrices)
     norms = _frobenius(grams)
     is_zero, log_bounds = norms == 0, 0.0
     for step in range(num_steps):
@@ -81,12 +89,11 @@ def gram_bound(matrices: Inexact[Array, "batch in out"], num_steps: int) -> Floa
         scale = jnp.where(is_zero, 1.0, norms)
         log_bounds = log_bounds + jnp.log(scale) / 2 ** (step + 1)
         grams = grams / scale[:, None, None].astype(grams.dtype)
-        grams = product(grams, grams)
+        grams = matmul(grams, grams)
         norms = _frobenius(grams)
     log_bounds = log_bounds + jnp.log(jnp.where(is_zero, 1.0, norms)) / 2 ** (num_steps + 1)
     return jnp.max(jnp.where(is_zero, 0.0, jnp.exp(log_bounds)))
 
 
 def _frobenius(matrices: Inexact[Array, "batch n n"]) -> Float[Array, " batch"]:
-    squares = jnp.sum(jnp.real(matrices * matrices.conj()), axis=(-2, -1))
-    return jnp.where(squares == 0, 0.0, jnp.sqrt(jnp.where(squares == 0, 1.0, squares)))
+    return safe_sqrt(jnp.sum(jnp.real(matrices * matrices.conj()), axis=(-2, -1)))

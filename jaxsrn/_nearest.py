@@ -31,7 +31,7 @@ from jaxsrn import _ball
 from jaxsrn._ball import Iterate
 from jaxsrn._clip import Blocks, blocks_of
 from jaxsrn._covers import covers
-from jaxsrn._exact import safe_sqrt
+from jaxsrn._linalg import safe_sqrt
 from jaxsrn._pairs import matrix_size
 from jaxsrn.norms import norm_of
 from jaxsrn.operators import Operator, ZeroPaddedConv

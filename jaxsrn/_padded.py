@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from typing import NamedTuple
 
@@ -14,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxsrn import _fourier
 from jaxsrn._grams import is_reduced
 from jaxsrn._lanczos import random_start
-from jaxsrn._linalg import unit
+from jaxsrn._linalg import einsum, unit
 from jaxsrn._pairs import Found, Pair, circular_layer, matrix_free, windowed
 from jaxsrn._search import peaks
 from jaxsrn.operators import CircularConv, ZeroPaddedConv
@@ -40,7 +39,6 @@ _MANY_CHANNELS, _FEW_CHANNELS, _FEW_OF = 32, 16, 16
 _MOST_STARTS = 4
 # How much finer than those of the image the frequencies are among which waves are looked for.
 _FINER = 4
-_einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
 
 def search(kernel: Float[Array, "..."], op: ZeroPaddedConv, tolerance) -> Pair:
@@ -93,8 +91,8 @@ def at_first_contact(pair: Pair, op: ZeroPaddedConv, kernel_shape: tuple[int, ..
 class _Starts(NamedTuple):
     """Where to search: waves of the circular layer in two phases, faded out at the edges, and what each can reach.
 
-    The norms of images in which a wave dominates do not exceed its limit, the largest singular value of the symbol
-    around its frequency.
+    The norms of images in which a wave dominates are taken to be at most its limit, the largest singular value of the
+    symbol around its frequency as far as climbing finds it.
     """
 
     limits: Float[Array, " starts"]
@@ -150,7 +148,7 @@ class _Search(NamedTuple):
 
 
 def _from_wave(kernel, op: ZeroPaddedConv, waves: Float[Array, "2 ..."], noise, tolerance, floor) -> Found:
-    """Lanczos with the real operator from a wave of the circular layer; given up where it ends below `floor`.
+    """Lanczos with the real operator from a wave of the circular layer; given up where it seems to end below `floor`.
 
     The edges tell two phases of the wave apart, but often by less than 1e-4 of their norms. A start with next to
     nothing of one of them ends at the other: the search is repeated from both.
@@ -207,11 +205,11 @@ class _Narrow(NamedTuple):
 
     def inside(self, images: Float[Array, "..."]) -> Float[Array, "..."]:
         """Inputs of the layer as those of the narrow one."""
-        return _einsum("...i,ia->...a", images, self.ins)
+        return einsum("...i,ia->...a", images, self.ins)
 
     def outside(self, pair: Pair) -> Pair:
         """A pair of the narrow layer as one of the layer."""
-        right, left = (_einsum("...a,ia->...i", *both) for both in ((pair.right, self.ins), (pair.left, self.outs)))
+        right, left = (einsum("...a,ia->...i", *both) for both in ((pair.right, self.ins), (pair.left, self.outs)))
         return pair._replace(right=right, left=left)
 
 
@@ -273,7 +271,7 @@ def _power_steps(kernel, op: ZeroPaddedConv, starts: _Starts, noise):
 def _narrowed(kernel: Float[Array, "..."], rights: Float[Array, "..."], lefts: Float[Array, "..."]) -> _Narrow:
     few = max(_FEW_CHANNELS, min(kernel.shape[-2:]) // _FEW_OF)
     ins, outs = _channel_directions(rights, few), _channel_directions(lefts, few)
-    return _Narrow(_einsum("...io,ia,ob->...ab", kernel, ins, outs), ins, outs)
+    return _Narrow(einsum("...io,ia,ob->...ab", kernel, ins, outs), ins, outs)
 
 
 def _channel_directions(images: Float[Array, "... c"], few: int) -> Float[Array, "c {few}"]:
@@ -281,5 +279,5 @@ def _channel_directions(images: Float[Array, "... c"], few: int) -> Float[Array,
     rows = images.reshape((-1, images.shape[-1]))
     basis = random_start((images.shape[-1], few), images.dtype)
     for _ in range(2):
-        basis = jnp.linalg.qr(_einsum("nc,nk->ck", rows, _einsum("nc,ck->nk", rows, basis)))[0]
+        basis = jnp.linalg.qr(einsum("nc,nk->ck", rows, einsum("nc,ck->nk", rows, basis)))[0]
     return basis

@@ -16,7 +16,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxsrn._exact import Problem, safe_sqrt
+from jaxsrn._exact import Problem
+from jaxsrn._linalg import safe_sqrt
 from jaxsrn._nearest import Nearest, Solution, nearest, with_derivative
 from jaxsrn.norms import norm_of
 from jaxsrn.operators import Operator

@@ -22,7 +22,7 @@ from jaxsrn import _fourier, _pairs
 from jaxsrn._checks import Kernel, float_dtype, kernel_array, static_int
 from jaxsrn._covers import NormInterval, covers, widened
 from jaxsrn._lanczos import default_tolerance, leading_singular_vectors, random_start
-from jaxsrn._linalg import top_pairs, unit
+from jaxsrn._linalg import einsum, matmul, safe_sqrt, top_pairs, unit
 from jaxsrn.operators import CircularConv, Dense, Operator
 
 __all__ = ["channel_l1", "fantastic_four", "l1", "lip_bound", "tensor_norm"]
@@ -32,7 +32,6 @@ _SVD_SIDE = 64
 # Power steps on the channels for each contraction with all taps, which costs as much as `taps` such steps.
 _CHANNEL_STEPS = 2
 _TAP_STEPS = 2
-_einsum = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
 
 
 def _tensors(kernel: Float[Array, "..."], op: Operator) -> list[Float[Array, "..."]]:
@@ -66,14 +65,13 @@ def _smallest(bound, kernel: Float[Array, "..."], op: Operator, *, guaranteed: b
 
 def _leading_vectors(matrix: Float[Array, "rows columns"], num_steps: int | None):
     """The leading singular vectors `(u, v)`: by an SVD or Lanczos, or so many steps of the power method."""
-    product = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
     # The same numbers in every dtype: what few steps find depends on them.
     start = random_start((matrix.shape[1],), jnp.float32).astype(matrix.dtype)
     if num_steps is not None:
 
         def step(_, pair):
-            left = unit(product(matrix, pair[1]))
-            return left, unit(product(left, matrix))
+            left = unit(matmul(matrix, pair[1]))
+            return left, unit(matmul(left, matrix))
 
         return lax.fori_loop(0, num_steps, step, (jnp.zeros(matrix.shape[0], matrix.dtype), unit(start)))
     if min(matrix.shape) <= _SVD_SIDE:
@@ -81,7 +79,7 @@ def _leading_vectors(matrix: Float[Array, "rows columns"], num_steps: int | None
         return left[0], right[0]
     tolerance = default_tolerance(matrix.dtype)
     _, left, right, _ = leading_singular_vectors(
-        lambda x: product(matrix, x), lambda y: product(y, matrix), start, matrix.shape[0], tolerance
+        lambda x: matmul(matrix, x), lambda y: matmul(y, matrix), start, matrix.shape[0], tolerance
     )
     return unit(left), unit(right)
 
@@ -89,7 +87,7 @@ def _leading_vectors(matrix: Float[Array, "rows columns"], num_steps: int | None
 def _matrix_norm(matrices: Float[Array, "groups rows columns"], num_steps: int | None = None) -> Float[Array, ""]:
     """The largest spectral norm of a stack of matrices, its vectors held constant."""
     left, right = jax.vmap(lambda matrix: _leading_vectors(matrix, num_steps))(lax.stop_gradient(matrices))
-    return jnp.max(_einsum("gi,gio,go->g", left, matrices, right))
+    return jnp.max(einsum("gi,gio,go->g", left, matrices, right))
 
 
 # The tensor norm
@@ -165,11 +163,11 @@ def _rank_one(tensor: Float[Array, "..."], num_starts: int, num_steps: int) -> F
     taps = _outer(factors)
     matrices = _on_taps(flat, taps)
     left, right = _channel_vectors(matrices, right)
-    values = _einsum("sio,si,so->s", matrices, left, right)
+    values = einsum("sio,si,so->s", matrices, left, right)
     best = jnp.argmax(jnp.abs(values))
     size = jnp.abs(values[best])
     turn = jnp.where(size == 0, 1.0, jnp.conj(values[best]) / jnp.where(size == 0, 1.0, size).astype(values.dtype))
-    return jnp.real(_einsum("q,i,o->qio", turn * taps[best], left[best], right[best])).reshape(tensor.shape)
+    return jnp.real(einsum("q,i,o->qio", turn * taps[best], left[best], right[best])).reshape(tensor.shape)
 
 
 def _plane_waves(terms: tuple[int, ...], num_starts: int, dtype) -> list[Complex[Array, "starts _"]]:
@@ -192,21 +190,21 @@ def _outer(factors: list[Complex[Array, "starts _"]]) -> Complex[Array, "starts 
 
 def _on_taps(flat: Float[Array, "taps rows columns"], taps: Complex[Array, "starts taps"]):
     """The matrices `sum_t taps_t C_t`; as products of real matrices, twice as fast as complex ones."""
-    parts = _einsum("psq,qio->psio", jnp.stack([taps.real, taps.imag]), flat)
+    parts = einsum("psq,qio->psio", jnp.stack([taps.real, taps.imag]), flat)
     return lax.complex(parts[0], parts[1])
 
 
 def _on_channels(flat: Float[Array, "taps rows columns"], left, right) -> Complex[Array, "starts taps"]:
     """The values `sum_io C_tio u_i v_o` on the taps."""
-    parts = _einsum("qio,pso->psqi", flat, jnp.stack([right.real, right.imag]))
-    return _einsum("sqi,si->sq", lax.complex(parts[0], parts[1]), left)
+    parts = einsum("qio,pso->psqi", flat, jnp.stack([right.real, right.imag]))
+    return einsum("sqi,si->sq", lax.complex(parts[0], parts[1]), left)
 
 
 def _channel_vectors(matrices: Complex[Array, "starts rows columns"], right: Complex[Array, "starts columns"]):
     """Power steps towards the unit vectors of the largest `|sum_io A_io u_i v_o|`."""
     for _ in range(_CHANNEL_STEPS):
-        left = jax.vmap(unit)(jnp.conj(_einsum("sio,so->si", matrices, right)))
-        right = jax.vmap(unit)(jnp.conj(_einsum("sio,si->so", matrices, left)))
+        left = jax.vmap(unit)(jnp.conj(einsum("sio,so->si", matrices, right)))
+        right = jax.vmap(unit)(jnp.conj(einsum("sio,si->so", matrices, left)))
     return left, right
 
 
@@ -218,7 +216,7 @@ def _tap_vectors(values: Complex[Array, "..."], factors: list[Complex[Array, "st
         for axis, letter in enumerate(letters):
             others = [(f"s{name}", factors[j]) for j, name in enumerate(letters) if j != axis]
             spec = ",".join([f"s{letters}", *(name for name, _ in others)]) + f"->s{letter}"
-            factors[axis] = jax.vmap(unit)(jnp.conj(_einsum(spec, values, *(factor for _, factor in others))))
+            factors[axis] = jax.vmap(unit)(jnp.conj(einsum(spec, values, *(factor for _, factor in others))))
     return factors
 
 
@@ -310,15 +308,13 @@ def _lip_bound(kernel, op, oversampling):
     def bound(tensor):
         terms = tensor.shape[1:-2]
         flat = tensor.reshape((tensor.shape[0], _num_terms(tensor), -1))
-        gram = _einsum("gqc,gpc->gqp", flat, flat)
+        gram = einsum("gqc,gpc->gqp", flat, flat)
         sizes = [oversampling * max(k - 1, 1) for k in terms]
         rows = [_fourier.axis_waves(m, np.arange(k)) for m, k in zip(sizes, terms, strict=True)]
         waves = jnp.asarray(functools.reduce(np.kron, rows, np.ones((1, 1))), _fourier.complex_dtype(gram.dtype))
-        squares = _einsum("wq,gqp,wp->gw", waves, gram.astype(waves.dtype), jnp.conj(waves))
+        squares = einsum("wq,gqp,wp->gw", waves, gram.astype(waves.dtype), jnp.conj(waves))
         factor = math.prod(math.sqrt(1 - (k - 1) / m) for m, k in zip(sizes, terms, strict=True))
-        # Not below 0 by rounding; the derivative at the zero kernel is 0.
-        largest = jnp.maximum(jnp.max(jnp.real(squares)), 0)
-        return jnp.where(largest == 0, 0.0, jnp.sqrt(jnp.where(largest == 0, 1.0, largest))) / factor
+        return safe_sqrt(jnp.max(jnp.real(squares))) / factor
 
     return _smallest(bound, kernel, op, guaranteed=True)
 

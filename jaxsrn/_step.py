@@ -42,7 +42,7 @@ _ACCEPTED_RESIDUAL = 1e-3
 
 
 class SRNCState(NamedTuple):
-    """What `srnc_step` carries: a pytree of small arrays (zero padding: four images).
+    """What `srnc_step` carries: a pytree of small arrays (zero padding: four images, eight where `own` is kept).
 
     Attributes:
       normalized: the leading pair of the normalized kernel (dense: of the kernel, which has the same).

@@ -22,7 +22,7 @@ from jaxtyping import Array, Bool, Complex, Float, Inexact, Int
 
 from jaxsrn import _fourier
 from jaxsrn._lanczos import random_start
-from jaxsrn._linalg import real_times, unit
+from jaxsrn._linalg import einsum, real_times, unit
 from jaxsrn._pairs import Pair, pair_shapes
 from jaxsrn.operators import CircularConv, Operator
 
@@ -41,8 +41,6 @@ _WATCH_ALL = 16
 _WATCHED_PER_DEGREE = 6
 _NUM_CLIMBERS = 8
 _COLD_STEPS = 30
-
-_einsum = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
 
 
 class Track(NamedTuple):
@@ -113,8 +111,8 @@ def power_step(kernel: Float[Array, "..."], op: Operator, pair: Pair) -> Pair:
     """One vector from the other by the adjoint, that one back by the map, both normalised; circular: at their site."""
     if isinstance(op, CircularConv):
         symbol = _fourier.site_symbol(kernel, op, pair.site)
-        left = unit(_einsum("rc,r->c", jnp.conj(symbol), pair.right))
-        return Pair(pair.site, unit(_einsum("rc,c->r", symbol, left)), left)
+        left = unit(einsum("rc,r->c", jnp.conj(symbol), pair.right))
+        return Pair(pair.site, unit(einsum("rc,c->r", symbol, left)), left)
     highest = lax.Precision.HIGHEST
     right = unit(op.transpose(kernel, pair.left, precision=highest))
     return Pair(pair.site, right, unit(op.apply(kernel, right, precision=highest)))
@@ -143,7 +141,7 @@ def _follow_images(kernel: Float[Array, "..."], op: Operator, track: Track) -> T
     axes = tuple(range(1, images.ndim))
     gram = jnp.tensordot(images, images, axes=(axes, axes), precision=highest)
     weights = jnp.linalg.svd(gram)[0].T[: len(kept)]
-    rights = _einsum("kj,jn->kn", weights, basis)
+    rights = einsum("kj,jn->kn", weights, basis)
     left = unit(jnp.tensordot(weights[0], images, axes=1, precision=highest))
     pair = Pair(track.pair.site, unit(rights[0]).reshape(shape), left)
     return Track(pair, rights[1:].reshape(track.watch.shape))
@@ -167,8 +165,8 @@ def _krylov_step(matvec, rmatvec, start: Inexact[Array, "k n"]):
         basis.append(_orthogonal_part(rmatvec(images[-1]), jnp.stack(basis, axis=1)))
     basis, images = jnp.stack(basis, axis=1), jnp.stack([*images, matvec(basis[-1])], axis=1)
     # Largest |T V y| over unit y; the SVD of a Hermitian matrix, as batched eigh is not safe on every CPU.
-    weights = jnp.linalg.svd(_einsum("kim,kjm->kij", images.conj(), images))[0][..., 0]
-    return tuple(_unit_rows(_einsum("kj,kjn->kn", weights, vectors)) for vectors in (basis, images))
+    weights = jnp.linalg.svd(einsum("kim,kjm->kij", images.conj(), images))[0][..., 0]
+    return tuple(_unit_rows(einsum("kj,kjn->kn", weights, vectors)) for vectors in (basis, images))
 
 
 def _orthogonal_part(vector, basis):
@@ -176,7 +174,7 @@ def _orthogonal_part(vector, basis):
     before = jnp.linalg.norm(vector, axis=-1, keepdims=True)
     # Twice is enough (Giraud et al. 2005).
     for _ in range(2):
-        vector = vector - _einsum("kj,kjn->kn", _einsum("kjn,kn->kj", basis.conj(), vector), basis)
+        vector = vector - einsum("kj,kjn->kn", einsum("kjn,kn->kj", basis.conj(), vector), basis)
     norm = jnp.linalg.norm(vector, axis=-1, keepdims=True)
     nothing = norm <= 100 * jnp.finfo(norm.dtype).eps * before
     return jnp.where(nothing, 0, vector / jnp.where(nothing, 1, norm).astype(vector.dtype))
@@ -189,7 +187,7 @@ def _follow_circular(kernel, op: CircularConv, track: Track) -> Track:
     coefficients, exponents = _fourier.polynomial(kernel, op)
     waves = _watched_waves(op, kernel.shape, exponents, coefficients.dtype)
     left, watch = _watch_step(coefficients, waves, track.watch)
-    group = jnp.unravel_index(track.pair.site, (*_fourier.half_grid(op), len(coefficients)))[-1]
+    group = _fourier.locate(op, track.pair.site)[1]
     best = _best_watched(left, watch)
     incumbent = _Candidates(group, track.pair.right, track.pair.left)
     # The incumbent goes first: of equal values argmax takes the first, and nothing moves without need.
@@ -223,8 +221,8 @@ def _watched_waves(op: CircularConv, kernel_shape, exponents: np.ndarray, dtype)
 
 def _watch_step(coefficients, waves, vectors):
     """A power step at every watched frequency: `(S v, S^H S v / |S^H S v|)`; the symbols are never formed."""
-    left = _einsum("pt,pgtr->pgr", waves, real_times("gtrc,pgc->pgtr", coefficients, vectors))
-    back = _einsum("pt,pgtc->pgc", waves.conj(), real_times("gtrc,pgr->pgtc", coefficients, left))
+    left = einsum("pt,pgtr->pgr", waves, real_times("gtrc,pgc->pgtr", coefficients, vectors))
+    back = einsum("pt,pgtc->pgc", waves.conj(), real_times("gtrc,pgr->pgtc", coefficients, left))
     return left, _unit_rows(back)
 
 
@@ -248,18 +246,17 @@ def _climb(coefficients, op: CircularConv, kernel_shape, candidates: _Candidates
     # One group: the same coefficients for all, and no copies of them.
     own, k = (coefficients[0], "") if len(coefficients) == 1 else (coefficients[group], "k")
     reached = real_times(f"{k}trc,kc->ktr", own, right)
-    index, waves = _best_frequency(op, kernel_shape, _einsum("kr,ktr->kt", left.conj(), reached))
+    index, waves = _best_frequency(op, kernel_shape, einsum("kr,ktr->kt", left.conj(), reached))
 
     def matvec(right):
-        return _einsum("kt,ktr->kr", waves, real_times(f"{k}trc,kc->ktr", own, right))
+        return einsum("kt,ktr->kr", waves, real_times(f"{k}trc,kc->ktr", own, right))
 
     def rmatvec(left):
-        return _einsum("kt,ktc->kc", waves.conj(), real_times(f"{k}trc,kr->ktc", own, left))
+        return einsum("kt,ktc->kc", waves.conj(), real_times(f"{k}trc,kr->ktc", own, left))
 
     right, left = _krylov_step(matvec, rmatvec, right)
     values = jnp.linalg.norm(matvec(right), axis=-1)
-    shape = (*_fourier.half_grid(op), len(coefficients))
-    sites = jnp.ravel_multi_index((*index, group.astype(index[0].dtype)), shape, mode="clip")
+    sites = _fourier.site_at(op, index, group.astype(index[0].dtype))
     return sites, values, _Candidates(group, left, right)
 
 

@@ -12,7 +12,8 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from jaxsrn import _leading, _pairs
 from jaxsrn._checks import Kernel, ensure, float_dtype, kernel_array, positive_scalar, static_int
-from jaxsrn._exact import Problem, closed_form, functional, safe_sqrt, solve
+from jaxsrn._exact import Problem, closed_form, functional, solve
+from jaxsrn._linalg import safe_sqrt
 from jaxsrn._raising import raised
 from jaxsrn._starts import survey
 from jaxsrn.norms import SingularTriplet, check_triplet, frozen_value

@@ -103,7 +103,16 @@ class Operator(abc.ABC):
         return jax.linear_transpose(apply, jax.ShapeDtypeStruct(x_shape, dtype))(y.astype(dtype))[0]
 
     def kernel_gradient(self, kernel_shape: tuple[int, ...], x, y, *, precision=lax.Precision.HIGHEST):
-        """`grad_K <y, T(K) x>`: the adjoint in the kernel, of shape `kernel_shape`."""
+        """`grad_K <y, T(K) x>`: the adjoint in the kernel.
+
+        Args:
+          kernel_shape: the kernel's.
+          x, y: `(*batch, *in_shape)` and `(*batch, *out_shape)`, of one dtype; the gradients of a batch are summed.
+          precision: as in `jax.lax.conv_general_dilated`; all digits by default, as it is singular vectors that meet here.
+
+        Returns:
+          An array of `kernel_shape`.
+        """
         apply = functools.partial(self._apply, x=x, precision=precision, layout=TO_TRANSPOSE_IN_KERNELS)
         return jax.linear_transpose(apply, jax.ShapeDtypeStruct(kernel_shape, x.dtype))(y)[0]
 

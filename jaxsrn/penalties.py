@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 from jaxsrn import _fourier, _layers, _leading, _pairs
 from jaxsrn._checks import Kernel, ensure, float_dtype, kernel_array, positive_scalar, static_int
 from jaxsrn._lanczos import default_tolerance, leading_singular_vectors, random_start, top_singular_vectors
-from jaxsrn._linalg import end_pairs, unit
+from jaxsrn._linalg import end_pairs, matmul, unit
 from jaxsrn.norms import frozen_value
 from jaxsrn.operators import CircularConv, Dense, Operator
 
@@ -202,7 +202,7 @@ def _shifted_gram(kernel, op: Operator, alpha, gram: str) -> Callable:
     kernel, shift = kernel / scale, (jnp.sqrt(alpha) / scale) ** 2
     forward, back = _gram_maps(kernel, op, gram)
 
-    def product(vector):
+    def matmul(vector):
         return back(forward(vector)) - shift * vector
 
     return product
@@ -214,7 +214,7 @@ def _init_pairs(kernel, op, alpha, gram):
     shape = _side_shape(op, kernel.shape, gram)
     shifted = _shifted_gram(kernel, op, alpha, gram)
 
-    def product(x):
+    def matmul(x):
         return shifted(x.reshape(shape)).reshape(-1)
 
     size, tolerance = math.prod(shape), default_tolerance(kernel.dtype)
@@ -272,11 +272,10 @@ def _orthonormal(vectors: Float[Array, "..."]) -> Float[Array, "..."]:
 def _rotated(kernel, op: Operator, alpha, gram: str, vectors: Float[Array, "..."]) -> TrackedPairs:
     """The eigenpairs of `G - alpha I` restricted to the span of two orthonormal vectors."""
     images = _image(kernel, op, vectors, gram).reshape((2, -1))
-    product = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
-    values, basis = jnp.linalg.eigh(product(images, images.T))
+    values, basis = jnp.linalg.eigh(matmul(images, images.T))
     values = values - alpha
     order = jnp.argsort(-jnp.abs(values))
-    turned = product(basis.T[order], vectors.reshape((2, -1)))
+    turned = matmul(basis.T[order], vectors.reshape((2, -1)))
     return TrackedPairs(values[order], turned.reshape(vectors.shape))
 
 
