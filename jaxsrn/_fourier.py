@@ -203,7 +203,7 @@ def locate(op: CircularConv, site: Int[Array, ""]) -> tuple[tuple[Int[Array, ""]
     return tuple(index), group
 
 
-def site_at(op: CircularConv, index, group: Int[Array, ""]) -> Int[Array, ""]:
+def site_at(op: CircularConv, index, group: Int[Array, "..."]) -> Int[Array, "..."]:
     """The site of a frequency index per axis and a group."""
     return jnp.ravel_multi_index((*index, group), (*half_grid(op), op.feature_group_count), mode="clip")
 

@@ -22,6 +22,7 @@ from jaxsrn import _fourier, _pairs
 from jaxsrn._checks import Kernel, float_dtype, kernel_array, static_int
 from jaxsrn._covers import NormInterval, covers, widened
 from jaxsrn._lanczos import default_tolerance, leading_singular_vectors, random_start
+from jaxsrn._leading import leading
 from jaxsrn._linalg import einsum, matmul, safe_sqrt, top_pairs, unit
 from jaxsrn.operators import CircularConv, Dense, Operator
 
@@ -87,6 +88,11 @@ def _leading_vectors(matrix: Float[Array, "rows columns"], num_steps: int | None
 def _matrix_norm(matrices: Float[Array, "groups rows columns"], num_steps: int | None = None) -> Float[Array, ""]:
     """The largest spectral norm of a stack of matrices, its vectors held constant."""
     left, right = jax.vmap(lambda matrix: _leading_vectors(matrix, num_steps))(lax.stop_gradient(matrices))
+    return _largest_form(left, matrices, right)
+
+
+def _largest_form(left, matrices: Float[Array, "groups rows columns"], right) -> Float[Array, ""]:
+    """The largest `u^T A v` of a stack."""
     return jnp.max(einsum("gi,gio,go->g", left, matrices, right))
 
 
@@ -376,6 +382,9 @@ def channel_l1(kernel: Kernel, op: Operator) -> Float[Array, ""]:
 @jax.jit
 def _channel_l1(kernel, op):
     def bound(tensor):
-        return _matrix_norm(jnp.sum(jnp.abs(tensor), axis=range(1, tensor.ndim - 2)))
+        matrices = jnp.sum(jnp.abs(tensor), axis=range(1, tensor.ndim - 2))
+        # With a proof, as a bound must not be found from below.
+        pairs = jax.vmap(lambda matrix: leading(matrix, Dense()))(lax.stop_gradient(matrices))
+        return _largest_form(pairs.right, matrices, pairs.left)
 
     return _smallest(bound, kernel, op, guaranteed=True)

@@ -108,7 +108,7 @@ class Operator(abc.ABC):
         Args:
           kernel_shape: the kernel's.
           x, y: `(*batch, *in_shape)` and `(*batch, *out_shape)`, of one dtype; the gradients of a batch are summed.
-          precision: as in `jax.lax.conv_general_dilated`; all digits by default, as it is singular vectors that meet here.
+          precision: as in `jax.lax.conv_general_dilated`; all digits by default.
 
         Returns:
           An array of `kernel_shape`.

@@ -202,7 +202,7 @@ def _shifted_gram(kernel, op: Operator, alpha, gram: str) -> Callable:
     kernel, shift = kernel / scale, (jnp.sqrt(alpha) / scale) ** 2
     forward, back = _gram_maps(kernel, op, gram)
 
-    def matmul(vector):
+    def product(vector):
         return back(forward(vector)) - shift * vector
 
     return product
@@ -214,7 +214,7 @@ def _init_pairs(kernel, op, alpha, gram):
     shape = _side_shape(op, kernel.shape, gram)
     shifted = _shifted_gram(kernel, op, alpha, gram)
 
-    def matmul(x):
+    def product(x):
         return shifted(x.reshape(shape)).reshape(-1)
 
     size, tolerance = math.prod(shape), default_tolerance(kernel.dtype)
@@ -272,10 +272,11 @@ def _orthonormal(vectors: Float[Array, "..."]) -> Float[Array, "..."]:
 def _rotated(kernel, op: Operator, alpha, gram: str, vectors: Float[Array, "..."]) -> TrackedPairs:
     """The eigenpairs of `G - alpha I` restricted to the span of two orthonormal vectors."""
     images = _image(kernel, op, vectors, gram).reshape((2, -1))
-    values, basis = jnp.linalg.eigh(matmul(images, images.T))
+    # As its eigenvectors: stacks of eigh are no safe ground in jaxlib 0.10.2 (jax issue 39292).
+    _, values, basis = jnp.linalg.svd(matmul(images, images.T))
     values = values - alpha
     order = jnp.argsort(-jnp.abs(values))
-    turned = matmul(basis.T[order], vectors.reshape((2, -1)))
+    turned = matmul(basis[order], vectors.reshape((2, -1)))
     return TrackedPairs(values[order], turned.reshape(vectors.shape))
 
 

@@ -255,3 +255,9 @@ def test_errors():
         bounds.fantastic_four(kernel, op, num_steps=0)
     with pytest.raises(ValueError, match="oversampling: got 1, expected a static integer >= 2"):
         bounds.lip_bound(kernel, op, oversampling=1)
+
+
+def test_channel_l1_is_not_found_from_below():
+    """Values so near each other that a search alone ends below the largest."""
+    matrix = jnp.diag(1 - 1e-12 * jnp.arange(100.0))
+    assert 1 <= bounds.channel_l1(matrix, Dense()) <= 1 + 1e-11
