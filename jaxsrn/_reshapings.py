@@ -329,7 +329,7 @@ def _lip_bound(kernel, op, oversampling):
 
 
 def l1(kernel: Kernel, op: Operator) -> Float[Array, ""]:
-    """`sum |K|`: a guaranteed upper bound of the spectral norm, the loosest and cheapest.
+    """`sum |K|` over the taps that meet the image: a guaranteed upper bound of the norm, the loosest and cheapest.
 
     Sedghi, Gupta, Long 2019, Proposition 6 (one channel) and the right end of Proposition 11 (several). Equal to the
     norm of a circular convolution with one channel, stride 1 and a non-negative kernel (Proposition 7); never below

@@ -28,7 +28,7 @@ from jaxsrn.normalization import problem_of
 from jaxsrn.norms import frozen_value
 from jaxsrn.operators import Dense, Operator
 
-__all__ = ["SRNCState", "srnc_state", "srnc_step"]
+__all__ = ["SRNCState", "check_gradient", "srnc_state", "srnc_step"]
 
 _GRADIENTS = ("frozen", "implicit")
 _START_PASSES = 10
@@ -114,7 +114,7 @@ def srnc_step(
       ValueError: a kernel, target, norm or gradient that does not fit; a state of another layer; aliased taps.
     """
     kernel, target, norm = _checked(kernel, op, target, norm, cap)
-    ensure(gradient in _GRADIENTS, f"gradient: got {gradient!r}, expected one of {_GRADIENTS}.")
+    check_gradient(gradient)
     track = track_shapes(op, kernel.shape, _is_watched(op, target))
     expected = SRNCState(track, track if _follows_own(op, target, norm, cap) else None)
     ensure(
@@ -123,6 +123,11 @@ def srnc_step(
         "srnc_state with the same arguments.",
     )
     return _srnc_step(kernel, state, op, target, norm, bool(cap), gradient)
+
+
+def check_gradient(gradient: str) -> None:
+    """Raises `ValueError` for anything but the name of a gradient."""
+    ensure(gradient in _GRADIENTS, f"gradient: got {gradient!r}, expected one of {_GRADIENTS}.")
 
 
 def _checked(kernel, op: Operator, target, norm, cap):

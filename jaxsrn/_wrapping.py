@@ -9,7 +9,7 @@ import jax
 
 from jaxsrn._checks import ensure, errors_named
 from jaxsrn._flax_layers import LayerMap, layer_map, layer_name
-from jaxsrn._step import SRNCState, srnc_state, srnc_step
+from jaxsrn._step import SRNCState, check_gradient, srnc_state, srnc_step
 from jaxsrn.ranks import target_of
 
 __all__ = ["Constraint", "record_call", "target_for"]
@@ -33,6 +33,7 @@ class Constraint:
     def start(self, layer, kernel: jax.Array, norm) -> SRNCState:
         """The converged state; errors name the layer."""
         with errors_named(layer_name(layer)):
+            check_gradient(self.gradient)
             op, raw = self.layer_map.op, self.layer_map.to_operator(kernel)
             return srnc_state(raw, op, self.target, norm=norm, cap=self.cap)
 

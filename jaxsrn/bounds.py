@@ -52,7 +52,8 @@ def certified(kernel: Kernel, op: Operator, *, resolution: float = 0.01, any_siz
     not depend on the size of the image, but for the Lanczos steps of zero padding.
 
     With zero padding the width is what the covers lose, most on small images; it does not shrink with `resolution`. The
-    upper end, of one image size, is not above `tensor_norm` where that has converged: it bounds the covers, too.
+    upper end, of one image size, is not above `tensor_norm` where that has converged, but for rounding: it bounds the
+    covers, too.
 
     Args:
       kernel: `(c_in, c_out)` or `(*taps, c_in // groups, c_out)`.

@@ -34,13 +34,14 @@ class SRNResult(NamedTuple):
       spectral_norm: its spectral norm.
       distance: `||T(K) - T(A)||_F / ||T(A)||_F`.
       gap: `distance - gap` is a proven lower bound on the distance of every kernel that meets the constraints
-        (equal to `distance`, which proves nothing, where none was found).
+        (equal to `distance`, which proves nothing, where none was found); with zero padding above 2**18 entries of
+        the explicit matrix as far as the kernel's norm, which is searched without a proof, is right.
       residual: the larger of `|stable_rank / target - 1|` and `|spectral_norm / M - 1|`, over the constraints asked;
         of a kernel returned unchanged, how far its stable rank is below the target.
       num_steps: minorise-maximise passes taken; 0 for matrices.
       num_preserved: leading singular values kept.
-      feasible: whether a kernel that meets the constraints was found. If not, the kernel has the lowest (raising:
-        the highest) stable rank found.
+      feasible: whether the constraints can hold together where the search ended; how far they do says `residual`. If
+        not, the kernel has the lowest (raising: the highest) stable rank found.
     """
 
     kernel: Shaped[Array, "..."]

@@ -97,15 +97,15 @@ def project_spectral_ball(
         minimise ||T(K) - T(A)||_F   subject to   ||T(K)||_2 <= max_norm
 
     and says how far from its solution the result can be at most. A kernel in the ball is returned unchanged; taps that
-    never meet a sample of the image always are. The result is scaled by the exact norm at the end, so that it is in
-    the ball whether or not the steps converged.
+    never meet a sample of the image always are. The result is scaled by its `spectral_norm` at the end, so that it is
+    in the ball whether or not the steps converged (as far as that norm is proven).
 
     Circular, and zero padding up to an explicit matrix of 2**16 entries: an augmented Lagrangian with semismooth
     Newton steps, one SVD of all matrices each. Alternating clips ends elsewhere in the ball; Dykstra's algorithm finds
     the projection too, by more than ten times as many SVDs (`benchmarks/projections.py`). Dense: the singular values
     are clipped, exact (Sanyal et al. 2020, Algorithm 3).
 
-    Larger zero-padded layers have no small matrices to split. There the result is a certified inner approximation: the
+    Larger zero-padded layers have no small matrices to split. There the result is an inner approximation: the
     projection, in the layer's own distance, on the ball of the circular layer that covers it (on the padded image),
     with its radius widened until the layer's own norm is `max_norm`. `residual` is measured against an outer one: the
     layer compressed to plane waves is a circular layer whose taps are tapered by the share of samples that they meet,
