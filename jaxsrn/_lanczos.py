@@ -47,9 +47,9 @@ def search_tolerance(dtype) -> float:
 
 
 class _Basis(NamedTuple):
-    """`T^T T vectors^T = vectors^T projected` up to the coupling of the last used vector to the next, in the next row.
+    """`T^T T V^T = V^T P` for the rows `V` in use, up to the coupling of the last of them to the next row.
 
-    All rows take part in every product, as slices would be copied: those not yet used are zero.
+    All rows take part in every product, as slices would be copied: those not yet in use are zero.
     """
 
     vectors: Float[Array, "rows in"]
@@ -155,7 +155,7 @@ def leading_singular_vectors(
         return _State(basis, used, *_progress(basis, used), state.restarts + full.astype(state.restarts.dtype))
 
     def unfinished(state: _State):
-        # There is a singular value as near as the residual.
+        # Some singular value is as near to this one as the residual.
         promising = ~(state.value * (1 + state.residual) < floor)
         return (state.residual > tolerance) & promising & (state.restarts < _MAX_RESTARTS)
 

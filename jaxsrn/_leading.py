@@ -73,7 +73,7 @@ def _leading_of_matrix(matrix: Float[Array, "in out"]) -> Pair:
         # Whatever does not change in a loop XLA moves out of it.
         return ~state[0], _by_svd(jax.lax.optimization_barrier((matrix, state[0]))[0])
 
-    # Not a condition: mapped, that takes both ways.
+    # A loop in place of `lax.cond`, which under `vmap` runs both branches.
     return jax.lax.while_loop(lambda state: ~state[0], fall_back, (proven, pair))[1]
 
 

@@ -20,14 +20,15 @@ from jaxsrn.operators import CircularConv, ZeroPaddedConv
 
 __all__ = ["at_first_contact", "search", "without_idle_axes"]
 
-# Of the random part of a cold start, relative to the wave: other waves may be as large, and all take part.
+# Norm of the random part of a cold start, relative to the wave: other waves may be as large, and all take part.
 _NOISE = 0.1
-# Of a phase of that wave in a start, relative to the other: with less, the search may end at the wrong one.
+# Share of the second phase of a wave in what is found, relative to the first, below which the search is repeated from
+# both: with less in the start it may have ended at the wrong one.
 _SHARE = 0.35
-# Two phases whose norms differ by more than that are no rivals: the noise has enough of both.
+# Relative difference of the norms of two phases beyond which they are no rivals: the noise has enough of both.
 _RIVALS = 0.05
-# Norms of phases differ as the coefficients of the window at the doubled frequency, by about `samples ** -3`: on more
-# samples one is as good as the other, unless even those of the waves differ by more than that share of the tolerance.
+# Samples up to which phases are told apart (their norms differ as the window's coefficients at the doubled frequency
+# do, by about `samples ** -3`), and the difference, as a share of the tolerance, beyond which they are on more samples.
 _FEW_SAMPLES, _SAME = 512, 0.05
 # Lanczos steps that a cold start takes at least: with that much noise it is not near a singular vector.
 _COLD_STEPS = 10
@@ -235,7 +236,7 @@ def _through_few_channels(kernel, op: ZeroPaddedConv, starts: _Starts, noise, to
         _, pair = state
         return True, matrix_free(kernel, op, pair.right, tolerance, first_check=_WARM_STEPS).pair
 
-    # Not a condition: mapped, that takes both ways.
+    # A loop in place of `lax.cond`, which under `vmap` runs both branches.
     finished = _residual(first.right, right, left) <= tolerance
     return jax.lax.while_loop(lambda state: ~state[0], finish, (finished, second))[1]
 

@@ -19,7 +19,7 @@ __all__ = ["in_reverse"]
 
 
 def in_reverse(op: Operator) -> Operator:
-    """The same operator, in reverse mode as fast as itself; only zero padding works on images, all others stay."""
+    """The same operator with these rules, for reverse mode alone. Of zero padding: no other works on images."""
     if not isinstance(op, ZeroPaddedConv):
         return op
     return _InReverse(**_arguments(op))

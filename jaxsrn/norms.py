@@ -48,9 +48,10 @@ def leading_triplet(
     """The largest singular value of `T(kernel)` with its two vectors, from a cold start.
 
     Circular: the leading value of the symbol over all its frequencies, its vectors as plane waves. Dense, and zero
-    padding up to 2**18 entries of the explicit matrix: an SVD, or Lanczos with a proof. Larger layers with zero
-    padding: Lanczos with thick restarts on the real operator, from the largest waves of the circular layer, each as
-    long as its value on the torus exceeds what is found; of 32 channels or more in the few that they use most, first.
+    padding up to 2**18 entries of the explicit matrix: an SVD, or Lanczos with a proof; layers of one tap on images of
+    any size, too. Larger layers with zero padding: Lanczos with thick restarts on the real operator, from the largest
+    waves of the circular layer, each as long as its value on the torus exceeds what is found; of 32 channels or more
+    in the few that they use most, first.
 
     Args:
       kernel: `(c_in, c_out)` or `(*taps, c_in // groups, c_out)`.
@@ -112,7 +113,7 @@ def spectral_norm(kernel: Kernel, op: Operator) -> Float[Array, ""]:
     Circular: the maximum over all frequencies, guaranteed to rounding: by an SVD at each of them in small layers, in
     large ones by branch and bound, at a cost that does not depend on the image. Dense: an SVD; of large matrices
     Lanczos, and a Cholesky factorization that proves it. Zero padding: the same up to 2**18 entries of the explicit
-    matrix; above, Lanczos to a relative residual of `eps ** 0.75`, without a proof. The gradient is the
+    matrix, and of one tap; above, Lanczos to a relative residual of `eps ** 0.75`, without a proof. The gradient is the
     outer product of the leading vectors, held constant: exact for a simple value, finite always (also at zero), in
     forward and reverse mode.
 

@@ -6,7 +6,17 @@ import numpy as np
 import pytest
 from cases import dense, gaussian, quick_jit
 
-from jaxsrn import CircularConv, ZeroPaddedConv, _fourier, _leading, _padded, _search, leading_triplet, spectral_norm
+from jaxsrn import (
+    CircularConv,
+    ZeroPaddedConv,
+    _fourier,
+    _grams,
+    _leading,
+    _padded,
+    _search,
+    leading_triplet,
+    spectral_norm,
+)
 from jaxsrn._lanczos import leading_singular_vectors, search_tolerance
 
 
@@ -38,6 +48,19 @@ def test_peaks_are_singular_values_at_frequencies_far_apart(size, shape):
         for other in (index[j], -index[j]):
             steps = (index[i] - other) % np.array(size)
             assert np.max(np.minimum(steps, size - steps)) > radius
+
+
+def test_wide_kernels_have_several_peaks(monkeypatch):
+    """Where every frequency is estimated, the largest estimates of all are neighbours of one peak."""
+    monkeypatch.setattr(_grams, "_WIDE", 40)
+    kernel, op = 0.01 * gaussian((5, 40, 40)), CircularConv((64,))
+    kernel[1:4, 0, 0], kernel[1:4, 1, 1] = [1, 2, 1], [-1, 1.8, -1]
+    kernel = jnp.asarray(kernel)
+    assert _grams.is_reduced(op, kernel.shape)
+    values, (sites, _, _) = _search.peaks(kernel, op, 4, 4)
+    exact = np.linalg.svd(_fourier.half_symbol(kernel, op), compute_uv=False)[:, 0]
+    np.testing.assert_allclose(values[:2], [exact[0], exact[32]], rtol=1e-3)
+    np.testing.assert_array_equal(sites[:2], [0, 32])
 
 
 def test_a_wave_that_is_lower_on_the_torus_may_lead_with_zero_padding():
