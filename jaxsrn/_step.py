@@ -17,7 +17,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from jaxsrn import _leading, _pairs
-from jaxsrn._checks import Kernel, ensure, float_dtype, kernel_array, positive_scalar
+from jaxsrn._checks import Kernel, ensure, float_dtype, kernel_array, positive_scalar, static_int
 from jaxsrn._exact import Problem, closed_form, functional, merit
 from jaxsrn._fourier import complex_dtype
 from jaxsrn._pairs import Pair
@@ -75,7 +75,15 @@ def srnc_state(kernel: Kernel, op: Operator, target, *, norm=1.0, cap: bool = Fa
 
 
 def srnc_step(
-    kernel: Kernel, state: SRNCState, op: Operator, target, *, norm=1.0, cap: bool = False, gradient: str = "frozen"
+    kernel: Kernel,
+    state: SRNCState,
+    op: Operator,
+    target,
+    *,
+    norm=1.0,
+    cap: bool = False,
+    gradient: str = "frozen",
+    num_steps: int = 1,
 ):
     """Stable rank normalization in training: `(normalized kernel, new state)`, at the cost of a few images.
 
@@ -105,13 +113,15 @@ def srnc_step(
         the norm, not for the kernel (it leaves out how the vectors turn). `"implicit"`: the derivative of the
         converged step by the implicit function theorem, at the cost of a linear system in the vectors, some tens of
         further power steps; the frozen one where that system is singular (the two leading values meet).
+      num_steps: static; steps of the pair before the kernel is normalized with it, the published number by default.
 
     Returns:
       The kernel, in its dtype (taps that meet no sample as they were), and the new state. Derivatives go through
       the kernel and through `norm`; the state is constant.
 
     Raises:
-      ValueError: a kernel, target, norm or gradient that does not fit; a state of another layer; aliased taps.
+      ValueError: a kernel, target, norm, gradient or number of steps that does not fit; a state of another layer;
+        aliased taps.
     """
     kernel, target, norm = _checked(kernel, op, target, norm, cap)
     check_gradient(gradient)
@@ -122,7 +132,7 @@ def srnc_step(
         f"state: it does not fit a kernel of shape {kernel.shape} with {op}, {norm=}, {cap=}; take it from "
         "srnc_state with the same arguments.",
     )
-    return _srnc_step(kernel, state, op, target, norm, bool(cap), gradient)
+    return _srnc_step(kernel, state, op, target, norm, bool(cap), gradient, static_int(num_steps, "num_steps"))
 
 
 def check_gradient(gradient: str) -> None:
@@ -206,13 +216,14 @@ def _converged(a: Float[Array, "..."], op: Operator, target, pair: Pair) -> Trac
     return lax.while_loop(unfinished, one_pass, state).track
 
 
-@functools.partial(jax.jit, static_argnames=("cap", "gradient"))
-def _srnc_step(kernel, state, op, target, norm, cap, gradient):
+@functools.partial(jax.jit, static_argnames=("cap", "gradient", "num_steps"))
+def _srnc_step(kernel, state, op, target, norm, cap, gradient, num_steps):
     a, scale = _pairs.rescaled(kernel.astype(float_dtype(kernel.dtype)), op)
     # A model may have been cast as a whole, its state with it.
     fixed, (track, own) = lax.stop_gradient((a, jax.tree.map(functools.partial(_in_precision_of, a), state)))
     # The power step comes first, on this kernel: after a step of an optimizer the stored pair is that of another one.
-    track, own = _followed(fixed, op, target, track), None if own is None else follow(fixed, op, own)
+    for _ in range(num_steps):
+        track, own = _followed(fixed, op, target, track), None if own is None else follow(fixed, op, own)
     # Of the norm alone the frozen gradient is the true one.
     pair = track.pair if gradient == "frozen" or target is None else _moving_pair(a, op, target, track.pair)
     # The solution is proportional to the norm and does not depend on the scale of the kernel.

@@ -10,9 +10,14 @@ import jax
 from jaxsrn._checks import ensure, errors_named
 from jaxsrn._flax_layers import LayerMap, layer_map, layer_name
 from jaxsrn._step import SRNCState, check_gradient, srnc_state, srnc_step
+from jaxsrn.operators import Dense
 from jaxsrn.ranks import target_of
 
 __all__ = ["Constraint", "record_call", "target_for"]
+
+# Power steps of a matrix at every forward. By the one of Sanyal's algorithm norms were up to 1.2% off after training
+# (`benchmarks/training.py --only left`), where the two leading singular values were close; steps of matrices are cheap.
+_DENSE_STEPS = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +45,8 @@ class Constraint:
     def step(self, kernel: jax.Array, state: SRNCState, norm) -> tuple[jax.Array, SRNCState]:
         """The normalized kernel by the state, and the next state."""
         op, raw = self.layer_map.op, self.layer_map.to_operator(kernel)
-        options = {"norm": norm, "cap": self.cap, "gradient": self.gradient}
+        steps = _DENSE_STEPS if isinstance(op, Dense) else 1
+        options = {"norm": norm, "cap": self.cap, "gradient": self.gradient, "num_steps": steps}
         normalized, state = srnc_step(raw, state, op, self.target, **options)
         return self.layer_map.to_layer(normalized), state
 
