@@ -15,8 +15,8 @@ from jaxsrn.ranks import target_of
 
 __all__ = ["Constraint", "record_call", "target_for"]
 
-# Power steps of a matrix at every forward. By the one of Sanyal's algorithm norms were up to 1.2% off after training
-# (`benchmarks/training.py --only left`), where the two leading singular values were close; steps of matrices are cheap.
+# Power steps of a matrix at every forward. The one of Sanyal's algorithm lags where the two leading singular values are
+# close, and steps of matrices are cheap.
 _DENSE_STEPS = 2
 
 

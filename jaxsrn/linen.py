@@ -131,9 +131,10 @@ class StableRankNorm(_Normalized):
 
     Every forward uses the closest kernel with `||T||_2 = norm` and stable rank `fraction * min(prod(in), prod(out))`,
     by `jaxsrn.srnc_step`: Sanyal, Torr, Dokania 2020, Algorithm 2 (two power steps), for dense layers,
-    Zheng et al. 2025, eq. 7, for convolutions. The raw kernel stays the parameter, in `"params"`, and is never overwritten. A layer whose
-    own stable rank is below the target keeps it. The state, in the collection `"stable_rank"`, is converged from
-    `init` on; where it is missing and mutable it is born then, converged as well (around weights trained without it).
+    Zheng et al. 2025, eq. 7, for convolutions. The raw kernel stays the parameter, in `"params"`, and is never
+    overwritten. A layer whose own stable rank is below the target keeps it. The state, in the collection
+    `"stable_rank"`, is converged from `init` on; where it is missing and mutable it is born then, converged as well
+    (around weights trained without it).
 
     Args:
       layer: `nn.Conv`, `nn.ConvTranspose`, `nn.Dense` or `nn.DenseGeneral`.

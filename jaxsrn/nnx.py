@@ -104,8 +104,8 @@ class StableRankNorm(_Normalized):
 
     Every forward uses the closest kernel with `||T||_2 = norm` and stable rank `fraction * min(prod(in), prod(out))`,
     by `jaxsrn.srnc_step`: Sanyal, Torr, Dokania 2020, Algorithm 2 (two power steps), for dense layers,
-    Zheng et al. 2025, eq. 7, for convolutions. The raw kernel stays the parameter and is never overwritten. A layer whose own stable rank
-    is below the target keeps it. The state is converged from the start.
+    Zheng et al. 2025, eq. 7, for convolutions. The raw kernel stays the parameter and is never overwritten. A layer
+    whose own stable rank is below the target keeps it. The state is converged from the start.
 
     Args:
       layer: `nnx.Conv`, `nnx.ConvTranspose`, `nnx.Linear` or `nnx.LinearGeneral`.
