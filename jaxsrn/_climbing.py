@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool, Complex, Float, Int
+from jaxtyping import Array, Complex, Float, Int
 
 from jaxsrn import _fourier
 from jaxsrn._grams import (
@@ -254,50 +254,38 @@ def other_peaks(
     """
     # Where every frequency was estimated kernels are wide, as a rule, and each climb is dear.
     dear = len(blocks.sizes) == 1
-    chosen = _apart(known, op, blocks, count, radius) if dear else _most_promising(known, 2 * _NUM_CLIMBERS)
+    chosen = _estimated_peaks(known, blocks, op, count, radius) if dear else _most_promising(known, 2 * _NUM_CLIMBERS)
     found = _climbs(poly, op, blocks, known, chosen)
-    order = jnp.argsort(-found.value)
-    pairs = jax.tree.map(lambda first, rest: jnp.concatenate([first[None], rest[order]]), highest, found)
-    value = jnp.where(_are_apart(pairs, op, radius), pairs.value, 0)
-    _, chosen = lax.top_k(value, min(count, len(value)))
-    return jax.tree.map(lambda leaf: leaf[chosen], pairs._replace(value=value))
+    # Of equal values the first is taken: nothing found is above the highest, but for rounding.
+    found = found._replace(value=jnp.minimum(found.value, highest.value))
+    pairs = jax.tree.map(lambda first, rest: jnp.concatenate([first[None], rest]), highest, found)
+    chosen, values = _largest_apart(pairs.value, pairs.index, pairs.group, op, count, radius)
+    return jax.tree.map(lambda leaf: leaf[chosen], pairs)._replace(value=values)
 
 
-def _apart(known: Estimates, op: CircularConv, blocks: Blocks, count: int, radius: int) -> Int[Array, " chosen"]:
+def _estimated_peaks(known: Estimates, blocks: Blocks, op: CircularConv, count: int, radius: int):
     """Which estimates at single frequencies are the largest, none near a larger one of its group."""
-    groups = np.arange(known.values.shape[1])
-
-    def pick(k, state):
-        values, chosen = state
-        best = jnp.argmax(values)
-        box, group = jnp.unravel_index(best, values.shape)
-        corners = jnp.asarray(blocks.corners)
-        near = _are_close(corners, corners[box][None], op, radius) & (groups == group)[None]
-        return jnp.where(near, -1, values), chosen.at[k].set(best)
-
-    count = min(count, known.values.size)
-    return lax.fori_loop(0, count, pick, (known.values, jnp.zeros(count, int)))[1]
+    boxes, groups = np.indices(known.values.shape).reshape((2, -1))
+    return _largest_apart(known.values.reshape(-1), jnp.asarray(blocks.corners[boxes]), groups, op, count, radius)[0]
 
 
-def _are_close(indices, others, op: CircularConv, radius: int) -> Bool[Array, "indices others"]:
-    """Which frequencies are near which others, or near their opposites."""
-    grid = np.array(op.grid)[None, None]
+def _largest_apart(values: Float[Array, " n"], indices, groups, op: CircularConv, count: int, radius: int):
+    """The largest values at frequencies of groups, none near a larger one or its opposite: which, and what they are.
 
-    def near(others):
-        steps = (indices[:, None] - others[None]) % grid
+    Where fewer are left than asked for, the rest are 0.
+    """
+    grid, groups = np.array(op.grid)[None], jnp.asarray(groups)
+
+    def near(other):
+        steps = (indices - other[None]) % grid
         return jnp.max(jnp.minimum(steps, grid - steps), axis=-1) <= radius
 
-    return near(others) | near(-others)
+    def pick(k, state):
+        left, chosen, found = state
+        best = jnp.argmax(left)
+        taken = (near(indices[best]) | near(-indices[best])) & (groups == groups[best])
+        found = found.at[k].set(jnp.maximum(left[best], 0))
+        return jnp.where(taken, -1, left), chosen.at[k].set(best), found
 
-
-def _are_apart(pairs: SitePair, op: CircularConv, radius: int) -> Bool[Array, " pairs"]:
-    """Which of a stack are not near one of those that come before."""
-    close = _are_close(pairs.index, pairs.index, op, radius)
-    close = close & (pairs.group[:, None] == pairs.group[None])
-    before = np.tri(len(pairs.value), k=-1, dtype=bool)
-    blocked = close & jnp.asarray(before)
-
-    def look(i, kept):
-        return kept.at[i].set(~jnp.any(kept & blocked[i]))
-
-    return lax.fori_loop(0, len(pairs.value), look, jnp.zeros(len(pairs.value), bool))
+    count = min(count, values.size)
+    return lax.fori_loop(0, count, pick, (values, jnp.zeros(count, int), jnp.zeros(count, values.dtype)))[1:]

@@ -39,17 +39,9 @@ def _with_pull_back(product: Callable, pull_back: Callable, num_static: int) -> 
     return rule
 
 
-def _apply(op: ZeroPaddedConv, precision, kernel, x):
-    return op.apply(kernel, x, precision=precision)
-
-
 def _pull_back_apply(op, precision, arguments, y):
     kernel, x = arguments
     return op.kernel_gradient(kernel.shape, x, y, precision=precision), op.transpose(kernel, y, precision=precision)
-
-
-def _transpose(op: ZeroPaddedConv, precision, kernel, y):
-    return op.transpose(kernel, y, precision=precision)
 
 
 def _pull_back_transpose(op, precision, arguments, x):
@@ -57,13 +49,22 @@ def _pull_back_transpose(op, precision, arguments, x):
     return op.kernel_gradient(kernel.shape, x, y, precision=precision), op.apply(kernel, x, precision=precision)
 
 
-def _kernel_gradient(op: ZeroPaddedConv, precision, kernel_shape, x, y):
-    return op.kernel_gradient(kernel_shape, x, y, precision=precision)
-
-
 def _pull_back_kernel_gradient(op, precision, kernel_shape, arguments, kernel):
     x, y = arguments
     return op.transpose(kernel, y, precision=precision), op.apply(kernel, x, precision=precision)
+
+
+_apply = _with_pull_back(
+    lambda op, precision, kernel, x: op.apply(kernel, x, precision=precision), _pull_back_apply, num_static=2
+)
+_transpose = _with_pull_back(
+    lambda op, precision, kernel, y: op.transpose(kernel, y, precision=precision), _pull_back_transpose, num_static=2
+)
+_kernel_gradient = _with_pull_back(
+    lambda op, precision, kernel_shape, x, y: op.kernel_gradient(kernel_shape, x, y, precision=precision),
+    _pull_back_kernel_gradient,
+    num_static=3,
+)
 
 
 @jax.tree_util.register_static
@@ -71,14 +72,13 @@ class _InReverse(ZeroPaddedConv):
     """The layer whose products have these rules."""
 
     def apply(self, kernel, x, *, precision=None):
-        return _with_pull_back(_apply, _pull_back_apply, 2)(self._plain(), precision, kernel, x)
+        return _apply(self._plain(), precision, kernel, x)
 
     def transpose(self, kernel, y, *, precision=None):
-        return _with_pull_back(_transpose, _pull_back_transpose, 2)(self._plain(), precision, kernel, y)
+        return _transpose(self._plain(), precision, kernel, y)
 
     def kernel_gradient(self, kernel_shape, x, y, *, precision=lax.Precision.HIGHEST):
-        rule = _with_pull_back(_kernel_gradient, _pull_back_kernel_gradient, 3)
-        return rule(self._plain(), precision, kernel_shape, x, y)
+        return _kernel_gradient(self._plain(), precision, kernel_shape, x, y)
 
     def _plain(self) -> ZeroPaddedConv:
         return ZeroPaddedConv(**_arguments(self))
