@@ -32,11 +32,11 @@ from jaxsrn._ball import Iterate
 from jaxsrn._clip import Blocks, blocks_of
 from jaxsrn._covers import covers
 from jaxsrn._linalg import safe_sqrt
-from jaxsrn._pairs import matrix_size
-from jaxsrn.norms import norm_of
+from jaxsrn._pairs import Pair, matrix_size
+from jaxsrn.norms import frozen_value, leading_of
 from jaxsrn.operators import Operator, ZeroPaddedConv
 
-__all__ = ["Nearest", "Solution", "nearest", "with_derivative"]
+__all__ = ["Nearest", "Solution", "nearest", "not_yet", "with_derivative"]
 
 # Entries of the explicit matrix of a zero-padded layer that is still split in every step.
 _EXPLICIT_LIMIT = 2**16
@@ -52,9 +52,10 @@ class Solution(NamedTuple):
 
 
 class Nearest(NamedTuple):
-    """A kernel of the ball, how far it is from the target, and how much less that could be at most."""
+    """A kernel of the ball with its leading pair, how far it is from the target, and how much less that could be."""
 
     kernel: Float[Array, "..."]
+    leading: Pair
     distance: Float[Array, ""]
     excess: Float[Array, ""]
     num_steps: Int[Array, ""]
@@ -92,27 +93,41 @@ def _smallest_image(op: ZeroPaddedConv, kernel_shape: tuple[int, ...], strides: 
     return tuple(-(-max(n, s * m, extent) // s) * s for n, m, extent, s in sizes)
 
 
+def not_yet(target: Float[Array, "..."], op: Operator, limit: Float[Array, ""], own: Pair) -> tuple[Solution, Nearest]:
+    """What `nearest` returns, before anything is solved: the state of a loop whose body is its only copy."""
+    zero = jnp.zeros_like(limit)
+    blocks = _inner_blocks(op, target.shape, target.dtype)
+    return Solution(_ball.begin(target, blocks, limit), limit), Nearest(target, own, zero, zero, jnp.asarray(0))
+
+
 def nearest(
-    target: Float[Array, "..."], op: Operator, limit: Float[Array, ""], max_steps: int, largest_excess
+    target: Float[Array, "..."], op: Operator, limit: Float[Array, ""], own: Pair, max_steps: int, largest_excess
 ) -> tuple[Solution, Nearest]:
-    """The kernel, proven to be no farther than it must by more than `largest_excess` unless the steps run out."""
+    """The kernel, proven to be no farther than it must by more than `largest_excess` unless the steps run out.
+
+    `own` is the leading pair of the target.
+    """
     shape, dtype = target.shape, target.dtype
     blocks = _inner_blocks(op, shape, dtype)
     solve = functools.partial(_from_scratch, target, max_steps=max_steps, largest_excess=largest_excess)
     if is_split(op, shape):
         found = solve(blocks, limit)
-        factor = _into_ball(found.best.kernel, target, op, blocks, limit)
+        best = found.best.kernel
+        leading = leading_of(best, op)
+        factor = _into_ball(best, frozen_value(best, op, leading), target, blocks, limit)
         distance, excess = _ball.distance_and_excess(target, blocks, found.best, factor)
-        return Solution(found, limit), Nearest(factor * found.best.kernel, distance, excess, found.num_steps)
+        return Solution(found, limit), Nearest(factor * best, leading, distance, excess, found.num_steps)
     outer_blocks = _circular(op, shape, dtype, tight=True)
     outer = solve(outer_blocks, limit)
     reached, beyond = _ball.distance_and_excess(target, outer_blocks, outer.best, jnp.ones_like(limit))
-    solution, num_steps = _widened(lambda radius: solve(blocks, radius), op, limit)
-    best = solution.iterate.best.kernel
-    kernel = _into_ball(best, target, op, blocks, limit) * best
+    begun = _ball.begin(target, blocks, limit)
+    widened = _widened(lambda radius: solve(blocks, radius), begun, op, limit, own)
+    best = widened.solution.iterate.best.kernel
+    kernel = _into_ball(best, widened.norm, target, blocks, limit) * best
     distance = safe_sqrt(blocks.inner(kernel - target, kernel - target))
     excess = distance - jnp.maximum(reached - beyond, 0)
-    return solution, Nearest(kernel, distance, excess, num_steps + outer.num_steps)
+    num_steps = widened.num_steps + outer.num_steps
+    return widened.solution, Nearest(kernel, widened.leading, distance, excess, num_steps)
 
 
 def _from_scratch(target, blocks: Blocks, radius, max_steps: int, largest_excess) -> Iterate:
@@ -120,26 +135,39 @@ def _from_scratch(target, blocks: Blocks, radius, max_steps: int, largest_excess
     return _ball.solve(_ball.begin(target, blocks, radius), target, blocks, radius, max_steps, largest_excess)
 
 
-def _into_ball(kernel, target, op: Operator, blocks: Blocks, limit) -> Float[Array, ""]:
-    """What to multiply the kernel with: the multiple nearest to the target that is in the ball."""
-    norm, squared = norm_of(kernel, op), blocks.inner(kernel, kernel)
+def _into_ball(kernel, norm, target, blocks: Blocks, limit) -> Float[Array, ""]:
+    """What to multiply the kernel, of known norm, with: the multiple nearest to the target that is in the ball."""
+    squared = blocks.inner(kernel, kernel)
     zero = (norm == 0) | (squared == 0)
     nearest_multiple = blocks.inner(kernel, target) / jnp.where(zero, 1.0, squared)
     return jnp.where(zero, 1.0, jnp.minimum(limit / jnp.where(zero, 1.0, norm), nearest_multiple))
 
 
-def _widened(solve: Callable, op: Operator, limit: Float[Array, ""]) -> tuple[Solution, Int[Array, ""]]:
-    """The projection on the cover's ball of the radius at which the layer's own norm is the limit; all steps taken."""
+class _Widened(NamedTuple):
+    """The projection on the cover's ball, the norm and the leading pair of its kernel, and the radius to try next."""
 
-    def try_radius(_, state):
-        solution, num_steps = state
-        norm = norm_of(solution.iterate.best.kernel, op)
-        radius = jnp.where(norm == 0, solution.radius, solution.radius * limit / jnp.where(norm == 0, 1.0, norm))
-        found = solve(radius)
-        return Solution(found, radius), num_steps + found.num_steps
+    solution: Solution
+    norm: Float[Array, ""]
+    leading: Pair
+    radius: Float[Array, ""]
+    num_steps: Int[Array, ""]
 
-    first = solve(limit)
-    return lax.fori_loop(1, _NUM_RADII, try_radius, (Solution(first, limit), first.num_steps))
+
+def _widened(solve: Callable, begun: Iterate, op: Operator, limit: Float[Array, ""], own: Pair) -> _Widened:
+    """The projection on the cover's ball of the radius at which the layer's own norm is the limit; all steps taken.
+
+    `begun` is the problem before its first step: the loop starts from it, so that its body is the only copy.
+    """
+
+    def try_radius(_, state: _Widened) -> _Widened:
+        found = solve(state.radius)
+        leading = leading_of(found.best.kernel, op)
+        norm = frozen_value(found.best.kernel, op, leading)
+        radius = jnp.where(norm == 0, state.radius, state.radius * limit / jnp.where(norm == 0, 1.0, norm))
+        return _Widened(Solution(found, state.radius), norm, leading, radius, state.num_steps + found.num_steps)
+
+    nothing = _Widened(Solution(begun, limit), jnp.zeros_like(limit), own, limit, jnp.asarray(0))
+    return lax.fori_loop(0, _NUM_RADII, try_radius, nothing)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))

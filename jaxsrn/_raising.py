@@ -18,8 +18,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxsrn._exact import Problem
 from jaxsrn._linalg import safe_sqrt
-from jaxsrn._nearest import Nearest, Solution, nearest, with_derivative
-from jaxsrn.norms import norm_of
+from jaxsrn._nearest import Nearest, Solution, nearest, not_yet, with_derivative
+from jaxsrn._pairs import Pair
+from jaxsrn.norms import frozen_value
 from jaxsrn.operators import Operator
 
 __all__ = ["Raised", "raised"]
@@ -33,9 +34,10 @@ _EXACTNESS = 0.1
 
 
 class Raised(NamedTuple):
-    """The kernel, a proven lower bound on the squared distance, the steps, and whether the target was reached."""
+    """The kernel, its leading pair, a proven bound of the squared distance, the steps, whether the target was met."""
 
     kernel: Float[Array, "..."]
+    leading: Pair
     squared_bound: Float[Array, ""]
     num_steps: Int[Array, ""]
     feasible: Bool[Array, ""]
@@ -68,28 +70,28 @@ class _State(NamedTuple):
     count: Int[Array, ""]
 
 
-def raised(problem: Problem, op: Operator, max_steps: int, tolerance: Float[Array, ""]) -> Raised:
-    """Projections of `tau A`, to a relative error `tolerance` of the stable rank.
+def raised(problem: Problem, op: Operator, own: Pair, max_steps: int, tolerance: Float[Array, ""]) -> Raised:
+    """Projections of `tau A`, to a relative error `tolerance` of the stable rank; `own` is the leading pair of `A`.
 
     The derivative of the kernel is that of the projection, with `tau` moving so that the stable rank stays.
     """
     frozen, tolerance = lax.stop_gradient((problem, tolerance))
-    state = lax.stop_gradient(_search(frozen, op, max_steps, tolerance))
+    state = lax.stop_gradient(_search(frozen, op, own, max_steps, tolerance))
     best = state.best
     kernel = _differentiable(problem, op, best)
     miss = jnp.abs(best.rank / frozen.target - 1)
     feasible = jnp.isfinite(state.high) | (miss <= tolerance)
-    return Raised(kernel, _squared_bound(frozen, best), state.num_steps, feasible)
+    return Raised(kernel, best.found.leading, _squared_bound(frozen, best), state.num_steps, feasible)
 
 
-def _search(problem: Problem, op: Operator, max_steps: int, tolerance) -> _State:
+def _search(problem: Problem, op: Operator, own: Pair, max_steps: int, tolerance) -> _State:
     size = safe_sqrt(problem.inner(problem.kernel, problem.kernel))
     # The stable rank is only as smooth in tau as the projections are exact.
     largest_excess = jnp.maximum(_EXACTNESS * tolerance, 100 * jnp.finfo(size.dtype).eps) * size
 
     def step(state: _State) -> _State:
         tau = jnp.exp(state.next)
-        trial = _try(problem, op, tau, max_steps, largest_excess)
+        trial = _try(problem, op, own, tau, max_steps, largest_excess)
         closer = ~(jnp.abs(trial.rank - problem.target) >= jnp.abs(state.best.rank - problem.target))
         # On the way to the limit the last one counts.
         better = closer | jnp.isinf(state.high)
@@ -106,34 +108,33 @@ def _search(problem: Problem, op: Operator, max_steps: int, tolerance) -> _State
             state.high - state.low > 4 * rounding,
             state.next <= -_LARGEST * jnp.log(rounding) + jnp.log(_FACTOR),
         )
-        return missed & within & (state.count < _MAX_TRIALS)
+        return (state.count == 0) | (missed & within & (state.count < _MAX_TRIALS))
 
-    return lax.while_loop(unfinished, step, _begin(problem, op, max_steps, largest_excess))
+    return lax.while_loop(unfinished, step, _begin(problem, op, own))
 
 
-def _begin(problem: Problem, op: Operator, max_steps: int, largest_excess) -> _State:
-    """After the first trial, at the first `tau` above 1, where the kernel is itself."""
+def _begin(problem: Problem, op: Operator, own: Pair) -> _State:
+    """Before the first trial, which is at the first `tau` above 1, where the kernel is itself."""
     zero = jnp.zeros_like(problem.norm)
     rank = problem.inner(problem.kernel, problem.kernel) / problem.norm**2
-    trial = _try(problem, op, zero + _FACTOR, max_steps, largest_excess)
-    nothing = zero + jnp.inf
-    state = _State(
+    infinite = zero + jnp.inf
+    solution, found = not_yet(problem.kernel, op, problem.norm, own)
+    return _State(
         next=jnp.log(_FACTOR) + zero,
         low=zero,
-        high=nothing,
+        high=infinite,
         low_miss=rank - problem.target,
-        high_miss=nothing,
+        high_miss=infinite,
         moved_low=jnp.asarray(True),
-        best=trial,
-        num_steps=trial.found.num_steps,
-        count=jnp.asarray(1),
+        best=_Trial(zero, solution, found, problem.kernel, infinite),
+        num_steps=jnp.asarray(0),
+        count=jnp.asarray(0),
     )
-    return _narrowed(state, trial.rank - problem.target)
 
 
-def _try(problem: Problem, op: Operator, tau, max_steps: int, largest_excess) -> _Trial:
-    solution, found = nearest(tau * problem.kernel, op, problem.norm, max_steps, largest_excess)
-    norm = norm_of(found.kernel, op)
+def _try(problem: Problem, op: Operator, own: Pair, tau, max_steps: int, largest_excess) -> _Trial:
+    solution, found = nearest(tau * problem.kernel, op, problem.norm, own, max_steps, largest_excess)
+    norm = frozen_value(found.kernel, op, found.leading)
     kernel = found.kernel * (problem.norm / jnp.where(norm == 0, 1.0, norm))
     return _Trial(tau, solution, found, kernel, problem.inner(kernel, kernel) / problem.norm**2)
 

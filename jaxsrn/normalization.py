@@ -262,6 +262,13 @@ def lowered_with_pair(kernel, op, target, initial, tolerance, keep_norm, max_ste
     """`srnc` of checked arguments, and the pair that its kernel was made with: where the next can start."""
     a, scale = _pairs.rescaled(kernel.astype(float_dtype(kernel.dtype)), op)
     problem, own = problem_of(a, op, target)
+    result, pair, unchanged = _lowered(problem, op, own, initial, tolerance, keep_norm, max_steps)
+    return in_own_scale(result, scale, kernel, op, unchanged), pair
+
+
+def _lowered(problem: Problem, op: Operator, own: _pairs.Pair, initial, tolerance, keep_norm: bool, max_steps: int):
+    """The solution, the pair that it was made with, and whether the kernel is unchanged."""
+    a = problem.kernel
     frozen, tolerance = lax.stop_gradient((problem, tolerance))
     starts, bound = survey(frozen, op, own)
     if initial is not None:
@@ -273,40 +280,42 @@ def lowered_with_pair(kernel, op, target, initial, tolerance, keep_norm, max_ste
     if not keep_norm:
         lowered = lowered * _ratio(problem.inner(lowered, a), problem.inner(lowered, lowered))
     squared = problem.inner(a, a)
-    unchanged = target >= _ratio(squared, problem.norm**2)
+    unchanged = problem.target >= _ratio(squared, problem.norm**2)
     result = jnp.where(unchanged, a, lowered)
     feasible = unchanged | (solution.candidate.feasible & jnp.isfinite(solution.norm))
     norm = jnp.where(unchanged, problem.norm, frozen_value(result, op, solution.leading))
     distance = _ratio(safe_sqrt(problem.inner(result - a, result - a)), safe_sqrt(squared))
     gap = _gap(frozen, bound, lax.stop_gradient(distance), keep_norm, feasible, unchanged)
     result = _measured(result, problem, norm, distance, gap, solution.num_steps, keep_norm, feasible)
-    return in_own_scale(result, scale, kernel, op, unchanged), solution.pair
+    return result, solution.pair, unchanged
 
 
 @functools.partial(jax.jit, static_argnums=(5, 6))
 def _srnc_raised(kernel, op, target, initial, tolerance, keep_norm, max_steps):
     a, scale = _pairs.rescaled(kernel.astype(float_dtype(kernel.dtype)), op)
-    problem, _ = problem_of(a, op, target)
-    raises = target > _ratio(problem.inner(a, a), problem.norm**2)
-
-    def raise_(problem: Problem) -> SRNResult:
-        found = raised(problem, op, max_steps, tolerance)
-        leading = _leading.leading(lax.stop_gradient(found.kernel), op)
-        change, squared = found.kernel - problem.kernel, problem.inner(problem.kernel, problem.kernel)
-        distance = _ratio(safe_sqrt(problem.inner(change, change)), safe_sqrt(squared))
-        gap = _gap(
-            lax.stop_gradient(problem), found.squared_bound, lax.stop_gradient(distance), True, found.feasible, False
-        )
-        norm = frozen_value(found.kernel, op, leading)
-        result = _measured(found.kernel, problem, norm, distance, gap, found.num_steps, True, found.feasible)
-        return in_own_scale(result, scale, kernel, op, jnp.asarray(False))
-
-    def lower(problem: Problem) -> SRNResult:
-        return _srnc(kernel, op, target, initial, tolerance, keep_norm, max_steps)
-
-    # Under vmap both are computed: nothing may be divided by the norm of a zero kernel.
+    problem, own = problem_of(a, op, target)
+    raises = (target > _ratio(problem.inner(a, a), problem.norm**2)) & (problem.norm > 0)
+    # Under vmap both branches are computed: nothing may be divided by the norm of a zero kernel.
     guarded = problem._replace(norm=jnp.where(problem.norm == 0, 1.0, problem.norm))
-    return lax.cond(raises & (problem.norm > 0), raise_, lower, guarded)
+
+    def lower() -> SRNResult:
+        result, _, unchanged = _lowered(problem, op, own, initial, tolerance, keep_norm, max_steps)
+        return in_own_scale(result, scale, kernel, op, unchanged)
+
+    def raise_() -> SRNResult:
+        return in_own_scale(_raised(guarded, op, own, max_steps, tolerance), scale, kernel, op, jnp.asarray(False))
+
+    return lax.cond(raises, raise_, lower)
+
+
+def _raised(problem: Problem, op: Operator, own: _pairs.Pair, max_steps: int, tolerance) -> SRNResult:
+    found = raised(problem, op, own, max_steps, tolerance)
+    change, squared = found.kernel - problem.kernel, problem.inner(problem.kernel, problem.kernel)
+    distance = _ratio(safe_sqrt(problem.inner(change, change)), safe_sqrt(squared))
+    fixed, known = lax.stop_gradient((problem, distance))
+    gap = _gap(fixed, found.squared_bound, known, True, found.feasible, False)
+    norm = frozen_value(found.kernel, op, found.leading)
+    return _measured(found.kernel, problem, norm, distance, gap, found.num_steps, True, found.feasible)
 
 
 def problem_of(a: Float[Array, "..."], op: Operator, target) -> tuple[Problem, _pairs.Pair]:

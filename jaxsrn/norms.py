@@ -138,5 +138,9 @@ def _spectral_norm(kernel, op):
 
 def norm_of(kernel: Float[Array, "..."], op: Operator) -> Float[Array, ""]:
     """`spectral_norm` of a kernel that is already checked and wide enough."""
-    fixed, _ = _pairs.rescaled(lax.stop_gradient(kernel), op)
-    return frozen_value(kernel, op, _leading.leading(fixed, op))
+    return frozen_value(kernel, op, leading_of(kernel, op))
+
+
+def leading_of(kernel: Float[Array, "..."], op: Operator) -> _pairs.Pair:
+    """The leading pair of a kernel of any scale, a constant for derivatives."""
+    return _leading.leading(_pairs.rescaled(lax.stop_gradient(kernel), op)[0], op)

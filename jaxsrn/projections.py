@@ -14,7 +14,7 @@ from jaxsrn import _pairs
 from jaxsrn._checks import Kernel, ensure, float_dtype, kernel_array, positive_scalar, static_int
 from jaxsrn._clip import blocks_of, smooth_clipped
 from jaxsrn._nearest import nearest, with_derivative
-from jaxsrn.norms import norm_of
+from jaxsrn.norms import frozen_value, leading_of
 from jaxsrn.operators import Dense, Operator, ZeroPaddedConv
 from jaxsrn.spectra import DENSE_LIMIT
 
@@ -139,7 +139,8 @@ def _project_spectral_ball(kernel, op, max_norm, tolerance, max_steps):
     a, scale = _pairs.rescaled(kernel.astype(float_dtype(kernel.dtype)), op)
     limit = max_norm / scale
     fixed, fixed_limit = lax.stop_gradient((a, limit))
-    inside = norm_of(fixed, op) <= fixed_limit * (1 + _ROOM * jnp.finfo(a.dtype).eps)
+    own = leading_of(fixed, op)
+    inside = frozen_value(fixed, op, own) <= fixed_limit * (1 + _ROOM * jnp.finfo(a.dtype).eps)
     weights = op.frobenius_weights(a.shape, a.dtype)
     size = jnp.sqrt(jnp.sum(weights * fixed**2))
     if isinstance(op, Dense):
@@ -148,7 +149,7 @@ def _project_spectral_ball(kernel, op, max_norm, tolerance, max_steps):
     else:
         # Nothing is as small as asked where the kernel stays as it is: no step is taken then.
         asked = jnp.where(inside, jnp.inf, tolerance * size)
-        solution, nearby = nearest(fixed, op, fixed_limit, max_steps, asked)
+        solution, nearby = nearest(fixed, op, fixed_limit, own, max_steps, asked)
         found = with_derivative(op, a, limit, nearby.kernel, solution)
         residual, num_steps = nearby.excess / jnp.where(size == 0, 1.0, size), nearby.num_steps
     keep = inside | jnp.asarray(op.tap_counts(kernel.shape) == 0)
