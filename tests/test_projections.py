@@ -55,12 +55,16 @@ def distance(a, b, op):
 
 def least_distance(rows, limits):
     """The shortest `x` with `rows @ x <= limits`, by non-negative least squares (Lawson, Hanson 1974, chapter 23)."""
+    # SciPy's solver stops short of the optimum where columns differ in length and `x` is far from length 1.
+    scale = np.max(np.abs(limits) / np.linalg.norm(rows, axis=1))
+    limits = limits / scale
     system = np.vstack([-rows.T, -limits])
+    system = system / np.linalg.norm(system, axis=0)
     target = np.zeros(len(system))
     target[-1] = 1
     y, _ = scipy.optimize.nnls(system, target, maxiter=100 * len(limits))
     residual = system @ y - target
-    return -residual[:-1] / residual[-1]
+    return -scale * residual[:-1] / residual[-1]
 
 
 def by_cutting_planes(a, op, limit, accuracy=1e-8):
