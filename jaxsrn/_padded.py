@@ -57,11 +57,10 @@ def search(kernel: Float[Array, "..."], op: ZeroPaddedConv, tolerance) -> Pair:
 
 def without_idle_axes(op: ZeroPaddedConv, kernel_shape: tuple[int, ...]) -> ZeroPaddedConv:
     """The layer on a single sample along axes of one tap: it does the same to each of them, wherever it meets any."""
-    contacts = op.axis_contacts(kernel_shape)
-    idle = [k == 1 and len(axis[0].outputs) > 0 for k, axis in zip(kernel_shape[:-2], contacts, strict=True)]
+    contacts = _idle_contacts(op, kernel_shape)
 
     def where(alone, otherwise):
-        return tuple(alone if axis else value for axis, value in zip(idle, otherwise, strict=True))
+        return tuple(value if axis is None else alone for axis, value in zip(contacts, otherwise, strict=True))
 
     return dataclasses.replace(
         op,
@@ -74,16 +73,24 @@ def without_idle_axes(op: ZeroPaddedConv, kernel_shape: tuple[int, ...]) -> Zero
 
 def at_first_contact(pair: Pair, op: ZeroPaddedConv, kernel_shape: tuple[int, ...]) -> Pair:
     """A pair of the layer without idle axes on the images of the layer: zero but where a tap first meets a sample."""
-    taps = [axis[0] for axis in op.axis_contacts(kernel_shape)]
+    contacts = _idle_contacts(op, kernel_shape)
 
-    def placed(image, shape, first):
-        single = [small != n for small, n in zip(image.shape, shape, strict=True)]
-        place = tuple(slice(i, i + 1) if alone else slice(None) for alone, i in zip(single, (*first, 0), strict=True))
+    def placed(image, shape, side):
+        place = tuple(slice(None) if axis is None else slice(axis[side], axis[side] + 1) for axis in contacts)
         return jnp.zeros(shape, image.dtype).at[place].set(image)
 
-    right = placed(pair.right, op.in_shape(kernel_shape), [tap.inputs[0] for tap in taps])
-    left = placed(pair.left, op.out_shape(kernel_shape), [tap.outputs[0] for tap in taps])
+    right = placed(pair.right, op.in_shape(kernel_shape), 0)
+    left = placed(pair.left, op.out_shape(kernel_shape), 1)
     return pair._replace(right=right, left=left)
+
+
+def _idle_contacts(op: ZeroPaddedConv, kernel_shape: tuple[int, ...]) -> list[tuple[int, int] | None]:
+    """The first input and output sample that the tap of each idle axis joins; `None` for the other axes.
+
+    An axis is idle where its only tap meets the image. The first of several taps may meet no sample at all.
+    """
+    contacts = [(len(axis) == 1, axis[0]) for axis in op.axis_contacts(kernel_shape)]
+    return [(int(tap.inputs[0]), int(tap.outputs[0])) if alone and len(tap.inputs) else None for alone, tap in contacts]
 
 
 # Where the search starts

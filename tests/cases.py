@@ -94,6 +94,7 @@ CASES = [
     Case("same-2d", ZeroPaddedConv((5, 4)), (3, 3, 2, 2)),
     Case("same-2d-stride-groups", ZeroPaddedConv((5, 4), strides=2, feature_group_count=2), (3, 2, 1, 4)),
     Case("same-2d-taps-beyond-image", ZeroPaddedConv((2, 2)), (5, 3, 1, 2)),
+    Case("same-2d-one-tap-beside-unused-ones", ZeroPaddedConv((1, 4)), (3, 1, 2, 2)),
     Case("valid-2d-dilation", ZeroPaddedConv((5, 6), padding="VALID", kernel_dilation=(2, 1)), (2, 3, 1, 2)),
     Case(
         "transposed-2d",

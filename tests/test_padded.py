@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from cases import dense, gaussian, quick_jit
 
+import jaxsrn
 from jaxsrn import (
     CircularConv,
     ZeroPaddedConv,
@@ -99,6 +100,39 @@ def test_axes_of_one_tap(op, shape, tolerance):
     np.testing.assert_allclose(triplet.value, np.linalg.norm(matrix, 2), rtol=1e-12)
     np.testing.assert_allclose(matrix @ triplet.right.ravel(), triplet.value * triplet.left.ravel(), atol=1e-8)
     np.testing.assert_allclose([np.linalg.norm(triplet.left), np.linalg.norm(triplet.right)], 1, rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("op", "shape"),
+    [
+        (ZeroPaddedConv((2, 5), kernel_dilation=(2, 1)), (3, 1, 2, 3)),
+        (ZeroPaddedConv((3, 5), padding=((2, -1), (-1, 0))), (3, 1, 2, 2)),
+        (ZeroPaddedConv((1, 4), strides=(1, 2), feature_group_count=2), (5, 1, 1, 4)),
+    ],
+    ids=["dilated", "cropped", "groups"],
+)
+def test_one_tap_beside_an_axis_whose_first_tap_never_meets_the_image(op, shape):
+    """All that works on the leading pair, against the singular values of the whole matrix."""
+
+    def measured(kernel):
+        values = np.linalg.svd(dense(np.asarray(kernel), op), compute_uv=False)
+        return values[0], np.sum(values**2) / values[0] ** 2
+
+    kernel = jnp.asarray(gaussian(shape))
+    norm, rank = measured(kernel)
+    target = max(0.9 * rank, 1.01 * jaxsrn.stable_rank_range(shape, op)[0])
+    np.testing.assert_allclose([spectral_norm(kernel, op), jaxsrn.stable_rank(kernel, op)], [norm, rank], rtol=1e-12)
+    triplet = leading_triplet(kernel, op)
+    np.testing.assert_allclose(dense(kernel, op) @ triplet.right.ravel(), norm * triplet.left.ravel(), atol=1e-12)
+    lower, upper = jaxsrn.bounds.certified(kernel, op)
+    assert lower <= norm * (1 + 1e-12)
+    assert norm <= upper * (1 + 1e-12)
+    np.testing.assert_allclose(measured(jaxsrn.srnc(kernel, op, target).kernel), [norm, min(target, rank)], rtol=1e-6)
+    state = jaxsrn.srnc_state(kernel, op, target)
+    step = jaxsrn.srnc_step(kernel, state, op, target)[0]
+    np.testing.assert_allclose(measured(step), [1, min(target, rank)], rtol=1e-6)
+    projected = jaxsrn.project_spectral_ball(kernel, op, 0.5 * norm).kernel
+    np.testing.assert_allclose(measured(projected)[0], 0.5 * norm, rtol=1e-6)
 
 
 def test_one_tap_that_never_meets_the_image():
