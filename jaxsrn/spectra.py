@@ -27,7 +27,7 @@ def symbol(kernel: Kernel, op: Operator) -> Complex[Array, "..."]:
     """The symbol `S(w) = sum_p K_p exp(-i <w, p>)` of a circular convolution at all its frequencies.
 
     The singular values of the layer are the union of those of `S(w)` over the grid (Sedghi, Gupta, Long 2019,
-    Theorem 6). Taps are counted from index 0: a translation of the output does not change singular values.
+    Theorem 8). Taps are counted from index 0: a translation of the output does not change singular values.
 
     Args:
       kernel: `(*taps, c_in // groups, c_out)`.
