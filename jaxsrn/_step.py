@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxsrn import _leading, _pairs
 from jaxsrn._checks import Kernel, ensure, float_dtype, kernel_array, positive_scalar, static_int
@@ -108,7 +108,8 @@ def srnc_step(
       op: its operator.
       target: the stable rank; traced. `math.inf` normalizes the norm alone (aliased taps are fine then).
       norm: the spectral norm of the result; traced, so it can be learned. `None`: the kernel's own.
-      cap: static; only reduce: the smaller of `norm` and the kernel's own norm.
+      cap: static; only reduce: the smaller of `norm` and the kernel's own norm. With a cap or `None`, a kernel that
+        meets norm and target is returned as it is, with the derivative of the identity: zero kernels train.
       gradient: static. `"frozen"`: the singular vectors are constants, as in every spectral normalization; exact for
         the norm, not for the kernel (it leaves out how the vectors turn). `"implicit"`: the derivative of the
         converged step by the implicit function theorem, at the cost of a linear system in the vectors, some tens of
@@ -227,12 +228,15 @@ def _srnc_step(kernel, state, op, target, norm, cap, gradient, num_steps):
     # Of the norm alone the frozen gradient is the true one.
     pair = track.pair if gradient == "frozen" or target is None else _moving_pair(a, op, target, track.pair)
     # The solution is proportional to the norm and does not depend on the scale of the kernel.
-    unit_kernel = _normalized(a, op, target, pair)
+    unit_kernel, is_rescaled = _normalized_or_rescaled(a, op, target, pair)
+    unchanged = jnp.asarray(op.tap_counts(kernel.shape) == 0)
     if norm is None or cap:
         own_norm = scale * frozen_value(a, op, (own or track).pair)
         norm = own_norm if norm is None else jnp.minimum(norm, own_norm)
-    result = jnp.where(jnp.asarray(op.tap_counts(kernel.shape) == 0), kernel, (norm * unit_kernel).astype(kernel.dtype))
-    return result, SRNCState(track, own)
+        # The map is the identity here. The product below has the same value, but no derivative at a zero kernel, where
+        # both of its factors vanish.
+        unchanged = unchanged | (is_rescaled & (own_norm <= norm))
+    return jnp.where(unchanged, kernel, (norm * unit_kernel).astype(kernel.dtype)), SRNCState(track, own)
 
 
 def _in_precision_of(kernel: Float[Array, "..."], leaf: jax.Array) -> jax.Array:
@@ -260,16 +264,26 @@ def _followed(a: Float[Array, "..."], op: Operator, target, track: Track) -> Tra
 
 def _normalized(a: Float[Array, "..."], op: Operator, target, pair: Pair) -> Float[Array, "..."]:
     """The closed form for one pair, with norm 1: a function of the kernel and of the pair."""
+    return _normalized_or_rescaled(a, op, target, pair)[0]
+
+
+def _normalized_or_rescaled(
+    a: Float[Array, "..."], op: Operator, target, pair: Pair
+) -> tuple[Float[Array, "..."], Bool[Array, ""]]:
+    """The closed form for one pair, with norm 1, and whether it is the kernel itself up to its scale.
+
+    It is where no stable rank is asked for, and where the kernel's own is not above the target.
+    """
     if target is None:
         value = jnp.sum(_pairs.plain_gradient(pair, op, a.shape) * a)
-        return a / jnp.where(value == 0, 1.0, value)
+        return a / jnp.where(value == 0, 1.0, value), jnp.asarray(True)
     weights = op.frobenius_weights(a.shape, a.dtype)
     problem = Problem(a, weights, jnp.where(jnp.isinf(target), 1.0, target), jnp.ones((), a.dtype))
     direction = functional(pair, op, weights, a.shape)
     value, squared = problem.inner(a, direction), problem.inner(a, a)
     is_low = (squared <= target * value**2) & (value >= 0)
     scaled = a / jnp.where(value == 0, 1.0, value)
-    return jnp.where(is_low, scaled, closed_form(problem, direction).kernel)
+    return jnp.where(is_low, scaled, closed_form(problem, direction).kernel), is_low
 
 
 # The true gradient

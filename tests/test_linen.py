@@ -160,6 +160,21 @@ def test_linen_and_nnx_train_alike():
         assert_trees_close(variables["stable_rank"][name], twin_state, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("options", [{"norm": None}, {"norm": 1.0, "cap": True}], ids=["own", "capped"])
+def test_layers_that_start_at_zero_train(options):
+    """One step of gradient descent moves them as it moves plain ones."""
+    plain = nn.Dense(5, kernel_init=nn.initializers.zeros, **FLOAT)
+    wrapped, x = jlinen.StableRankNorm(plain, 0.5, **options), IMAGES.reshape((8, -1))
+    kernels = []
+    for model in (plain, wrapped):
+        variables = model.init(KEY, x)
+        grads = jax.grad(lambda given, model=model: cross_entropy(model.apply(given, x)), allow_int=True)(variables)
+        (kernel,) = (leaf for path, leaf in flatten_dict(grads["params"]).items() if path[-1] == "kernel")
+        kernels.append(-0.1 * kernel)
+    assert np.all(kernels[0] != 0)
+    np.testing.assert_allclose(kernels[1], kernels[0], rtol=1e-12)
+
+
 MODELS = {"setup": Net, "compact": CompactNet}
 
 

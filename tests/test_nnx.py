@@ -111,6 +111,34 @@ def test_a_wrapped_layer_has_norm_one_from_the_first_forward(name):
     np.testing.assert_allclose(norm_and_rank(wrapped, in_shape)[0], 1, rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("name", "wrap"),
+    [
+        ("same", lambda layer, shape: jnnx.StableRankNorm(layer, 0.5, input_shape=shape, norm=None)),
+        ("linear", lambda layer, shape: jnnx.StableRankNorm(layer, 0.5, norm=1.0, cap=True)),
+        ("circular", lambda layer, shape: jnnx.SpectralNorm(layer, input_shape=shape, norm=1.0, cap=True)),
+        ("linear-general", lambda layer, shape: jnnx.SpectralNorm(layer, norm=None)),
+    ],
+)
+def test_layers_that_start_at_zero_train(name, wrap):
+    """As the last layers of residual branches do: one step of gradient descent moves them as it moves plain ones."""
+    make, shape = LAYERS[name]
+    plain, layer = make(), make()
+    for each in (plain, layer):
+        each.kernel[...] = jnp.zeros_like(each.kernel[...])
+    wrapped = wrap(layer, shape)
+    in_shape = (*(shape or ()), layer.in_features) if isinstance(layer.in_features, int) else (2, 3)
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((2, *in_shape)), jnp.float32)
+
+    def loss(model):
+        return jnp.sum(jnp.sin(model(x) + 1))
+
+    for model in (plain, wrapped):
+        nnx.ModelAndOptimizer(model, optax.sgd(0.1)).update(nnx.grad(loss)(model))
+    assert np.all(plain.kernel[...] != 0)
+    np.testing.assert_allclose(wrapped.layer.kernel[...], plain.kernel[...], rtol=1e-5)
+
+
 class CNN(nnx.Module):
     """Two convolutions and a dense layer on the digits, each wrapped by `wrap(layer, input_shape)`."""
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import BY_NAME, dense
+from cases import BY_NAME, dense, quick_jit
 
 import jaxsrn
 from jaxsrn import CircularConv, Dense, ZeroPaddedConv, srnc_state, srnc_step
@@ -107,6 +107,42 @@ def test_targets_that_do_not_bind(op_shape):
     for norm, expected in ((0.5 * own, 0.5), (2 * own, 1.0)):
         capped, _ = srnc_step(kernel, srnc_state(kernel, op, math.inf), op, math.inf, norm=norm, cap=True)
         np.testing.assert_allclose(capped, expected * kernel, rtol=1e-8)
+
+
+@pytest.mark.parametrize("options", [{"norm": None}, {"norm": 2.0, "cap": True}], ids=["own", "capped"])
+@pytest.mark.parametrize("target", [math.inf, 2.0])
+@pytest.mark.parametrize("op_shape", [CIRCULAR, SAME, (Dense(), (4, 5))], ids=["circular", "same", "dense"])
+def test_the_derivative_at_zero_is_that_of_the_identity(op_shape, target, options):
+    """Near zero, kernels of norm and stable rank low enough stay as they are; so zero kernels train."""
+    op, shape = op_shape
+    zero, direction = jnp.zeros(shape), gaussian(shape)
+    state = srnc_state(zero, op, target, **options)
+    for gradient in ("frozen", "implicit"):
+
+        @quick_jit
+        def pulled_back(kernel, gradient=gradient):
+            step, pull_back = jax.vjp(
+                lambda k: srnc_step(k, state, op, target, gradient=gradient, **options)[0], kernel
+            )
+            return step, *pull_back(direction)
+
+        value, slope = pulled_back(zero)
+        np.testing.assert_array_equal(value, 0)
+        np.testing.assert_array_equal(slope, direction)
+
+
+@pytest.mark.parametrize("op_shape", [CIRCULAR, SAME, (Dense(), (4, 5))], ids=["circular", "same", "dense"])
+def test_kernels_within_their_limits_are_returned_to_the_last_bit(op_shape):
+    op, shape = op_shape
+    kernel = gaussian(shape).astype(jnp.bfloat16)
+    norm, rank = measured(kernel, op)
+    for target in (math.inf, 1.2 * rank):
+        for options in ({"norm": None}, {"norm": 2 * norm, "cap": True}):
+            state = srnc_state(kernel, op, target, **options)
+            np.testing.assert_array_equal(srnc_step(kernel, state, op, target, **options)[0], kernel)
+    for entry in (kernel, kernel * jnp.nan, kernel.at[(0,) * kernel.ndim].set(jnp.nan)):
+        step = srnc_step(entry, srnc_state(kernel, op, math.inf, norm=None), op, math.inf, norm=None)[0]
+        assert np.all(np.isnan(step)) == np.any(np.isnan(entry))
 
 
 def test_infeasible_targets_reach_the_lowest_stable_rank():
