@@ -82,12 +82,13 @@ def _by_svd(matrix: Float[Array, "in out"]) -> Pair:
     return Pair(jnp.asarray(0), u[0], v[0])
 
 
-def leading(kernel: Float[Array, "..."], op: Operator, tolerance=None, start=None) -> Pair:
+def leading(kernel: Float[Array, "..."], op: Operator, *, tolerance=None, start=None, proven: bool = True) -> Pair:
     """The leading pair of `T(kernel)`, found without any assumption. The kernel's scale must not be extreme.
 
-    `tolerance` is the relative residual at which a matrix-free search stops, by default `search_tolerance`, or a proof
-    in its place where the matrix is small. With `start`, a right vector, the search starts there alone: a fixed random
-    part is mixed in, so that a start that happens to be another singular vector cannot trap it.
+    Small layers with zero padding are matrices, with a proof; with `proven=False` they are searched as large ones are.
+    `tolerance` is the relative residual at which such a search stops, by default `search_tolerance`. With `start`, a
+    right vector, the search starts there alone: a fixed random part is mixed in, so that a start that happens to be
+    another singular vector cannot trap it.
     """
     if isinstance(op, Dense):
         return _leading_of_matrix(kernel)
@@ -95,9 +96,9 @@ def leading(kernel: Float[Array, "..."], op: Operator, tolerance=None, start=Non
         return leading_wave(kernel, op)[0]
     small = without_idle_axes(op, kernel.shape)
     if small.input_shape != op.input_shape:
-        return at_first_contact(leading(kernel, small, tolerance), op, kernel.shape)
-    is_small = tolerance is None and matrix_size(op, kernel.shape) <= _PROVEN_SIZE
-    if is_small or math.prod(op.input_shape) == 1:
+        return at_first_contact(leading(kernel, small, tolerance=tolerance, proven=proven), op, kernel.shape)
+    is_small = matrix_size(op, kernel.shape) <= _PROVEN_SIZE
+    if (proven and is_small) or math.prod(op.input_shape) == 1:
         pair = _leading_of_matrix(op.to_dense(kernel).T)
         return as_images(pair.right, pair.left, op, kernel.shape)
     tolerance = search_tolerance(kernel.dtype) if tolerance is None else tolerance

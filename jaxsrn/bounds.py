@@ -36,8 +36,9 @@ __all__ = [
     "tensor_norm",
 ]
 
-# Relative residual of the lower end with zero padding; its error is the square.
-_LOOSE = 3e-3
+# How the lower end is searched with zero padding: to this relative residual (its error is the square), and without a
+# proof, as every Rayleigh quotient is a lower end.
+_LOWER_END = {"tolerance": 3e-3, "proven": False}
 
 
 # The interval
@@ -95,7 +96,7 @@ def _certified(kernel, op, resolution, any_size):
         if any_size:
             lower = _lower_at_any_size(kernel, op)
         else:
-            lower = found[0].lower if isinstance(op, CircularConv) else _frozen_leading(kernel, op, _LOOSE)
+            lower = found[0].lower if isinstance(op, CircularConv) else _frozen_leading(kernel, op, **_LOWER_END)
         interval = NormInterval(lower, upper)
     wide = widened(interval, kernel, may_cancel=any_size or op.distinct_shape(kernel.shape) != kernel.shape)
     return NormInterval(wide.lower * scale, wide.upper * scale)
@@ -109,8 +110,8 @@ def _of_circular(kernel: Float[Array, "..."], op: CircularConv, resolution: floa
     return NormInterval(value, (1 + excess) * value)
 
 
-def _frozen_leading(kernel: Float[Array, "..."], op: Operator, tolerance: float | None = None) -> Float[Array, ""]:
-    return frozen_value(kernel, op, _leading.leading(lax.stop_gradient(kernel), op, tolerance))
+def _frozen_leading(kernel: Float[Array, "..."], op: Operator, **options) -> Float[Array, ""]:
+    return frozen_value(kernel, op, _leading.leading(lax.stop_gradient(kernel), op, **options))
 
 
 def _lower_at_any_size(kernel: Float[Array, "..."], op: Operator) -> Float[Array, ""]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -43,7 +44,7 @@ def frozen_value(kernel: Float[Array, "..."], op: Operator, pair: _pairs.Pair) -
 
 
 def leading_triplet(
-    kernel: Kernel, op: Operator, *, initial: SingularTriplet | None = None, tolerance=None
+    kernel: Kernel, op: Operator, *, initial: SingularTriplet | None = None, tolerance=None, proven: bool = True
 ) -> SingularTriplet:
     """The largest singular value of `T(kernel)` with its two vectors, from a cold start.
 
@@ -57,9 +58,12 @@ def leading_triplet(
       kernel: `(c_in, c_out)` or `(*taps, c_in // groups, c_out)`.
       op: its operator.
       initial: an earlier triplet of a similar kernel, where the matrix-free search starts in place of the waves,
-        with a small random part mixed in; it saves most of the steps. Nothing else depends on it.
-      tolerance: relative residual at which that search stops; default `eps ** 0.75` of the dtype. Traced. Where it is
-        given, small layers with zero padding are searched too, without a proof.
+        with a small random part mixed in; it saves most of the steps. Layers that are not searched do not use it:
+        circular and dense ones, with zero padding those that are proven and those with an axis of one tap.
+      tolerance: relative residual at which that search stops; default `eps ** 0.75` of the dtype. Traced. It never
+        takes a proof away, and does nothing where there is no search.
+      proven: static; `False` searches small layers with zero padding too, as it does large ones, without a proof.
+        Circular and dense layers, and those of one tap, keep theirs.
 
     Returns:
       A `SingularTriplet` in float32 or wider. `value` is differentiable (outer product of the vectors, exact for a
@@ -73,7 +77,7 @@ def leading_triplet(
     tolerance = None if tolerance is None else positive_scalar(tolerance, "tolerance", dtype)
     if initial is not None:
         check_triplet(initial, op, kernel.shape)
-    return _leading_triplet(kernel, op, initial, tolerance)
+    return _leading_triplet(kernel, op, initial, tolerance, bool(proven))
 
 
 def check_triplet(initial: SingularTriplet, op: Operator, kernel_shape) -> None:
@@ -87,12 +91,12 @@ def check_triplet(initial: SingularTriplet, op: Operator, kernel_shape) -> None:
     )
 
 
-@jax.jit
-def _leading_triplet(kernel, op, initial, tolerance):
+@functools.partial(jax.jit, static_argnames="proven")
+def _leading_triplet(kernel, op, initial, tolerance, proven):
     kernel = kernel.astype(float_dtype(kernel.dtype))
     fixed, scale = _pairs.rescaled(lax.stop_gradient(kernel), op)
     start = None if initial is None else lax.stop_gradient(initial.right).astype(kernel.dtype)
-    pair = _leading.leading(fixed, op, tolerance, start)
+    pair = _leading.leading(fixed, op, tolerance=tolerance, start=start, proven=proven)
     value = frozen_value(kernel, op, pair)
     left, right = (lax.stop_gradient(vector) for vector in _pairs.images(pair, op, kernel.shape))
     return SingularTriplet(value, left, right, _residual(fixed, op, lax.stop_gradient(value) / scale, left, right))

@@ -21,7 +21,6 @@ from jaxsrn import (
     leading_triplet,
     spectral_norm,
 )
-from jaxsrn._lanczos import search_tolerance
 
 # One operator of each kind.
 KINDS = by_name("dense-wide", "circular-2d-strides", "same-1d")
@@ -160,7 +159,7 @@ def gaussian32(seed, shape):
 def test_float32_tells_values_apart_that_are_close(seed):
     """Two values within 5e-5: what a looser search ends at lies between them, or is the smaller one."""
     op, weights = ZeroPaddedConv((48,)), gaussian32(seed, (3, 4, 4))
-    searched = leading_triplet(weights, op, tolerance=search_tolerance(jnp.float32)).value
+    searched = leading_triplet(weights, op, proven=False).value
     np.testing.assert_allclose(searched, norm(weights, op), rtol=2e-6)
 
 
@@ -170,7 +169,7 @@ def test_float32_tells_values_apart_that_are_close(seed):
 def test_the_larger_of_two_phases_is_found(seed, sizes, channels):
     """Nothing but the edges tells them apart, here by 2e-5 to 1e-3; a start in one of them is no way to the other."""
     op, weights = ZeroPaddedConv(sizes), gaussian32(seed, (3, 3, channels, channels))
-    searched = leading_triplet(weights, op, tolerance=search_tolerance(jnp.float32)).value
+    searched = leading_triplet(weights, op, proven=False).value
     np.testing.assert_allclose([searched, spectral_norm(weights, op)], norm(weights, op), rtol=5e-6)
 
 
@@ -180,6 +179,17 @@ def test_norms_of_small_layers_with_zero_padding_do_not_rest_on_a_search(monkeyp
     np.testing.assert_allclose(spectral_norm(weights, op), norm(weights, op), rtol=1e-12)
     with pytest.raises(NameError, match="search"):
         spectral_norm(gaussian((3, 47, 47)), op)
+
+
+def test_a_tolerance_takes_no_proof_away(monkeypatch):
+    """However loose: there is nothing to search. Without a proof the same layer is searched."""
+    monkeypatch.delattr(_leading, "search")
+    weights, initial = jnp.asarray(BINOMIAL), top_two(cases.dense(BINOMIAL, LONG), LONG, BINOMIAL.shape)[1]
+    for options in ({}, {"initial": initial}):
+        found = leading_triplet(weights, LONG, tolerance=0.5, **options)
+        check_triplet(found, BINOMIAL, LONG, 1e-12)
+    with pytest.raises(NameError, match="search"):
+        leading_triplet(weights, LONG, proven=False)
 
 
 # Warm starts
@@ -217,7 +227,7 @@ def test_no_initial_triplet_changes_what_is_found(op, weights):
     assert second.value < (1 - 1e-4) * first.value
     zero = SingularTriplet(jnp.zeros(()), jnp.zeros(out_shape), jnp.zeros(in_shape), jnp.zeros(()))
     # The right one; another singular vector of the same operator, which a plain Krylov space would never leave.
-    solve = quick_jit(lambda initial: leading_triplet(jnp.asarray(weights), op, initial=initial))
+    solve = quick_jit(lambda initial: leading_triplet(jnp.asarray(weights), op, initial=initial, proven=False))
     for initial in (first, second, zero, first._replace(left=-first.left)):
         check_triplet(solve(initial), weights, op, 1e-10)
 
@@ -226,7 +236,7 @@ def test_no_initial_triplet_changes_what_is_found(op, weights):
 def test_a_second_singular_vector_does_not_pass_at_loose_tolerances(tolerance):
     """The residual of another singular vector is zero, so a loose tolerance alone would accept it."""
     _, second = top_two(cases.dense(BINOMIAL, LONG), LONG, BINOMIAL.shape)
-    triplet = leading_triplet(jnp.asarray(BINOMIAL), LONG, initial=second, tolerance=tolerance)
+    triplet = leading_triplet(jnp.asarray(BINOMIAL), LONG, initial=second, tolerance=tolerance, proven=False)
     assert triplet.value >= (1 - tolerance**2) * norm(BINOMIAL, LONG)
     assert np.linalg.norm(np.vdot(triplet.right, second.right)) < 0.9
 
@@ -239,7 +249,7 @@ def test_tolerance_is_traced_and_has_an_effect():
     @jax.jit
     def solve(tolerance):
         traces.append(tolerance)
-        return leading_triplet(weights, op, tolerance=tolerance)
+        return leading_triplet(weights, op, tolerance=tolerance, proven=False)
 
     loose, tight = solve(0.3), solve(1e-12)
     assert len(traces) == 1
@@ -399,7 +409,7 @@ def test_nan_in_a_tap_without_effect_is_no_plausible_number():
 
 
 def test_initial_triplets_have_no_scale():
-    first = leading_triplet(jnp.asarray(BINOMIAL), LONG, tolerance=1e-8)
+    first = leading_triplet(jnp.asarray(BINOMIAL), LONG, tolerance=1e-8, proven=False)
     large = first._replace(right=1e8 * first.right, left=1e8 * first.left)
-    again = leading_triplet(jnp.asarray(BINOMIAL), LONG, initial=large, tolerance=1e-8)
+    again = leading_triplet(jnp.asarray(BINOMIAL), LONG, initial=large, tolerance=1e-8, proven=False)
     np.testing.assert_allclose(again.value, first.value, rtol=1e-12)
