@@ -92,7 +92,8 @@ def stacks(layers: Layers, params) -> list[Stack]:
 def after(kernels: Shaped[Array, "..."], value: Shaped[Array, ""]) -> Shaped[Array, "..."]:
     """The same kernels, but not before `value` is known: for stacks that are to be worked on in turn.
 
-    On CPUs jaxlib's batched SVDs can wait for each other forever where several run at once (0.10.2). XLA drops
-    optimization barriers, but does not know that nothing is below minus infinity.
+    On CPUs jaxlib's batched SVDs can wait for each other forever where several run at once (0.10.2). An optimization
+    barrier binds XLA's passes alone: the compiled program has none, and starts both sides of it as it likes. But XLA
+    does not know that nothing is below minus infinity, and this it cannot compute before `value`.
     """
     return jnp.where(value < -jnp.inf, 0, kernels)

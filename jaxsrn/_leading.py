@@ -70,8 +70,9 @@ def _leading_of_matrix(matrix: Float[Array, "in out"]) -> Pair:
     proven = are_below(matmul(wide, wide.T)[None, None], limit[None])[0]
 
     def fall_back(state):
-        # Whatever does not change in a loop XLA moves out of it.
-        return ~state[0], _by_svd(jax.lax.optimization_barrier((matrix, state[0]))[0])
+        proven, _ = state
+        # What does not change in a loop XLA moves out of it. It does not know that nothing is proven in here.
+        return ~proven, _by_svd(jnp.where(proven, 0, matrix))
 
     # A loop in place of `lax.cond`, which under `vmap` runs both branches.
     return jax.lax.while_loop(lambda state: ~state[0], fall_back, (proven, pair))[1]
