@@ -1,5 +1,8 @@
 """Which operator a Flax layer is: read off the attributes that Linen's and NNX's layers share, without importing Flax.
 
+A layer is taken for one of Flax's only where it provably computes the same map from its kernel: it is of that very
+class, or of a subclass that changes nothing which the class reads. For any other the caller has to vouch.
+
 A transposed convolution is the adjoint of a convolution with the same kernel (`transpose_kernel=True`), or a
 convolution with input dilation (`transpose_kernel=False`). An adjoint has the same singular values and the same
 Frobenius weights, so everything that jaxsrn does to a kernel is the same for both.
@@ -8,19 +11,42 @@ Frobenius weights, so everything that jaxsrn does to a kernel is the same for bo
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import jax
 
 from jaxsrn._checks import ensure, errors_named
 from jaxsrn.operators import CircularConv, Dense, Operator, ZeroPaddedConv
 
-__all__ = ["LayerMap", "layer_map", "layer_name"]
+__all__ = ["FlaxLayers", "LayerMap", "kind_of", "layer_map", "layer_name"]
 
-_CONV = ("Conv",)
-_CONV_TRANSPOSE = ("ConvTranspose",)
-_DENSE = ("Linear", "Dense")
-_DENSE_GENERAL = ("LinearGeneral", "DenseGeneral")
+# A layer's fields that are called on its kernel.
+_FUNCTIONS = ("promote_dtype", "dot_general", "dot_general_cls", "conv_general_dilated", "conv_general_dilated_cls")
+# Other double-underscored names describe or build a layer, and do not compute.
+_COMPUTING = {"__call__", "__getattr__", "__getattribute__", "__setattr__"}
+# Linen writes these into every subclass.
+_LINENS_OWN = {"parent", "name"}
+
+
+# What is read off each kind of layer.
+_READ = {
+    "conv": ("mask", "strides", "kernel_dilation", "input_dilation", "feature_group_count", "padding"),
+    "conv_transpose": ("mask", "strides", "kernel_dilation", "padding", "transpose_kernel"),
+    "dense": (),
+    "dense_general": ("axis",),
+}
+
+
+class FlaxLayers(NamedTuple):
+    """The four classes of Linen, or of NNX, whose maps are known."""
+
+    conv: type
+    conv_transpose: type
+    dense: type
+    dense_general: type
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,34 +90,100 @@ def layer_name(layer) -> str:
     return f"{type(layer).__name__}({', '.join(features)})"
 
 
-def layer_map(layer, kernel_shape: tuple[int, ...], input_shape) -> LayerMap:
-    """The map of a `Conv`, `ConvTranspose`, `Linear` / `Dense`, `LinearGeneral` / `DenseGeneral`, or a subclass.
+def kind_of(layer, classes: FlaxLayers, vouched: Mapping[type, type | None]) -> str | None:
+    """Which of Flax's maps a layer computes from its kernel: a field of `FlaxLayers`.
+
+    Args:
+      layer: a Linen or NNX layer.
+      classes: those of the layer's library.
+      vouched: `{class: one of the classes}`, what the caller says of layers of other classes; `None` says that they are
+        none of them.
+
+    Raises:
+      ValueError: a layer that may compute another map; the message names it.
+    """
+    names = ", ".join(kind.__name__ for kind in classes)
+    for claim in vouched.values():
+        ensure(claim is None or claim in classes, f"computes: got {claim!r}, expected one of Flax's {names}.")
+    known = {**{kind: kind for kind in classes}, **vouched}
+    base = next((parent for parent in type(layer).__mro__ if parent in known), None)
+    vouch = (
+        f"if it computes the map of one of Flax's {names} with the parameter `kernel` as it is, say which: computes=..."
+    )
+    with errors_named(layer_name(layer)):
+        ensure(
+            base is not None,
+            f"layer: got {type(layer).__name__}, expected {names}; wrap the layer that has the kernel, or, {vouch}",
+        )
+        if known[base] is None:
+            return None
+        changed = _changed(layer, base) + ([] if base in vouched else _own_functions(layer, base))
+        ensure(
+            not changed,
+            f"layer: got {type(layer).__name__}, a {base.__name__} with its own {', '.join(changed)}, "
+            f"whose map may be another; expected a plain {base.__name__}, or, {vouch}",
+        )
+    return classes._fields[classes.index(known[base])]
+
+
+def _changed(layer, base: type) -> list[str]:
+    """The names that a subclass gives another code than its base, and that the base's call may read.
+
+    Values are left out: a call and `layer_map` read the same ones off the layer. A field is a value, unless a property
+    stands in its place.
+    """
+    fields = {*inspect.signature(base.__init__).parameters, "kernel", "bias"}
+    methods = {name for name in dir(base) if not name.startswith("__")} | _COMPUTING
+
+    def differs(name: str) -> bool:
+        own, inherited = (inspect.getattr_static(kind, name, None) for kind in (type(layer), base))
+        is_code = inspect.isdatadescriptor(own) if name in fields else _is_code(own) or _is_code(inherited)
+        return own is not inherited and is_code
+
+    return sorted(name for name in (fields | methods) - _LINENS_OWN if differs(name))
+
+
+def _is_code(attribute) -> bool:
+    """Whether an attribute of a class is a method, a property, or the like."""
+    return hasattr(type(attribute), "__get__")
+
+
+def _own_functions(layer, base: type) -> list[str]:
+    """The functions of a layer that are not Flax's, and that its kernel goes through."""
+    defaults = inspect.signature(base.__init__).parameters
+    fields = [name for name in _FUNCTIONS if name in defaults]
+    own = [name for name in fields if getattr(layer, name) not in (None, defaults[name].default)]
+    # NNX reads a parameter through its type, or through a hook.
+    kernel = getattr(layer, "kernel", None)
+    read = getattr(type(kernel), "get_value", None)
+    is_plain = read is None or (read.__module__.startswith("flax.") and not getattr(kernel, "on_get_value", ()))
+    return own if is_plain else [*own, "kernel.get_value"]
+
+
+def layer_map(layer, kernel_shape: tuple[int, ...], input_shape, kind: str) -> LayerMap:
+    """The map of a layer.
 
     Args:
       layer: a Linen or NNX layer.
       kernel_shape: of its stored kernel.
       input_shape: spatial shape of its input; needed for convolutions.
+      kind: a field of `FlaxLayers`.
 
     Raises:
-      ValueError: a layer that is no such map (another class, REFLECT, a mask, batch axes, circular strides that do
-        not divide), or an `input_shape` that is missing or does not fit; the message names the layer.
+      ValueError: a layer that is no such map (REFLECT, a mask, batch axes, circular strides that do not divide), or an
+        `input_shape` that is missing or does not fit; the message names the layer.
     """
     with errors_named(layer_name(layer)):
-        return _layer_map(layer, tuple(kernel_shape), input_shape)
+        return _layer_map(layer, tuple(kernel_shape), input_shape, kind)
 
 
-def _layer_map(layer, kernel_shape, input_shape) -> LayerMap:
-    classes = {base.__name__ for base in type(layer).__mro__}
-    if classes.intersection(_DENSE):
+def _layer_map(layer, kernel_shape, input_shape, kind) -> LayerMap:
+    missing = [name for name in _READ[kind] if not hasattr(layer, name)]
+    ensure(not missing, f"layer: it has no {', '.join(missing)}, expected the fields of the layer that it computes.")
+    if kind == "dense":
         return LayerMap(Dense(), kernel_shape, kernel_shape)
-    if classes.intersection(_DENSE_GENERAL):
+    if kind == "dense_general":
         return _general(layer, kernel_shape)
-    is_transposed = bool(classes.intersection(_CONV_TRANSPOSE))
-    ensure(
-        is_transposed or bool(classes.intersection(_CONV)),
-        f"layer: got {type(layer).__name__}, expected a Conv, ConvTranspose, Linear or LinearGeneral; wrap the layer "
-        "that has the kernel.",
-    )
     ensure(layer.mask is None, "mask: got one, expected None; a masked kernel is not free to take its closest form.")
     num_axes = len(kernel_shape) - 2
     ensure(
@@ -103,7 +195,7 @@ def _layer_map(layer, kernel_shape, input_shape) -> LayerMap:
         len(shape) == num_axes,
         f"input_shape: got {shape}, expected {num_axes} spatial sizes, without batch and channels.",
     )
-    return (_transposed if is_transposed else _convolution)(layer, kernel_shape, shape)
+    return (_transposed if kind == "conv_transpose" else _convolution)(layer, kernel_shape, shape)
 
 
 def _general(layer, kernel_shape) -> LayerMap:

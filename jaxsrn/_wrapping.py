@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 
 from jaxsrn._checks import ensure, errors_named
-from jaxsrn._flax_layers import LayerMap, layer_map, layer_name
+from jaxsrn._flax_layers import FlaxLayers, LayerMap, kind_of, layer_map, layer_name
 from jaxsrn._step import SRNCState, check_gradient, srnc_state, srnc_step
-from jaxsrn.operators import Dense
+from jaxsrn.operators import Dense, Operator
 from jaxsrn.ranks import target_of
 
-__all__ = ["Constraint", "record_call", "target_for"]
+__all__ = ["CallRecord", "Constraint", "target_for"]
 
 # Power steps of a matrix at every forward. The one of Sanyal's algorithm lags where the two leading singular values are
 # close, and steps of matrices are cheap.
@@ -57,14 +58,37 @@ def target_for(layer, seen: LayerMap, fraction) -> float:
         return target_of(float(fraction), seen.shape, seen.op)
 
 
-def record_call(found: dict[tuple, LayerMap], path: tuple, layer: Any, kernel_shape: tuple[int, ...], x) -> None:
-    """Notes in `found`, at the path of its kernel, which map a layer is that is called on `x`.
+class CallRecord:
+    """Which map every layer of a model is, by the path of its kernel, noted while the model is traced.
 
-    Raises:
-      ValueError: a layer that is no operator, or was called with another image size; the message names it.
+    Attributes:
+      found: `{path of the kernel: map}`.
+      classes, computes: as `kind_of`.
     """
-    shape = x.shape[-len(kernel_shape) + 1 : -1] if hasattr(layer, "kernel_size") else None
-    with errors_named(".".join(map(str, path[:-1])) or type(layer).__name__):
-        seen = layer_map(layer, kernel_shape, shape)
-        known = found.setdefault(path, seen)
-        ensure(known == seen, f"called as {known.op} and as {seen.op}, expected one image size.")
+
+    def __init__(self, classes: FlaxLayers, computes: Mapping[type, type | None]):
+        self.found: dict[tuple, LayerMap] = {}
+        self.classes, self.computes = classes, computes
+
+    def concerns(self, module) -> bool:
+        """Whether a module is a layer."""
+        return isinstance(module, (*self.classes, *self.computes))
+
+    def note(self, path: tuple, layer: Any, kernel_shape: tuple[int, ...], x) -> None:
+        """Notes a layer that is called on `x`.
+
+        Raises:
+          ValueError: a layer that is no operator, or was called with another image size; the message names it.
+        """
+        with errors_named(".".join(map(str, path[:-1])) or type(layer).__name__):
+            kind = kind_of(layer, self.classes, self.computes)
+            if kind is None:
+                return
+            shape = x.shape[-len(kernel_shape) + 1 : -1] if kind.startswith("conv") else None
+            seen = layer_map(layer, kernel_shape, shape, kind)
+            known = self.found.setdefault(path, seen)
+            ensure(known == seen, f"called as {known.op} and as {seen.op}, expected one image size.")
+
+    def operators(self) -> dict[tuple, Operator]:
+        """The operators of the layers whose kernel is stored as theirs."""
+        return {path: seen.op for path, seen in self.found.items() if seen.is_stored_as_is}

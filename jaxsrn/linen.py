@@ -17,6 +17,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -26,14 +27,14 @@ from flax import struct
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jaxsrn._checks import ensure, errors_named, float_dtype
-from jaxsrn._flax_layers import LayerMap, layer_map, layer_name
-from jaxsrn._wrapping import Constraint, record_call, target_for
+from jaxsrn._flax_layers import FlaxLayers, LayerMap, kind_of, layer_map, layer_name
+from jaxsrn._wrapping import CallRecord, Constraint, target_for
 from jaxsrn.operators import Operator
 
 __all__ = ["SpectralNorm", "StableRankNorm", "StableRankState", "fold", "layer_operators"]
 
 COLLECTION = "stable_rank"
-_LAYERS = (nn.Conv, nn.ConvTranspose, nn.Dense, nn.DenseGeneral)
+_LAYERS = FlaxLayers(nn.Conv, nn.ConvTranspose, nn.Dense, nn.DenseGeneral)
 _LEARNED = "learned"
 _traces = itertools.count()
 
@@ -76,6 +77,7 @@ class _Normalized(nn.Module):
     norm: Any = dataclasses.field(default=1.0, kw_only=True)
     cap: bool = dataclasses.field(default=False, kw_only=True)
     gradient: str = dataclasses.field(default="frozen", kw_only=True)
+    computes: type | None = dataclasses.field(default=None, kw_only=True)
 
     @nn.compact
     def __call__(self, x, update_stats: bool = True):
@@ -86,14 +88,15 @@ class _Normalized(nn.Module):
           update_stats: whether to store the stepped state afterwards, where the collection `"stable_rank"` is mutable.
             Without it the forward only reads: any number of them see the same weights.
         """
-        _check_layer(self.layer)
+        kind = kind_of(self.layer, _LAYERS, {} if self.computes is None else {type(self.layer): self.computes})
         if not self.layer.has_variable("params", "kernel"):
             # In `init`: only the layer itself knows how its parameters begin.
             self.layer(x)
+        ensure(self.layer.has_variable("params", "kernel"), f"{layer_name(self.layer)}: it has no parameter 'kernel'.")
         raw = jnp.asarray(nn.meta.unbox(self.layer.get_variable("params", "kernel")))
         norm = self._norm(float_dtype(raw.dtype))
-        stored = self.variable(COLLECTION, "state", self._start, raw, norm)
-        _check_state(stored.value, self._blank(raw.shape), layer_name(self.layer))
+        stored = self.variable(COLLECTION, "state", self._start, kind, raw, norm)
+        _check_state(stored.value, self._blank(kind, raw.shape), layer_name(self.layer))
         kernel, state = stored.value.step(raw, norm)
         if update_stats and self.is_mutable_collection(COLLECTION) and not self.is_initializing():
             stored.value = state
@@ -107,9 +110,9 @@ class _Normalized(nn.Module):
         return jnp.abs(self.param("norm", self.norm, (), dtype))
 
     @nn.nowrap
-    def _blank(self, kernel_shape) -> StableRankState:
+    def _blank(self, kind: str, kernel_shape) -> StableRankState:
         """The state without its arrays."""
-        seen = layer_map(self.layer, kernel_shape, self.input_shape)
+        seen = layer_map(self.layer, kernel_shape, self.input_shape, kind)
         constraint = Constraint(seen, self._target(seen), bool(self.cap), self.gradient)
         norm = self.norm if self.norm is None else _LEARNED if callable(self.norm) else float(self.norm)
         own, other = self.path, self.layer.path
@@ -117,8 +120,8 @@ class _Normalized(nn.Module):
         return StableRankState(None, constraint, norm, (len(own) - shared, other[shared:]))
 
     @nn.nowrap
-    def _start(self, kernel, norm) -> StableRankState:
-        blank = self._blank(kernel.shape)
+    def _start(self, kind: str, kernel, norm) -> StableRankState:
+        blank = self._blank(kind, kernel.shape)
         return blank.replace(srnc=blank.constraint.start(self.layer, kernel, norm))
 
     @nn.nowrap
@@ -137,18 +140,22 @@ class StableRankNorm(_Normalized):
     (around weights trained without it).
 
     Args:
-      layer: `nn.Conv`, `nn.ConvTranspose`, `nn.Dense` or `nn.DenseGeneral`.
+      layer: `nn.Conv`, `nn.ConvTranspose`, `nn.Dense` or `nn.DenseGeneral`, or a subclass that changes neither the call
+        nor the parameter.
       fraction: in (0, 1], of the largest stable rank that the layer's shapes allow (Sanyal's `c`, Zheng's `beta`).
       input_shape: spatial shape of the layer's input at which norm and stable rank are meant; needed for convolutions.
       norm: the spectral norm; `None` keeps the layer's own; an initializer, such as `nn.initializers.ones`, is that of
         a gain that is learned with the rest, the parameter `"norm"` of the wrapper.
       cap: only reduce the norm: the smaller of `norm` and the layer's own.
       gradient: `"frozen"` or `"implicit"`, see `jaxsrn.srnc_step`.
+      computes: where `layer` is of another class, or computes by functions of its own: the class above whose map it
+        computes with its parameter `kernel` as it is. You vouch for that; norm and stable rank are then those of that
+        map.
 
     Raises:
-      ValueError: when called, naming the layer: another layer, no `input_shape`, a fraction outside (0, 1] or below
-        what its taps allow, REFLECT, a mask, circular strides that do not divide the image; a state that was made for
-        another constraint.
+      ValueError: when called, naming the layer: another layer or one whose map may be another, no `input_shape`, a
+        fraction outside (0, 1] or below what its taps allow, REFLECT, a mask, circular strides that do not divide the
+        image; a state that was made for another constraint.
     """
 
     fraction: Any
@@ -171,14 +178,6 @@ class SpectralNorm(_Normalized):
     @nn.nowrap
     def _target(self, seen: LayerMap) -> float:
         return math.inf
-
-
-def _check_layer(layer) -> None:
-    ensure(
-        isinstance(layer, _LAYERS),
-        f"{layer_name(layer)}: got {type(layer).__name__}, expected nn.Conv, nn.ConvTranspose, nn.Dense or "
-        "nn.DenseGeneral; wrap the layer that has the kernel.",
-    )
 
 
 def _check_state(stored, expected: StableRankState, name: str) -> None:
@@ -268,7 +267,13 @@ def _replaced(path: tuple, places: Mapping[tuple, tuple]) -> tuple:
     return next((places[path[:n]] + path[n:] for n in range(len(path)) if path[:n] in places), path)
 
 
-def layer_operators(module: nn.Module, variables: Mapping, *inputs, **options) -> Mapping[tuple, Operator]:
+def layer_operators(
+    module: nn.Module,
+    variables: Mapping,
+    *inputs,
+    computes: Mapping[type, type | None] = MappingProxyType({}),
+    **options,
+) -> Mapping[tuple, Operator]:
     """Which operator every layer of a model is, by tracing the model on the shapes of its inputs.
 
     Args:
@@ -276,6 +281,8 @@ def layer_operators(module: nn.Module, variables: Mapping, *inputs, **options) -
       variables: of `init`, or their shapes.
       *inputs: as for `module.apply(variables, *inputs)`; arrays or `jax.ShapeDtypeStruct`s, and whatever else the
         module takes (a flag `train`), which is passed on as it is.
+      computes: `{class: class of Flax}`: whose map the layers of another class compute (as the wrappers' option), or
+        `None` to leave them out.
       **options: keyword arguments of `module.apply`, passed on.
 
     Returns:
@@ -285,24 +292,26 @@ def layer_operators(module: nn.Module, variables: Mapping, *inputs, **options) -
       circular `nn.ConvTranspose` with strides and `transpose_kernel=False`).
 
     Raises:
-      ValueError: a layer called with images of different sizes, or one that is no operator; the message names it.
+      ValueError: a layer called with images of different sizes, one that is no operator, or one whose map may be
+        another (as those of `nn.vmap(nn.Dense)`); the message names it.
     """
-    found: dict[tuple, LayerMap] = {}
+    calls = CallRecord(_LAYERS, computes)
     inside: list[nn.Module] = []
 
     def record(call, args, kwargs, context):
         layer = context.module
-        if inside or context.method_name != "__call__" or not isinstance(layer, (_Normalized, *_LAYERS)):
+        if inside or context.method_name != "__call__" or not (isinstance(layer, _Normalized) or calls.concerns(layer)):
             return call(*args, **kwargs)
         if isinstance(layer, _Normalized):
             inside.append(layer)
             outputs = call(*args, **kwargs)
             inside.pop()
-            found[(*layer.layer.path, "kernel")] = layer.get_variable(COLLECTION, "state").constraint.layer_map
+            held = layer.get_variable(COLLECTION, "state").constraint.layer_map
+            calls.found[(*layer.layer.path, "kernel")] = held
             return outputs
         outputs = call(*args, **kwargs)
         kernel = nn.meta.unbox(layer.get_variable("params", "kernel"))
-        record_call(found, (*layer.path, "kernel"), layer, kernel.shape, next(iter((*args, *kwargs.values()))))
+        calls.note((*layer.path, "kernel"), layer, kernel.shape, next(iter((*args, *kwargs.values()))))
         return outputs
 
     leaves, treedef = jax.tree.flatten(inputs)
@@ -321,4 +330,4 @@ def layer_operators(module: nn.Module, variables: Mapping, *inputs, **options) -
             )
 
     jax.eval_shape(run, variables, [leaf for leaf, is_traced in zip(leaves, traced, strict=True) if is_traced])
-    return {path: seen.op for path, seen in found.items() if seen.is_stored_as_is}
+    return calls.operators()

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -18,8 +19,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxsrn._checks import ensure, errors_named
-from jaxsrn._flax_layers import LayerMap, layer_map, layer_name
-from jaxsrn._wrapping import Constraint, record_call, target_for
+from jaxsrn._flax_layers import FlaxLayers, LayerMap, kind_of, layer_map, layer_name
+from jaxsrn._wrapping import CallRecord, Constraint, target_for
 from jaxsrn.operators import Operator
 
 __all__ = [
@@ -32,7 +33,7 @@ __all__ = [
     "refresh",
 ]
 
-_LAYERS = (nnx.Conv, nnx.ConvTranspose, nnx.Linear, nnx.LinearGeneral)
+_LAYERS = FlaxLayers(nnx.Conv, nnx.ConvTranspose, nnx.Linear, nnx.LinearGeneral)
 
 
 class StableRankState(nnx.Variable):
@@ -108,17 +109,22 @@ class StableRankNorm(_Normalized):
     whose own stable rank is below the target keeps it. The state is converged from the start.
 
     Args:
-      layer: `nnx.Conv`, `nnx.ConvTranspose`, `nnx.Linear` or `nnx.LinearGeneral`.
+      layer: `nnx.Conv`, `nnx.ConvTranspose`, `nnx.Linear` or `nnx.LinearGeneral`, or a subclass that changes neither
+        the call nor the parameter.
       fraction: in (0, 1], of the largest stable rank that the layer's shapes allow (Sanyal's `c`, Zheng's `beta`).
       input_shape: spatial shape of the layer's input at which norm and stable rank are meant; needed for convolutions.
       norm: the spectral norm; `None` keeps the layer's own; an `nnx.Param` is a gain that is learned with the rest.
       cap: only reduce the norm: the smaller of `norm` and the layer's own.
       gradient: `"frozen"` or `"implicit"`, see `jaxsrn.srnc_step`.
+      computes: where `layer` is of another class, or computes by functions of its own: the class above whose map it
+        computes with its parameter `kernel` as it is. You vouch for that; norm and stable rank are then those of that
+        map.
       rngs: not needed (the start is not random); taken so that it can be written like every Flax layer.
 
     Raises:
-      ValueError: naming the layer: no kernel, no `input_shape`, a fraction outside (0, 1] or below what its taps
-        allow, REFLECT, a mask, circular strides that do not divide the image.
+      ValueError: naming the layer: no kernel, a layer whose map may be another (`nnx.LoRALinear`), no `input_shape`, a
+        fraction outside (0, 1] or below what its taps allow, REFLECT, a mask, circular strides that do not divide the
+        image.
     """
 
     def __init__(
@@ -130,9 +136,10 @@ class StableRankNorm(_Normalized):
         norm=1.0,
         cap: bool = False,
         gradient: str = "frozen",
+        computes: type | None = None,
         rngs: nnx.Rngs | None = None,
     ):
-        seen = _map_of(layer, input_shape)
+        seen = _map_of(layer, input_shape, computes)
         super().__init__(layer, norm, Constraint(seen, target_for(layer, seen, fraction), bool(cap), gradient))
 
 
@@ -154,18 +161,20 @@ class SpectralNorm(_Normalized):
         norm=1.0,
         cap: bool = False,
         gradient: str = "frozen",
+        computes: type | None = None,
         rngs: nnx.Rngs | None = None,
     ):
-        super().__init__(layer, norm, Constraint(_map_of(layer, input_shape), math.inf, bool(cap), gradient))
+        super().__init__(layer, norm, Constraint(_map_of(layer, input_shape, computes), math.inf, bool(cap), gradient))
 
 
-def _map_of(layer, input_shape) -> LayerMap:
+def _map_of(layer, input_shape, computes) -> LayerMap:
     ensure(
         isinstance(getattr(layer, "kernel", None), nnx.Variable),
         f"{layer_name(layer)}: it has no kernel; expected nnx.Conv, nnx.ConvTranspose, nnx.Linear or "
         "nnx.LinearGeneral. Wrap the layers inside, or use jaxsrn.nnx.constrain.",
     )
-    return layer_map(layer, layer.kernel.shape, input_shape)
+    kind = kind_of(layer, _LAYERS, {} if computes is None else {type(layer): computes})
+    return layer_map(layer, layer.kernel.shape, input_shape, kind)
 
 
 def _with_kernel(layer: nnx.Module, kernel: jax.Array) -> nnx.Module:
@@ -231,12 +240,16 @@ def constrain(model: nnx.Module, wrap: Callable[[tuple, nnx.Module], nnx.Module]
     return rewritten
 
 
-def layer_operators(model: nnx.Module, *inputs) -> Mapping[tuple, Operator]:
+def layer_operators(
+    model: nnx.Module, *inputs, computes: Mapping[type, type | None] = MappingProxyType({})
+) -> Mapping[tuple, Operator]:
     """Which operator every layer of a model is, by tracing the model on the shapes of its inputs.
 
     Args:
       model: any module. Wrapped layers appear with the operator of their wrapper.
       *inputs: as for `model(*inputs)`; arrays or `jax.ShapeDtypeStruct`s.
+      computes: `{class: class of Flax}`: whose map the layers of another class compute (as the wrappers' option), or
+        `None` to leave them out.
 
     Returns:
       `{path to the kernel: operator}`, the paths as `nnx.to_flat_state` names them. Left out: layers that the inputs
@@ -244,23 +257,24 @@ def layer_operators(model: nnx.Module, *inputs) -> Mapping[tuple, Operator]:
       several axes, a circular `nnx.ConvTranspose` with strides and `transpose_kernel=False`).
 
     Raises:
-      ValueError: a layer called with images of different sizes, or one that is no operator; the message names it.
+      ValueError: a layer called with images of different sizes, one that is no operator, or one whose map may be
+        another; the message names it.
     """
-    found: dict[tuple, LayerMap] = {}
+    calls = CallRecord(_LAYERS, computes)
     graphdef, state = nnx.split(model)
 
     def record(path, node):
         if isinstance(node, _Normalized):
-            found[(*path, "layer", "kernel")] = node.constraint.layer_map
-        elif isinstance(node, _LAYERS):
-            return _Recorder(node, (*path, "kernel"), found)
+            calls.found[(*path, "layer", "kernel")] = node.constraint.layer_map
+        elif calls.concerns(node):
+            return _Recorder(node, (*path, "kernel"), calls)
         return node
 
     def run(state, *inputs):
         return _outputs(_rewritten(nnx.merge(graphdef, state, copy=True), record)(*inputs))
 
     jax.eval_shape(run, state, *inputs)
-    return {path: layer.op for path, layer in found.items() if layer.is_stored_as_is}
+    return calls.operators()
 
 
 def _outputs(tree) -> list:
@@ -270,8 +284,8 @@ def _outputs(tree) -> list:
 class _Recorder(nnx.Module):
     """Stands in for a layer while its model is traced, and notes which map it is."""
 
-    def __init__(self, layer: nnx.Module, path: tuple, found: dict[tuple, LayerMap]):
-        self.layer, self.path, self.found = layer, nnx.static(path), nnx.static(found)
+    def __init__(self, layer: nnx.Module, path: tuple, calls: CallRecord):
+        self.layer, self.path, self.calls = layer, nnx.static(path), nnx.static(calls)
 
     def __getattr__(self, name: str):
         # Only called for what the stand-in does not have: the layer's own attributes.
@@ -280,7 +294,7 @@ class _Recorder(nnx.Module):
         return getattr(self.layer, name)
 
     def __call__(self, x, *args, **kwargs):
-        record_call(self.found, self.path, self.layer, self.layer.kernel.shape, x)
+        self.calls.note(self.path, self.layer, self.layer.kernel.shape, x)
         return self.layer(x, *args, **kwargs)
 
 

@@ -15,7 +15,7 @@ from flax.traverse_util import flatten_dict
 import jaxsrn
 import jaxsrn.linen as jlinen
 import jaxsrn.nnx as jnnx
-from jaxsrn._flax_layers import layer_map
+from jaxsrn._flax_layers import kind_of, layer_map
 
 FLOAT = {"param_dtype": jnp.float64}
 KEY = jax.random.key(0)
@@ -285,7 +285,9 @@ def test_a_layer_is_the_operator_that_its_twin_is(name):
     layer, make, input_shape = TWINS[name]
     twin, in_shape = make(nnx.Rngs(0)), (*(input_shape or (3,)), 2)
     shape = jax.eval_shape(layer.init, KEY, jnp.ones((1, *in_shape)))["params"]["kernel"].shape
-    assert layer_map(layer, shape, input_shape) == layer_map(twin, twin.kernel.shape, input_shape)
+    kind, twin_kind = kind_of(layer, jlinen._LAYERS, {}), kind_of(twin, jnnx._LAYERS, {})
+    assert kind == twin_kind
+    assert layer_map(layer, shape, input_shape, kind) == layer_map(twin, twin.kernel.shape, input_shape, kind)
 
 
 LAYERS = {
@@ -506,7 +508,10 @@ NAME = r"Conv\(features=3, kernel_size=\(3, 3\)\): "
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: jlinen.SpectralNorm(nn.BatchNorm(True)), r"BatchNorm\(.*got BatchNorm, expected nn.Conv"),
+        (
+            lambda: jlinen.SpectralNorm(nn.BatchNorm(True)),
+            r"BatchNorm\(.*got BatchNorm, expected Conv, ConvTranspose",
+        ),
         (lambda: jlinen.SpectralNorm(nn.Einsum((2, 3), "ij,jk->ik")), "Einsum.*got Einsum, expected"),
         (lambda: jlinen.SpectralNorm(nn.Conv(3, (3, 3))), NAME + "input_shape: got None, expected .*2 axes"),
         (lambda: jlinen.SpectralNorm(nn.Conv(3, (3, 3)), input_shape=8), NAME + r"input_shape: got \(8,\), expected 2"),
@@ -538,6 +543,93 @@ NAME = r"Conv\(features=3, kernel_size=\(3, 3\)\): "
 def test_misuse_names_the_layer(make, message):
     with pytest.raises(ValueError, match=message):
         make().init(KEY, jnp.ones((2, 8, 8, 2)))
+
+
+class Standardized(nn.Conv):
+    """A weight-standardising convolution."""
+
+    def param(self, name, init, *args, **options):
+        value = super().param(name, init, *args, **options)
+        return value / value.std(axis=(0, 1, 2)) if name == "kernel" else value
+
+
+class Local(nn.Conv):
+    shared_weights = False
+
+
+class Squared(nn.Dense):
+    @nn.compact
+    def __call__(self, x):
+        return super().__call__(x) ** 2
+
+
+class Stem(nn.Conv):
+    """Harmless: other defaults, a further field, a further method."""
+
+    kernel_size: tuple = (3, 3)
+    kernel_init: object = nn.initializers.normal(1.0)
+    purpose: str = "stem"
+
+    def describe(self):
+        return self.purpose
+
+
+class Dense(nn.Module):
+    """Only the name is Flax's; the map is that of `nn.Dense`, or twice it."""
+
+    scale: float = 1.0
+
+    @nn.compact
+    def __call__(self, x):
+        return self.scale * x @ self.param("kernel", nn.initializers.normal(1.0), (x.shape[-1], 4))
+
+
+OTHERS = {
+    "standardized": (Standardized(3, (3, 3)), "got Standardized, a Conv with its own param"),
+    "local": (Local(3, (3, 3)), "a Conv with its own shared_weights"),
+    "call": (Squared(4), "a Dense with its own __call__"),
+    "name": (Dense(), "got Dense, expected Conv, ConvTranspose"),
+    "function": (nn.Dense(4, dot_general=lambda x, k, *_, **__: x @ (2 * k)), "a Dense with its own dot_general"),
+    "lifted": (nn.vmap(nn.Dense, variable_axes={"params": 0}, split_rngs={"params": True})(4), "its own __call__"),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_layer_that_may_compute_another_map_is_refused(name):
+    layer, message = OTHERS[name]
+    x = jnp.ones((2, 4, 4, 2))
+    with pytest.raises(ValueError, match=message + r".*say which: computes="):
+        jlinen.SpectralNorm(layer, input_shape=(4, 4)).init(KEY, x)
+    with pytest.raises(ValueError, match=r"computes: got <class 'object'>, expected one of Flax's Conv"):
+        jlinen.SpectralNorm(layer, input_shape=(4, 4), computes=object).init(KEY, x)
+
+
+def test_a_subclass_that_changes_nothing_is_its_base():
+    basis = jnp.eye(32, dtype=jnp.float64).reshape(32, 4, 4, 2)
+    outputs = jlinen.SpectralNorm(Stem(3, **FLOAT), input_shape=(4, 4)).init_with_output(KEY, basis)[0]
+    np.testing.assert_allclose(norm_and_rank(outputs.reshape(32, -1))[0], 1, rtol=1e-6)
+
+
+def test_a_vouched_layer_is_what_it_is_vouched_for():
+    basis = jnp.eye(3)
+    for scale in (1, 2):
+        outputs = jlinen.SpectralNorm(Dense(scale), computes=nn.Dense).init_with_output(KEY, basis)[0]
+        np.testing.assert_allclose(norm_and_rank(outputs)[0], scale, rtol=1e-5)
+    with pytest.raises(ValueError, match=r"Dense\(\): layer: it has no mask, strides, .*expected the fields of"):
+        jlinen.SpectralNorm(Dense(), input_shape=(4, 4), computes=nn.Conv).init(KEY, basis)
+    with pytest.raises(ValueError, match=r"BatchNorm\(\): it has no parameter 'kernel'"):
+        jlinen.SpectralNorm(nn.BatchNorm(True), computes=nn.Dense).init(KEY, basis)
+    model, x = nn.Sequential([Standardized(3, (3, 3)), Squared(3), Dense()]), jnp.ones((1, 4, 4, 2))
+    variables = model.init(KEY, x)
+    with pytest.raises(ValueError, match=r"layers_0: Standardized\(.*with its own param"):
+        jlinen.layer_operators(model, variables, x)
+    found = jlinen.layer_operators(
+        model, variables, x, computes={Standardized: nn.Conv, Squared: None, Dense: nn.Dense}
+    )
+    assert found == {
+        ("layers_0", "kernel"): jaxsrn.ZeroPaddedConv((4, 4)),
+        ("layers_2", "kernel"): jaxsrn.Dense(),
+    }
 
 
 def test_misuse_of_variables():

@@ -16,7 +16,7 @@ from sklearn.datasets import load_digits
 
 import jaxsrn
 import jaxsrn.nnx as jnnx
-from jaxsrn._flax_layers import layer_map
+from jaxsrn._flax_layers import kind_of, layer_map
 
 IMAGES = ((load_digits().data / 16).astype(np.float32).reshape(-1, 8, 8, 1), load_digits().target)
 
@@ -90,7 +90,7 @@ def test_the_operator_is_the_layer(name):
     make, shape = LAYERS[name]
     layer = make()
     in_shape = (*(shape or ()), layer.in_features) if isinstance(getattr(layer, "in_features", 0), int) else (2, 3)
-    seen = layer_map(layer, layer.kernel.shape, shape)
+    seen = layer_map(layer, layer.kernel.shape, shape, kind_of(layer, jnnx._LAYERS, {}))
     kernel = seen.to_operator(layer.kernel[...])
     np.testing.assert_array_equal(seen.to_layer(kernel), layer.kernel[...])
     expected = matrix_of(layer, in_shape)
@@ -424,6 +424,116 @@ NAME = r"Conv\(in_features=2, out_features=3, kernel_size=\(3, 3\)\): "
 def test_misuse_names_the_layer(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def standardized(kernel):
+    kernel = kernel - kernel.mean(axis=(0, 1, 2))
+    return kernel / kernel.std(axis=(0, 1, 2))
+
+
+class Standardized(nnx.Conv):
+    """A weight-standardising convolution."""
+
+    def __call__(self, x, out_sharding=None):
+        plain = nnx.clone(self)
+        plain.kernel[...] = standardized(self.kernel[...])
+        return nnx.Conv.__call__(plain, x, out_sharding)
+
+
+class Unpacked(nnx.Linear):
+    """Its kernel is computed from another parameter."""
+
+    @property
+    def kernel(self):
+        return nnx.Param(2 * self.half[...])
+
+    @kernel.setter
+    def kernel(self, value):
+        self.half = value
+
+
+class Doubled(nnx.Param):
+    def get_value(self, **options):
+        return 2 * super().get_value(**options)
+
+
+def doubled(layer):
+    layer.kernel = Doubled(layer.kernel[...])
+    return layer
+
+
+class Named(nnx.Conv):
+    """Harmless: other defaults, a further attribute, a further method."""
+
+    purpose = "stem"
+
+    def __init__(self, *args, rngs):
+        super().__init__(*args, (3, 3), padding="CIRCULAR", rngs=rngs)
+
+    def describe(self):
+        return self.purpose
+
+
+class Conv(nnx.Module):
+    """Only the name is Flax's; the map is that of `nnx.Linear`, or twice it."""
+
+    def __init__(self, scale=1):
+        self.scale = scale
+        self.kernel = nnx.Param(jax.random.normal(jax.random.key(0), (3, 4)))
+
+    def __call__(self, x):
+        return self.scale * x @ self.kernel[...]
+
+
+OTHERS = {
+    "lora": (
+        lambda: nnx.LoRALinear(3, 4, lora_rank=2, rngs=nnx.Rngs(0)),
+        "LoRALinear, a Linear with its own __call__",
+    ),
+    "standardized": (lambda: Standardized(2, 3, (3, 3), rngs=nnx.Rngs(0)), "a Conv with its own __call__"),
+    "property": (lambda: Unpacked(3, 4, rngs=nnx.Rngs(0)), "a Linear with its own kernel"),
+    "name": (Conv, "got Conv, expected Conv, ConvTranspose"),
+    "function": (
+        lambda: conv(2, 3, (3, 3), promote_dtype=lambda arrays, dtype: (arrays[0], 2 * arrays[1], arrays[2])),
+        "a Conv with its own promote_dtype",
+    ),
+    "variable": (lambda: doubled(nnx.Linear(3, 4, rngs=nnx.Rngs(0))), "a Linear with its own kernel.get_value"),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_layer_that_may_compute_another_map_is_refused(name):
+    make, message = OTHERS[name]
+    layer = make()
+    with pytest.raises(ValueError, match=message + r".*say which: computes="):
+        jnnx.SpectralNorm(layer, input_shape=(4, 4))
+    with pytest.raises(ValueError, match=r"computes: got <class 'object'>, expected one of Flax's Conv"):
+        jnnx.SpectralNorm(layer, input_shape=(4, 4), computes=object)
+
+
+def test_a_subclass_that_changes_nothing_is_its_base():
+    wrapped = jnnx.SpectralNorm(Named(2, 3, rngs=nnx.Rngs(0)), input_shape=(5, 4))
+    assert wrapped.operator == jaxsrn.CircularConv((5, 4))
+    np.testing.assert_allclose(norm_and_rank(wrapped, (5, 4, 2))[0], 1, rtol=1e-5)
+
+
+def test_a_vouched_layer_is_what_it_is_vouched_for():
+    wrapped = jnnx.SpectralNorm(Conv(), computes=nnx.Linear)
+    np.testing.assert_allclose(norm_and_rank(wrapped, (3,))[0], 1, rtol=1e-5)
+    assert norm_and_rank(jnnx.SpectralNorm(Conv(scale=2), computes=nnx.Linear), (3,))[0] > 1.9
+    with pytest.raises(ValueError, match=r"Conv\(\): layer: it has no mask, strides, .*expected the fields of"):
+        jnnx.SpectralNorm(Conv(), input_shape=(4, 4), computes=nnx.Conv)
+    rngs = nnx.Rngs(0)
+    model = nnx.Sequential(Standardized(2, 3, (3, 3), rngs=rngs), nnx.LoRALinear(3, 3, lora_rank=2, rngs=rngs), Conv())
+    x = jnp.ones((1, 4, 4, 2))
+    with pytest.raises(ValueError, match=r"layers.0: Standardized\(.*with its own __call__"):
+        jnnx.layer_operators(model, x)
+    vouched = jnnx.layer_operators(model, x, computes={Standardized: None, nnx.LoRALinear: None, Conv: nnx.Linear})
+    assert vouched == {("layers", 2, "kernel"): jaxsrn.Dense()}
+    vouched = jnnx.layer_operators(model, x, computes={Standardized: nnx.Conv, nnx.LoRALinear: None})
+    assert vouched == {("layers", 0, "kernel"): jaxsrn.ZeroPaddedConv((4, 4))}
+    with pytest.raises(ValueError, match=r"layers.0: Standardized"):
+        jnnx.constrain(model, lambda path, layer: jnnx.SpectralNorm(layer, input_shape=(4, 4)))
 
 
 def test_wrapped_attention():
