@@ -1,0 +1,9 @@
+"""The benchmark of norms, a file a part; `__main__.py` says what it measures and how it is run."""
+
+import importlib.util
+import os
+
+if importlib.util.find_spec("torch") is None:
+    raise SystemExit("The peers need PyTorch: pip install torch")
+# PyTorch shares the GPU, if there is one. Read when JAX first uses it.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")

@@ -1,0 +1,29 @@
+"""Part `channels`: how does the time of a norm depend on the number of channels?"""
+
+from __future__ import annotations
+
+from _report import table
+from tqdm import tqdm
+
+from jaxsrn import bounds
+from norms.cases import gaussian
+from norms.clock import race
+from norms.figures import lines_figure
+from norms.methods import CERTIFIED, exact_calls, jax_call
+from norms.parts import Effort, Part, duration
+
+
+def channels(effort: Effort) -> Part:
+    """Sedghi's Figure 1."""
+    counts = (2, 4) if effort.fast else (4, 8, 16, 32, 64, 128)
+    times: dict[str, list[float]] = {}
+    for c in tqdm(counts, desc="channels", leave=False):
+        case = gaussian(16, c, 3)
+        calls = exact_calls(case) | {CERTIFIED: jax_call(bounds.certified, case.kernel, case.op)}
+        for name, run in race(calls, effort).items():
+            times.setdefault(name, []).append(run.seconds)
+    rows = [[name, *map(duration, values)] for name, values in times.items()]
+    text = "Gaussian 3x3 kernels, n = 16, after Figure 1 of Sedghi, Gupta, Long 2019."
+    figure = lines_figure(counts, times, "channels", "Gaussian 3x3 kernels, n = 16")
+    sections = [("Cost against channels", f"{text}\n\n{table(('channels', *map(str, counts)), rows)}")]
+    return Part(sections, [], {"norms_channels": figure})
