@@ -5,5 +5,5 @@ import os
 
 if importlib.util.find_spec("torch") is None:
     raise SystemExit("The peers need PyTorch: pip install torch")
-# PyTorch shares the GPU, if there is one. Read when JAX first uses it.
+# JAX leaves PyTorch its part of the GPU, if there is one. It reads this when it first uses the GPU.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")

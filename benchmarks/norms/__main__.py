@@ -28,7 +28,7 @@ from _report import document, record, verdict
 
 from norms.channels import channels
 from norms.clock import describe_setting
-from norms.comparison import norms
+from norms.comparison import comparison
 from norms.correctness import correctness
 from norms.figures import save
 from norms.image_size import image_size
@@ -39,7 +39,7 @@ from norms.widths import widths
 from norms.zero_padding import zero_padding
 
 PARTS = {
-    "norms": norms,
+    "norms": comparison,
     "widths": widths,
     "correctness": correctness,
     "image-size": image_size,
@@ -67,7 +67,8 @@ def main() -> None:
         print(json.dumps(memory_of_run(method, int(n), int(c))))
         return
     keep = not (args.fast or args.no_network)
-    effort = Effort(True, False, 2, 0.1) if args.fast else Effort(False, not args.no_network, 5, 0.5)
+    full = Effort(fast=False, network=not args.no_network, rounds=5, seconds=0.5)
+    effort = Effort(fast=True, network=False, rounds=2, seconds=0.1) if args.fast else full
     if args.spectrum:
         print(json.dumps(spectrum_of_run(*args.spectrum, effort)))
         return
@@ -76,7 +77,7 @@ def main() -> None:
 
 
 def run(name: str, effort: Effort, keep: bool) -> bool:
-    """Prints one part, and records it where it is to be kept; whether all its requirements are met."""
+    """Prints one part and records it where it is to be kept. Returns whether all its requirements are met."""
     setting = describe_setting()
     part = PARTS[name](effort)
     pictures = [("Pictures", "\n\n".join(f"![{figure}]({figure}.png)" for figure in part.figures))]

@@ -13,7 +13,7 @@ from jaxsrn import CircularConv
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Case:
-    """A float32 kernel in Flax's layout, and where it acts."""
+    """A float32 kernel in Flax's layout, and the layer in which it acts."""
 
     name: str
     kernel: np.ndarray
@@ -26,7 +26,7 @@ class Case:
 
     @functools.cached_property
     def plain(self) -> tuple[np.ndarray, CircularConv]:
-        """The same singular values without strides, for peers that know none: the kernel's taps split by phase."""
+        """An unstrided layer of the same singular values, for peers that know no strides: taps are split by phase."""
         pads = [(0, -k % s) for k, s in zip(self.kernel.shape, self.op.strides, strict=False)]
         return polyphase(np.pad(self.kernel, [*pads, (0, 0), (0, 0)]), self.op.strides), CircularConv(self.op.grid)
 
@@ -40,7 +40,7 @@ def polyphase(array: np.ndarray, strides: tuple[int, ...]) -> np.ndarray:
 
 
 def reference_norm(kernel: np.ndarray, op: CircularConv) -> float:
-    """The largest of NumPy's singular values in float64 at half of the frequencies: those of a real kernel pair up."""
+    """The norm by NumPy's SVDs in float64, at half of the frequencies: those of a real kernel come in pairs."""
     taps = [np.arange(k) * d % n for k, d, n in zip(kernel.shape, op.kernel_dilation, op.input_shape, strict=False)]
     image = np.zeros((*op.input_shape, *kernel.shape[-2:]))
     np.add.at(image, np.ix_(*taps), kernel.astype(np.float64))
@@ -50,6 +50,7 @@ def reference_norm(kernel: np.ndarray, op: CircularConv) -> float:
 
 
 def gaussian(n: int, c: int, k: int, **options) -> Case:
+    """A Gaussian kernel of `k x k` taps, `c` to `c` channels, on an `n x n` image: always the same one."""
     kernel = np.random.default_rng(0).standard_normal((k, k, c, c)).astype(np.float32)
     return Case(f"Gaussian ({n}, {c}, {k})", kernel, CircularConv((n, n), **options))
 

@@ -14,7 +14,7 @@ from norms.parts import Effort, Part, duration
 
 
 def channels(effort: Effort) -> Part:
-    """Sedghi's Figure 1."""
+    """The part: Figure 1 of Sedghi, Gupta, Long 2019, with a table beside it; nothing is required."""
     counts = (2, 4) if effort.fast else (4, 8, 16, 32, 64, 128)
     times: dict[str, list[float]] = {}
     for c in tqdm(counts, desc="channels", leave=False):

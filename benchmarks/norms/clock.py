@@ -1,4 +1,4 @@
-"""The clock: all calls take turns, so that whatever else the machine does hits all of them."""
+"""The clock, under which all calls take turns; and the setting in which it runs."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ from norms.peers import DEVICE
 
 
 class Timed(NamedTuple):
-    """Median seconds of a call, and what it returned."""
+    """Seconds that a call takes, and what it returned."""
 
     seconds: float
     result: Any
 
 
 def timed(call: Callable, repeat: int = 1) -> Timed:
+    """The mean time of calls in a row."""
     start = time.perf_counter()
     for _ in range(repeat):
         result = jax.block_until_ready(call())
@@ -31,7 +32,10 @@ def timed(call: Callable, repeat: int = 1) -> Timed:
 
 
 def race(calls: dict[str, Callable], effort: Effort) -> dict[str, Timed]:
-    """All calls in turns. The first round warms up; it counts only for what is too slow to be called again."""
+    """The median time of each call, all in turns: whatever else the machine does hits all of them.
+
+    The first round warms up. It counts only for what is too slow to be called again.
+    """
     first = {name: timed(call) for name, call in calls.items()}
     rounds = {name: min(effort.rounds, int(effort.seconds / run.seconds)) for name, run in first.items()}
     times = {name: [] if rounds[name] else [run.seconds] for name, run in first.items()}
@@ -45,8 +49,9 @@ def race(calls: dict[str, Callable], effort: Effort) -> dict[str, Timed]:
 
 
 def describe_setting() -> str:
+    """The version and threads of PyTorch, the threads that the environment asks for, and the load."""
     threads = {name: os.environ[name] for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS") if name in os.environ}
     threads = ", ".join(f"{name}={value}" for name, value in threads.items()) or "default thread settings"
-    # Threads of the peers wait for each other: another busy process slows PyTorch down a hundred times and more.
+    # Threads of PyTorch wait for each other: another busy process slows it down a hundred times and more.
     load = f"load average {os.getloadavg()[0]:.1f} before the run"
     return f"torch {torch.__version__} with {torch.get_num_threads()} threads on {DEVICE}; {threads}; {load}."

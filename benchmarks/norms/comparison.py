@@ -32,16 +32,18 @@ start. flax.nnx.SpectralNorm does not estimate this norm but that of the flatten
 
 
 class Entry(NamedTuple):
-    """A row: the times of its kernels are summed. With the least required ratios to the fastest exact peer."""
+    """A row of the tables, in which the times of its kernels are summed."""
 
     name: str
     cases: tuple[Case, ...]
+    # How many times longer than ours the fastest exact peer has to take.
     exact: float | None = None
     certified: float | None = None
 
 
 @functools.cache
 def entries(effort: Effort) -> list[Entry]:
+    """The rows: Gaussian kernels, then the trained network by stage, all its 3x3 kernels, and its stem."""
     if effort.fast:
         cases = [gaussian(8, 4, 3), gaussian(9, 6, 3), gaussian(12, 3, 7, strides=2)]
         return [Entry(case.name, (case,)) for case in cases]
@@ -60,21 +62,23 @@ def entries(effort: Effort) -> list[Entry]:
 
 @functools.cache
 def raced(case: Case, effort: Effort) -> dict[str, Timed]:
-    """Every exact and approximate method on one kernel."""
+    """The race of every exact and approximate method on one kernel."""
     return race(exact_calls(case) | approximate_calls(case), effort)
 
 
 def relative_errors(entry: Entry, name: str, effort: Effort) -> np.ndarray:
-    """Signed, per kernel and end."""
+    """The signed errors of a method, relative to the norm: a row is a kernel, a column an end of the interval."""
     found = [np.array(ends(raced(case, effort)[name].result)) / case.norm - 1 for case in entry.cases]
     return np.array(found)
 
 
 def total(entry: Entry, name: str, effort: Effort) -> float:
+    """Seconds that a method takes for all kernels of a row."""
     return sum(raced(case, effort)[name].seconds for case in entry.cases)
 
 
 def fastest_peer(entry: Entry, effort: Effort) -> float:
+    """Seconds of the fastest exact peer for all kernels of a row."""
     return min(total(entry, peer, effort) for peer in EXACT_PEERS)
 
 
@@ -129,7 +133,8 @@ def certified_checks(rows: list[Entry], effort: Effort) -> Checks:
     return [*checks, (inside, "certified holds the float64 norm of each of these kernels")]
 
 
-def norms(effort: Effort) -> Part:
+def comparison(effort: Effort) -> Part:
+    """The part: two tables of exact norms, one of bounds and estimates, and a picture of time against error."""
     rows = entries(effort)
     for case in tqdm([case for entry in rows for case in entry.cases], desc="norms", leave=False):
         raced(case, effort)

@@ -35,7 +35,7 @@ GEOMETRIES = {
 
 
 def kernels_of(kind: str, rng, op: CircularConv, shape, count: int) -> list[np.ndarray]:
-    """Kernels of a kind and of very different scale; groups are drawn one by one."""
+    """Kernels of one kind and of very different scales, whose groups are drawn one by one."""
     groups = op.feature_group_count
     kernels = []
     for _ in range(count):
@@ -46,7 +46,7 @@ def kernels_of(kind: str, rng, op: CircularConv, shape, count: int) -> list[np.n
 
 
 def kernel_errors(kernels: list[np.ndarray], op: CircularConv) -> np.ndarray:
-    """Relative errors of `spectral_norm`, one call per kernel and all under `vmap`: the larger of the two."""
+    """Relative errors of `spectral_norm`: of one call a kernel and one of all under `vmap`, the larger error."""
     stack = np.stack(kernels)
     batched = jax.jit(jax.vmap(jaxsrn.spectral_norm, (0, None)), static_argnums=1)(stack, op)
     single = [jax_call(jaxsrn.spectral_norm, kernel, op)() for kernel in kernels]
@@ -55,6 +55,7 @@ def kernel_errors(kernels: list[np.ndarray], op: CircularConv) -> np.ndarray:
 
 
 def correctness(effort: Effort) -> Part:
+    """The part: every kind of kernel in every geometry, and the trained kernels at their true sizes."""
     fast = effort.fast
     by_kind: dict[str, list[float]] = {kind: [] for kind in KINDS}
     by_geometry: dict[str, list[float]] = {}

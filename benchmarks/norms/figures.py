@@ -42,11 +42,13 @@ STYLES = {
 
 
 def style(name: str) -> dict[str, str]:
+    """How a method is drawn, and its label."""
     colour, marker = next(look for start, look in STYLES.items() if name.startswith(start))
     return {"color": colour, "marker": marker, "label": name}
 
 
 def error_figure(case: Case, runs: dict[str, Timed]) -> plt.Figure:
+    """Time against relative error for one kernel, a point for each method or end of its interval."""
     figure, axes = plt.subplots(figsize=(9, 6), layout="constrained")
     for name, run in runs.items():
         # No error at all has no place on a logarithmic axis.
@@ -60,6 +62,7 @@ def error_figure(case: Case, runs: dict[str, Timed]) -> plt.Figure:
 
 
 def lines_figure(xs: Iterable[int], times: dict[str, list[float]], label: str, title: str) -> plt.Figure:
+    """Time against a size, a line for each method; lines of one method on several kernels differ in their dashes."""
     xs = list(xs)
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
     for name, values in times.items():
@@ -75,8 +78,9 @@ def lines_figure(xs: Iterable[int], times: dict[str, list[float]], label: str, t
 
 
 def save(figures: dict[str, plt.Figure], keep: bool) -> None:
+    """Draws every picture, and writes it to the results where it is to be kept."""
     RESULTS.mkdir(exist_ok=True)
     for name, figure in figures.items():
-        # Drawn even where nothing is kept: a smoke test of the pictures too. Metadata would differ in every version.
+        # A smoke test draws too, into nothing. Metadata would name the version of Matplotlib.
         figure.savefig(RESULTS / f"{name}.png" if keep else io.BytesIO(), dpi=130, metadata={"Software": None})
         plt.close(figure)

@@ -10,11 +10,12 @@ from jaxsrn import CircularConv, bounds
 from norms.cases import Case, gaussian, trained
 from norms.clock import race
 from norms.figures import lines_figure
-from norms.methods import ends, jax_call, two_liner
+from norms.methods import jax_call, relative_width, two_liner
 from norms.parts import Effort, Part, duration
 
 
 def image_cases(effort: Effort) -> tuple[list[Case], tuple[int, ...]]:
+    """The kernels, and the sizes of the images on which each acts."""
     if effort.fast:
         return [gaussian(7, 4, 3)], (7, 14, 28)
     cases = trained()["ResNet-50 (56, 64, 3)"] if effort.network else [gaussian(56, 64, 3)]
@@ -38,12 +39,12 @@ def image_times(effort: Effort) -> tuple[list[int], dict[str, list[float]], list
         found = race(calls, effort)
         for name, run in found.items():
             times.setdefault(name, []).append(run.seconds)
-        lower, upper = ends(found["certified, kernel 1"].result)
-        width.append(upper / lower - 1)
+        width.append(relative_width(found["certified, kernel 1"].result))
     return list(sizes), times, width
 
 
 def image_size(effort: Effort) -> Part:
+    """The part: times at every size, of which the largest may take twice as long as n = 224."""
     sizes, times, width = image_times(effort)
     name = image_cases(effort)[0][0].name
     rows = [[method, *map(duration, values), *["-"] * (len(sizes) - len(values))] for method, values in times.items()]

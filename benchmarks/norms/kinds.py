@@ -10,21 +10,24 @@ from norms.cases import trained
 
 
 def orthogonal(rng, size: int) -> np.ndarray:
+    """A random orthogonal matrix."""
     return np.linalg.qr(rng.standard_normal((size, size)))[0]
 
 
 def gaussian_kernel(rng, shape):
+    """Independent normal entries."""
     return rng.standard_normal(shape)
 
 
 def one_tap(rng, shape, matrix=None):
-    """A matrix at a random tap: the same singular values at every frequency."""
+    """A matrix, Gaussian unless it is given, at a random tap: every frequency has its singular values."""
     kernel = np.zeros(shape)
     kernel[tuple(rng.integers(k) for k in shape[:-2])] = rng.standard_normal(shape[-2:]) if matrix is None else matrix
     return kernel
 
 
 def orthogonal_tap(rng, shape):
+    """Orthonormal rows or columns at a random tap: all singular values are 1."""
     return one_tap(rng, shape, orthogonal(rng, max(shape[-2:]))[: shape[-2], : shape[-1]])
 
 
@@ -42,6 +45,7 @@ def orthogonal_taps(rng, shape):
 
 
 def equal_taps(rng, shape):
+    """Ones: a matrix of rank 1 at every frequency, the largest at frequency 0."""
     return np.ones(shape)
 
 
@@ -64,7 +68,7 @@ def waves(rng, shape):
 
 
 def trained_block(rng, shape):
-    """A block of channels of a trained kernel, where there is one with these taps; else nothing."""
+    """A random block of channels of a trained kernel with these taps, or `None` where there is none."""
     if shape[:2] not in ((3, 3), (7, 7)) or len(shape) != 4 or (shape[0] == 7 and shape[2] > 3):
         return None
     pool = [case.kernel for cases in trained().values() for case in cases if case.kernel.shape[0] == shape[0]]

@@ -17,15 +17,17 @@ from norms.parts import Effort, Part
 from norms.peers import DEVICE, torch_two_liner
 from norms.processes import in_process
 
+# PyTorch compiles nothing and has no plan.
 MEMORY_METHODS = {"spectral_norm": jaxsrn.spectral_norm, "two-liner (JAX)": two_liner, "two-liner (PyTorch)": None}
 
 
 def memory_of_run(method: str, n: int, c: int) -> dict[str, float | None]:
-    """Bytes by which this process grows at the peak of one run, after compilation; and what XLA plans."""
+    """Bytes by which this process grows at the peak of one run, after compilation, and those that XLA plans."""
     case = gaussian(n, c, 3)
     planned = None
     if MEMORY_METHODS[method] is None:
         call = functools.partial(torch_two_liner, torch.tensor(case.kernel, device=DEVICE), case.op.input_shape)
+        # The first call loads PyTorch's libraries, whose memory is not the norm's.
         torch_two_liner(torch.ones((1, 1, 2, 2)), (1, 1))
     else:
         call = jax_call(MEMORY_METHODS[method], case.kernel, case.op)
@@ -37,6 +39,7 @@ def memory_of_run(method: str, n: int, c: int) -> dict[str, float | None]:
 
 
 def memory(effort: Effort) -> Part:
+    """The part: a row is a method, measured in a process of its own; a tenth of the leanest peer is allowed."""
     if not CLEAR_REFS.exists() or jax.default_backend() != "cpu":
         return Part([("Memory", "Not measured: memory of the host, on Linux only.")], [], {})
     n, c = (16, 8) if effort.fast else (224, 64)

@@ -13,12 +13,21 @@ import torch
 import jaxsrn
 from jaxsrn import bounds
 from norms.cases import Case
-from norms.peers import DEVICE, FLAX, numpy_two_liner, orthogonium_call, torch_gram, torch_power, torch_two_liner
+from norms.peers import (
+    DEVICE,
+    FLAX,
+    numpy_two_liner,
+    orthogonium_call,
+    torch_gram,
+    torch_power,
+    torch_two_liner,
+    torch_weight,
+)
 
 NORM, CERTIFIED = "jaxsrn.spectral_norm", "jaxsrn.bounds.certified"
 BOUNDS = {CERTIFIED: bounds.certified, "jaxsrn.bounds.gram_iteration": bounds.gram_iteration}
 EXACT_PEERS = ("NumPy", "JAX", "PyTorch")
-# What is known of the sign of the error in exact arithmetic, by method.
+# Every approximate method, in the order of the tables, and on which side of the norm its result is known to be.
 GUARANTEED = {
     CERTIFIED: "both ends, in floating point",
     "jaxsrn.bounds.gram_iteration": "above, in floating point",
@@ -41,20 +50,28 @@ def compiled(function: Callable, op, shape: tuple[int, ...]) -> Callable:
 
 
 def jax_call(function: Callable, kernel: np.ndarray, op) -> Callable:
+    """The compiled `function(kernel, op)`, as a call without arguments."""
     return functools.partial(compiled(function, op, kernel.shape), jnp.asarray(kernel))
 
 
-def two_liner(kernel, op):
+def values_by_frequency(kernel, op):
+    """The two lines of Sedghi, Gupta, Long 2019: the singular values at each frequency."""
     symbol = jnp.fft.fft2(kernel, op.input_shape, axes=(0, 1))
-    return jnp.max(jnp.linalg.svd(symbol, compute_uv=False))
+    return jnp.linalg.svd(symbol, compute_uv=False)
+
+
+def two_liner(kernel, op):
+    """The norm by the two lines."""
+    return jnp.max(values_by_frequency(kernel, op))
 
 
 def all_values(kernel, op):
-    symbol = jnp.fft.fft2(kernel, op.input_shape, axes=(0, 1))
-    return jnp.sort(jnp.linalg.svd(symbol, compute_uv=False).reshape(-1))[::-1]
+    """All singular values by the two lines, in descending order."""
+    return jnp.sort(values_by_frequency(kernel, op).reshape(-1))[::-1]
 
 
 def exact_calls(case: Case) -> dict[str, Callable]:
+    """The methods that compute the norm, compiled for one kernel."""
     kernel, op = case.plain
     tensor = torch.tensor(kernel, device=DEVICE)
     return {
@@ -66,8 +83,9 @@ def exact_calls(case: Case) -> dict[str, Callable]:
 
 
 def approximate_calls(case: Case) -> dict[str, Callable]:
+    """The methods that bound or estimate the norm, compiled for one kernel; without those that are not installed."""
     kernel, op = case.plain
-    weight, size = torch.tensor(kernel.transpose(3, 2, 0, 1).copy(), device=DEVICE), op.input_shape
+    weight, size = torch_weight(kernel), op.input_shape
     calls = {name: jax_call(bound, case.kernel, case.op) for name, bound in BOUNDS.items()}
     for steps in (5, 6):
         calls[f"Gram, T = {steps} (PyTorch)"] = functools.partial(torch_gram, weight, size, steps)
@@ -80,5 +98,11 @@ def approximate_calls(case: Case) -> dict[str, Callable]:
 
 
 def ends(result) -> tuple[float, float]:
-    """An interval's lower and upper end; twice the value of anything else."""
+    """An interval's lower and upper end; a number is both ends of its own."""
     return (float(result.lower), float(result.upper)) if hasattr(result, "lower") else (float(result),) * 2
+
+
+def relative_width(interval) -> float:
+    """By how much the upper end exceeds the lower one, relative to the latter."""
+    lower, upper = ends(interval)
+    return upper / lower - 1

@@ -21,19 +21,21 @@ class Part(NamedTuple):
 
 
 class Effort(NamedTuple):
-    """How much to run: tiny kernels only? the trained network? Most rounds, and seconds, per method and kernel."""
+    """How much is run."""
 
-    fast: bool
-    network: bool
-    rounds: int
-    seconds: float
+    fast: bool  # tiny kernels only
+    network: bool  # the kernels of the trained ResNet-50 too
+    rounds: int  # at most, for each method and kernel
+    seconds: float  # at most, for each method and kernel
 
 
 def duration(seconds: float) -> str:
+    """A time as a table shows it, in seconds or milliseconds."""
     return f"{seconds:.2f} s" if seconds >= 1 else f"{1e3 * seconds:.{1 if seconds >= 0.01 else 3}f} ms"
 
 
 def error_table(title: str, errors: dict[str, list[float]]) -> str:
+    """A table of relative errors: a row shows how many there are, the worst, and how many exceed the tolerance."""
     rows = [
         [name, len(found), f"{np.max(found):.1e}", sum(not error <= TOLERANCE for error in found)]
         for name, found in errors.items()

@@ -17,19 +17,26 @@ DEVICE = "cuda" if jax.default_backend() == "gpu" and torch.cuda.is_available() 
 
 
 def numpy_two_liner(kernel, size):
+    """The two lines of Sedghi, Gupta, Long 2019: SVDs at all frequencies."""
     symbol = np.fft.fft2(kernel, size, axes=(0, 1))
     return np.max(np.linalg.svd(symbol, compute_uv=False))
 
 
+def torch_weight(kernel: np.ndarray) -> torch.Tensor:
+    """The kernel in PyTorch's layout, where PyTorch computes."""
+    return torch.tensor(kernel.transpose(3, 2, 0, 1).copy(), device=DEVICE)
+
+
 @torch.inference_mode()
 def torch_two_liner(kernel, size) -> float:
+    """The two lines in PyTorch, on a kernel in Flax's layout."""
     symbol = torch.fft.fft2(kernel, size, dim=(0, 1))
     return torch.linalg.svdvals(symbol).max().item()
 
 
 @torch.inference_mode()
 def torch_gram(weight, size, steps: int) -> float:
-    """Gram iteration (Delattre et al. 2023, algorithm 3); as in the authors' code on half of the frequencies."""
+    """Gram iteration (Delattre et al. 2023, algorithm 3), on half of the frequencies as in the authors' code."""
     if weight.shape[1] > weight.shape[0]:
         weight = weight.transpose(0, 1)
     gram = torch.fft.rfft2(weight, s=size).flatten(2).permute(2, 0, 1)
@@ -94,6 +101,7 @@ def orthogonium_norm() -> Callable | None:
 
 
 def orthogonium_call(weight, size, steps: int) -> Callable | None:
+    """`get_conv_sv` of a circular layer with these weights, or `None` where orthogonium is not installed."""
     if orthogonium_norm() is None:
         return None
     layer = torch.nn.Conv2d(*weight.shape[1::-1], weight.shape[2:], padding_mode="circular", bias=False)

@@ -11,7 +11,7 @@ from typing import Any
 
 
 def in_process(*arguments: str, **settings: str) -> Any:
-    """What this benchmark prints as JSON in a fresh process, with the given environment variables."""
+    """Runs this benchmark with `arguments` and environment variables `settings`; returns what it prints as JSON."""
     command = [sys.executable, str(Path(__file__).parent), *arguments]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=os.environ | settings)
     return json.loads(done.stdout)

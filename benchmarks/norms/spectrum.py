@@ -15,7 +15,7 @@ from norms.methods import all_values, jax_call
 from norms.parts import TOLERANCE, Effort, Part, duration
 from norms.processes import in_process
 
-# One thread of XLA's pool for each core and one more, none of OpenBLAS's.
+# XLA's pool has one thread more than there are cores, OpenBLAS none beside the caller's.
 FREE = {"NPROC": str((os.cpu_count() or 1) + 1), "OPENBLAS_NUM_THREADS": "1"}
 SPECTRUM = """\
 All singular values, sorted, of Gaussian kernels; `difference` relative to the largest. Each kernel in a process of its
@@ -25,19 +25,20 @@ which of the two methods has all cores; the last column is the ratio there."""
 
 
 def spectrum_of_run(n: int, c: int, effort: Effort) -> tuple[float, float, float]:
-    """Seconds of the two-liner and of `singular_values`, and by how much they differ."""
+    """Seconds of the two lines and of `singular_values`, and the largest difference of their values."""
     case = gaussian(n, c, 3)
     calls = {
         name: jax_call(function, case.kernel, case.op)
         for name, function in (("jaxsrn", jaxsrn.singular_values), ("JAX", all_values))
     }
-    # Short calls: more rounds.
+    # The calls are short, so that there is time for more rounds.
     found = race(calls, effort if effort.fast else effort._replace(rounds=5 * effort.rounds))
     (own, values), (peer, theirs) = found["jaxsrn"], found["JAX"]
     return peer, own, float(jnp.max(jnp.abs(values - theirs)) / theirs[0])
 
 
 def spectrum(effort: Effort) -> Part:
+    """The part: a row is a kernel, measured with threads set free of each other and by default."""
     sizes = ((8, 4), (9, 6)) if effort.fast else ((32, 16), (32, 64), (33, 32), (56, 64), (64, 32), (112, 16))
     rows, checks = [], []
     for n, c in tqdm(sizes, desc="all singular values", leave=False):

@@ -8,12 +8,12 @@ from tqdm import tqdm
 
 from jaxsrn import CircularConv, bounds
 from norms.cases import trained
-from norms.methods import ends, jax_call
+from norms.methods import jax_call, relative_width
 from norms.parts import Effort, Part
 
 
 def width_cases(effort: Effort) -> dict[str, tuple[CircularConv, list[np.ndarray]]]:
-    """Families of kernels of one shape, `{name: (operator, kernels)}`."""
+    """Families of kernels, each of one shape, as `{name: (operator, kernels)}`."""
     rng = np.random.default_rng(0)
     shapes = {
         "Gaussian (8, 8, 3)": (CircularConv((8, 8)), (3, 3, 8, 8)),
@@ -39,11 +39,10 @@ def width_cases(effort: Effort) -> dict[str, tuple[CircularConv, list[np.ndarray
 
 
 def widths(effort: Effort) -> Part:
-    """How wide `certified` is at its default resolution."""
+    """The part: a row is a family of kernels; the median over all those on images of at least 32 is required."""
     rows, large = [], []
     for name, (op, kernels) in tqdm(width_cases(effort).items(), desc="widths", leave=False):
-        found = [ends(jax_call(bounds.certified, kernel, op)()) for kernel in kernels]
-        width = np.array([upper / lower - 1 for lower, upper in found])
+        width = np.array([relative_width(jax_call(bounds.certified, kernel, op)()) for kernel in kernels])
         rows.append([name, len(width), f"{np.median(width):.1e}", f"{np.max(width):.1e}"])
         if op.input_shape[0] >= 32:
             large.append(width)

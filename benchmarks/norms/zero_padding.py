@@ -1,28 +1,37 @@
-"""Part `zero-padding`: errors, products with the layer and times of norms with zero padding."""
+"""Part `zero-padding`: errors of norms with zero padding, the products with the layer that they take, and times."""
 
 from __future__ import annotations
 
 import functools
 import itertools
-import math
 
 import numpy as np
-import scipy.sparse.linalg
-import torch
 from _report import table
 from tqdm import tqdm
 
 import jaxsrn
-from jaxsrn import ZeroPaddedConv, bounds
+from jaxsrn import ZeroPaddedConv
 from norms.cases import Case, gaussian, trained
 from norms.clock import race
 from norms.kinds import gaussian_kernel, peaked, waves
-from norms.methods import ends, jax_call
-from norms.parts import TOLERANCE, Effort, Part, duration, error_table
-from norms.peers import DEVICE, torch_maps, torch_power
-from norms.products import fewest_products, own_products, power_products
+from norms.methods import jax_call
+from norms.parts import TOLERANCE, Checks, Effort, Part, duration, error_table
+from norms.peers import torch_power, torch_weight
+from norms.products import Search, search
 
-# Up to 512 x 512 entries norms are proven, above searched.
+ERRORS = """\
+float32; Gaussian, peaked kernels and sums of three waves, against the SVD of the whole matrix in float64.
+Small layers, whose norms are proven:"""
+LARGER = "Larger layers, whose norms are searched without a proof:"
+PRODUCTS = """\
+Products with the operator or its adjoint, counted as they run, with their share of power iteration's. Those
+with the layer of few channels, in which a wide one is searched first, count as far as they multiply. Power
+iteration starts from a random image and stops 0.1% below the norm (or after 4000 products). Lanczos, the
+method of `leading_triplet`, stops at the largest `tolerance` of 1/2, 1/4, ... at which the norm is within
+1e-5. Both as only those can who know the norm; `spectral_norm` stops by itself, when the vectors are there,
+which are its gradient. Its error is against ARPACK in float64; the width is that of `bounds.certified`."""
+TIMES = "Times; of power iteration, as published, with the number of steps that it takes to 1e-3:"
+# The norm is proven where the matrix has at most 512 x 512 entries, and searched where it has more.
 PROVEN = {
     "SAME, even": (ZeroPaddedConv((8, 8)), (3, 3, 4, 4)),
     "SAME, odd": (ZeroPaddedConv((9, 7)), (3, 3, 6, 3)),
@@ -50,41 +59,26 @@ SEARCHED = {
 
 
 def dense_errors(op: ZeroPaddedConv, shape, count: int) -> list[float]:
-    """Relative errors of `spectral_norm` against the SVD of the explicit matrix."""
+    """Relative errors of `spectral_norm` against the SVD of the explicit matrix, for `count` kernels of a shape."""
     rng = np.random.default_rng(0)
     kinds = itertools.cycle((gaussian_kernel, peaked, waves))
     errors = []
     for kind in itertools.islice(kinds, count):
         kernel = kind(rng, shape).astype(np.float32)
-        # to_dense only moves entries: float32 loses nothing.
+        # `to_dense` only moves entries: float32 loses nothing.
         exact = np.linalg.norm(np.asarray(op.to_dense(kernel), np.float64), 2)
         errors.append(abs(float(jax_call(jaxsrn.spectral_norm, kernel, op)()) / exact - 1))
     return errors
 
 
 def errors_by_geometry(geometries: dict, effort: Effort) -> dict[str, list[float]]:
+    """The errors in each geometry, by its name."""
     chosen, count = (list(geometries.items())[:2], 3) if effort.fast else (geometries.items(), 60)
     return {name: dense_errors(*where, count) for name, where in tqdm(chosen, desc="zero padding", leave=False)}
 
 
-def arpack_norm(kernel: np.ndarray, op: ZeroPaddedConv) -> float:
-    """The norm with SAME padding and an odd number of taps, by ARPACK and PyTorch's convolution in float64."""
-    weight = torch.tensor(kernel.transpose(3, 2, 0, 1), dtype=torch.float64)
-
-    def product(convolution, channels):
-        def apply(x):
-            return convolution(torch.from_numpy(x.reshape((1, channels, *op.input_shape)))).numpy().reshape(-1)
-
-        return apply
-
-    sizes = [c * math.prod(op.input_shape) for c in weight.shape[:2]]
-    forward, adjoint = map(product, torch_maps(weight, circular=False), weight.shape[1::-1])
-    operator = scipy.sparse.linalg.LinearOperator(sizes, forward, adjoint, dtype=np.float64)
-    start = np.random.default_rng(0).standard_normal(min(sizes))
-    return float(scipy.sparse.linalg.svds(operator, k=1, tol=1e-9, v0=start, return_singular_vectors=False)[0])
-
-
 def product_cases(effort: Effort) -> list[Case]:
+    """The kernels for which products are counted and times taken."""
     if effort.fast:
         return [gaussian(8, 4, 3)]
     cases = [gaussian(n, c, k) for n, c, k in ((14, 32, 3), (28, 32, 3), (32, 64, 3), (56, 16, 5), (112, 16, 3))]
@@ -93,65 +87,64 @@ def product_cases(effort: Effort) -> list[Case]:
 
 
 def padded_times(case: Case, op: ZeroPaddedConv, steps: int, effort: Effort) -> list[str]:
-    """Of power iteration and of `spectral_norm`, and how many times longer the former takes."""
-    weight = torch.tensor(case.kernel.transpose(3, 2, 0, 1).copy(), device=DEVICE)
+    """The times of power iteration and of `spectral_norm`, and how many times longer the former takes."""
     calls = {
-        "power": functools.partial(torch_power, weight, op.input_shape, max(steps, 1), circular=False),
+        "power": functools.partial(
+            torch_power, torch_weight(case.kernel), op.input_shape, max(steps, 1), circular=False
+        ),
         "own": jax_call(jaxsrn.spectral_norm, case.kernel, op),
     }
     power, own = (run.seconds for run in race(calls, effort).values())
     return [duration(power), duration(own), f"{power / own:.1f}"]
 
 
-def zero_padding(effort: Effort) -> Part:
-    proven, searched = (errors_by_geometry(geometries, effort) for geometries in (PROVEN, SEARCHED))
-    rows, times, shares, errors, inside = [], [], [], [], True
-    for case in tqdm(product_cases(effort), desc="products", leave=False):
-        op = ZeroPaddedConv(case.op.input_shape)
-        exact = arpack_norm(case.kernel, op)
-        value, own = own_products(case.kernel, op)
-        fewest = fewest_products(case.kernel, op, exact)
-        power = power_products(case.kernel, op, exact)
-        errors.append(abs(value / exact - 1))
-        shares.append((fewest / power, own / power) if fewest else (math.inf, math.inf))
-        lower, upper = ends(jax_call(bounds.certified, case.kernel, op)())
-        inside = inside and lower <= exact <= upper
-        both = [f"{count:.0f} ({share:.0%})" for count, share in zip((fewest, own), shares[-1], strict=True)]
-        rows.append([case.name, power, *both, f"{errors[-1]:.1e}", f"{upper / lower - 1:.1e}"])
-        times.append([case.name, *padded_times(case, op, power // 2, effort)])
-    header = ("kernel, SAME", "power iteration, to 1e-3", "Lanczos, to 1e-5", "spectral_norm", "error", "width")
-    clock = ("kernel, SAME", "power iteration, to 1e-3 (PyTorch)", "spectral_norm", "ratio")
-    text = (
-        "float32; Gaussian, peaked kernels and sums of three waves, against the SVD of the whole matrix in float64.\n"
-        "Small layers, whose norms are proven:\n\n"
-        f"{error_table('geometry (zero padding)', proven)}\n\n"
-        "Larger layers, whose norms are searched without a proof:\n\n"
-        f"{error_table('geometry (zero padding)', searched)}\n\n"
-        "Products with the operator or its adjoint, counted as they run, with their share of power iteration's. Those\n"
-        "with the layer of few channels, in which a wide one is searched first, count as far as they multiply. Power\n"
-        "iteration starts from a random image and stops 0.1% below the norm (or after 4000 products). Lanczos, the\n"
-        "method of `leading_triplet`, stops at the largest `tolerance` of 1/2, 1/4, ... at which the norm is within\n"
-        "1e-5. Both as only those can who know the norm; `spectral_norm` stops by itself, when the vectors are there,\n"
-        "which are its gradient. Its error is against ARPACK in float64; the width is that of `bounds.certified`.\n\n"
-        f"{table(header, rows)}\n\n"
-        "Times; of power iteration, as published, with the number of steps that it takes to 1e-3:\n\n"
-        f"{table(clock, times)}"
-    )
+def product_row(case: Case, found: Search) -> list[str]:
+    """The products of each method, with their shares of power iteration's, the error and the width."""
+    counts = zip((found.fewest, found.own), found.shares, strict=True)
+    both = [f"{count:.0f} ({share:.0%})" for count, share in counts]
+    return [case.name, str(found.power), *both, f"{found.error:.1e}", f"{found.width:.1e}"]
+
+
+def error_checks(proven: dict, searched: dict, found: list[Search]) -> Checks:
+    """Every error is within the tolerance, and every interval holds the norm."""
     worst = {
         "small layers": max(itertools.chain(*proven.values())),
         "larger layers": max(itertools.chain(*searched.values())),
-        "each of these kernels": max(errors),
+        "each of these kernels": max(one.error for one in found),
     }
-    checks = [
-        *(
-            (error <= TOLERANCE, f"zero padding, {name}: error {error:.1e}, at most {TOLERANCE:g}")
-            for name, error in worst.items()
-        ),
-        (inside, "zero padding: certified holds ARPACK's norm of each of these kernels"),
+    within = [
+        (error <= TOLERANCE, f"zero padding, {name}: error {error:.1e}, at most {TOLERANCE:g}")
+        for name, error in worst.items()
     ]
-    if not effort.fast:
-        for name, own in zip(("to 1e-5", "spectral_norm"), zip(*shares, strict=True), strict=True):
-            met = sum(share <= 0.2 for share in own)
-            found = f"at most 20% for {met} of {len(own)} kernels; median {np.median(own):.0%}, largest {max(own):.0%}"
-            checks.append((met == len(own), f"zero padding: products, {name}, of power iteration's for 1e-3: {found}"))
-    return Part([("Zero padding", text)], checks, {})
+    inside = all(one.inside for one in found)
+    return [*within, (inside, "zero padding: certified holds ARPACK's norm of each of these kernels")]
+
+
+def product_checks(found: list[Search]) -> Checks:
+    """Every search takes at most a fifth of power iteration's products."""
+    checks = []
+    by_method = zip(*(one.shares for one in found), strict=True)
+    for name, shares in zip(("to 1e-5", "spectral_norm"), by_method, strict=True):
+        met = sum(share <= 0.2 for share in shares)
+        text = f"at most 20% for {met} of {len(shares)} kernels; median {np.median(shares):.0%}"
+        text = f"{text}, largest {max(shares):.0%}"
+        checks.append((met == len(shares), f"zero padding: products, {name}, of power iteration's for 1e-3: {text}"))
+    return checks
+
+
+def zero_padding(effort: Effort) -> Part:
+    """The part: errors in every geometry, then products and times of some kernels with SAME padding."""
+    proven, searched = (errors_by_geometry(geometries, effort) for geometries in (PROVEN, SEARCHED))
+    rows, times, found = [], [], []
+    for case in tqdm(product_cases(effort), desc="products", leave=False):
+        op = ZeroPaddedConv(case.op.input_shape)
+        found.append(search(case.kernel, op))
+        rows.append(product_row(case, found[-1]))
+        times.append([case.name, *padded_times(case, op, found[-1].power // 2, effort)])
+    header = ("kernel, SAME", "power iteration, to 1e-3", "Lanczos, to 1e-5", "spectral_norm", "error", "width")
+    clock = ("kernel, SAME", "power iteration, to 1e-3 (PyTorch)", "spectral_norm", "ratio")
+    errors = (error_table("geometry (zero padding)", geometries) for geometries in (proven, searched))
+    tables = (*errors, table(header, rows), table(clock, times))
+    body = itertools.chain(*zip((ERRORS, LARGER, PRODUCTS, TIMES), tables, strict=True))
+    checks = error_checks(proven, searched, found) + ([] if effort.fast else product_checks(found))
+    return Part([("Zero padding", "\n\n".join(body))], checks, {})
