@@ -7,13 +7,13 @@ which linear map it stands for. The modules `bounds`, `optim`, `penalties`, `sph
 
 import importlib
 
-from jaxsrn._step import SRNCState, srnc_state, srnc_step
-from jaxsrn.normalization import SRNResult, srn, srnc, srnc_tanay
-from jaxsrn.norms import SingularTriplet, leading_triplet, spectral_norm
-from jaxsrn.operators import CircularConv, Dense, ZeroPaddedConv
-from jaxsrn.projections import ProjectionResult, clip_singular_values, project_spectral_ball
-from jaxsrn.ranks import stable_rank, stable_rank_range
-from jaxsrn.spectra import singular_values, symbol, top_singular_values
+from jaxsrn.normalization.lowering import SRNResult, srn, srnc, srnc_tanay
+from jaxsrn.normalization.training.step import SRNCState, srnc_state, srnc_step
+from jaxsrn.operators.maps import CircularConv, Dense, ZeroPaddedConv
+from jaxsrn.projections.spectral_ball import ProjectionResult, clip_singular_values, project_spectral_ball
+from jaxsrn.spectra.norms import SingularTriplet, leading_triplet, spectral_norm
+from jaxsrn.spectra.ranks import stable_rank, stable_rank_range
+from jaxsrn.spectra.values import singular_values, symbol, top_singular_values
 
 __all__ = [
     "CircularConv",

@@ -26,10 +26,10 @@ from flax import linen as nn
 from flax import struct
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from jaxsrn._checks import ensure, errors_named, float_dtype
-from jaxsrn._flax_layers import FlaxLayers, LayerMap, kind_of, layer_map, layer_name
-from jaxsrn._wrapping import CallRecord, Constraint, target_for
-from jaxsrn.operators import Operator
+from jaxsrn._tools.checks import ensure, errors_named, float_dtype
+from jaxsrn.normalization.training.wrapping import CallRecord, Constraint, target_for
+from jaxsrn.operators.flax_layers import FlaxLayers, LayerMap, kind_of, layer_map, layer_name
+from jaxsrn.operators.maps import Operator
 
 __all__ = ["SpectralNorm", "StableRankNorm", "StableRankState", "fold", "layer_operators"]
 

@@ -18,10 +18,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxsrn._checks import ensure, errors_named
-from jaxsrn._flax_layers import FlaxLayers, LayerMap, kind_of, layer_map, layer_name
-from jaxsrn._wrapping import CallRecord, Constraint, target_for
-from jaxsrn.operators import Operator
+from jaxsrn._tools.checks import ensure, errors_named
+from jaxsrn.normalization.training.wrapping import CallRecord, Constraint, target_for
+from jaxsrn.operators.flax_layers import FlaxLayers, LayerMap, kind_of, layer_map, layer_name
+from jaxsrn.operators.maps import Operator
 
 __all__ = [
     "SpectralNorm",

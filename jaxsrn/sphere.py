@@ -17,7 +17,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, PRNGKeyArray, Shaped
 
-from jaxsrn._checks import ensure, float_dtype
+from jaxsrn._tools.checks import ensure, float_dtype
 
 __all__ = ["distance", "exp", "log", "random", "retract", "tangent", "transport"]
 

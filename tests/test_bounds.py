@@ -10,7 +10,8 @@ import pytest
 from cases import BAD_KERNELS, BY_NAME, CASES, dense, fft_norms, gaussian, quick_jit, spectral_kinds
 
 import jaxsrn
-from jaxsrn import CircularConv, Dense, ZeroPaddedConv, _leading, bounds
+from jaxsrn import CircularConv, Dense, ZeroPaddedConv, bounds
+from jaxsrn.spectra import leading as _leading
 
 
 def holds(interval, norm) -> bool:

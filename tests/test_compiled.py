@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxsrn import _layers, _leading
+from jaxsrn.operators import layers as _layers
+from jaxsrn.spectra import leading as _leading
 
 SVD = "lapack_dgesdd_ffi"
 

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 import jaxsrn
-from jaxsrn import CircularConv, Dense, ZeroPaddedConv, _pairs, bounds, optim, penalties, surrogate
+from jaxsrn import CircularConv, Dense, ZeroPaddedConv, bounds, optim, penalties, surrogate
+from jaxsrn.spectra import pairs as _pairs
 
 DENSE = (Dense(), (3, 2))
 CIRCULAR = (CircularConv((4,)), (3, 2, 2))

@@ -15,7 +15,7 @@ from flax.traverse_util import flatten_dict
 import jaxsrn
 import jaxsrn.linen as jlinen
 import jaxsrn.nnx as jnnx
-from jaxsrn._flax_layers import kind_of, layer_map
+from jaxsrn.operators.flax_layers import kind_of, layer_map
 
 FLOAT = {"param_dtype": jnp.float64}
 KEY = jax.random.key(0)

@@ -16,7 +16,7 @@ from sklearn.datasets import load_digits
 
 import jaxsrn
 import jaxsrn.nnx as jnnx
-from jaxsrn._flax_layers import kind_of, layer_map
+from jaxsrn.operators.flax_layers import kind_of, layer_map
 
 IMAGES = ((load_digits().data / 16).astype(np.float32).reshape(-1, 8, 8, 1), load_digits().target)
 

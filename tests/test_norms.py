@@ -10,17 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import jaxsrn
-from jaxsrn import (
-    CircularConv,
-    Dense,
-    SingularTriplet,
-    ZeroPaddedConv,
-    _leading,
-    _padded,
-    bounds,
-    leading_triplet,
-    spectral_norm,
-)
+from jaxsrn import CircularConv, Dense, SingularTriplet, ZeroPaddedConv, bounds, leading_triplet, spectral_norm
+from jaxsrn.spectra import leading as _leading
+from jaxsrn.spectra.padded import search as _padded
 
 # One operator of each kind.
 KINDS = by_name("dense-wide", "circular-2d-strides", "same-1d")

@@ -7,18 +7,13 @@ import pytest
 from cases import dense, gaussian, quick_jit
 
 import jaxsrn
-from jaxsrn import (
-    CircularConv,
-    ZeroPaddedConv,
-    _fourier,
-    _grams,
-    _leading,
-    _padded,
-    _search,
-    leading_triplet,
-    spectral_norm,
-)
-from jaxsrn._lanczos import leading_singular_vectors
+from jaxsrn import CircularConv, ZeroPaddedConv, leading_triplet, spectral_norm
+from jaxsrn._tools.subspaces import leading_singular_vectors
+from jaxsrn.spectra import leading as _leading
+from jaxsrn.spectra.circular import branch_and_bound as _search
+from jaxsrn.spectra.circular import fourier as _fourier
+from jaxsrn.spectra.circular import grams as _grams
+from jaxsrn.spectra.padded import search as _padded
 
 
 def searched(kernel, op):

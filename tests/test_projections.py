@@ -10,7 +10,8 @@ import scipy.optimize
 from cases import by_name, dense, gaussian, kernel, pull_back, quick_jit, weights
 
 import jaxsrn
-from jaxsrn import CircularConv, Dense, ZeroPaddedConv, _nearest
+from jaxsrn import CircularConv, Dense, ZeroPaddedConv
+from jaxsrn.projections import nearest as _nearest
 
 KINDS = by_name(
     "dense-wide",

@@ -13,7 +13,8 @@ from cases import CASES, by_name, derivative, gaussian, kernel, quick_jit
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxsrn import CircularConv, Dense, ZeroPaddedConv, ranks, stable_rank, stable_rank_range
+from jaxsrn import CircularConv, Dense, ZeroPaddedConv, stable_rank, stable_rank_range
+from jaxsrn.spectra import ranks as ranks
 
 CIRCULAR = [case for case in CASES if isinstance(case.op, CircularConv)]
 PADDED = [case for case in CASES if isinstance(case.op, ZeroPaddedConv)]

@@ -7,7 +7,13 @@ import pytest
 from cases import CASES, dense, fft_norms, gaussian, quick_jit, spectral_kinds
 
 import jaxsrn
-from jaxsrn import CircularConv, _climbing, _fourier, _grams, _leading, _pairs, _search, spectral_norm
+from jaxsrn import CircularConv, spectral_norm
+from jaxsrn.spectra import leading as _leading
+from jaxsrn.spectra import pairs as _pairs
+from jaxsrn.spectra.circular import branch_and_bound as _search
+from jaxsrn.spectra.circular import climbing as _climbing
+from jaxsrn.spectra.circular import fourier as _fourier
+from jaxsrn.spectra.circular import grams as _grams
 
 CIRCULAR = [case for case in CASES if isinstance(case.op, CircularConv)]
 

@@ -11,7 +11,8 @@ from cases import CASES, by_name, derivative, gaussian, kernel, quick_jit
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxsrn import CircularConv, Dense, ZeroPaddedConv, _fourier, singular_values, symbol, top_singular_values
+from jaxsrn import CircularConv, Dense, ZeroPaddedConv, singular_values, symbol, top_singular_values
+from jaxsrn.spectra.circular import fourier as _fourier
 
 CIRCULAR = [case for case in CASES if isinstance(case.op, CircularConv)]
 KINDS = by_name("dense-wide", "circular-2d-strides", "same-1d")

@@ -1,0 +1,79 @@
+"""Circular layers that cover a layer: their norms bound its own from above.
+
+The zero-padded map is a circular one on the padded image, restricted to some inputs and outputs, which can only lower
+the norm. What bounds a cover at all frequencies bounds the layer at every image size.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from jaxsrn.operators.maps import CircularConv, Operator, ZeroPaddedConv
+from jaxsrn.spectra.circular import fourier as _fourier
+from jaxsrn.spectra.circular.branch_and_bound import rounding
+from jaxsrn.spectra.pairs import circular_layer
+
+__all__ = ["NormInterval", "covers", "for_any_size", "slack_of", "widened"]
+
+# Angles per degree and axis of the grid that stands for all frequencies: 0.25% above the supremum in two dimensions.
+_OVERSAMPLING = 32
+
+
+class NormInterval(NamedTuple):
+    """`lower <= ||T(K)||_2 <= upper`."""
+
+    lower: Float[Array, "..."]
+    upper: Float[Array, "..."]
+
+
+def covers(kernel: Float[Array, "..."], op: Operator, any_size: bool) -> list[tuple[Float[Array, "..."], CircularConv]]:
+    """Kernels and circular operators, the norm of each an upper bound; at any size, on a grid for all frequencies."""
+    found = []
+    if isinstance(op, CircularConv):
+        found.append((kernel, op))
+    elif set(op.input_dilation) == {1} or set(op.strides) != {1}:
+        found.append((kernel, _cover(op, kernel.shape, op.strides)))
+    if set(op.input_dilation) != {1}:
+        # Of the upsampled input the adjoint is strided. Each bound ignores the other of stride and input dilation.
+        found.append((_adjoint(kernel, op), _cover(op, kernel.shape, op.input_dilation)))
+    return [(k, for_any_size(cover, k.shape) if any_size else cover) for k, cover in found]
+
+
+def _cover(op: ZeroPaddedConv, kernel_shape, strides: tuple[int, ...]) -> CircularConv:
+    """The circular operator on the padded image, or a little more where the strides want it."""
+    padded = tuple(n + sum(pad) for n, pad in zip(op.dilated_shape, op.pads(kernel_shape), strict=True))
+    return circular_layer(op, kernel_shape, padded, strides)
+
+
+def _adjoint(kernel: Float[Array, "..."], op: ZeroPaddedConv) -> Float[Array, "..."]:
+    """The kernel with inputs and outputs of each group exchanged (the taps' order does not matter to norms)."""
+    by_group = _fourier.grouped(kernel, op)
+    return jnp.swapaxes(by_group, -3, -1).reshape((*kernel.shape[:-2], by_group.shape[-1], -1))
+
+
+def for_any_size(op: CircularConv, kernel_shape, oversampling: int = _OVERSAMPLING) -> CircularConv:
+    """The same symbol on a grid that is fine enough for its supremum."""
+    # Without strides dilation only repeats the spectrum.
+    dilation = tuple(1 if s == 1 else e for s, e in zip(op.strides, op.kernel_dilation, strict=True))
+    op = dataclasses.replace(op, kernel_dilation=dilation)
+    grid = [oversampling * max(d, 1) for d in _fourier.degrees(op, kernel_shape)]
+    return dataclasses.replace(op, input_shape=tuple(m * s for m, s in zip(grid, op.strides, strict=True)))
+
+
+def slack_of(kernel: Float[Array, "..."]) -> float:
+    """The share by which `widened` moves each end."""
+    return 2 * rounding(math.prod(kernel.shape[:-1]), kernel.dtype)
+
+
+def widened(interval: NormInterval, kernel: Float[Array, "..."], may_cancel: bool) -> NormInterval:
+    """The interval with room for rounding; where taps can cancel, also for that of what they cancel from."""
+    slack = slack_of(kernel)
+    margin = slack * lax.stop_gradient(jnp.linalg.norm(kernel)) if may_cancel else 0.0
+    lower = jnp.maximum(interval.lower * (1 - slack) - margin, 0)
+    return NormInterval(lower, interval.upper * (1 + slack) + margin)

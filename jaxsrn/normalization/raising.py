@@ -1,0 +1,190 @@
+"""Raising the stable rank of a convolution, as far as that is a convex problem.
+
+With `C` the kernels of the same support with `||T(K)||_2 <= M`, the kernel of `C` with `||T(K)||_F^2 <= r M^2` that has
+the largest `<K, A>_d` is the projection of `tau A` on `C`, at the `tau >= 1` where the second constraint is met. All of
+these have norm `M`: it is the solution of Zheng et al. 2025, eq. 7, wherever its stable rank is reached. It grows with
+`tau` up to a limit `r_inf`; what lies beyond is not convex.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxsrn._tools.linalg import safe_sqrt
+from jaxsrn.normalization.closed_form import Problem
+from jaxsrn.operators.maps import Operator
+from jaxsrn.projections.nearest import Nearest, Solution, nearest, not_yet, with_derivative
+from jaxsrn.spectra.norms import frozen_value
+from jaxsrn.spectra.pairs import Pair
+
+__all__ = ["Raised", "raised"]
+
+_FACTOR = 4.0
+# `tau` at which the limit is taken to be reached, as a power of 1 / eps.
+_LARGEST = 0.25
+_MAX_TRIALS = 60
+# Of the projections, relative to the tolerance of the stable rank.
+_EXACTNESS = 0.1
+
+
+class Raised(NamedTuple):
+    """The kernel, its leading pair, a proven bound of the squared distance, the steps, whether the target was met."""
+
+    kernel: Float[Array, "..."]
+    leading: Pair
+    squared_bound: Float[Array, ""]
+    num_steps: Int[Array, ""]
+    feasible: Bool[Array, ""]
+
+
+class _Trial(NamedTuple):
+    """The projection at one `tau`; its kernel, scaled to the norm exactly, and the stable rank."""
+
+    tau: Float[Array, ""]
+    solution: Solution
+    found: Nearest
+    kernel: Float[Array, "..."]
+    rank: Float[Array, ""]
+
+
+class _State(NamedTuple):
+    """The next `tau` with its bracket (logarithms), how the ranks there miss the target, and the trials.
+
+    `low_miss` and `high_miss` are halved where the other end moves twice (the Illinois rule).
+    """
+
+    next: Float[Array, ""]
+    low: Float[Array, ""]
+    high: Float[Array, ""]
+    low_miss: Float[Array, ""]
+    high_miss: Float[Array, ""]
+    moved_low: Bool[Array, ""]
+    best: _Trial
+    num_steps: Int[Array, ""]
+    count: Int[Array, ""]
+
+
+def raised(problem: Problem, op: Operator, own: Pair, max_steps: int, tolerance: Float[Array, ""]) -> Raised:
+    """Projections of `tau A`, to a relative error `tolerance` of the stable rank; `own` is the leading pair of `A`.
+
+    The derivative of the kernel is that of the projection, with `tau` moving so that the stable rank stays.
+    """
+    frozen, tolerance = lax.stop_gradient((problem, tolerance))
+    state = lax.stop_gradient(_search(frozen, op, own, max_steps, tolerance))
+    best = state.best
+    kernel = _differentiable(problem, op, best)
+    miss = jnp.abs(best.rank / frozen.target - 1)
+    feasible = jnp.isfinite(state.high) | (miss <= tolerance)
+    return Raised(kernel, best.found.leading, _squared_bound(frozen, best), state.num_steps, feasible)
+
+
+def _search(problem: Problem, op: Operator, own: Pair, max_steps: int, tolerance) -> _State:
+    size = safe_sqrt(problem.inner(problem.kernel, problem.kernel))
+    # The stable rank is only as smooth in tau as the projections are exact.
+    largest_excess = jnp.maximum(_EXACTNESS * tolerance, 100 * jnp.finfo(size.dtype).eps) * size
+
+    def step(state: _State) -> _State:
+        tau = jnp.exp(state.next)
+        trial = _try(problem, op, own, tau, max_steps, largest_excess)
+        closer = ~(jnp.abs(trial.rank - problem.target) >= jnp.abs(state.best.rank - problem.target))
+        # On the way to the limit the last one counts.
+        better = closer | jnp.isinf(state.high)
+        best = jax.tree.map(lambda new, old: jnp.where(better, new, old), trial, state.best)
+        bracket = _narrowed(state, trial.rank - problem.target)
+        num_steps = state.num_steps + trial.found.num_steps
+        return bracket._replace(best=best, num_steps=num_steps, count=state.count + 1)
+
+    def unfinished(state: _State) -> Bool[Array, ""]:
+        missed = jnp.abs(state.best.rank - problem.target) > tolerance * problem.target
+        rounding = jnp.finfo(size.dtype).eps
+        within = jnp.where(
+            jnp.isfinite(state.high),
+            state.high - state.low > 4 * rounding,
+            state.next <= -_LARGEST * jnp.log(rounding) + jnp.log(_FACTOR),
+        )
+        return (state.count == 0) | (missed & within & (state.count < _MAX_TRIALS))
+
+    return lax.while_loop(unfinished, step, _begin(problem, op, own))
+
+
+def _begin(problem: Problem, op: Operator, own: Pair) -> _State:
+    """Before the first trial, which is at the first `tau` above 1, where the kernel is itself."""
+    zero = jnp.zeros_like(problem.norm)
+    rank = problem.inner(problem.kernel, problem.kernel) / problem.norm**2
+    infinite = zero + jnp.inf
+    solution, found = not_yet(problem.kernel, op, problem.norm, own)
+    return _State(
+        next=jnp.log(_FACTOR) + zero,
+        low=zero,
+        high=infinite,
+        low_miss=rank - problem.target,
+        high_miss=infinite,
+        moved_low=jnp.asarray(True),
+        best=_Trial(zero, solution, found, problem.kernel, infinite),
+        num_steps=jnp.asarray(0),
+        count=jnp.asarray(0),
+    )
+
+
+def _try(problem: Problem, op: Operator, own: Pair, tau, max_steps: int, largest_excess) -> _Trial:
+    solution, found = nearest(tau * problem.kernel, op, problem.norm, own, max_steps, largest_excess)
+    norm = frozen_value(found.kernel, op, found.leading)
+    kernel = found.kernel * (problem.norm / jnp.where(norm == 0, 1.0, norm))
+    return _Trial(tau, solution, found, kernel, problem.inner(kernel, kernel) / problem.norm**2)
+
+
+def _narrowed(state: _State, miss: Float[Array, ""]) -> _State:
+    """The bracket after a trial at `next`, and the next `tau`: larger while there is no upper end, then secants."""
+    below = miss < 0
+    first = jnp.isinf(state.high)
+    low, low_miss = jnp.where(below, state.next, state.low), jnp.where(below, miss, state.low_miss)
+    high, high_miss = jnp.where(below, state.high, state.next), jnp.where(below, state.high_miss, miss)
+    again = (below == state.moved_low) & ~first
+    low_miss = jnp.where(again & ~below, low_miss / 2, low_miss)
+    high_miss = jnp.where(again & below, high_miss / 2, high_miss)
+    open_end = jnp.isinf(high)
+    drop = jnp.where(open_end, 1.0, high_miss - low_miss)
+    secant = jnp.clip(-low_miss / jnp.where(drop == 0, 1.0, drop), 0.02, 0.98)
+    inside = low + secant * (jnp.where(open_end, low, high) - low)
+    following = jnp.where(open_end, state.next + jnp.log(_FACTOR), inside)
+    return state._replace(next=following, low=low, high=high, low_miss=low_miss, high_miss=high_miss, moved_low=below)
+
+
+def _squared_bound(problem: Problem, trial: _Trial) -> Float[Array, ""]:
+    """No kernel that meets the constraints is nearer to `A`.
+
+    `1/2 ||K - tau A||^2` is at least that of the trial less its gap, for every `K` of the ball: with `||K||_d^2` known
+    this bounds `<K, A>_d` from above.
+    """
+    kernel, norm = trial.found.kernel, problem.norm
+    change = kernel - problem.kernel
+    missing = problem.target * norm**2 - problem.inner(kernel, kernel)
+    twice_gap = trial.found.excess * (2 * trial.found.distance - trial.found.excess)
+    by_gap = problem.inner(change, change) + missing - (missing + twice_gap) / trial.tau
+    by_size = safe_sqrt(problem.target) * norm - safe_sqrt(problem.inner(problem.kernel, problem.kernel))
+    return jnp.maximum(by_gap, by_size**2)
+
+
+def _differentiable(problem: Problem, op: Operator, trial: _Trial) -> Float[Array, "..."]:
+    """The trial's kernel as a function of the problem."""
+
+    def kernel_at(tau, problem):
+        return with_derivative(op, tau * problem.kernel, problem.norm, trial.kernel, trial.solution)
+
+    def rank_at(tau, problem):
+        kernel = kernel_at(tau, problem)
+        return problem.inner(kernel, kernel) / problem.norm**2
+
+    rank, slope = jax.jvp(
+        functools.partial(rank_at, problem=lax.stop_gradient(problem)), (trial.tau,), (jnp.ones_like(trial.tau),)
+    )
+    # Close to the limit no change of `tau` moves the stable rank.
+    moves = slope * trial.tau > jnp.finfo(slope.dtype).eps ** 0.5 * rank
+    shift = (rank_at(trial.tau, problem) - rank) / jnp.where(moves, slope, 1.0)
+    return kernel_at(trial.tau - jnp.where(moves, shift, 0.0), problem)

@@ -1,0 +1,85 @@
+"""The derivatives of an operator's products as products of the same operator, for reverse mode alone.
+
+JAX transposes convolutions, and what it makes of those that are adjoints already is out of the layout in which XLA is
+fast (`operators/convolution.py`). Apply, transpose and kernel gradient are three sides of one trilinear form
+`<y, T(K) x>`, so that each has the other two as its derivatives. JAX has no such rule for both modes: these have no
+forward mode.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+from jax import lax
+
+from jaxsrn.operators.maps import Operator, ZeroPaddedConv
+
+__all__ = ["in_reverse"]
+
+
+def in_reverse(op: Operator) -> Operator:
+    """The same operator with these rules, for reverse mode alone. Of zero padding: no other works on images."""
+    if not isinstance(op, ZeroPaddedConv):
+        return op
+    return _InReverse(**_arguments(op))
+
+
+def _arguments(op: ZeroPaddedConv) -> dict:
+    return {field.name: getattr(op, field.name) for field in dataclasses.fields(op)}
+
+
+def _with_pull_back(product: Callable, pull_back: Callable, num_static: int) -> Callable:
+    """A product of two arrays, after static arguments, with its rule for reverse mode.
+
+    The forward pass is the bare product: what is left of the rule then has a forward mode, as second derivatives need.
+    """
+    rule = jax.custom_vjp(product, nondiff_argnums=tuple(range(num_static)))
+    rule.defvjp(lambda *args: (product(*args), args[-2:]), pull_back)
+    return rule
+
+
+def _pull_back_apply(op, precision, arguments, y):
+    kernel, x = arguments
+    return op.kernel_gradient(kernel.shape, x, y, precision=precision), op.transpose(kernel, y, precision=precision)
+
+
+def _pull_back_transpose(op, precision, arguments, x):
+    kernel, y = arguments
+    return op.kernel_gradient(kernel.shape, x, y, precision=precision), op.apply(kernel, x, precision=precision)
+
+
+def _pull_back_kernel_gradient(op, precision, kernel_shape, arguments, kernel):
+    x, y = arguments
+    return op.transpose(kernel, y, precision=precision), op.apply(kernel, x, precision=precision)
+
+
+_apply = _with_pull_back(
+    lambda op, precision, kernel, x: op.apply(kernel, x, precision=precision), _pull_back_apply, num_static=2
+)
+_transpose = _with_pull_back(
+    lambda op, precision, kernel, y: op.transpose(kernel, y, precision=precision), _pull_back_transpose, num_static=2
+)
+_kernel_gradient = _with_pull_back(
+    lambda op, precision, kernel_shape, x, y: op.kernel_gradient(kernel_shape, x, y, precision=precision),
+    _pull_back_kernel_gradient,
+    num_static=3,
+)
+
+
+@jax.tree_util.register_static
+class _InReverse(ZeroPaddedConv):
+    """The layer whose products have these rules."""
+
+    def apply(self, kernel, x, *, precision=None):
+        return _apply(self._plain(), precision, kernel, x)
+
+    def transpose(self, kernel, y, *, precision=None):
+        return _transpose(self._plain(), precision, kernel, y)
+
+    def kernel_gradient(self, kernel_shape, x, y, *, precision=lax.Precision.HIGHEST):
+        return _kernel_gradient(self._plain(), precision, kernel_shape, x, y)
+
+    def _plain(self) -> ZeroPaddedConv:
+        return ZeroPaddedConv(**_arguments(self))

@@ -1,0 +1,345 @@
+"""Stable rank normalization while the kernel changes: one cheap pass a training step.
+
+The closed form needs the leading pair of the kernel that it returns. Here that pair is carried from one
+step to the next, as spectral normalization carries its vectors, and takes a power step each time.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxsrn._tools.checks import Kernel, ensure, float_dtype, kernel_array, positive_scalar, static_int
+from jaxsrn.normalization.closed_form import Problem, closed_form, functional, merit
+from jaxsrn.normalization.lowering import problem_of
+from jaxsrn.normalization.starts import survey
+from jaxsrn.normalization.training.reverse import in_reverse
+from jaxsrn.normalization.training.tracking import Track, follow, has_turned, power_step, start, track_shapes
+from jaxsrn.operators.maps import Dense, Operator
+from jaxsrn.spectra import leading as _leading
+from jaxsrn.spectra import pairs as _pairs
+from jaxsrn.spectra.circular.fourier import complex_dtype
+from jaxsrn.spectra.norms import frozen_value
+from jaxsrn.spectra.pairs import Pair
+
+__all__ = ["SRNCState", "check_gradient", "srnc_state", "srnc_step"]
+
+_GRADIENTS = ("frozen", "implicit")
+_START_PASSES = 10
+_MAX_PASSES = 500
+# Of a step for the norm alone: without a stable rank to lower, the next singular values lie close below it.
+_NORM_PASSES = 2
+# The linear system of the true gradient: Krylov vectors, restarts, a stop in the midst of a restart (some tens of
+# vectors are enough), and the relative residual that is accepted.
+_GMRES = {"atol": 0.0, "restart": 40, "maxiter": 20, "solve_method": "incremental"}
+_ACCEPTED_RESIDUAL = 1e-3
+
+
+class SRNCState(NamedTuple):
+    """What `srnc_step` carries: a pytree of small arrays (zero padding: four images, eight where `own` is kept).
+
+    Attributes:
+      normalized: the leading pair of the normalized kernel (dense: of the kernel, which has the same).
+      own: the leading pair of the kernel itself, where its norm is asked for; else `None`.
+    """
+
+    normalized: Track
+    own: Track | None
+
+
+def srnc_state(kernel: Kernel, op: Operator, target, *, norm=1.0, cap: bool = False) -> SRNCState:
+    """The state that `srnc_step` starts from, already converged: its first step satisfies the constraints.
+
+    The starts are those of `srnc` (for circular convolutions the scan over frequencies and phases); the best after a
+    few passes is followed to the end by training steps of the kernel at rest. Zero padding takes time in proportion
+    to the image: a few hundred forwards of one.
+
+    Args:
+      kernel, op, target, norm, cap: as `srnc_step`.
+
+    Returns:
+      An `SRNCState`, a constant for derivatives. Its structure depends on static things only: the operator, whether
+      `target` is the number `math.inf`, whether `norm` is `None`, and `cap`.
+
+    Raises:
+      ValueError: as `srnc_step`.
+    """
+    kernel, target, _ = _checked(kernel, op, target, norm, cap)
+    return _srnc_state(kernel, op, target, _follows_own(op, target, norm, cap))
+
+
+def srnc_step(
+    kernel: Kernel,
+    state: SRNCState,
+    op: Operator,
+    target,
+    *,
+    norm=1.0,
+    cap: bool = False,
+    gradient: str = "frozen",
+    num_steps: int = 1,
+):
+    """Stable rank normalization in training: `(normalized kernel, new state)`, at the cost of a few images.
+
+    First a warm power step from the pair of the state; then, with the pair `(u, v)` that it leads to, the kernel
+    closest to `kernel` with `||T(K)||_F^2 = target * norm^2` and `<u, T(K) v> = norm` (`srnc`'s closed form). Both
+    constraints hold where the pair is the leading one, and it follows the kernel as that changes. Where the kernel's
+    own stable rank is not above the target it is only rescaled to the norm. Where the pair allows no such kernel
+    (an infeasible target) it is the one of the lowest stable rank for that pair.
+
+    Dense layers: exactly Algorithm 2 of Sanyal, Torr, Dokania 2020. Any other layer: Zheng et al. 2025, eq. 7, one
+    pass of the iteration of `srnc`, or two where another pair takes over; the power step is one on the kernel
+    normalized with the stored pair, and next to it the pairs that may overtake are kept. With an infinite target so
+    they are for dense layers too, by two steps each time: far closer than by power iteration alone. Problem (7) is
+    not convex, and what is followed is a local solution: where the kernel's own stable rank falls just below the
+    target, a result that meets both constraints may stay for a while although the kernel itself would do. Pure, and
+    without randomness: the same kernel and state give the same result, so a caller that keeps the old state has read
+    only.
+
+    Args:
+      kernel: `(c_in, c_out)` or `(*taps, c_in // groups, c_out)`.
+      state: from `srnc_state`, with the same `op`, `norm` and `cap`, or from the last step.
+      op: its operator.
+      target: the stable rank; traced. `math.inf` normalizes the norm alone (aliased taps are fine then).
+      norm: the spectral norm of the result; traced, so it can be learned. `None`: the kernel's own.
+      cap: static; only reduce: the smaller of `norm` and the kernel's own norm. With a cap or `None`, a kernel that
+        meets norm and target is returned as it is, with the derivative of the identity: zero kernels train.
+      gradient: static. `"frozen"`: the singular vectors are constants, as in every spectral normalization; exact for
+        the norm, not for the kernel (it leaves out how the vectors turn). `"implicit"`: the derivative of the
+        converged step by the implicit function theorem, at the cost of a linear system in the vectors, some tens of
+        further power steps; the frozen one where that system is singular (the two leading values meet).
+      num_steps: static; steps of the pair before the kernel is normalized with it, the published number by default.
+
+    Returns:
+      The kernel, in its dtype (taps that meet no sample as they were), and the new state. Derivatives go through
+      the kernel and through `norm`; the state is constant.
+
+    Raises:
+      ValueError: a kernel, target, norm, gradient or number of steps that does not fit; a state of another layer;
+        aliased taps.
+    """
+    kernel, target, norm = _checked(kernel, op, target, norm, cap)
+    check_gradient(gradient)
+    track = track_shapes(op, kernel.shape, _is_watched(op, target))
+    expected = SRNCState(track, track if _follows_own(op, target, norm, cap) else None)
+    ensure(
+        jax.tree.map(jnp.shape, state) == expected,
+        f"state: it does not fit a kernel of shape {kernel.shape} with {op}, {norm=}, {cap=}; take it from "
+        "srnc_state with the same arguments.",
+    )
+    return _srnc_step(kernel, state, op, target, norm, bool(cap), gradient, static_int(num_steps, "num_steps"))
+
+
+def check_gradient(gradient: str) -> None:
+    """Raises `ValueError` for anything but the name of a gradient."""
+    ensure(gradient in _GRADIENTS, f"gradient: got {gradient!r}, expected one of {_GRADIENTS}.")
+
+
+def _checked(kernel, op: Operator, target, norm, cap):
+    """The kernel, the target (`None` where only the norm is asked for) and the norm, as arrays."""
+    kernel = kernel_array(kernel, op)
+    dtype = float_dtype(kernel.dtype)
+    ensure(norm is not None or not cap, "cap: got True with norm=None, expected a norm to stay below; give norm.")
+    norm = None if norm is None else positive_scalar(norm, "norm", dtype, or_zero=True)
+    if not isinstance(target, jax.core.Tracer) and np.ndim(target) == 0 and np.isposinf(np.asarray(target, float)):
+        return kernel, None, norm
+    op.check_not_aliased(kernel.shape)
+    return kernel, positive_scalar(target, "target", dtype), norm
+
+
+def _follows_own(op: Operator, target, norm, cap) -> bool:
+    """Whether the kernel's own norm needs a pair of its own: not where the normalized kernel has the same pair."""
+    return (norm is None or bool(cap)) and target is not None and not isinstance(op, Dense)
+
+
+def _is_watched(op: Operator, target) -> bool:
+    """Whether more than the pair itself is followed: Sanyal's algorithm does not."""
+    return target is None or not isinstance(op, Dense)
+
+
+@functools.partial(jax.jit, static_argnames=("follows_own",))
+def _srnc_state(kernel, op, target, follows_own):
+    kernel = lax.stop_gradient(kernel.astype(float_dtype(kernel.dtype)))
+    a, _ = _pairs.rescaled(kernel, op)
+    if target is None or isinstance(op, Dense):
+        own = _leading.leading(a, op)
+        return SRNCState(start(a, op, own, _is_watched(op, target)), None)
+    problem, own = problem_of(a, op, target)
+    unchanged = problem.inner(a, a) <= target * problem.norm**2
+    pair = jax.tree.map(lambda a, b: jnp.where(unchanged, a, b), own, _best_start(problem, op, own))
+    return SRNCState(_converged(a, op, target, pair), start(a, op, own, True) if follows_own else None)
+
+
+def _best_start(problem: Problem, op: Operator, own: Pair) -> Pair:
+    """Of the starts that `srnc` would follow to the end, the one that is best after a few passes."""
+
+    def climb(pair: Pair):
+        def one_pass(_, pair):
+            kernel = _normalized(problem.kernel, op, problem.target, pair)
+            return power_step(kernel, op, power_step(kernel, op, pair))
+
+        pair = lax.fori_loop(0, _START_PASSES, one_pass, pair)
+        return pair, closed_form(problem, functional(pair, op, problem.weights, problem.kernel.shape))
+
+    pairs, candidates = jax.vmap(climb)(survey(problem, op, own).starts)
+    best = jnp.lexsort(merit(candidates)[::-1])[0]
+    return jax.tree.map(lambda leaf: leaf[best], pairs)
+
+
+class _Passes(NamedTuple):
+    track: Track
+    kernel: Float[Array, "..."]
+    change: Float[Array, ""]
+    count: Int[Array, ""]
+
+
+def _converged(a: Float[Array, "..."], op: Operator, target, pair: Pair) -> Track:
+    """Training steps of a kernel at rest, until the normalized kernel is at rest too."""
+    tolerance = float(jnp.finfo(a.dtype).eps) ** 0.6
+
+    def one_pass(state: _Passes) -> _Passes:
+        track = follow(state.kernel, op, state.track)
+        kernel = _normalized(a, op, target, track.pair)
+        change = jnp.linalg.norm(kernel - state.kernel) / jnp.linalg.norm(kernel)
+        return _Passes(track, kernel, change, state.count + 1)
+
+    def unfinished(state: _Passes):
+        return (state.change > tolerance) & (state.count < _MAX_PASSES)
+
+    kernel = _normalized(a, op, target, pair)
+    state = _Passes(start(kernel, op, pair, True), kernel, jnp.asarray(jnp.inf, a.dtype), jnp.asarray(0))
+    return lax.while_loop(unfinished, one_pass, state).track
+
+
+@functools.partial(jax.jit, static_argnames=("cap", "gradient", "num_steps"))
+def _srnc_step(kernel, state, op, target, norm, cap, gradient, num_steps):
+    a, scale = _pairs.rescaled(kernel.astype(float_dtype(kernel.dtype)), op)
+    # A model may have been cast as a whole, its state with it.
+    fixed, (track, own) = lax.stop_gradient((a, jax.tree.map(functools.partial(_in_precision_of, a), state)))
+    # The power step comes first, on this kernel: after a step of an optimizer the stored pair is that of another one.
+    for _ in range(num_steps):
+        track, own = _followed(fixed, op, target, track), None if own is None else follow(fixed, op, own)
+    # Of the norm alone the frozen gradient is the true one.
+    pair = track.pair if gradient == "frozen" or target is None else _moving_pair(a, op, target, track.pair)
+    # The solution is proportional to the norm and does not depend on the scale of the kernel.
+    unit_kernel, is_rescaled = _normalized_or_rescaled(a, op, target, pair)
+    unchanged = jnp.asarray(op.tap_counts(kernel.shape) == 0)
+    if norm is None or cap:
+        own_norm = scale * frozen_value(a, op, (own or track).pair)
+        norm = own_norm if norm is None else jnp.minimum(norm, own_norm)
+        # The map is the identity here. The product below has the same value, but no derivative at a zero kernel, where
+        # both of its factors vanish.
+        unchanged = unchanged | (is_rescaled & (own_norm <= norm))
+    return jnp.where(unchanged, kernel, (norm * unit_kernel).astype(kernel.dtype)), SRNCState(track, own)
+
+
+def _in_precision_of(kernel: Float[Array, "..."], leaf: jax.Array) -> jax.Array:
+    """A leaf of the state in the kernel's dtype, or in the complex one of the same precision; sites stay."""
+    if not jnp.issubdtype(leaf.dtype, jnp.inexact):
+        return leaf
+    return leaf.astype(complex_dtype(kernel.dtype) if jnp.iscomplexobj(leaf) else kernel.dtype)
+
+
+def _followed(a: Float[Array, "..."], op: Operator, target, track: Track) -> Track:
+    """The track, a step further on the kernel normalized with its pair."""
+    if target is None:
+        return functools.reduce(lambda track, _: follow(a, op, track), range(_NORM_PASSES), track)
+    if isinstance(op, Dense):
+        # The normalized kernel has the same pairs.
+        return follow(a, op, track)
+
+    def one_pass(track: Track) -> Track:
+        return follow(_normalized(a, op, target, track.pair), op, track)
+
+    new = one_pass(track)
+    # Where another pair takes over, the kernel normalized with that one is another kernel, and has yet to be followed.
+    return lax.cond(has_turned(track.pair, new.pair), one_pass, lambda new: new, new)
+
+
+def _normalized(a: Float[Array, "..."], op: Operator, target, pair: Pair) -> Float[Array, "..."]:
+    """The closed form for one pair, with norm 1: a function of the kernel and of the pair."""
+    return _normalized_or_rescaled(a, op, target, pair)[0]
+
+
+def _normalized_or_rescaled(
+    a: Float[Array, "..."], op: Operator, target, pair: Pair
+) -> tuple[Float[Array, "..."], Bool[Array, ""]]:
+    """The closed form for one pair, with norm 1, and whether it is the kernel itself up to its scale.
+
+    It is where no stable rank is asked for, and where the kernel's own is not above the target.
+    """
+    if target is None:
+        value = jnp.sum(_pairs.plain_gradient(pair, op, a.shape) * a)
+        return a / jnp.where(value == 0, 1.0, value), jnp.asarray(True)
+    weights = op.frobenius_weights(a.shape, a.dtype)
+    problem = Problem(a, weights, jnp.where(jnp.isinf(target), 1.0, target), jnp.ones((), a.dtype))
+    direction = functional(pair, op, weights, a.shape)
+    value, squared = problem.inner(a, direction), problem.inner(a, a)
+    is_low = (squared <= target * value**2) & (value >= 0)
+    scaled = a / jnp.where(value == 0, 1.0, value)
+    return jnp.where(is_low, scaled, closed_form(problem, direction).kernel), is_low
+
+
+# The true gradient
+
+
+def _moving_pair(a: Float[Array, "..."], op: Operator, target, pair: Pair) -> Pair:
+    """The pair as a function of the kernel: the fixed point of power steps on the kernel normalized with the pair."""
+    fixed, rebuild = _real_vector(pair)
+
+    def residual(op: Operator, vector):
+        now = rebuild(vector)
+        # A matrix has the pair of its normalized form, and determines it also where that has rank one.
+        kernel = a if isinstance(op, Dense) else _normalized(a, op, target, now)
+        return vector - _real_vector(_aligned(power_step(kernel, op, now), pair))[0]
+
+    def tangent_solve(matvec, rhs):
+        backward = jax.vjp(functools.partial(residual, in_reverse(op)), fixed)[1]
+        return _tangent_solve(matvec, lambda cotangent: backward(cotangent)[0], rhs)
+
+    return rebuild(lax.custom_root(functools.partial(residual, op), fixed, lambda _, vector: vector, tangent_solve))
+
+
+def _real_vector(pair: Pair):
+    """The pair's vectors as one real vector, and the way back."""
+    shapes, is_complex = (pair.right.shape, pair.left.shape), jnp.iscomplexobj(pair.right)
+    parts = [part for v in pair[1:] for part in ((v.real, v.imag) if is_complex else (v,))]
+
+    def rebuild(vector):
+        sizes = [math.prod(shape) for shape in shapes for _ in range(2 if is_complex else 1)]
+        pieces = jnp.split(vector, [sum(sizes[:i]) for i in range(1, len(sizes))])
+        if is_complex:
+            pieces = [lax.complex(*pieces[:2]), lax.complex(*pieces[2:])]
+        return Pair(pair.site, *(piece.reshape(shape) for piece, shape in zip(pieces, shapes, strict=True)))
+
+    return jnp.concatenate([part.reshape(-1) for part in parts]), rebuild
+
+
+def _aligned(pair: Pair, reference: Pair) -> Pair:
+    """The same pair with the phase of the reference: one phase for both vectors changes nothing."""
+    overlap = jnp.vdot(pair.left, reference.left, precision=lax.Precision.HIGHEST)
+    size = jnp.sqrt(jnp.where(overlap == 0, 1.0, overlap.real**2 + overlap.imag**2))
+    phase = jnp.where(overlap == 0, 1.0, overlap / size.astype(overlap.dtype))
+    return Pair(pair.site, pair.right * phase, pair.left * phase)
+
+
+def _tangent_solve(matvec, transposed, rhs):
+    """`matvec^-1 rhs` by GMRES; 0, which is the frozen gradient, where that does not converge."""
+
+    def solve_guarded(matvec, rhs):
+        tolerance = float(jnp.finfo(rhs.dtype).eps) ** 0.6
+        x, _ = jax.scipy.sparse.linalg.gmres(matvec, rhs, tol=tolerance, **_GMRES)
+        error = jnp.linalg.norm(matvec(x) - rhs)
+        return jnp.where(error <= _ACCEPTED_RESIDUAL * jnp.linalg.norm(rhs), x, 0.0)
+
+    def solve_transposed(_, rhs):
+        return solve_guarded(transposed, rhs)
+
+    return lax.custom_linear_solve(matvec, rhs, solve_guarded, transpose_solve=solve_transposed)

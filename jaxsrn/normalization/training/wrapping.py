@@ -1,0 +1,94 @@
+"""What the NNX and the Linen wrappers share: what a layer is held to, and which map a layer called in a model is."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from jaxsrn._tools.checks import ensure, errors_named
+from jaxsrn.normalization.training.step import SRNCState, check_gradient, srnc_state, srnc_step
+from jaxsrn.operators.flax_layers import FlaxLayers, LayerMap, kind_of, layer_map, layer_name
+from jaxsrn.operators.maps import Dense, Operator
+from jaxsrn.spectra.ranks import target_of
+
+__all__ = ["CallRecord", "Constraint", "target_for"]
+
+# Power steps of a matrix at every forward. The one of Sanyal's algorithm lags where the two leading singular values are
+# close, and steps of matrices are cheap.
+_DENSE_STEPS = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Constraint:
+    """What a wrapper holds its layer to; static. Kernels are the layer's, in its layout.
+
+    Attributes:
+      layer_map: the layer's operator, and how its kernel is stored.
+      target: the stable rank; `math.inf` where only the norm is held.
+      cap, gradient: as `jaxsrn.srnc_step`.
+    """
+
+    layer_map: LayerMap
+    target: float
+    cap: bool
+    gradient: str
+
+    def start(self, layer, kernel: jax.Array, norm) -> SRNCState:
+        """The converged state; errors name the layer."""
+        with errors_named(layer_name(layer)):
+            check_gradient(self.gradient)
+            op, raw = self.layer_map.op, self.layer_map.to_operator(kernel)
+            return srnc_state(raw, op, self.target, norm=norm, cap=self.cap)
+
+    def step(self, kernel: jax.Array, state: SRNCState, norm) -> tuple[jax.Array, SRNCState]:
+        """The normalized kernel by the state, and the next state."""
+        op, raw = self.layer_map.op, self.layer_map.to_operator(kernel)
+        steps = _DENSE_STEPS if isinstance(op, Dense) else 1
+        options = {"norm": norm, "cap": self.cap, "gradient": self.gradient, "num_steps": steps}
+        normalized, state = srnc_step(raw, state, op, self.target, **options)
+        return self.layer_map.to_layer(normalized), state
+
+
+def target_for(layer, seen: LayerMap, fraction) -> float:
+    """`target_of` for a layer; errors name it."""
+    with errors_named(layer_name(layer)):
+        return target_of(float(fraction), seen.shape, seen.op)
+
+
+class CallRecord:
+    """Which map every layer of a model is, by the path of its kernel, noted while the model is traced.
+
+    Attributes:
+      found: `{path of the kernel: map}`.
+      classes, computes: as `kind_of`.
+    """
+
+    def __init__(self, classes: FlaxLayers, computes: Mapping[type, type | None]):
+        self.found: dict[tuple, LayerMap] = {}
+        self.classes, self.computes = classes, computes
+
+    def concerns(self, module) -> bool:
+        """Whether a module is a layer."""
+        return isinstance(module, (*self.classes, *self.computes))
+
+    def note(self, path: tuple, layer: Any, kernel_shape: tuple[int, ...], x) -> None:
+        """Notes a layer that is called on `x`.
+
+        Raises:
+          ValueError: a layer that is no operator, or was called with another image size; the message names it.
+        """
+        with errors_named(".".join(map(str, path[:-1])) or type(layer).__name__):
+            kind = kind_of(layer, self.classes, self.computes)
+            if kind is None:
+                return
+            shape = x.shape[-len(kernel_shape) + 1 : -1] if kind.startswith("conv") else None
+            seen = layer_map(layer, kernel_shape, shape, kind)
+            known = self.found.setdefault(path, seen)
+            ensure(known == seen, f"called as {known.op} and as {seen.op}, expected one image size.")
+
+    def operators(self) -> dict[tuple, Operator]:
+        """The operators of the layers whose kernel is stored as theirs."""
+        return {path: seen.op for path, seen in self.found.items() if seen.is_stored_as_is}

@@ -1,0 +1,285 @@
+"""Which operator a Flax layer is: read off the attributes that Linen's and NNX's layers share, without importing Flax.
+
+A layer is taken for one of Flax's only where it provably computes the same map from its kernel: it is of that very
+class, or of a subclass that changes nothing which the class reads. For any other the caller has to vouch.
+
+A transposed convolution is the adjoint of a convolution with the same kernel (`transpose_kernel=True`), or a
+convolution with input dilation (`transpose_kernel=False`). An adjoint has the same singular values and the same
+Frobenius weights, so everything that jaxsrn does to a kernel is the same for both.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import jax
+
+from jaxsrn._tools.checks import ensure, errors_named
+from jaxsrn.operators.maps import CircularConv, Dense, Operator, ZeroPaddedConv
+
+__all__ = ["FlaxLayers", "LayerMap", "kind_of", "layer_map", "layer_name"]
+
+# A layer's fields that are called on its kernel.
+_FUNCTIONS = ("promote_dtype", "dot_general", "dot_general_cls", "conv_general_dilated", "conv_general_dilated_cls")
+# Other double-underscored names describe or build a layer, and do not compute.
+_COMPUTING = {"__call__", "__getattr__", "__getattribute__", "__setattr__"}
+# Linen writes these into every subclass.
+_LINENS_OWN = {"parent", "name"}
+
+
+# What is read off each kind of layer.
+_READ = {
+    "conv": ("mask", "strides", "kernel_dilation", "input_dilation", "feature_group_count", "padding"),
+    "conv_transpose": ("mask", "strides", "kernel_dilation", "padding", "transpose_kernel"),
+    "dense": (),
+    "dense_general": ("axis",),
+}
+
+
+class FlaxLayers(NamedTuple):
+    """The four classes of Linen, or of NNX, whose maps are known."""
+
+    conv: type
+    conv_transpose: type
+    dense: type
+    dense_general: type
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerMap:
+    """A layer's operator, and how its kernel is stored.
+
+    Attributes:
+      op: the operator, or that of the adjoint.
+      shape: of the operator's kernel.
+      stored_shape: of the layer's.
+      swapped: whether the two channel axes are exchanged (and no taps are: mirrored taps are the same layer up to a
+        mirrored image).
+    """
+
+    op: Operator
+    shape: tuple[int, ...]
+    stored_shape: tuple[int, ...]
+    swapped: bool = False
+
+    @property
+    def is_stored_as_is(self) -> bool:
+        """Whether the layer's kernel is the operator's."""
+        return self.shape == self.stored_shape and not self.swapped
+
+    def to_operator(self, kernel: jax.Array) -> jax.Array:
+        """The operator's kernel from the layer's."""
+        return (kernel.swapaxes(-1, -2) if self.swapped else kernel).reshape(self.shape)
+
+    def to_layer(self, kernel: jax.Array) -> jax.Array:
+        """The layer's kernel from the operator's."""
+        return (kernel.swapaxes(-1, -2) if self.swapped else kernel).reshape(self.stored_shape)
+
+
+def layer_name(layer) -> str:
+    """A layer in an error message: its class and its features."""
+    features = [
+        f"{name}={getattr(layer, name)}"
+        for name in ("in_features", "out_features", "features", "kernel_size")
+        if hasattr(layer, name)
+    ]
+    return f"{type(layer).__name__}({', '.join(features)})"
+
+
+def kind_of(layer, classes: FlaxLayers, vouched: Mapping[type, type | None]) -> str | None:
+    """Which of Flax's maps a layer computes from its kernel: a field of `FlaxLayers`.
+
+    Args:
+      layer: a Linen or NNX layer.
+      classes: those of the layer's library.
+      vouched: `{class: one of the classes}`, what the caller says of layers of other classes; `None` says that they are
+        none of them.
+
+    Raises:
+      ValueError: a layer that may compute another map; the message names it.
+    """
+    names = ", ".join(kind.__name__ for kind in classes)
+    for claim in vouched.values():
+        ensure(claim is None or claim in classes, f"computes: got {claim!r}, expected one of Flax's {names}.")
+    known = {**{kind: kind for kind in classes}, **vouched}
+    base = next((parent for parent in type(layer).__mro__ if parent in known), None)
+    vouch = (
+        f"if it computes the map of one of Flax's {names} with the parameter `kernel` as it is, say which: computes=..."
+    )
+    with errors_named(layer_name(layer)):
+        ensure(
+            base is not None,
+            f"layer: got {type(layer).__name__}, expected {names}; wrap the layer that has the kernel, or, {vouch}",
+        )
+        if known[base] is None:
+            return None
+        changed = _changed(layer, base) + ([] if base in vouched else _own_functions(layer, base))
+        ensure(
+            not changed,
+            f"layer: got {type(layer).__name__}, a {base.__name__} with its own {', '.join(changed)}, "
+            f"whose map may be another; expected a plain {base.__name__}, or, {vouch}",
+        )
+    return classes._fields[classes.index(known[base])]
+
+
+def _changed(layer, base: type) -> list[str]:
+    """The names that a subclass gives another code than its base, and that the base's call may read.
+
+    Values are left out: a call and `layer_map` read the same ones off the layer. A field is a value, unless a property
+    stands in its place.
+    """
+    fields = {*inspect.signature(base.__init__).parameters, "kernel", "bias"}
+    methods = {name for name in dir(base) if not name.startswith("__")} | _COMPUTING
+
+    def differs(name: str) -> bool:
+        own, inherited = (inspect.getattr_static(kind, name, None) for kind in (type(layer), base))
+        is_code = inspect.isdatadescriptor(own) if name in fields else _is_code(own) or _is_code(inherited)
+        return own is not inherited and is_code
+
+    return sorted(name for name in (fields | methods) - _LINENS_OWN if differs(name))
+
+
+def _is_code(attribute) -> bool:
+    """Whether an attribute of a class is a method, a property, or the like."""
+    return hasattr(type(attribute), "__get__")
+
+
+def _own_functions(layer, base: type) -> list[str]:
+    """The functions of a layer that are not Flax's, and that its kernel goes through."""
+    defaults = inspect.signature(base.__init__).parameters
+    fields = [name for name in _FUNCTIONS if name in defaults]
+    own = [name for name in fields if getattr(layer, name) not in (None, defaults[name].default)]
+    # NNX reads a parameter through its type, or through a hook.
+    kernel = getattr(layer, "kernel", None)
+    read = getattr(type(kernel), "get_value", None)
+    is_plain = read is None or (read.__module__.startswith("flax.") and not getattr(kernel, "on_get_value", ()))
+    return own if is_plain else [*own, "kernel.get_value"]
+
+
+def layer_map(layer, kernel_shape: tuple[int, ...], input_shape, kind: str) -> LayerMap:
+    """The map of a layer.
+
+    Args:
+      layer: a Linen or NNX layer.
+      kernel_shape: of its stored kernel.
+      input_shape: spatial shape of its input; needed for convolutions.
+      kind: a field of `FlaxLayers`.
+
+    Raises:
+      ValueError: a layer that is no such map (REFLECT, a mask, batch axes, circular strides that do not divide), or an
+        `input_shape` that is missing or does not fit; the message names the layer.
+    """
+    with errors_named(layer_name(layer)):
+        return _layer_map(layer, tuple(kernel_shape), input_shape, kind)
+
+
+def _layer_map(layer, kernel_shape, input_shape, kind) -> LayerMap:
+    missing = [name for name in _READ[kind] if not hasattr(layer, name)]
+    ensure(not missing, f"layer: it has no {', '.join(missing)}, expected the fields of the layer that it computes.")
+    if kind == "dense":
+        return LayerMap(Dense(), kernel_shape, kernel_shape)
+    if kind == "dense_general":
+        return _general(layer, kernel_shape)
+    ensure(layer.mask is None, "mask: got one, expected None; a masked kernel is not free to take its closest form.")
+    num_axes = len(kernel_shape) - 2
+    ensure(
+        input_shape is not None,
+        f"input_shape: got None, expected the spatial shape ({num_axes} axes) that the layer's norm is taken at.",
+    )
+    shape = (input_shape,) if isinstance(input_shape, int) else tuple(input_shape)
+    ensure(
+        len(shape) == num_axes,
+        f"input_shape: got {shape}, expected {num_axes} spatial sizes, without batch and channels.",
+    )
+    return (_transposed if kind == "conv_transpose" else _convolution)(layer, kernel_shape, shape)
+
+
+def _general(layer, kernel_shape) -> LayerMap:
+    """`LinearGeneral`: the contracted axes first, then the features."""
+    ensure(
+        not getattr(layer, "batch_axis", None) and not getattr(layer, "batch_dims", None),
+        "batch axes: got some, expected none; with them the layer is one matrix for each index.",
+    )
+    axes = layer.axis if isinstance(layer.axis, (tuple, list)) else (layer.axis,)
+    rows = math.prod(kernel_shape[: len(axes)])
+    return LayerMap(Dense(), (rows, math.prod(kernel_shape[len(axes) :])), kernel_shape)
+
+
+def _per_axis(value, num_axes: int) -> tuple[int, ...]:
+    """Flax's convention: `None` is 1, an int stands for all axes."""
+    return (value or 1,) * num_axes if value is None or isinstance(value, int) else tuple(value)
+
+
+def _padding(layer, num_axes: int):
+    """A name, or `(low, high)` pairs (Flax also takes an int, or an int per axis)."""
+    padding = layer.padding
+    if isinstance(padding, str):
+        known = ("SAME", "VALID", "CAUSAL", "CIRCULAR")
+        ensure(padding in known, f"padding: got {padding!r}, expected one of {known} or (low, high) pairs.")
+        return padding
+    per_axis = (padding,) * num_axes if isinstance(padding, int) else tuple(padding)
+    return tuple((p, p) if isinstance(p, int) else tuple(p) for p in per_axis)
+
+
+def _convolution(layer, kernel_shape, shape) -> LayerMap:
+    num_axes = len(shape)
+    strides, dilation = _per_axis(layer.strides, num_axes), _per_axis(layer.kernel_dilation, num_axes)
+    input_dilation = _per_axis(layer.input_dilation, num_axes)
+    options = {"strides": strides, "kernel_dilation": dilation, "feature_group_count": layer.feature_group_count}
+    padding = _padding(layer, num_axes)
+    if padding == "CIRCULAR":
+        ensure(
+            max(input_dilation) == 1,
+            f"input_dilation: got {input_dilation} with padding='CIRCULAR', expected 1; Flax pads first and dilates "
+            "the padded image, which is not circular.",
+        )
+        return LayerMap(CircularConv(shape, **options), kernel_shape, kernel_shape)
+    op = ZeroPaddedConv(shape, padding=padding, input_dilation=input_dilation, **options)
+    op.check_kernel_shape(kernel_shape)
+    return LayerMap(op, kernel_shape, kernel_shape)
+
+
+def _transposed(layer, kernel_shape, shape) -> LayerMap:
+    num_axes = len(shape)
+    strides, dilation = _per_axis(layer.strides, num_axes), _per_axis(layer.kernel_dilation, num_axes)
+    extents = [(k - 1) * d + 1 for k, d in zip(kernel_shape, dilation, strict=False)]
+    padding = _padding(layer, num_axes)
+    if padding == "CIRCULAR":
+        # The adjoint reads the larger image; its channels are exchanged where the kernel is stored for this layer.
+        op = CircularConv(
+            [n * s for n, s in zip(shape, strides, strict=True)], strides=strides, kernel_dilation=dilation
+        )
+        swapped = not layer.transpose_kernel and max(strides) > 1
+        shape = (*kernel_shape[:-2], *kernel_shape[:-3:-1]) if swapped else kernel_shape
+        return LayerMap(op, shape, kernel_shape, swapped)
+    ensure(padding != "CAUSAL", "padding: got 'CAUSAL', expected 'SAME', 'VALID', 'CIRCULAR' or (low, high) pairs.")
+    pads = _transposed_pads(padding, extents, strides)
+    if not layer.transpose_kernel:
+        op = ZeroPaddedConv(shape, padding=pads, input_dilation=strides, kernel_dilation=dilation)
+        op.check_kernel_shape(kernel_shape)
+        return LayerMap(op, kernel_shape, kernel_shape)
+    outputs = [
+        (n - 1) * s + 2 + low + high - e for n, s, e, (low, high) in zip(shape, strides, extents, pads, strict=True)
+    ]
+    adjoint_pads = tuple((e - 1 - low, e - 1 - high) for e, (low, high) in zip(extents, pads, strict=True))
+    op = ZeroPaddedConv(outputs, padding=adjoint_pads, strides=strides, kernel_dilation=dilation)
+    op.check_kernel_shape(kernel_shape)
+    return LayerMap(op, kernel_shape, kernel_shape)
+
+
+def _transposed_pads(padding, extents, strides) -> tuple[tuple[int, int], ...]:
+    """The padding of the dilated image, as `lax.conv_transpose` counts it."""
+    if not isinstance(padding, str):
+        return padding
+    pads = []
+    for extent, stride in zip(extents, strides, strict=True):
+        total = extent + stride - 2
+        low = extent - 1 if padding == "VALID" or stride > extent - 1 else -(-total // 2)
+        if padding == "VALID":
+            total += max(extent - stride, 0)
+        pads.append((low, total - low))
+    return tuple(pads)

@@ -1,0 +1,408 @@
+"""Layers as linear maps `T(K)` that are linear in their kernel `K`: which map, without its weights.
+
+An operator says how a kernel acts: `y = op.apply(kernel, x)`. It is a frozen, hashable dataclass of static
+shapes, registered as a pytree node without leaves, so it passes through `jit`, `vmap` and `grad` unannotated.
+Kernels have Flax's layout `(*taps, c_in // groups, c_out)`, inputs are channels last.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Shaped
+
+from jaxsrn._tools.checks import Kernel, ensure, int_tuple, kernel_array
+from jaxsrn.operators.convolution import PLAIN, TO_TRANSPOSE_IN_IMAGES, TO_TRANSPOSE_IN_KERNELS, Layout, convolve
+
+__all__ = ["CircularConv", "Dense", "Operator", "ZeroPaddedConv"]
+
+
+class Contacts(NamedTuple):
+    """Along one axis: the output positions at which a tap meets a real input sample, and those samples."""
+
+    outputs: np.ndarray
+    inputs: np.ndarray
+
+
+class Operator(abc.ABC):
+    """What `Dense`, `CircularConv` and `ZeroPaddedConv` have in common: the adjoints and the explicit matrix."""
+
+    @abc.abstractmethod
+    def check_kernel_shape(self, kernel_shape: tuple[int, ...]) -> None:
+        """Raises `ValueError` where a kernel of this shape does not fit the operator."""
+
+    @abc.abstractmethod
+    def in_shape(self, kernel_shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape of one input: `(c_in,)`, or `(*input_shape, c_in)`."""
+
+    @abc.abstractmethod
+    def out_shape(self, kernel_shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape of one output: `(c_out,)`, or `(*output_shape, c_out)`."""
+
+    @abc.abstractmethod
+    def axis_contacts(self, kernel_shape: tuple[int, ...]) -> list[list[Contacts]]:
+        """For every spatial axis and every tap on it, where the tap meets real input samples (static)."""
+
+    @abc.abstractmethod
+    def _apply_batch(self, kernel, x, precision, layout: Layout):
+        """`apply` for exactly one batch axis and checked arguments."""
+
+    def apply(self, kernel: Kernel, x: Kernel, *, precision=None) -> Shaped[Array, "..."]:
+        """`T(kernel) x`: what the Flax layer computes, without its bias.
+
+        Args:
+          kernel: `(c_in, c_out)` or `(*taps, c_in // groups, c_out)`.
+          x: `(*batch, *in_shape)`, any number of batch axes.
+          precision: of the matrix products, as in `jax.lax.conv_general_dilated`; `None` follows Flax's default.
+
+        Returns:
+          `(*batch, *out_shape)`.
+
+        Raises:
+          ValueError: a kernel or an input whose shape does not fit.
+        """
+        kernel, x = kernel_array(kernel, self), jnp.asarray(x)
+        in_shape = self.in_shape(kernel.shape)
+        ensure(
+            x.ndim >= len(in_shape) and x.shape[x.ndim - len(in_shape) :] == in_shape,
+            f"x: got shape {x.shape}, expected (*batch, {', '.join(map(str, in_shape))}) for {self}.",
+        )
+        return self._apply(kernel, x, precision, PLAIN)
+
+    def _apply(self, kernel, x, precision, layout: Layout) -> Shaped[Array, "..."]:
+        """`apply` for checked arguments."""
+        in_shape, dtype = self.in_shape(kernel.shape), jnp.promote_types(kernel.dtype, x.dtype)
+        batch = x.shape[: x.ndim - len(in_shape)]
+        y = self._apply_batch(kernel.astype(dtype), x.astype(dtype).reshape((-1, *in_shape)), precision, layout)
+        return y.reshape((*batch, *y.shape[1:]))
+
+    def transpose(self, kernel: Kernel, y: Kernel, *, precision=None):
+        """`T(kernel)^T y`: the adjoint in the input, from `(*batch, *out_shape)` to `(*batch, *in_shape)`.
+
+        Raises:
+          ValueError: a kernel or an output whose shape does not fit.
+        """
+        kernel, y = kernel_array(kernel, self), jnp.asarray(y)
+        out_shape = self.out_shape(kernel.shape)
+        ensure(
+            y.ndim >= len(out_shape) and y.shape[y.ndim - len(out_shape) :] == out_shape,
+            f"y: got shape {y.shape}, expected (*batch, {', '.join(map(str, out_shape))}) for {self}.",
+        )
+        dtype = jnp.promote_types(kernel.dtype, y.dtype)
+        x_shape = y.shape[: y.ndim - len(out_shape)] + self.in_shape(kernel.shape)
+        apply = functools.partial(self._apply, kernel.astype(dtype), precision=precision, layout=TO_TRANSPOSE_IN_IMAGES)
+        return jax.linear_transpose(apply, jax.ShapeDtypeStruct(x_shape, dtype))(y.astype(dtype))[0]
+
+    def kernel_gradient(self, kernel_shape: tuple[int, ...], x, y, *, precision=lax.Precision.HIGHEST):
+        """`grad_K <y, T(K) x>`: the adjoint in the kernel.
+
+        Args:
+          kernel_shape: the kernel's.
+          x, y: `(*batch, *in_shape)` and `(*batch, *out_shape)`, of one dtype; the gradients of a batch are summed.
+          precision: as in `jax.lax.conv_general_dilated`; all digits by default.
+
+        Returns:
+          An array of `kernel_shape`.
+        """
+        apply = functools.partial(self._apply, x=x, precision=precision, layout=TO_TRANSPOSE_IN_KERNELS)
+        return jax.linear_transpose(apply, jax.ShapeDtypeStruct(kernel_shape, x.dtype))(y)[0]
+
+    def frobenius_weights(self, kernel_shape: tuple[int, ...], dtype=None) -> Shaped[Array, "..."]:
+        """How often each tap meets a real input sample: `||T(K)||_F^2 = sum(weights * K**2)`.
+
+        Returns:
+          `(*taps, 1, 1)` (dense: `(1, 1)`), of `dtype` (default: the default float), broadcasting against the
+          kernel. A zero marks a tap that never meets the image.
+
+        Raises:
+          ValueError: taps of a circular convolution that fall on each other (the weights are not diagonal then).
+        """
+        self.check_kernel_shape(kernel_shape)
+        self.check_not_aliased(kernel_shape)
+        return jnp.asarray(self.tap_counts(kernel_shape), dtype=float if dtype is None else dtype)
+
+    def tap_counts(self, kernel_shape: tuple[int, ...]) -> np.ndarray:
+        """How often each tap meets a real input sample, `(*taps, 1, 1)`; 0 for taps without effect (static)."""
+        counts = [[len(tap.outputs) for tap in axis] for axis in self.axis_contacts(kernel_shape)]
+        return functools.reduce(np.multiply.outer, counts, np.ones(()))[..., None, None]
+
+    def distinct_shape(self, kernel_shape: tuple[int, ...]) -> tuple[int, ...]:
+        """`kernel_shape` without the taps that fall on others (circular convolutions reaching around the image)."""
+        return tuple(kernel_shape)
+
+    def check_not_aliased(self, kernel_shape: tuple[int, ...]) -> None:
+        """Raises `ValueError` where two taps act on the same sample everywhere."""
+        ensure(
+            self.distinct_shape(kernel_shape) == tuple(kernel_shape),
+            f"kernel: taps of shape {tuple(kernel_shape)} reach around the image of {self} and fall on each other, "
+            f"expected at most {self.distinct_shape(kernel_shape)}; sum them first (op.wrap(kernel)) or use a larger "
+            "image.",
+        )
+
+    def wrap(self, kernel: Kernel) -> Shaped[Array, "..."]:
+        """The kernel with taps that fall on each other summed: the same map, up to a translation."""
+        for axis, (k, period) in enumerate(zip(kernel.shape, self.distinct_shape(kernel.shape), strict=True)):
+            if k > period:
+                taps = jnp.moveaxis(kernel, axis, 0)
+                wrapped = jnp.zeros((period, *taps.shape[1:]), kernel.dtype).at[np.arange(k) % period].add(taps)
+                kernel = jnp.moveaxis(wrapped, 0, axis)
+        return kernel
+
+    def to_dense(self, kernel: Kernel) -> Shaped[Array, "out in"]:
+        """The explicit matrix: `to_dense(K) @ x.ravel() == apply(K, x).ravel()`. For tests and small shapes."""
+        kernel = kernel_array(kernel, self)
+        in_shape = self.in_shape(kernel.shape)
+        size = math.prod(in_shape)
+        basis = jnp.eye(size, dtype=kernel.dtype).reshape((size, *in_shape))
+        return self.apply(kernel, basis, precision=lax.Precision.HIGHEST).reshape((size, -1)).T
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class Dense(Operator):
+    """A dense layer `y = x @ kernel`, kernel `(c_in, c_out)` as Flax stores it."""
+
+    def check_kernel_shape(self, kernel_shape):
+        ensure(
+            len(kernel_shape) == 2 and min(kernel_shape) > 0,
+            f"kernel: got shape {tuple(kernel_shape)}, expected (c_in, c_out) for Dense(); reshape it.",
+        )
+
+    def in_shape(self, kernel_shape):
+        return tuple(kernel_shape[:1])
+
+    def out_shape(self, kernel_shape):
+        return tuple(kernel_shape[1:])
+
+    def axis_contacts(self, kernel_shape):
+        return []
+
+    def _apply_batch(self, kernel, x, precision, layout):
+        return jnp.matmul(x, kernel, precision=precision)
+
+
+class _Conv(Operator):
+    """Geometry and application shared by both convolutions; the subclasses add their padding."""
+
+    def __repr__(self) -> str:
+        """As a call, without the arguments that have their default."""
+        ones = (1,) * self.num_axes
+        given = [(f.name, getattr(self, f.name), f.default) for f in dataclasses.fields(self)[1:]]
+        options = [f", {name}={value!r}" for name, value, default in given if value not in (default, ones)]
+        return f"{type(self).__name__}({self.input_shape}{''.join(options)})"
+
+    @property
+    def num_axes(self) -> int:
+        """Number of spatial axes."""
+        return len(self.input_shape)
+
+    def _normalise(self, *names: str) -> None:
+        """Turns the named fields into tuples of positive ints, one per axis."""
+        shape = int_tuple(self.input_shape, None, "input_shape")
+        ensure(1 <= len(shape) <= 3, f"input_shape: got {self.input_shape!r}, expected one to three spatial axes.")
+        object.__setattr__(self, "input_shape", shape)
+        for name in names:
+            object.__setattr__(self, name, int_tuple(getattr(self, name), len(shape), name))
+        groups = int_tuple(self.feature_group_count, 1, "feature_group_count")[0]
+        object.__setattr__(self, "feature_group_count", groups)
+
+    def check_kernel_shape(self, kernel_shape):
+        dims, groups = self.num_axes, self.feature_group_count
+        ensure(
+            len(kernel_shape) == dims + 2 and min(kernel_shape) > 0,
+            f"kernel: got shape {tuple(kernel_shape)}, expected ({dims} tap sizes, c_in // groups, c_out), all "
+            f"positive, for {self}; input_shape must list the spatial axes only.",
+        )
+        ensure(
+            kernel_shape[-1] % groups == 0,
+            f"kernel: got {kernel_shape[-1]} output channels, expected a multiple of feature_group_count={groups}.",
+        )
+
+    def in_shape(self, kernel_shape):
+        return (*self.input_shape, kernel_shape[-2] * self.feature_group_count)
+
+    def extents(self, kernel_shape) -> tuple[int, ...]:
+        """Samples that the dilated taps span on each axis."""
+        return tuple((k - 1) * d + 1 for k, d in zip(kernel_shape, self.kernel_dilation, strict=False))
+
+    def _convolve(self, kernel, x, padding, input_dilation, precision, layout: Layout):
+        return convolve(
+            kernel,
+            x,
+            layout,
+            window_strides=self.strides,
+            padding=padding,
+            lhs_dilation=input_dilation,
+            rhs_dilation=self.kernel_dilation,
+            feature_group_count=self.feature_group_count,
+            precision=precision,
+        )
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True, repr=False)
+class CircularConv(_Conv):
+    """A convolution with circular padding, equal to `flax.nnx.Conv(padding="CIRCULAR")` element by element.
+
+    Args:
+      input_shape: the spatial shape, one to three axes.
+      strides, kernel_dilation: an int, or one per axis. Strides must divide the image: only then is the map block
+        circulant (Flax's own layer is not, otherwise).
+      feature_group_count: number of groups.
+
+    Raises:
+      ValueError: sizes that are not positive integers, or a stride that does not divide the image.
+    """
+
+    input_shape: int | Sequence[int]
+    _: dataclasses.KW_ONLY
+    strides: int | Sequence[int] = 1
+    kernel_dilation: int | Sequence[int] = 1
+    feature_group_count: int = 1
+
+    def __post_init__(self):
+        self._normalise("strides", "kernel_dilation")
+        ensure(
+            all(n % s == 0 for n, s in zip(self.input_shape, self.strides, strict=True)),
+            f"strides: got {self.strides} on an image of {self.input_shape}, expected divisors of it; a circular "
+            "convolution is block circulant only then. Crop or pad the image, or use ZeroPaddedConv.",
+        )
+
+    @property
+    def input_dilation(self) -> tuple[int, ...]:
+        """Ones: a circular convolution reads the image as it is."""
+        return (1,) * self.num_axes
+
+    @property
+    def grid(self) -> tuple[int, ...]:
+        """Spatial shape of the output, which is also the grid of frequencies."""
+        return tuple(n // s for n, s in zip(self.input_shape, self.strides, strict=True))
+
+    def out_shape(self, kernel_shape):
+        return (*self.grid, kernel_shape[-1])
+
+    def centre(self, kernel_shape) -> tuple[int, ...]:
+        """Samples before the output position that the first tap reaches (Flax's centring)."""
+        return tuple((extent - 1) // 2 for extent in self.extents(kernel_shape))
+
+    def axis_contacts(self, kernel_shape):
+        contacts = []
+        for j, n in enumerate(self.input_shape):
+            outputs = np.arange(self.grid[j])
+            first = outputs * self.strides[j] - self.centre(kernel_shape)[j]
+            offsets = np.arange(kernel_shape[j]) * self.kernel_dilation[j]
+            contacts.append([Contacts(outputs, (first + offset) % n) for offset in offsets])
+        return contacts
+
+    def distinct_shape(self, kernel_shape):
+        # After this many taps the dilated offsets return to 0 modulo the image.
+        periods = (n // math.gcd(n, d) for n, d in zip(self.input_shape, self.kernel_dilation, strict=True))
+        return (*(min(k, period) for k, period in zip(kernel_shape, periods, strict=False)), *kernel_shape[-2:])
+
+    def _apply_batch(self, kernel, x, precision, layout):
+        extents = self.extents(kernel.shape)
+        pads = [((extent - 1) // 2, extent // 2) for extent in extents]
+        x = jnp.pad(x, [(0, 0), *pads, (0, 0)], mode="wrap")
+        return self._convolve(kernel, x, "VALID", None, precision, layout)
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True, repr=False)
+class ZeroPaddedConv(_Conv):
+    """A convolution with zero padding, equal to `flax.nnx.Conv` with the same arguments.
+
+    Args:
+      input_shape: the spatial shape, one to three axes.
+      padding: `"SAME"`, `"VALID"`, `"CAUSAL"` (one axis) or `(low, high)` pairs, one per axis.
+      strides, input_dilation, kernel_dilation: an int, or one per axis. With input dilation (transposed
+        convolutions) the padding must be pairs.
+      feature_group_count: number of groups.
+
+    Raises:
+      ValueError: sizes that are not positive integers, or an unknown padding.
+    """
+
+    input_shape: int | Sequence[int]
+    _: dataclasses.KW_ONLY
+    padding: str | Sequence[tuple[int, int]] = "SAME"
+    strides: int | Sequence[int] = 1
+    input_dilation: int | Sequence[int] = 1
+    kernel_dilation: int | Sequence[int] = 1
+    feature_group_count: int = 1
+
+    def __post_init__(self):
+        self._normalise("strides", "input_dilation", "kernel_dilation")
+        if isinstance(self.padding, str):
+            known = ("SAME", "VALID", "CAUSAL") if self.num_axes == 1 else ("SAME", "VALID")
+            ensure(
+                self.padding in known,
+                f"padding: got {self.padding!r} for {self.num_axes} axes, expected one of {known} or (low, high) "
+                "pairs; circular padding is CircularConv.",
+            )
+            ensure(
+                all(d == 1 for d in self.input_dilation),
+                f"padding: got {self.padding!r} with input_dilation={self.input_dilation}, expected (low, high) pairs.",
+            )
+            return
+        pairs = self.padding if isinstance(self.padding, (tuple, list)) else ()
+        ensure(
+            len(pairs) == self.num_axes and all(np.shape(pair) == (2,) for pair in pairs),
+            f"padding: got {self.padding!r}, expected a name or {self.num_axes} (low, high) pairs.",
+        )
+        # Negative padding crops, as in lax.
+        normal = tuple(int_tuple(pair, 2, "padding", minimum=-(2**31)) for pair in pairs)
+        object.__setattr__(self, "padding", normal)
+
+    @property
+    def dilated_shape(self) -> tuple[int, ...]:
+        """The image with `input_dilation - 1` zeros between its samples."""
+        return tuple((n - 1) * d + 1 for n, d in zip(self.input_shape, self.input_dilation, strict=True))
+
+    def pads(self, kernel_shape) -> tuple[tuple[int, int], ...]:
+        """The padding as `(low, high)` pairs."""
+        extents = self.extents(kernel_shape)
+        if self.padding == "CAUSAL":
+            return ((extents[0] - 1, 0),)
+        if isinstance(self.padding, str):
+            return tuple(lax.padtype_to_pads(self.input_shape, extents, self.strides, self.padding))
+        return self.padding
+
+    def check_kernel_shape(self, kernel_shape):
+        super().check_kernel_shape(kernel_shape)
+        ensure(
+            min(self.out_shape(kernel_shape)) > 0,
+            f"kernel: taps {tuple(kernel_shape[: self.num_axes])} leave no output on input_shape={self.input_shape} "
+            f"with padding={self.padding!r}; expected a larger image or more padding.",
+        )
+
+    def out_shape(self, kernel_shape):
+        geometry = zip(
+            self.dilated_shape, self.pads(kernel_shape), self.extents(kernel_shape), self.strides, strict=True
+        )
+        spatial = tuple((n + low + high - extent) // s + 1 for n, (low, high), extent, s in geometry)
+        return (*spatial, kernel_shape[-1])
+
+    def axis_contacts(self, kernel_shape):
+        contacts = []
+        for j, n in enumerate(self.dilated_shape):
+            outputs = np.arange(self.out_shape(kernel_shape)[j])
+            first = outputs * self.strides[j] - self.pads(kernel_shape)[j][0]
+            axis = []
+            for tap in range(kernel_shape[j]):
+                sample = first + tap * self.kernel_dilation[j]
+                real = (sample >= 0) & (sample < n) & (sample % self.input_dilation[j] == 0)
+                axis.append(Contacts(outputs[real], sample[real] // self.input_dilation[j]))
+            contacts.append(axis)
+        return contacts
+
+    def _apply_batch(self, kernel, x, precision, layout):
+        return self._convolve(kernel, x, self.pads(kernel.shape), self.input_dilation, precision, layout)

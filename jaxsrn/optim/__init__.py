@@ -1,0 +1,13 @@
+"""Optax transformations: parameters on the unit sphere; layers of bounded norm, or of prescribed stable rank."""
+
+from jaxsrn.optim.keeping import KeepState
+from jaxsrn.optim.riemannian import SphereSGDState, keep_spectral_norm, keep_stable_rank, on_sphere, sphere_sgd
+
+__all__ = [
+    "KeepState",
+    "SphereSGDState",
+    "keep_spectral_norm",
+    "keep_stable_rank",
+    "on_sphere",
+    "sphere_sgd",
+]

@@ -1,0 +1,214 @@
+"""Constraints put back after the step of an optimizer: what `optim.keep_spectral_norm` and `keep_stable_rank` share.
+
+The updates of an optimizer lead to some kernels. Every so many steps those are replaced by kernels that meet the
+constraint, and the updates by what leads there. Layers of one shape are corrected in one call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxsrn._tools.checks import ensure, errors_named, float_dtype, static_int
+from jaxsrn._tools.subspaces import default_tolerance
+from jaxsrn.normalization.lowering import SRNResult, lowered_with_pair, srnc
+from jaxsrn.operators import layers as _layers
+from jaxsrn.operators.maps import Operator, ZeroPaddedConv
+from jaxsrn.projections.spectral_ball import project_spectral_ball
+from jaxsrn.spectra.pairs import Pair, pair_shapes
+from jaxsrn.spectra.ranks import target_of
+
+__all__ = ["KeepState", "Rule", "displacement", "in_the_ball", "keep", "of_stable_rank", "require_params"]
+
+_MAX_PASSES = 500
+
+
+class KeepState(NamedTuple):
+    """The state of `keep_spectral_norm` and `keep_stable_rank`.
+
+    Attributes:
+      count: steps since the last projection.
+      memory: of every layer, what its next projection starts from.
+    """
+
+    count: Int[Array, "..."]
+    memory: Any
+
+
+class Rule(NamedTuple):
+    """How kernels are corrected.
+
+    Attributes:
+      begin: `(op, kernel_shape, dtype) -> memory` of one layer that was not corrected yet; checks that it can be.
+      correct: `(kernels, op, memories) -> (kernels, memories)` of a stack of layers, in float32 or wider.
+    """
+
+    begin: Callable
+    correct: Callable
+
+
+def require_params(params) -> None:
+    """Raises `ValueError` where `update` was called without parameters."""
+    ensure(
+        params is not None,
+        "You are using a transformation that requires the current value of parameters, but you are not passing "
+        "`params` when calling `update`; call update(updates, state, params).",
+    )
+
+
+def displacement(target, leaf):
+    """What `optax.apply_updates` must add to the leaf to land on the target."""
+    leaf = jnp.asarray(leaf)
+    return (target - leaf.astype(target.dtype)).astype(leaf.dtype)
+
+
+def keep(layers: _layers.Layers, every: int, rule: Rule) -> optax.GradientTransformationExtraArgs:
+    """The transformation that corrects, every `every` steps, the kernels that the updates lead to."""
+    ensure(
+        isinstance(layers, _layers.Layers),
+        f"layers: got {layers!r}, expected {{path: operator}}, as layer_operators gives it.",
+    )
+    layers, every = dict(layers), static_int(every, "every")
+
+    def init(params):
+        kernels = _layers.named_kernels(layers, params)
+        memory = []
+        for path, op in layers.items():
+            with errors_named(f"layers: at {path!r}"):
+                memory.append(rule.begin(op, kernels[path].shape, float_dtype(kernels[path].dtype)))
+        return KeepState(jnp.zeros((), jnp.int32), tuple(memory))
+
+    # Compiled here, so that without an outer jit it is compiled once.
+    @jax.jit
+    def correct(kernels, steps, state: KeepState):
+        count = (state.count + 1) % every
+        given = {path: step for path, step in zip(layers, steps, strict=True) if step is not None}
+        memory = dict(zip(layers, state.memory, strict=True))
+
+        def corrected():
+            return _corrected(layers, rule, dict(zip(layers, kernels, strict=True)), given, memory)
+
+        due = corrected() if every == 1 else lax.cond(count == 0, corrected, lambda: _listed(layers, given, memory))
+        return due[0], KeepState(count, due[1])
+
+    def update(updates, state, params=None, **extra_args):
+        del extra_args
+        require_params(params)
+        tree = jax.tree.structure(params)
+        steps, places = tree.flatten_up_to(updates), _layers.find_kernels(layers, params)
+        kernels = _layers.named_kernels(layers, params)
+        ours = tuple(_checked_step(path, steps[places[path]], kernel.shape) for path, kernel in kernels.items())
+        ours, state = correct(tuple(kernels.values()), ours, state)
+        for path, step in zip(layers, ours, strict=True):
+            steps[places[path]] = step
+        return tree.unflatten(steps), state
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _checked_step(path, step, shape: tuple[int, ...]):
+    if step is None:
+        return None
+    ensure(
+        jnp.shape(step) == shape,
+        f"updates: got shape {jnp.shape(step)} at {path!r}, expected that of the kernel, {shape}.",
+    )
+    return jnp.asarray(step)
+
+
+def _listed(layers, steps: dict, memory: dict):
+    """Steps (`None` where missing) and memories in the order of the layers."""
+    return tuple(steps.get(path) for path in layers), tuple(memory[path] for path in layers)
+
+
+def _corrected(layers, rule: Rule, kernels: dict, steps: dict, memory: dict):
+    """The steps to the corrected kernels, and the new memories."""
+    # Another branch reads these dictionaries too.
+    steps, memory = dict(steps), dict(memory)
+    wide = {path: float_dtype(kernels[path].dtype) for path in steps}
+    points = {path: kernels[path].astype(dtype) + steps[path].astype(dtype) for path, dtype in wide.items()}
+    done = jnp.zeros(())
+    for stack in _layers.stacked(layers, points):
+        memories = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(memory[path] for path in stack.paths))
+        targets, memories = rule.correct(_layers.after(stack.kernels, done), stack.op, memories)
+        done = targets.reshape(-1)[0]
+        for i, path in enumerate(stack.paths):
+            # What is right already is left to the last bit.
+            same, step = targets[i] == points[path], targets[i] - kernels[path].astype(targets.dtype)
+            steps[path] = jnp.where(same, steps[path], step.astype(steps[path].dtype))
+            memory[path] = jax.tree.map(lambda new, old, i=i: new[i].astype(old.dtype), memories, memory[path])
+    return _listed(layers, steps, memory)
+
+
+def in_the_ball(max_norm: Float[Array, ""]) -> Rule:
+    """The projection on the kernels with a spectral norm of at most `max_norm`; remembers nothing."""
+
+    def begin(op: Operator, kernel_shape, dtype):
+        op.check_not_aliased(kernel_shape)
+        return ()
+
+    def correct(kernels, op: Operator, memories):
+        limit = max_norm.astype(kernels.dtype)
+        # Not side by side: all would take as many steps as the slowest.
+        return lax.map(lambda kernel: project_spectral_ball(kernel, op, limit).kernel, kernels), memories
+
+    return Rule(begin, correct)
+
+
+def of_stable_rank(fraction: float) -> Rule:
+    """The closest kernels of the same norm whose stable rank is `fraction` of the largest, where it is not below.
+
+    Remembers the pairs of zero-padded layers that the last ones were made with. (Matrices take one SVD; the scan of
+    circular layers costs little more than a pass from a known pair.)
+    """
+
+    def begin(op: Operator, kernel_shape, dtype):
+        op.check_not_aliased(kernel_shape)
+        target_of(fraction, kernel_shape, op)
+        return _no_pair(op, kernel_shape, dtype) if isinstance(op, ZeroPaddedConv) else ()
+
+    def correct(kernels, op: Operator, memories):
+        target = jnp.asarray(target_of(fraction, kernels.shape[1:], op), kernels.dtype)
+        if isinstance(op, ZeroPaddedConv):
+            return _followed(kernels, op, target, memories)
+        return jax.vmap(lambda kernel: srnc(kernel, op, target).kernel)(kernels), memories
+
+    return Rule(begin, correct)
+
+
+def _no_pair(op: Operator, kernel_shape: tuple[int, ...], dtype) -> Pair:
+    shapes = pair_shapes(op, kernel_shape)
+    return Pair(jnp.asarray(0), jnp.zeros(shapes.right, dtype), jnp.zeros(shapes.left, dtype))
+
+
+def _followed(kernels, op: Operator, target, pairs: Pair):
+    """From the remembered pairs; where that does not meet the constraints, or nothing is remembered, from all starts.
+
+    A pair that was feasible for the target is so for every kernel: `e` does not depend on the kernel.
+    """
+    dtype = kernels.dtype
+    tolerance = jnp.asarray(float(jnp.finfo(dtype).eps) ** 0.6, dtype)
+
+    def lowered(kernel, pair):
+        result, pair = lowered_with_pair(kernel, op, target, pair, tolerance, True, _MAX_PASSES)
+        return result.kernel, pair, _is_met(result)
+
+    *warm, met = jax.vmap(lowered)(kernels, pairs)
+    known = jnp.any(pairs.right != 0, axis=tuple(range(1, pairs.right.ndim)))
+    return lax.cond(
+        jnp.all(met & known),
+        lambda: tuple(warm),
+        lambda: jax.vmap(lambda kernel: lowered(kernel, None)[:2])(kernels),
+    )
+
+
+def _is_met(result: SRNResult) -> Bool[Array, ""]:
+    """Whether the constraints are met to the tolerance of singular values, or the kernel is fine as it is."""
+    met = result.residual <= 4 * default_tolerance(result.residual.dtype)
+    return result.feasible & (met | (result.distance == 0))

@@ -1,0 +1,148 @@
+"""A layer as a stack of matrices that carries its norm, and the clipping of their singular values.
+
+The map `S` from kernels to stacks keeps inner products, `<K, L>_d = sum_b counts_b Re <S_b(K), S_b(L)>` (Parseval):
+the symbol at half of the frequencies (circular), the matrix itself (dense), the explicit matrix (zero padding).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Inexact
+
+from jaxsrn._tools.linalg import matmul
+from jaxsrn.operators.maps import CircularConv, Dense, Operator
+from jaxsrn.spectra.circular import fourier as _fourier
+
+__all__ = ["Blocks", "Clipping", "blocks_of", "clipped", "excess", "excess_derivative", "smooth_clipped", "split"]
+
+
+class Blocks(NamedTuple):
+    """The map from kernels to stacks of matrices, with its two inner products.
+
+    Attributes:
+      stack: `S`, a linear function of the kernel: `(batch, rows, columns)`.
+      counts: how many matrices of the whole operator each of the stack stands for, `(batch, 1, 1)`.
+      weights: `d`, of the kernel's shape; 0 at taps without effect.
+    """
+
+    stack: Callable
+    counts: Float[Array, "..."]
+    weights: Float[Array, "..."]
+
+    def inner(self, a: Float[Array, "..."], b: Float[Array, "..."]) -> Float[Array, ""]:
+        """`<a, b>_d` of two kernels."""
+        return jnp.sum(self.weights * a * b)
+
+    def stack_inner(self, a: Inexact[Array, "..."], b: Inexact[Array, "..."]) -> Float[Array, ""]:
+        """The inner product of two stacks."""
+        return jnp.sum(self.counts * jnp.real(jnp.conj(a) * b))
+
+    def pull_back(self, matrices: Inexact[Array, "..."]) -> Float[Array, "..."]:
+        """The adjoint of `stack`: `<pull_back(Y), K>_d = <Y, S(K)>` for every kernel."""
+        transpose = jax.linear_transpose(self.stack, jax.ShapeDtypeStruct(self.weights.shape, self.weights.dtype))
+        plain = transpose(jnp.conj(matrices) * self.counts.astype(matrices.dtype))[0]
+        dead = self.weights == 0
+        return jnp.where(dead, 0.0, plain / jnp.where(dead, 1.0, self.weights))
+
+
+def blocks_of(op: Operator, kernel_shape: tuple[int, ...], dtype) -> Blocks:
+    """The stack of an operator whose taps do not fall on each other."""
+    weights = jnp.broadcast_to(op.frobenius_weights(kernel_shape, dtype), kernel_shape)
+    if isinstance(op, CircularConv):
+        layer = _fourier.without_idle_axes(op, kernel_shape)
+        counts = _fourier.repetitions(op, layer) * _fourier.multiplicity(layer)[:, None, None]
+        return Blocks(lambda kernel: _fourier.half_symbol(kernel, layer), jnp.asarray(counts, dtype), weights)
+    one = jnp.ones((1, 1, 1), dtype)
+    if isinstance(op, Dense):
+        return Blocks(lambda kernel: kernel[None], one, weights)
+    return Blocks(lambda kernel: op.to_dense(kernel)[None], one, weights)
+
+
+class Clipping(NamedTuple):
+    """The SVD of a stack, and the limit that its singular values are clipped to."""
+
+    left: Inexact[Array, "batch rows k"]
+    values: Float[Array, "batch k"]
+    right: Inexact[Array, "batch k columns"]
+    limit: Float[Array, ""]
+
+
+def split(matrices: Inexact[Array, "batch rows columns"], limit: Float[Array, ""]) -> Clipping:
+    """The SVD that clipping at `limit` is made of."""
+    left, values, right = jnp.linalg.svd(matrices, full_matrices=False)
+    return Clipping(left, values, right, limit)
+
+
+def clipped(clipping: Clipping) -> Inexact[Array, "batch rows columns"]:
+    """The nearest stack with singular values of at most the limit."""
+    return _assemble(clipping, jnp.minimum(clipping.values, clipping.limit))
+
+
+def excess(clipping: Clipping) -> Inexact[Array, "batch rows columns"]:
+    """What clipping takes away."""
+    return _assemble(clipping, jnp.maximum(clipping.values - clipping.limit, 0.0))
+
+
+@jax.custom_jvp
+def smooth_clipped(matrices: Inexact[Array, "batch rows columns"], limit: Float[Array, ""]):
+    """`clipped` of the matrices themselves, with its derivative in both arguments; and the largest singular value.
+
+    Not what is left when the excess is subtracted: of a norm far above the limit that would be rounding. The largest
+    value is a constant for derivatives.
+    """
+    clipping = split(matrices, limit)
+    return clipped(clipping), jnp.max(clipping.values)
+
+
+@smooth_clipped.defjvp
+def _smooth_clipped_jvp(primals, tangents):
+    clipping = split(*primals)
+    # Raising the limit raises every value above it.
+    above = (clipping.values > clipping.limit).astype(clipping.values.dtype)
+    tangent = tangents[0] - excess_derivative(clipping, tangents[0])
+    tangent = tangent + tangents[1].astype(tangent.dtype) * _assemble(clipping, above)
+    largest = jnp.max(clipping.values)
+    return (clipped(clipping), largest), (tangent, jnp.zeros_like(largest))
+
+
+def _assemble(clipping: Clipping, values):
+    return matmul(clipping.left * values[:, None, :].astype(clipping.left.dtype), clipping.right)
+
+
+def excess_derivative(clipping: Clipping, direction: Inexact[Array, "..."]) -> Inexact[Array, "..."]:
+    """The derivative of `excess` in the matrices: a symmetric map with eigenvalues in [0, 1].
+
+    With `M = U^H H V` it is `U (a o sym(M) + b o skew(M)) V^H`, where `a` holds the divided differences of
+    `g(s) = max(s - c, 0)` and `b = (g_i + g_j) / (s_i + s_j)`; the rest of `H` beside a rectangular matrix' shorter
+    side is scaled by `g_i / s_i`. Where values coincide it is one of the generalised derivatives, and finite.
+    """
+    u, s, vh, limit = clipping
+    uh, v = _adjoint(u), _adjoint(vh)
+    inside = matmul(matmul(uh, direction), v)
+    gains = jnp.maximum(s - limit, 0.0)
+    ratio = (gains / jnp.where(s == 0, 1.0, s))[:, None, :].astype(u.dtype)
+    even, odd = (inside + _adjoint(inside)) / 2, (inside - _adjoint(inside)) / 2
+    a, b = (factor.astype(u.dtype) for factor in _divided_differences(s, gains, limit))
+    out = matmul(matmul(u, a * even + b * odd), vh)
+    if direction.shape[-2] > direction.shape[-1]:
+        out = out + matmul((matmul(direction, v) - matmul(u, inside)) * ratio, vh)
+    if direction.shape[-2] < direction.shape[-1]:
+        out = out + matmul(u, jnp.swapaxes(ratio, -1, -2) * (matmul(uh, direction) - matmul(inside, vh)))
+    return out
+
+
+def _divided_differences(s, gains, limit):
+    """`(g_i - g_j) / (s_i - s_j)` and `(g_i + g_j) / (s_i + s_j)`."""
+    high, low = jnp.maximum(s[:, :, None], s[:, None, :]), jnp.minimum(s[:, :, None], s[:, None, :])
+    across = (high - limit) / jnp.where(high > low, high - low, 1.0)
+    differences = jnp.where(low > limit, 1.0, jnp.where(high > limit, across, 0.0))
+    total = jnp.where(high == 0, 1.0, high + low)
+    return differences, (gains[:, :, None] + gains[:, None, :]) / total
+
+
+def _adjoint(matrices):
+    return jnp.conj(jnp.swapaxes(matrices, -1, -2))

@@ -1,0 +1,187 @@
+"""The nearest kernel in the spectral ball of any layer, with a proven lower bound on the distance.
+
+Where the layer's own matrices are small enough to split, by the convex problem itself. Larger zero-padded layers stand
+between two circular ones that share their distance:
+
+- The layer is the restriction of a circular one on the padded image, its **cover**: in the cover's ball a kernel is in
+  the layer's. Its radius is widened until the layer's own norm is met.
+- Let `C(Y)` be the circular map with symbol `Y` on a grid of `N_c` samples that holds the image, and `R C(Y) E` its
+  part on the image. Restricting cannot raise a nuclear norm, and tap `p` of a zero-padded layer meets `d_p` samples, so
+
+      c sum_w ||Y(w)||_*  >=  c ||R C(Y) E||_*  >=  <R C(Y) E, T(K)>  =  sum_w <Y(w), S_{(d / N_c) K}(w)>
+
+  for every `K` of the layer's ball: the **tapered** kernel `(d / N_c) K` is in the ball of the circular layer on the
+  image. The distance to that larger set is a lower bound.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from jaxsrn._tools.linalg import safe_sqrt
+from jaxsrn.bounds.covers import covers
+from jaxsrn.operators.maps import Operator, ZeroPaddedConv
+from jaxsrn.projections import augmented_lagrangian as _ball
+from jaxsrn.projections.augmented_lagrangian import Iterate
+from jaxsrn.projections.clipping import Blocks, blocks_of
+from jaxsrn.spectra.norms import frozen_value, leading_of
+from jaxsrn.spectra.pairs import Pair, matrix_size
+
+__all__ = ["Nearest", "Solution", "nearest", "not_yet", "with_derivative"]
+
+# Entries of the explicit matrix of a zero-padded layer that is still split in every step.
+_EXPLICIT_LIMIT = 2**16
+# Radii of the cover that are tried; the last misses the norm by little.
+_NUM_RADII = 6
+
+
+class Solution(NamedTuple):
+    """The solved problem of the ball that the kernel is from (the layer's own or its cover's), and its radius."""
+
+    iterate: Iterate
+    radius: Float[Array, ""]
+
+
+class Nearest(NamedTuple):
+    """A kernel of the ball with its leading pair, how far it is from the target, and how much less that could be."""
+
+    kernel: Float[Array, "..."]
+    leading: Pair
+    distance: Float[Array, ""]
+    excess: Float[Array, ""]
+    num_steps: Int[Array, ""]
+
+
+def is_split(op: Operator, kernel_shape: tuple[int, ...]) -> bool:
+    """Whether the layer's own matrices are split."""
+    return not isinstance(op, ZeroPaddedConv) or matrix_size(op, kernel_shape) <= _EXPLICIT_LIMIT
+
+
+def _inner_blocks(op: Operator, kernel_shape: tuple[int, ...], dtype) -> Blocks:
+    if is_split(op, kernel_shape):
+        return blocks_of(op, kernel_shape, dtype)
+    return _circular(op, kernel_shape, dtype, tight=False)
+
+
+def _circular(op: ZeroPaddedConv, kernel_shape: tuple[int, ...], dtype, tight: bool) -> Blocks:
+    """The stack of the cover; `tight`: tapered, on the smallest image that holds the layer's and keeps taps apart."""
+    weights = jnp.broadcast_to(op.frobenius_weights(kernel_shape, dtype), kernel_shape)
+    example, cover = covers(jnp.zeros(kernel_shape, dtype), op, False)[0]
+    taper = jnp.ones_like(weights)
+    if tight:
+        cover = dataclasses.replace(cover, input_shape=_smallest_image(op, kernel_shape, cover.strides))
+        taper = weights / math.prod(cover.grid)
+    own = blocks_of(cover, example.shape, dtype)
+    return Blocks(lambda kernel: own.stack(covers(kernel * taper, op, False)[0][0]), own.counts, weights)
+
+
+def _smallest_image(op: ZeroPaddedConv, kernel_shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...]:
+    images = op.dilated_shape, op.out_shape(kernel_shape)
+    # The cover of a layer with input dilation alone is that of its adjoint.
+    if strides != op.strides:
+        images = op.out_shape(kernel_shape), op.input_shape
+    sizes = zip(*images, op.extents(kernel_shape), strides, strict=False)
+    return tuple(-(-max(n, s * m, extent) // s) * s for n, m, extent, s in sizes)
+
+
+def not_yet(target: Float[Array, "..."], op: Operator, limit: Float[Array, ""], own: Pair) -> tuple[Solution, Nearest]:
+    """What `nearest` returns, before anything is solved: the state of a loop whose body is its only copy."""
+    zero = jnp.zeros_like(limit)
+    blocks = _inner_blocks(op, target.shape, target.dtype)
+    return Solution(_ball.begin(target, blocks, limit), limit), Nearest(target, own, zero, zero, jnp.asarray(0))
+
+
+def nearest(
+    target: Float[Array, "..."], op: Operator, limit: Float[Array, ""], own: Pair, max_steps: int, largest_excess
+) -> tuple[Solution, Nearest]:
+    """The kernel, proven to be no farther than it must by more than `largest_excess` unless the steps run out.
+
+    `own` is the leading pair of the target.
+    """
+    shape, dtype = target.shape, target.dtype
+    blocks = _inner_blocks(op, shape, dtype)
+    solve = functools.partial(_from_scratch, target, max_steps=max_steps, largest_excess=largest_excess)
+    if is_split(op, shape):
+        found = solve(blocks, limit)
+        best = found.best.kernel
+        leading = leading_of(best, op)
+        factor = _into_ball(best, frozen_value(best, op, leading), target, blocks, limit)
+        distance, excess = _ball.distance_and_excess(target, blocks, found.best, factor)
+        return Solution(found, limit), Nearest(factor * best, leading, distance, excess, found.num_steps)
+    outer_blocks = _circular(op, shape, dtype, tight=True)
+    outer = solve(outer_blocks, limit)
+    reached, beyond = _ball.distance_and_excess(target, outer_blocks, outer.best, jnp.ones_like(limit))
+    begun = _ball.begin(target, blocks, limit)
+    widened = _widened(lambda radius: solve(blocks, radius), begun, op, limit, own)
+    best = widened.solution.iterate.best.kernel
+    kernel = _into_ball(best, widened.norm, target, blocks, limit) * best
+    distance = safe_sqrt(blocks.inner(kernel - target, kernel - target))
+    excess = distance - jnp.maximum(reached - beyond, 0)
+    num_steps = widened.num_steps + outer.num_steps
+    return widened.solution, Nearest(kernel, widened.leading, distance, excess, num_steps)
+
+
+def _from_scratch(target, blocks: Blocks, radius, max_steps: int, largest_excess) -> Iterate:
+    """Without the multipliers of another radius or target: penalties that fit those make it slower, not faster."""
+    return _ball.solve(_ball.begin(target, blocks, radius), target, blocks, radius, max_steps, largest_excess)
+
+
+def _into_ball(kernel, norm, target, blocks: Blocks, limit) -> Float[Array, ""]:
+    """What to multiply the kernel, of known norm, with: the multiple nearest to the target that is in the ball."""
+    squared = blocks.inner(kernel, kernel)
+    zero = (norm == 0) | (squared == 0)
+    nearest_multiple = blocks.inner(kernel, target) / jnp.where(zero, 1.0, squared)
+    return jnp.where(zero, 1.0, jnp.minimum(limit / jnp.where(zero, 1.0, norm), nearest_multiple))
+
+
+class _Widened(NamedTuple):
+    """The projection on the cover's ball, the norm and the leading pair of its kernel, and the radius to try next."""
+
+    solution: Solution
+    norm: Float[Array, ""]
+    leading: Pair
+    radius: Float[Array, ""]
+    num_steps: Int[Array, ""]
+
+
+def _widened(solve: Callable, begun: Iterate, op: Operator, limit: Float[Array, ""], own: Pair) -> _Widened:
+    """The projection on the cover's ball of the radius at which the layer's own norm is the limit; all steps taken.
+
+    `begun` is the problem before its first step: the loop starts from it, so that its body is the only copy.
+    """
+
+    def try_radius(_, state: _Widened) -> _Widened:
+        found = solve(state.radius)
+        leading = leading_of(found.best.kernel, op)
+        norm = frozen_value(found.best.kernel, op, leading)
+        radius = jnp.where(norm == 0, state.radius, state.radius * limit / jnp.where(norm == 0, 1.0, norm))
+        return _Widened(Solution(found, state.radius), norm, leading, radius, state.num_steps + found.num_steps)
+
+    nothing = _Widened(Solution(begun, limit), jnp.zeros_like(limit), own, limit, jnp.asarray(0))
+    return lax.fori_loop(0, _NUM_RADII, try_radius, nothing)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def with_derivative(op: Operator, target, limit, kernel, solution: Solution) -> Float[Array, "..."]:
+    """`kernel`, found for `target` and `limit`, with the derivative of the projection in these two."""
+    return kernel
+
+
+@with_derivative.defjvp
+def _with_derivative_jvp(op: Operator, primals, tangents):
+    target, limit, kernel, solution = primals
+    blocks = _inner_blocks(op, target.shape, target.dtype)
+    # The projection of t A on the ball of radius t c is t times that of A on that of radius c.
+    rate = tangents[1] / limit
+    direction = tangents[0] - rate * target
+    inner = _ball.derivative(solution.iterate, blocks, solution.radius, direction)
+    return kernel, inner + rate * kernel

@@ -1,0 +1,160 @@
+"""Kernels of bounded spectral norm: singular value clipping, and the true projection on the spectral ball."""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int, Shaped
+
+from jaxsrn._tools.checks import Kernel, ensure, float_dtype, kernel_array, positive_scalar, static_int
+from jaxsrn.operators.maps import Dense, Operator, ZeroPaddedConv
+from jaxsrn.projections.clipping import blocks_of, smooth_clipped
+from jaxsrn.projections.nearest import nearest, with_derivative
+from jaxsrn.spectra import pairs as _pairs
+from jaxsrn.spectra.norms import frozen_value, leading_of
+from jaxsrn.spectra.values import DENSE_LIMIT
+
+__all__ = ["ProjectionResult", "clip_singular_values", "project_spectral_ball"]
+
+# A norm that exceeds the limit by so many roundings does not: projecting twice changes nothing.
+_ROOM = 64
+
+
+class ProjectionResult(NamedTuple):
+    """A kernel in the spectral ball, and how far from the nearest one it can be.
+
+    Attributes:
+      kernel: `||T(kernel)||_2 <= max_norm` up to the rounding of its dtype.
+      residual: `(||T(kernel) - T(A)||_F - b) / ||T(A)||_F` where `b` is proven: no kernel of the ball is nearer to `A`
+        than `b`. With `t` the relative distance of the kernel, the projection is at most `sqrt(2 t residual)` away.
+      num_steps: steps taken, one SVD of all matrices each; 0 for a kernel that is in the ball already.
+    """
+
+    kernel: Shaped[Array, "..."]
+    residual: Float[Array, "..."]
+    num_steps: Int[Array, "..."]
+
+
+def clip_singular_values(kernel: Kernel, op: Operator, max_norm) -> Shaped[Array, "..."]:
+    """One pass of singular value clipping: clip those of `T(kernel)` at `max_norm`, then keep the taps.
+
+    Clip_OperatorNorm of Sedghi, Gupta, Long 2019: the symbol at every frequency is clipped and transformed back, and
+    what falls outside the kernel's support is dropped. Dropping raises the norm again: one pass neither ends in the
+    ball nor is it the projection, `project_spectral_ball`. Dense: both (Sanyal et al. 2020, Algorithm 3). Zero
+    padding: the same on the explicit matrix, up to 2**24 entries; each tap becomes its mean over the image.
+
+    Args:
+      kernel: `(c_in, c_out)` or `(*taps, c_in // groups, c_out)`.
+      op: its operator.
+      max_norm: positive; traced.
+
+    Returns:
+      The kernel, in the dtype of the input. Derivatives, also in `max_norm`, are exact where no singular value is
+      equal to `max_norm`, one of the generalised ones elsewhere, and finite always.
+
+    Raises:
+      ValueError: a kernel that does not fit, aliased taps, a `max_norm` that is not positive, or a zero-padded matrix
+        that is too large to form.
+    """
+    kernel, max_norm = _checked(kernel, op, max_norm)
+    size = _pairs.matrix_size(op, kernel.shape)
+    ensure(
+        not isinstance(op, ZeroPaddedConv) or size <= DENSE_LIMIT,
+        f"kernel: the explicit matrix of {op} has {size} entries, expected at most {DENSE_LIMIT}; "
+        "use project_spectral_ball(kernel, op, max_norm), which never forms it.",
+    )
+    return _clip_singular_values(kernel, op, max_norm)
+
+
+def _checked(kernel, op: Operator, max_norm) -> tuple[jax.Array, jax.Array]:
+    kernel = kernel_array(kernel, op)
+    op.check_not_aliased(kernel.shape)
+    return kernel, positive_scalar(max_norm, "max_norm", float_dtype(kernel.dtype))
+
+
+@jax.jit
+def _clip_singular_values(kernel, op, max_norm):
+    a, scale = _pairs.rescaled(kernel.astype(float_dtype(kernel.dtype)), op)
+    blocks = blocks_of(op, a.shape, a.dtype)
+    limit = max_norm / scale
+    # The stack keeps inner products, so that its adjoint transforms back.
+    matrices, largest = smooth_clipped(blocks.stack(a), limit)
+    keep = (largest <= limit) | jnp.asarray(op.tap_counts(kernel.shape) == 0)
+    return jnp.where(keep, kernel, (blocks.pull_back(matrices) * scale).astype(kernel.dtype))
+
+
+def project_spectral_ball(
+    kernel: Kernel, op: Operator, max_norm, *, max_steps: int = 200, tolerance=None
+) -> ProjectionResult:
+    """The kernel closest to `kernel`, of the same support, whose layer has a spectral norm of at most `max_norm`.
+
+    Solves the convex problem
+
+        minimise ||T(K) - T(A)||_F   subject to   ||T(K)||_2 <= max_norm
+
+    and says how far from its solution the result can be at most. A kernel in the ball is returned unchanged; taps that
+    never meet a sample of the image always are. The result is scaled by its `spectral_norm` at the end, so that it is
+    in the ball whether or not the steps converged (as far as that norm is proven).
+
+    Circular, and zero padding up to an explicit matrix of 2**16 entries: an augmented Lagrangian with semismooth
+    Newton steps, one SVD of all matrices each. Alternating clips ends elsewhere in the ball; Dykstra's algorithm finds
+    the projection too, by more than ten times as many SVDs (`benchmarks/projections.py`). Dense: the singular values
+    are clipped, exact (Sanyal et al. 2020, Algorithm 3).
+
+    Larger zero-padded layers have no small matrices to split. There the result is an inner approximation: the
+    projection, in the layer's own distance, on the ball of the circular layer that covers it (on the padded image),
+    with its radius widened until the layer's own norm is `max_norm`. `residual` is measured against an outer one: the
+    layer compressed to plane waves is a circular layer whose taps are tapered by the share of samples that they meet,
+    and no kernel of the ball can leave the ball of that one. Both are as far off as the border is wide.
+
+    Args:
+      kernel: `(c_in, c_out)` or `(*taps, c_in // groups, c_out)`.
+      op: its operator.
+      max_norm: positive; traced.
+      max_steps: static; of each convex problem that is solved.
+      tolerance: the `residual` to stop at, default `eps ** 0.55`; traced. One that is not reached is no failure:
+        `residual` says what was.
+
+    Returns:
+      A `ProjectionResult`. Derivatives of the kernel, also in `max_norm`, are those of the projection by its optimality
+      conditions: exact up to rounding and the tolerance where it is differentiable (the active singular values stay
+      the active ones), finite and not expanding everywhere. `residual` has derivative 0.
+
+    Raises:
+      ValueError: a kernel that does not fit, aliased taps, a `max_norm` or `tolerance` that is not positive.
+    """
+    kernel, max_norm = _checked(kernel, op, max_norm)
+    dtype = float_dtype(kernel.dtype)
+    tolerance = float(jnp.finfo(dtype).eps) ** 0.55 if tolerance is None else tolerance
+    tolerance = positive_scalar(tolerance, "tolerance", dtype)
+    return _project_spectral_ball(kernel, op, max_norm, tolerance, static_int(max_steps, "max_steps"))
+
+
+@functools.partial(jax.jit, static_argnums=(4,))
+def _project_spectral_ball(kernel, op, max_norm, tolerance, max_steps):
+    a, scale = _pairs.rescaled(kernel.astype(float_dtype(kernel.dtype)), op)
+    limit = max_norm / scale
+    fixed, fixed_limit = lax.stop_gradient((a, limit))
+    own = leading_of(fixed, op)
+    inside = frozen_value(fixed, op, own) <= fixed_limit * (1 + _ROOM * jnp.finfo(a.dtype).eps)
+    weights = op.frobenius_weights(a.shape, a.dtype)
+    size = jnp.sqrt(jnp.sum(weights * fixed**2))
+    if isinstance(op, Dense):
+        found = smooth_clipped(a[None], limit)[0][0]
+        residual, num_steps = jnp.where(jnp.isnan(size), size, 0.0), jnp.asarray(1)
+    else:
+        # Nothing is as small as asked where the kernel stays as it is: no step is taken then.
+        asked = jnp.where(inside, jnp.inf, tolerance * size)
+        solution, nearby = nearest(fixed, op, fixed_limit, own, max_steps, asked)
+        found = with_derivative(op, a, limit, nearby.kernel, solution)
+        residual, num_steps = nearby.excess / jnp.where(size == 0, 1.0, size), nearby.num_steps
+    keep = inside | jnp.asarray(op.tap_counts(kernel.shape) == 0)
+    return ProjectionResult(
+        kernel=jnp.where(keep, kernel, (found * scale).astype(kernel.dtype)),
+        residual=jnp.where(inside, 0.0, residual),
+        num_steps=jnp.where(inside, 0, num_steps),
+    )

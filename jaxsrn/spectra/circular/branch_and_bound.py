@@ -1,0 +1,204 @@
+"""Where a symbol is largest over all its frequencies, without an SVD at each: branch and bound, guaranteed.
+
+For a unit vector `x`, `||S(w) x||^2` is a trigonometric polynomial of degree `d_j` in the angle of axis `j`. With `U`
+the supremum of all singular values, `arccos(||S(w) x|| / U)` therefore changes by at most `1/2 sum_j d_j |dw_j|`
+(Bernstein, Szegoe). If the grid's maximum `L` is in a block of frequencies, then at the block's centre, at most `phi`
+away in that measure,
+
+    sigma_max(S(centre)) >= L cos(phi) - sqrt(U^2 - L^2) sin(phi),    U <= L / prod_j cos(pi d_j / (2 n_j)),
+
+the latter by M. Riesz. A block whose centre is below that cannot hold a frequency larger than the best one known: one
+Cholesky factorization of its Gram matrix tells. The other blocks are split, down to single frequencies. How many are
+looked at depends on the taps and on how flat the spectrum is, not on the size of the image.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Bool, Float, Inexact, Int
+
+from jaxsrn._tools.linalg import top_pairs
+from jaxsrn.operators.maps import CircularConv
+from jaxsrn.spectra.circular import fourier as _fourier
+from jaxsrn.spectra.circular.climbing import (
+    Blocks,
+    Estimates,
+    SitePair,
+    best_climb,
+    blocks_of,
+    chunk_of,
+    doubled_centres,
+    estimates,
+    in_site,
+    other_peaks,
+)
+from jaxsrn.spectra.circular.grams import GramPolynomial, gram_polynomial, grams_at, symbol_at, whole_grams
+
+__all__ = [
+    "are_below",
+    "branch_and_bound",
+    "branch_and_bound_pays",
+    "peaks",
+    "rounding",
+    "squared_limit",
+    "svds_are_dear",
+]
+
+# The SVDs of so much work take as long as branch and bound at its least, each counted with its overhead.
+_SVD_WORK, _SVD_OVERHEAD = 2e6, 400
+
+
+class _Proof(NamedTuple):
+    """Boxes still to look at (a stack, the finest on top), and the best pair so far."""
+
+    corners: Int[Array, "capacity axes"]
+    levels: Int[Array, " capacity"]
+    size: Int[Array, ""]
+    best: SitePair
+
+
+def rounding(rows: int, dtype) -> float:
+    """What a singular value may be off by, relatively: from the Gram matrix and its factorization."""
+    return 2 * math.sqrt(rows) * float(jnp.finfo(dtype).eps)
+
+
+def svds_are_dear(count: int, shape: tuple[int, int]) -> bool:
+    """Whether SVDs of so many matrices take longer than proofs that none has a larger singular value; static."""
+    return min(shape) > 1 and count * (min(shape) ** 3 + _SVD_OVERHEAD) > _SVD_WORK
+
+
+def branch_and_bound_pays(kernel_shape: tuple[int, ...], op: CircularConv) -> bool:
+    """Whether an SVD at every site would take longer; static."""
+    sites = math.prod(_fourier.half_grid(op)) * op.feature_group_count
+    return svds_are_dear(sites, _fourier.site_shape(op, kernel_shape))
+
+
+def branch_and_bound(kernel: Float[Array, "..."], op: CircularConv, excess: float = 0.0):
+    """The largest singular value of the whole grid, up to a relative `2 sqrt(channels) eps`, with its vectors.
+
+    With `excess` a singular value that no other one exceeds by more than that share. The kernel's scale must not be
+    extreme.
+
+    Returns:
+      `(site, u, v)`, unit vectors with `u^H S v` that value.
+    """
+    poly, blocks = gram_polynomial(kernel, op), blocks_of(op, kernel.shape)
+    return in_site(_highest(poly, op, blocks, estimates(poly, op, blocks), excess), op, kernel.shape)
+
+
+def peaks(kernel: Float[Array, "..."], op: CircularConv, count: int, radius: int):
+    """The largest singular value of the whole grid, and other local maxima as far as climbing finds them.
+
+    Frequencies within `radius` indices of a better one are none of their own.
+
+    Returns:
+      `(values, (site, u, v))`, stacks of at most `count`, the largest first; values are 0 where fewer were found.
+    """
+    poly, blocks = gram_polynomial(kernel, op), blocks_of(op, kernel.shape)
+    known = estimates(poly, op, blocks)
+    highest = _highest(poly, op, blocks, known, 0.0)
+    pairs = other_peaks(poly, op, blocks, known, highest, count, radius)
+    return pairs.value, jax.vmap(lambda pair: in_site(pair, op, kernel.shape))(pairs)
+
+
+def _highest(poly: GramPolynomial, op: CircularConv, blocks: Blocks, known: Estimates, excess: float) -> SitePair:
+    """From a good lower bound, with the proof that nothing is larger."""
+    best, chunk = best_climb(poly, op, blocks, known), chunk_of(poly)
+    # Of each level at most one chunk's children wait at a time, as the finest are taken first.
+    capacity = len(blocks.corners) + (len(blocks.sizes) * 2**op.num_axes + 1) * chunk
+    stack = jnp.zeros((capacity, op.num_axes), best.index.dtype), jnp.zeros(capacity, jnp.int32), jnp.asarray(0)
+    high = ~(known.bounds <= (1 + excess) * best.value * float(blocks.factors[0]))
+    proof = _push(_Proof(*stack, best), blocks.corners, jnp.zeros(len(high), jnp.int32), high)
+    step = functools.partial(_look, poly, op, blocks, chunk, excess)
+    # Zero and NaN need no proof.
+    return lax.while_loop(lambda proof: (proof.size > 0) & (proof.best.value > 0), step, proof).best
+
+
+def _push(proof: _Proof, corners, levels, keep: Bool[Array, " boxes"]) -> _Proof:
+    """Puts the boxes to keep on the stack, in their order."""
+    place = jnp.where(keep, proof.size + jnp.cumsum(keep) - 1, len(proof.levels))
+    return proof._replace(
+        corners=proof.corners.at[place].set(corners, mode="drop"),
+        levels=proof.levels.at[place].set(levels, mode="drop"),
+        size=proof.size + jnp.sum(keep),
+    )
+
+
+def _look(poly: GramPolynomial, op: CircularConv, blocks: Blocks, chunk: int, excess: float, proof: _Proof) -> _Proof:
+    """Takes boxes from the stack, discards those proven to be low, and puts back the parts of the others."""
+    bottom = jnp.maximum(proof.size - chunk, 0)
+    corners = lax.dynamic_slice_in_dim(proof.corners, bottom, chunk)
+    levels = lax.dynamic_slice_in_dim(proof.levels, bottom, chunk)
+    waiting = bottom + jnp.arange(chunk) < proof.size
+    high = waiting & ~_are_low(poly, op, blocks, corners, levels, (1 + excess) * proof.best.value)
+    single = levels == len(blocks.sizes) - 1
+    best = _largest_of(poly, op, excess, corners, high & single, proof.best)
+    parts, is_part = _split(blocks, corners, levels)
+    keep = (is_part & (high & ~single)[:, None]).reshape(-1)
+    # The chunk's order is kept, so the finest stay on top.
+    proof = proof._replace(size=bottom, best=best)
+    return _push(proof, parts.reshape((-1, op.num_axes)), jnp.repeat(levels + 1, parts.shape[1]), keep)
+
+
+def _are_low(poly: GramPolynomial, op: CircularConv, blocks: Blocks, corners, levels, limit) -> Bool[Array, " boxes"]:
+    """Whether boxes are proven to hold nothing above the limit, up to rounding."""
+    sizes, factors = jnp.asarray(blocks.sizes)[levels], jnp.asarray(blocks.factors, poly.even.dtype)[levels]
+    limits = jnp.where(factors > 0, limit * factors, 0)
+    grams = grams_at(poly, op, doubled_centres(corners, sizes, blocks.ends))
+    return are_below(grams, squared_limit(poly.coefficients.shape[-2], limits) - poly.loss)
+
+
+def squared_limit(rows: int, limits: Float[Array, "..."]) -> Float[Array, "..."]:
+    """The squares of limits of singular values, with room for rounding."""
+    # Half of it in terms of the singular value.
+    return limits**2 * (1 + 2 * rounding(rows, limits.dtype))
+
+
+def are_below(grams: Inexact[Array, "points groups n n"], levels: Float[Array, " points"]) -> Bool[Array, " points"]:
+    """Whether all eigenvalues are below the levels: the differences have Cholesky factors."""
+    scaled = grams / jnp.where(levels > 0, levels, 1)[:, None, None, None].astype(grams.dtype)
+    identity = jnp.eye(grams.shape[-1], dtype=grams.dtype)[None, None]
+    factor = lax.linalg.cholesky(identity - scaled, symmetrize_input=False)
+    definite = jnp.all(jnp.isfinite(jnp.diagonal(factor, axis1=-2, axis2=-1).real), axis=(-2, -1))
+    return definite & (levels > 0)
+
+
+def _largest_of(
+    poly: GramPolynomial, op: CircularConv, excess: float, indices, among: Bool[Array, " chunk"], known: SitePair
+) -> SitePair:
+    """The largest of the known pair and those at single frequencies, one after the other: they are few."""
+
+    def examine(index, known: SitePair) -> SitePair:
+        values, left, right = top_pairs(symbol_at(poly, op, index, poly.coefficients))
+        group = jnp.argmax(values).astype(known.group.dtype)
+        found = SitePair(index, group, left[group], right[group], values[group])
+        larger = found.value > known.value
+        return jax.tree.map(lambda a, b: jnp.where(larger, a, b), found, known)
+
+    def step(state):
+        among, known = state
+        k = jnp.argmax(among)
+        # A reduced Gram matrix says little, and what has been found since may be higher.
+        level = squared_limit(poly.coefficients.shape[-2], (1 + excess) * known.value)
+        low = are_below(whole_grams(poly, op, indices[k])[None], level[None])[0]
+        return among.at[k].set(False), lax.cond(low, lambda: known, lambda: examine(indices[k], known))
+
+    return lax.while_loop(lambda state: jnp.any(state[0]), step, (among, known))[1]
+
+
+def _split(blocks: Blocks, corners, levels):
+    """The boxes of the next level in each box, `(boxes, parts, axes)`, and which of them there are."""
+    sizes = jnp.asarray(blocks.sizes)
+    own, next_ = sizes[levels], sizes[jnp.minimum(levels + 1, len(sizes) - 1)]
+    halves = np.array(list(itertools.product((0, 1), repeat=corners.shape[-1])))
+    parts = corners[:, None] + halves[None] * next_[:, None]
+    exists = (parts < blocks.ends[None, None]) & ((halves == 0)[None] | (own > next_)[:, None])
+    return parts, jnp.all(exists, axis=-1)

@@ -1,0 +1,170 @@
+"""The symbol of a circular convolution and its Gram matrices `S^H S` at any angle, from the kernel's autocorrelation.
+
+Wide kernels are **reduced** where the frequencies are few: with `Q` an orthonormal basis of their leading directions
+and `P` the projection on the others,
+
+    sigma_max(S(w))^2 <= sigma_max(S(w) Q)^2 + loss,    loss = terms * ||P (sum_t C_t^T C_t) P||_2 >= ||S(w) P||_2^2
+
+by Cauchy and Schwarz, so that the small `Q^T S^H S Q` already tell of most frequencies that they are low.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Complex, Float, Int
+
+from jaxsrn._tools.linalg import einsum, gram_bound, matmul, real_times
+from jaxsrn._tools.subspaces import random_start
+from jaxsrn.operators.maps import CircularConv
+from jaxsrn.spectra.circular import fourier as _fourier
+
+__all__ = [
+    "CHUNK",
+    "GramPolynomial",
+    "gram_polynomial",
+    "grams_at",
+    "is_reduced",
+    "is_transposed",
+    "symbol_at",
+    "waves_at",
+    "whole_grams",
+    "with_all_directions",
+]
+
+# Entries of matrices that are worked on at a time.
+CHUNK = 2**18
+# Kernels of so many columns are reduced, to bases of so many entries: the wider, the fewer directions tell enough.
+_WIDE, _BASIS_ENTRIES = 256, 3 * 2**14
+
+
+class GramPolynomial(NamedTuple):
+    """The symbol of every group, and the Gram matrix of its leading directions.
+
+    The shorter side is the columns; of equal ones the inputs, which trained kernels use less evenly.
+
+    Attributes:
+      coefficients: `S(w) = sum_t exp(-i <w, t>) C_t`, `(groups, terms, rows, columns)`.
+      exponents: the `t`, `(terms, axes)`; static.
+      basis: the `Q` of each group; `None` where all directions are kept.
+      loss: what the other directions can add to the square of a singular value.
+      even, odd: `Q^T S^H S Q = sum_l cos<w, l> even_l + i sin<w, l> odd_l`, `(lags, groups, kept, kept)`.
+      lags: the `l`, `(lags, axes)`, one of each pair `+-l`; static.
+    """
+
+    coefficients: Float[Array, "groups terms rows columns"]
+    exponents: np.ndarray
+    basis: Float[Array, "groups columns kept"] | None
+    loss: Float[Array, ""]
+    even: Float[Array, "lags groups kept kept"]
+    odd: Float[Array, "lags groups kept kept"]
+    lags: np.ndarray
+
+
+def is_transposed(op: CircularConv, kernel_shape: tuple[int, ...]) -> bool:
+    """Whether rows and columns of the symbol are exchanged."""
+    rows, columns = _fourier.site_shape(op, kernel_shape)
+    return rows <= columns
+
+
+def is_reduced(op: CircularConv, kernel_shape: tuple[int, ...]) -> bool:
+    """Whether the kernel is wide, and its frequencies so few that a whole Gram matrix at each would not cost much."""
+    terms = math.prod(kernel_shape[: op.num_axes])
+    few = math.prod(_fourier.half_grid(op)) <= 3 * terms * (terms + 1) // 2
+    return few and min(_fourier.site_shape(op, kernel_shape)) >= _WIDE
+
+
+def gram_polynomial(kernel: Float[Array, "..."], op: CircularConv) -> GramPolynomial:
+    """The polynomial of a kernel, reduced where that pays."""
+    coefficients, exponents = _fourier.polynomial(kernel, op)
+    if is_transposed(op, kernel.shape):
+        coefficients = coefficients.mT
+    basis, loss, kept = None, jnp.zeros((), coefficients.dtype), coefficients
+    if is_reduced(op, kernel.shape):
+        basis, loss = _leading_directions(coefficients)
+        kept = matmul(coefficients, basis[:, None])
+    return GramPolynomial(coefficients, exponents, basis, loss, *_autocorrelation(kept, exponents))
+
+
+def _leading_directions(coefficients: Float[Array, "groups terms rows columns"]):
+    """The basis of each group by subspace iteration from a fixed start, and the loss of the worst."""
+    groups, terms, _, columns = coefficients.shape
+    stacked = coefficients.reshape((groups, -1, columns))
+    energy = matmul(stacked.mT, stacked)
+    start = random_start((1, columns, min(columns // 2, _BASIS_ENTRIES // columns)), energy.dtype)
+    basis = jnp.linalg.qr(matmul(energy, matmul(energy, matmul(energy, start))))[0]
+    rest = energy - matmul(basis, matmul(basis.mT, energy))
+    rest = rest - matmul(matmul(rest, basis), basis.mT)
+    # What the projections leave of rounding.
+    slack = 4 * jnp.finfo(energy.dtype).eps * jnp.linalg.norm(energy, axis=(-2, -1))
+    return basis, terms * (gram_bound(rest, 4) + jnp.max(slack))
+
+
+def _autocorrelation(coefficients: Float[Array, "groups terms rows columns"], exponents: np.ndarray):
+    """`(even, odd, lags)` of the Gram matrices: sums over the pairs of terms that lie a lag apart."""
+    groups, terms, rows, columns = coefficients.shape
+    differences = exponents[None] - exponents[:, None]
+    # In lexicographic order the last of these is 0, and the later half of all follows by symmetry.
+    lags, which = np.unique(differences.reshape((-1, exponents.shape[-1])), axis=0, return_inverse=True)
+    which = which.reshape((terms, terms))
+    half = len(lags) // 2
+    side_by_side = jnp.swapaxes(coefficients, 1, 2).reshape((groups, rows, terms * columns))
+
+    def add(sums, term):
+        """One term with all others: a single large product."""
+        products = matmul(term[0].mT, side_by_side).reshape((groups, columns, terms, columns))
+        return sums.at[term[1]].add(jnp.moveaxis(products, 2, 0)), None
+
+    sums = jnp.zeros((len(lags), groups, columns, columns), coefficients.dtype)
+    sums, _ = lax.scan(add, sums, (jnp.swapaxes(coefficients, 0, 1), jnp.asarray(which)))
+    later, earlier = sums[half:], sums[half::-1]
+    return (later + earlier).at[0].set(sums[half]), earlier - later, lags[half:]
+
+
+def _phases(doubled: Int[Array, "points axes"], exponents: np.ndarray, op: CircularConv, dtype):
+    """`<w, t>` at half-integer indices, `(points, exponents)`; reduced as integers, which keeps full precision."""
+    angles = jnp.zeros((len(doubled), len(exponents)), dtype)
+    for axis, n in enumerate(op.grid):
+        turns = _fourier.times_modulo(doubled[:, axis, None] % (2 * n), exponents[None, :, axis], 2 * n)
+        angles = angles + turns.astype(dtype) * (math.pi / n)
+    return angles
+
+
+def grams_at(poly: GramPolynomial, op: CircularConv, doubled) -> Complex[Array, "points groups kept kept"]:
+    """`Q^T S^H S Q` of every group."""
+    angles = _phases(doubled, poly.lags, op, poly.even.dtype)
+    parts = (
+        einsum("pl,lgij->pgij", wave, part)
+        for wave, part in ((jnp.cos(angles), poly.even), (jnp.sin(angles), poly.odd))
+    )
+    return lax.complex(*parts)
+
+
+def waves_at(poly: GramPolynomial, op: CircularConv, doubled) -> Complex[Array, "points terms"]:
+    """`exp(-i <w, t>)` of every term."""
+    angles = _phases(doubled, poly.exponents, op, poly.even.dtype)
+    return lax.complex(jnp.cos(angles), -jnp.sin(angles))
+
+
+def symbol_at(poly: GramPolynomial, op: CircularConv, index, coefficients: Float[Array, "... terms rows columns"]):
+    """At one frequency, of the given coefficients: of all groups, or of one."""
+    waves = waves_at(poly, op, 2 * index[None])[0]
+    real, imag = (einsum("t,...trc->...rc", part, coefficients) for part in (waves.real, waves.imag))
+    return lax.complex(real, imag)
+
+
+def whole_grams(poly: GramPolynomial, op: CircularConv, index) -> Complex[Array, "groups columns columns"]:
+    """`S^H S` of every group at one frequency, with all directions."""
+    symbol = symbol_at(poly, op, index, poly.coefficients)
+    cross = matmul(symbol.real.mT, symbol.imag)
+    stacked = jnp.concatenate([symbol.real, symbol.imag], axis=-2)
+    return lax.complex(matmul(stacked.mT, stacked), cross - cross.mT)
+
+
+def with_all_directions(poly: GramPolynomial, group: Int[Array, ""], right: Complex[Array, " kept"]):
+    """A right vector of a group in the columns of its coefficients."""
+    return right if poly.basis is None else real_times("ck,k->c", poly.basis[group], right)

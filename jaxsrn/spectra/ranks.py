@@ -1,0 +1,117 @@
+"""The stable rank of a layer, and the stable ranks that its kernels can have."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Shaped
+
+from jaxsrn._tools.checks import Kernel, ensure, float_dtype, kernel_array
+from jaxsrn.operators.maps import Operator
+from jaxsrn.spectra.norms import norm_of
+from jaxsrn.spectra.pairs import rescaled
+
+__all__ = ["stable_rank", "stable_rank_range"]
+
+
+def stable_rank(kernel: Kernel, op: Operator) -> Float[Array, ""]:
+    """`srank(T) = ||T||_F^2 / ||T||_2^2` of the layer `T(kernel)`.
+
+    Scale invariant, between 1 and the rank; 0 at the zero kernel. The gradient is exact where the leading singular
+    value is simple, and finite always.
+
+    Args:
+      kernel: `(c_in, c_out)` or `(*taps, c_in // groups, c_out)`.
+      op: its operator.
+
+    Returns:
+      A scalar in float32 or wider; NaN where the kernel has one.
+
+    Raises:
+      ValueError: a kernel that does not fit.
+    """
+    return _stable_rank(kernel_array(kernel, op), op)
+
+
+@jax.jit
+def _stable_rank(kernel, op):
+    kernel, _ = rescaled(kernel.astype(float_dtype(kernel.dtype)), op)
+    norm = norm_of(kernel, op)
+    # Of the map, not of the kernel: taps can miss the image, and aliased ones can cancel.
+    is_zero = norm == 0
+    squared_norm = jnp.where(is_zero, 1.0, norm) ** 2
+    return jnp.where(is_zero, 0.0, squared_frobenius_norm(kernel, op) / squared_norm)
+
+
+def squared_frobenius_norm(kernel: Kernel, op: Operator) -> Shaped[Array, ""]:
+    """`||T(kernel)||_F^2`, aliased taps summed first."""
+    kernel = op.wrap(kernel.astype(float_dtype(kernel.dtype)))
+    return jnp.sum(op.frobenius_weights(kernel.shape, kernel.dtype) * kernel**2)
+
+
+def largest_functional(kernel_shape: tuple[int, ...], op: Operator) -> float:
+    """`e*`: no unit `u, v` have `<E, E>_d` above it, `E = grad_K <u, T(K) v> / d` tap by tap (static).
+
+    By Cauchy-Schwarz a tap contributes at most `|x|^2 |y|^2 / d_p`, of the input and output samples that it
+    touches. Taps of different phases (strides, input dilation) touch different samples, so the largest phase
+    counts: on each axis the sum of `1 / d_p` over one phase. Every kernel has `srank >= 1 / e*`.
+    """
+    total = 1.0
+    for axis, contacts in enumerate(op.axis_contacts(op.distinct_shape(kernel_shape))):
+        stride, dilation = op.strides[axis], op.input_dilation[axis]
+        common = math.gcd(stride, dilation)
+        phases: dict[tuple[int, int], float] = {}
+        for tap in contacts:
+            if len(tap.outputs):
+                phase = (tap.inputs[0] % (stride // common), tap.outputs[0] % (dilation // common))
+                phases[phase] = phases.get(phase, 0.0) + 1 / len(tap.outputs)
+        total *= max(phases.values(), default=0.0)
+    return total
+
+
+def stable_rank_range(kernel_shape: tuple[int, ...], op: Operator) -> tuple[float, float]:
+    """The interval of stable ranks that kernels of this shape can have: `(low, high)`, static floats.
+
+    Circular convolutions and dense layers: exact, both ends are attained. Circular: `N_out / (most distinct taps in
+    one stride phase)` to `N_out min(c_out, c_in * non-empty phases)`. Zero padding: certified, not always attained:
+    `max(1, 1 / e*)` from below, `e*` the sum of `1 / d_p` over the taps (of one phase), and from above the number of
+    input or output samples that the taps reach, times channels.
+
+    Args:
+      kernel_shape: `(c_in, c_out)` or `(*taps, c_in // groups, c_out)`.
+      op: its operator.
+
+    Raises:
+      ValueError: a shape that does not fit.
+    """
+    op.check_kernel_shape(kernel_shape)
+    contacts = op.axis_contacts(kernel_shape)
+    samples_in = math.prod(len(set().union(*(tap.inputs.tolist() for tap in axis))) for axis in contacts)
+    samples_out = math.prod(len(set().union(*(tap.outputs.tolist() for tap in axis))) for axis in contacts)
+    channels_in, channels_out = op.in_shape(kernel_shape)[-1], op.out_shape(kernel_shape)[-1]
+    bound = largest_functional(kernel_shape, op)
+    return (max(1.0, 1 / bound) if bound else 0.0), float(min(samples_in * channels_in, samples_out * channels_out))
+
+
+def target_of(fraction: float, kernel_shape: tuple[int, ...], op: Operator) -> float:
+    """The stable rank that is `fraction` of `min(prod(in_shape), prod(out_shape))` (static).
+
+    Where all kernels have the same stable rank, such as matrices of one row or column, it is that one.
+
+    Raises:
+      ValueError: a fraction outside (0, 1], or below what the taps of the kernel allow.
+    """
+    ensure(0 < fraction <= 1, f"fraction: got {fraction}, expected a number in (0, 1].")
+    largest = min(math.prod(op.in_shape(kernel_shape)), math.prod(op.out_shape(kernel_shape)))
+    low, high = stable_rank_range(kernel_shape, op)
+    if low == high:
+        return low
+    # Rounding must not forbid the end of the interval.
+    ensure(
+        fraction * largest >= low * (1 - 1e-6),
+        f"fraction: got {fraction}, expected at least {low / largest:.6g}: with its taps the stable rank of {op} is at "
+        f"least {low:.6g} of {largest}.",
+    )
+    return fraction * largest

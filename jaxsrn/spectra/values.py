@@ -1,0 +1,140 @@
+"""Singular values of layers: the symbol of a circular convolution, all singular values, the largest few."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Complex, Float
+
+from jaxsrn._tools.checks import Kernel, ensure, float_dtype, kernel_array
+from jaxsrn._tools.subspaces import default_tolerance, top_singular_vectors
+from jaxsrn.operators.maps import CircularConv, Dense, Operator
+from jaxsrn.spectra.circular import fourier as _fourier
+from jaxsrn.spectra.pairs import flat_products, matrix_size, rescaled
+
+__all__ = ["singular_values", "symbol", "top_singular_values"]
+
+# Entries of an explicit matrix that is still formed for a full SVD: 128 MiB in float64.
+DENSE_LIMIT = 2**24
+
+
+def symbol(kernel: Kernel, op: Operator) -> Complex[Array, "..."]:
+    """The symbol `S(w) = sum_p K_p exp(-i <w, p>)` of a circular convolution at all its frequencies.
+
+    The singular values of the layer are the union of those of `S(w)` over the grid (Sedghi, Gupta, Long 2019,
+    Theorem 8). Taps are counted from index 0: a translation of the output does not change singular values.
+
+    Args:
+      kernel: `(*taps, c_in // groups, c_out)`.
+      op: a `CircularConv`.
+
+    Returns:
+      `(*grid, phases * c_in, c_out)`, with groups `(*grid, groups, phases * c_in // groups, c_out // groups)`,
+      complex; `grid = input_shape / strides`, `phases = prod(strides)` (polyphase; the phase is the slower index).
+
+    Raises:
+      ValueError: another operator, or a kernel that does not fit.
+    """
+    ensure(
+        isinstance(op, CircularConv),
+        f"op: got {op}, expected a CircularConv; other operators have no symbol, use singular_values(kernel, op).",
+    )
+    return _symbol(kernel_array(kernel, op), op)
+
+
+@jax.jit
+def _symbol(kernel, op):
+    out = _fourier.symbol_on(kernel.astype(float_dtype(kernel.dtype)), op, op.grid)
+    return out if op.feature_group_count > 1 else jnp.squeeze(out, op.num_axes)
+
+
+def singular_values(kernel: Kernel, op: Operator) -> Float[Array, " n"]:
+    """All `min(prod(in_shape), prod(out_shape))` singular values of `T(kernel)`, descending.
+
+    Circular convolutions: from the symbol, half of the frequencies (Sedghi et al. 2019). Dense: an SVD. Zero
+    padding: an SVD of the explicit matrix, up to 2**24 entries. Differentiable, finite where values coincide.
+
+    Args:
+      kernel: `(c_in, c_out)` or `(*taps, c_in // groups, c_out)`.
+      op: its operator.
+
+    Raises:
+      ValueError: a kernel that does not fit, or a zero-padded matrix that is too large to form.
+    """
+    kernel = kernel_array(kernel, op)
+    size = matrix_size(op, kernel.shape)
+    ensure(
+        isinstance(op, (CircularConv, Dense)) or size <= DENSE_LIMIT,
+        f"kernel: the explicit matrix of {op} has {size} entries, expected at most {DENSE_LIMIT}; "
+        "use top_singular_values(kernel, op, k), which never forms it.",
+    )
+    return _singular_values(kernel, op)
+
+
+@jax.jit
+def _singular_values(kernel, op):
+    kernel = kernel.astype(float_dtype(kernel.dtype))
+    if not isinstance(op, CircularConv):
+        return jnp.linalg.svd(kernel if isinstance(op, Dense) else op.to_dense(kernel), compute_uv=False)
+    layer = _fourier.without_idle_axes(op, kernel.shape)
+    sites, counts = _fourier.distinct_sites(layer)
+    values = jnp.linalg.svd(_fourier.half_symbol(kernel, layer)[sites], compute_uv=False)
+    counts = counts * _fourier.repetitions(op, layer)
+    values = jnp.repeat(values, counts, axis=0, total_repeat_length=int(counts.sum()))
+    return _descending(values.reshape(-1))
+
+
+@jax.custom_jvp
+def _descending(values: Float[Array, " k"]) -> Float[Array, " k"]:
+    """Nonnegative values, the largest first; NaN before it, so that it never passes for a plausible one.
+
+    As integers, which have the same order: XLA sorts those several times as fast on CPUs.
+    """
+    integers = lax.bitcast_convert_type(jnp.abs(values), jnp.dtype(f"int{8 * values.dtype.itemsize}"))
+    return lax.bitcast_convert_type(jnp.sort(integers)[::-1], values.dtype)
+
+
+@_descending.defjvp
+def _descending_jvp(primals, tangents):
+    return jax.jvp(lambda values: jnp.sort(values)[::-1], primals, tangents)
+
+
+def top_singular_values(kernel: Kernel, op: Operator, k: int) -> Float[Array, " k"]:
+    """The `k` largest singular values of `T(kernel)`, descending, with multiplicity.
+
+    Circular and dense layers: from `singular_values`. Zero padding: Lanczos with deflation, matrix-free;
+    from the explicit matrix where a large part of a small one is asked for. The gradient holds the singular vectors
+    constant, which is exact for simple values.
+
+    Args:
+      kernel: `(c_in, c_out)` or `(*taps, c_in // groups, c_out)`.
+      op: its operator.
+      k: static, from 1 to `min(prod(in_shape), prod(out_shape))`.
+
+    Raises:
+      ValueError: a kernel that does not fit, or a `k` out of range.
+    """
+    kernel = kernel_array(kernel, op)
+    n = min(math.prod(op.in_shape(kernel.shape)), math.prod(op.out_shape(kernel.shape)))
+    integral = isinstance(k, (int, np.integer)) and not isinstance(k, bool)
+    ensure(integral and 1 <= k <= n, f"k: got {k!r}, expected an integer from 1 to {n}.")
+    size = matrix_size(op, kernel.shape)
+    if isinstance(op, (CircularConv, Dense)) or (5 * k >= n and size <= DENSE_LIMIT):
+        return singular_values(kernel, op)[:k]
+    return _top_matrix_free(kernel, op, int(k))
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _top_matrix_free(kernel, op, k):
+    kernel = kernel.astype(float_dtype(kernel.dtype))
+    fixed, _ = rescaled(lax.stop_gradient(kernel), op)
+    lefts, rights = top_singular_vectors(*flat_products(fixed, op), k, default_tolerance(kernel.dtype), kernel.dtype)
+    rights = rights.reshape((k, *op.in_shape(kernel.shape)))
+    images = op.apply(kernel, lax.stop_gradient(rights), precision=lax.Precision.HIGHEST)
+    values = jnp.sum(lax.stop_gradient(lefts) * images.reshape((k, -1)), axis=-1)
+    return jnp.sort(values)[::-1]

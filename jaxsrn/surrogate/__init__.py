@@ -1,0 +1,13 @@
+"""The log-sum-exp surrogate of stable rank normalization, and its descent on the sphere (Zheng et al. 2025)."""
+
+from jaxsrn.surrogate.problem import Trajectory, form_eigenvalues, forms, log_sum_exp, objective, solve, trajectory
+
+__all__ = [
+    "Trajectory",
+    "form_eigenvalues",
+    "forms",
+    "log_sum_exp",
+    "objective",
+    "solve",
+    "trajectory",
+]
