@@ -7,9 +7,13 @@ which linear map it stands for. The modules `bounds`, `optim`, `penalties`, `sph
 
 import importlib
 
-from jaxsrn.normalization.lowering import SRNResult, srn, srnc, srnc_tanay
+from jaxsrn.normalization.lowering import srnc
+from jaxsrn.normalization.matrices import srn
+from jaxsrn.normalization.result import SRNResult
+from jaxsrn.normalization.tanay import srnc_tanay
 from jaxsrn.normalization.training.step import SRNCState, srnc_state, srnc_step
-from jaxsrn.operators.maps import CircularConv, Dense, ZeroPaddedConv
+from jaxsrn.operators.base import Dense
+from jaxsrn.operators.convolutions import CircularConv, ZeroPaddedConv
 from jaxsrn.projections.spectral_ball import ProjectionResult, clip_singular_values, project_spectral_ball
 from jaxsrn.spectra.norms import SingularTriplet, leading_triplet, spectral_norm
 from jaxsrn.spectra.ranks import stable_rank, stable_rank_range

@@ -28,10 +28,16 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jaxsrn._tools.checks import ensure, errors_named, float_dtype
 from jaxsrn.normalization.training.wrapping import CallRecord, Constraint, target_for
+from jaxsrn.operators.base import Operator
 from jaxsrn.operators.flax_layers import FlaxLayers, LayerMap, kind_of, layer_map, layer_name
-from jaxsrn.operators.maps import Operator
 
-__all__ = ["SpectralNorm", "StableRankNorm", "StableRankState", "fold", "layer_operators"]
+__all__ = [
+    "SpectralNorm",
+    "StableRankNorm",
+    "StableRankState",
+    "fold",
+    "layer_operators",
+]
 
 COLLECTION = "stable_rank"
 _LAYERS = FlaxLayers(nn.Conv, nn.ConvTranspose, nn.Dense, nn.DenseGeneral)

@@ -20,8 +20,8 @@ from flax import nnx
 
 from jaxsrn._tools.checks import ensure, errors_named
 from jaxsrn.normalization.training.wrapping import CallRecord, Constraint, target_for
+from jaxsrn.operators.base import Operator
 from jaxsrn.operators.flax_layers import FlaxLayers, LayerMap, kind_of, layer_map, layer_name
-from jaxsrn.operators.maps import Operator
 
 __all__ = [
     "SpectralNorm",

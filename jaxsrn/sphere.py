@@ -19,11 +19,18 @@ from jaxtyping import Array, Float, PRNGKeyArray, Shaped
 
 from jaxsrn._tools.checks import ensure, float_dtype
 
-__all__ = ["distance", "exp", "log", "random", "retract", "tangent", "transport"]
+__all__ = [
+    "distance",
+    "exp",
+    "log",
+    "random",
+    "retract",
+    "tangent",
+    "transport",
+]
 
 # What users pass: any real floating array; `_inputs` says the rest.
 Points = Shaped[Array | np.ndarray, "..."]
-
 # Powers of s = |v|^2 in cos(sqrt(s)) and sin(sqrt(s)) / sqrt(s): exact to rounding for s <= 1, as are two derivatives.
 _COS = tuple((-1) ** k / math.factorial(2 * k) for k in range(11))
 _SINC = tuple((-1) ** k / math.factorial(2 * k + 1) for k in range(11))

@@ -11,7 +11,6 @@ from cases import BAD_KERNELS, BY_NAME, CASES, dense, fft_norms, gaussian, quick
 
 import jaxsrn
 from jaxsrn import CircularConv, Dense, ZeroPaddedConv, bounds
-from jaxsrn.spectra import leading as _leading
 
 
 def holds(interval, norm) -> bool:

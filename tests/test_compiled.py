@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxsrn.operators import layers as _layers
-from jaxsrn.spectra import leading as _leading
+from jaxsrn.operators.layers import after
+from jaxsrn.spectra.dense import leading_of_matrix
 
 SVD = "lapack_dgesdd_ffi"
 
@@ -47,7 +47,7 @@ def in_turn(wait):
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="names of LAPACK")
 def test_work_in_turn_is_in_turn_when_compiled():
     """By a value; an optimization barrier is gone by then, and what it kept apart is independent."""
-    assert later_needs_earlier(in_turn(_layers.after))
+    assert later_needs_earlier(in_turn(after))
     barred = in_turn(lambda y, value: jax.lax.optimization_barrier((y, value))[0])
     assert "opt-barrier" not in barred
     assert not later_needs_earlier(barred)
@@ -60,6 +60,6 @@ def test_the_svd_of_a_large_matrix_is_computed_only_where_no_proof_is_found():
     def whole(text):
         return [line for line in text.splitlines() if SVD in line and re.search(r"(140,130|130,140)\]", line)]
 
-    text = compiled(_leading._leading_of_matrix, jnp.ones((140, 130)))
+    text = compiled(leading_of_matrix, jnp.ones((140, 130)))
     assert whole(text)
     assert not whole(entry(text))

@@ -14,7 +14,7 @@ import pytest
 
 import jaxsrn
 from jaxsrn import CircularConv, Dense, ZeroPaddedConv, bounds, optim, penalties, surrogate
-from jaxsrn.spectra import pairs as _pairs
+from jaxsrn.spectra.pairs import plain_gradient
 
 DENSE = (Dense(), (3, 2))
 CIRCULAR = (CircularConv((4,)), (3, 2, 2))
@@ -59,7 +59,7 @@ def stepped(kernel, op, gradient):
 
 def functional_of_state(kernel, op):
     """`grad_K <u, T(K) v>` of the pair that the state starts with: the pair without its signs."""
-    return _pairs.plain_gradient(jaxsrn.srnc_state(kernel, op, TARGETS[op]).normalized.pair, op, jnp.shape(kernel))
+    return plain_gradient(jaxsrn.srnc_state(kernel, op, TARGETS[op]).normalized.pair, op, jnp.shape(kernel))
 
 
 # A point of the sphere, and a short descent.

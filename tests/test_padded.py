@@ -9,11 +9,12 @@ from cases import dense, gaussian, quick_jit
 import jaxsrn
 from jaxsrn import CircularConv, ZeroPaddedConv, leading_triplet, spectral_norm
 from jaxsrn._tools.subspaces import leading_singular_vectors
-from jaxsrn.spectra import leading as _leading
-from jaxsrn.spectra.circular import branch_and_bound as _search
-from jaxsrn.spectra.circular import fourier as _fourier
-from jaxsrn.spectra.circular import grams as _grams
-from jaxsrn.spectra.padded import search as _padded
+from jaxsrn.spectra.circular.fourier import half_symbol, site_symbol
+from jaxsrn.spectra.circular.grams import is_reduced
+from jaxsrn.spectra.circular.peaks import peaks
+from jaxsrn.spectra.circular.sites import half_grid
+from jaxsrn.spectra.padded.few_channels import _channel_directions
+from jaxsrn.spectra.padded.starts import _MOST_STARTS
 
 
 def searched(kernel, op):
@@ -29,17 +30,17 @@ def searched(kernel, op):
 )
 def test_peaks_are_singular_values_at_frequencies_far_apart(size, shape):
     op, kernel, radius = CircularConv(size), jnp.asarray(gaussian(shape)), 2
-    values, (sites, left, right) = _search.peaks(kernel, op, 4, radius)
-    exact = np.linalg.svd(_fourier.half_symbol(kernel, op), compute_uv=False)[:, 0]
+    values, (sites, left, right) = peaks(kernel, op, 4, radius)
+    exact = np.linalg.svd(half_symbol(kernel, op), compute_uv=False)[:, 0]
     np.testing.assert_allclose(values[0], exact.max(), rtol=1e-12)
     assert np.all(np.diff(values) <= 0)
     kept = np.flatnonzero(values)
-    symbols = jax.vmap(_fourier.site_symbol, (None, None, 0))(kernel, op, sites)
+    symbols = jax.vmap(site_symbol, (None, None, 0))(kernel, op, sites)
     # Of all but the first by power steps.
     np.testing.assert_allclose(jnp.einsum("ki,kij,kj->k", left.conj(), symbols, right)[kept], values[kept], rtol=1e-3)
     assert np.all(values[kept] <= exact[sites[kept]] * (1 + 1e-12))
     assert np.all(values[kept] >= 0.9 * exact[sites[kept]])
-    index = np.stack(np.unravel_index(sites[kept], _fourier.half_grid(op)), axis=-1)
+    index = np.stack(np.unravel_index(sites[kept], half_grid(op)), axis=-1)
     for i, j in zip(*np.triu_indices(len(kept), 1), strict=True):
         for other in (index[j], -index[j]):
             steps = (index[i] - other) % np.array(size)
@@ -52,9 +53,9 @@ def test_wide_kernels_have_several_peaks(monkeypatch):
     kernel, op = 0.01 * gaussian((5, 40, 40)), CircularConv((64,))
     kernel[1:4, 0, 0], kernel[1:4, 1, 1] = [1, 2, 1], [-1, 1.8, -1]
     kernel = jnp.asarray(kernel)
-    assert _grams.is_reduced(op, kernel.shape)
-    values, (sites, _, _) = _search.peaks(kernel, op, 4, 4)
-    exact = np.linalg.svd(_fourier.half_symbol(kernel, op), compute_uv=False)[:, 0]
+    assert is_reduced(op, kernel.shape)
+    values, (sites, _, _) = peaks(kernel, op, 4, 4)
+    exact = np.linalg.svd(half_symbol(kernel, op), compute_uv=False)[:, 0]
     np.testing.assert_allclose(values[:2], [exact[0], exact[32]], rtol=1e-3)
     np.testing.assert_array_equal(sites[:2], [0, 32])
 
@@ -220,13 +221,13 @@ def test_layers_of_many_channels_take_few_products_to_a_loose_tolerance(monkeypa
         jax.effects_barrier()
         taken.append(len(counts))
     # Of the power steps of up to four peaks, of that of what is found in few channels, and of the returned residual.
-    assert taken[0] <= _padded._MOST_STARTS + 2
+    assert taken[0] <= _MOST_STARTS + 2
     assert taken[1] > taken[0] + 2
 
 
 def test_channel_directions_span_the_channels_of_images():
     images = gaussian((2, 7, 5, 3)) @ gaussian((3, 40), 1)
-    basis = _padded._channel_directions(jnp.asarray(images), 16)
+    basis = _channel_directions(jnp.asarray(images), 16)
     np.testing.assert_allclose(basis.T @ basis, np.eye(16), atol=1e-12)
     np.testing.assert_allclose(images @ basis @ basis.T, images, atol=1e-12)
 

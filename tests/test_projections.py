@@ -11,7 +11,6 @@ from cases import by_name, dense, gaussian, kernel, pull_back, quick_jit, weight
 
 import jaxsrn
 from jaxsrn import CircularConv, Dense, ZeroPaddedConv
-from jaxsrn.projections import nearest as _nearest
 
 KINDS = by_name(
     "dense-wide",

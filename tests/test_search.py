@@ -8,20 +8,21 @@ from cases import CASES, dense, fft_norms, gaussian, quick_jit, spectral_kinds
 
 import jaxsrn
 from jaxsrn import CircularConv, spectral_norm
-from jaxsrn.spectra import leading as _leading
-from jaxsrn.spectra import pairs as _pairs
-from jaxsrn.spectra.circular import branch_and_bound as _search
-from jaxsrn.spectra.circular import climbing as _climbing
-from jaxsrn.spectra.circular import fourier as _fourier
-from jaxsrn.spectra.circular import grams as _grams
+from jaxsrn.spectra.circular.boxes import boxes_of
+from jaxsrn.spectra.circular.branch_and_bound import branch_and_bound
+from jaxsrn.spectra.circular.climbing import _polished, best_climb, estimates
+from jaxsrn.spectra.circular.fourier import half_symbol, site_symbol
+from jaxsrn.spectra.circular.grams import gram_polynomial, grams_at, is_reduced
+from jaxsrn.spectra.circular.svd_or_branch_and_bound import branch_and_bound_pays
+from jaxsrn.spectra.pair import Found, Pair
 
 CIRCULAR = [case for case in CASES if isinstance(case.op, CircularConv)]
 
 
 def found(kernel, op):
     """The value of the vectors found, at the frequency found."""
-    site, left, right = _search.branch_and_bound(kernel, op)
-    symbol = _fourier.site_symbol(kernel, op, site)
+    site, left, right = branch_and_bound(kernel, op)
+    symbol = site_symbol(kernel, op, site)
     return jnp.vdot(left, symbol @ right), jnp.linalg.norm(left), jnp.linalg.norm(right)
 
 
@@ -62,23 +63,23 @@ def test_the_proof_alone_finds_the_largest(size, taps, monkeypatch):
 
     def poor(poly, op, blocks, known):
         start = jnp.ones(poly.even.shape[-1], known.vectors.dtype)
-        return _climbing._polished(poly, op, jnp.zeros(op.num_axes, int), jnp.asarray(0), start)
+        return _polished(poly, op, jnp.zeros(op.num_axes, int), jnp.asarray(0), start)
 
     monkeypatch.setattr(_search, "best_climb", poor)
     op = CircularConv(size)
     # A new function: nothing compiled with the climb is used again.
-    search = quick_jit(lambda kernels: jax.vmap(lambda kernel: _search.branch_and_bound(kernel, op))(kernels))
+    search = quick_jit(lambda kernels: jax.vmap(lambda kernel: branch_and_bound(kernel, op))(kernels))
     for name, kernels in spectral_kinds(4, taps, 3).items():
         sites, *_ = search(jnp.asarray(kernels))
-        values = np.linalg.svd(jax.vmap(_fourier.half_symbol, (0, None))(jnp.asarray(kernels), op), compute_uv=False)
+        values = np.linalg.svd(jax.vmap(half_symbol, (0, None))(jnp.asarray(kernels), op), compute_uv=False)
         reached = values[np.arange(4), np.asarray(sites), 0]
         np.testing.assert_allclose(reached, fft_norms(kernels, size), rtol=1e-12, err_msg=name)
 
 
 @quick_jit
 def climbed(kernel, op):
-    poly, blocks = _grams.gram_polynomial(kernel, op), _climbing.blocks_of(op, kernel.shape)
-    return _climbing.best_climb(poly, op, blocks, _climbing.estimates(poly, op, blocks)).value
+    poly, blocks = gram_polynomial(kernel, op), boxes_of(op, kernel.shape)
+    return best_climb(poly, op, blocks, estimates(poly, op, blocks)).value
 
 
 @pytest.mark.parametrize("size", [(96,), (97,), (128, 96)], ids=str)
@@ -103,7 +104,7 @@ def test_reduced_kernels(size, shape, kept, monkeypatch):
     """Few leading directions stand for all of a wide kernel: however many they are, nothing is missed."""
     reduce_to(kept, 16, monkeypatch)
     op, tapered = CircularConv(size), np.exp(-np.arange(shape[-1]) / 2)
-    assert _grams.is_reduced(op, shape)
+    assert is_reduced(op, shape)
     kernels = np.stack([gaussian(shape, seed) * taper for seed in range(8) for taper in (1, tapered)])
     search = quick_jit(lambda kernels: jax.vmap(lambda kernel: found(kernel, op)[0])(kernels))
     np.testing.assert_allclose(search(jnp.asarray(kernels)), fft_norms(kernels, size), rtol=1e-12)
@@ -113,10 +114,10 @@ def test_reduced_kernels(size, shape, kept, monkeypatch):
 def test_the_loss_covers_the_other_directions(kept, monkeypatch):
     reduce_to(kept, 8, monkeypatch)
     op, kernel = CircularConv((5, 6)), gaussian((3, 2, 8, 9)) * np.exp(-np.arange(9))
-    poly = _grams.gram_polynomial(jnp.asarray(kernel), op)
-    values = np.linalg.svd(_fourier.half_symbol(jnp.asarray(kernel), op), compute_uv=False)[:, 0].reshape((5, 4))
+    poly = gram_polynomial(jnp.asarray(kernel), op)
+    values = np.linalg.svd(half_symbol(jnp.asarray(kernel), op), compute_uv=False)[:, 0].reshape((5, 4))
     for index in np.ndindex(5, 4):
-        reduced = np.linalg.eigvalsh(_grams.grams_at(poly, op, jnp.asarray([index]) * 2)[0, 0])[-1]
+        reduced = np.linalg.eigvalsh(grams_at(poly, op, jnp.asarray([index]) * 2)[0, 0])[-1]
         assert reduced <= values[index] ** 2 * (1 + 1e-12)
         assert values[index] ** 2 <= reduced + poly.loss
 
@@ -134,10 +135,10 @@ def test_degenerate_kernels():
 
 def test_it_is_used_where_it_pays():
     """Not for small layers, nor where the singular values are norms of vectors."""
-    assert not _search.branch_and_bound_pays((3, 3, 8, 8), CircularConv((16, 16)))
-    assert not _search.branch_and_bound_pays((3, 3, 1, 64), CircularConv((64, 64)))
-    assert _search.branch_and_bound_pays((3, 3, 64, 64), CircularConv((32, 32)))
-    assert _search.branch_and_bound_pays((3, 3, 512, 512), CircularConv((7, 7)))
+    assert not branch_and_bound_pays((3, 3, 8, 8), CircularConv((16, 16)))
+    assert not branch_and_bound_pays((3, 3, 1, 64), CircularConv((64, 64)))
+    assert branch_and_bound_pays((3, 3, 64, 64), CircularConv((32, 32)))
+    assert branch_and_bound_pays((3, 3, 512, 512), CircularConv((7, 7)))
 
 
 @pytest.mark.parametrize("strides", [1, 2, (2, 1)])
@@ -170,7 +171,7 @@ def test_large_matrices(kind):
 
 def test_a_matrix_without_proof_gets_an_svd(monkeypatch):
     """Also where Lanczos stops at another singular value: the proof fails, and the SVD is taken."""
-    poor = _pairs.Found(jnp.ones(()), _pairs.Pair(jnp.asarray(0), jnp.eye(170)[0], jnp.eye(170)[0]))
+    poor = Found(jnp.ones(()), Pair(jnp.asarray(0), jnp.eye(170)[0], jnp.eye(170)[0]))
     monkeypatch.setattr(_leading, "matrix_free", lambda *_: poor)
     matrix = np.diag(1 + np.arange(170.0))
     triplet = jaxsrn.leading_triplet(matrix, jaxsrn.Dense())

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxsrn import CircularConv, Dense, ZeroPaddedConv, singular_values, symbol, top_singular_values
-from jaxsrn.spectra.circular import fourier as _fourier
+from jaxsrn.spectra.circular.sites import times_modulo
 
 CIRCULAR = [case for case in CASES if isinstance(case.op, CircularConv)]
 KINDS = by_name("dense-wide", "circular-2d-strides", "same-1d")
@@ -310,6 +310,6 @@ def test_products_modulo_large_sizes_do_not_overflow(n):
     rng = np.random.default_rng(0)
     index = np.unique(np.r_[0, 1, n - 1, rng.integers(0, n, 20)])
     factor = np.r_[-n, -3, 0, 2, n - 1, rng.integers(0, n, 20)]
-    found = _fourier.times_modulo(jnp.asarray(index[:, None], jnp.int32), factor[None].astype(np.int32), n)
+    found = times_modulo(jnp.asarray(index[:, None], jnp.int32), factor[None].astype(np.int32), n)
     assert found.dtype == jnp.int32
     np.testing.assert_array_equal(found, [[int(i) * int(f) % n for f in factor] for i in index])

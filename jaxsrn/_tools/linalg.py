@@ -9,7 +9,17 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Inexact
 
-__all__ = ["einsum", "end_pairs", "gram_bound", "matmul", "real_times", "safe_sqrt", "top_pairs", "top_values", "unit"]
+__all__ = [
+    "einsum",
+    "end_pairs",
+    "gram_bound",
+    "matmul",
+    "real_times",
+    "safe_sqrt",
+    "top_pairs",
+    "top_values",
+    "unit",
+]
 
 # Wherever digits count: the default of TPUs and of some GPUs keeps few of them.
 einsum = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)

@@ -15,15 +15,26 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from jaxsrn._tools.linalg import matmul
+from jaxsrn._tools.linalg import einsum, matmul
 
 __all__ = [
-    "default_tolerance",
     "leading_singular_vectors",
+    "orthogonal_part",
     "random_start",
-    "search_tolerance",
     "top_singular_vectors",
 ]
+
+
+def orthogonal_part(vector, basis):
+    """The unit vector along what the basis lacks; 0 where that is rounding alone, and the space exhausted."""
+    before = jnp.linalg.norm(vector, axis=-1, keepdims=True)
+    # Twice is enough (Giraud et al. 2005).
+    for _ in range(2):
+        vector = vector - einsum("kj,kjn->kn", einsum("kjn,kn->kj", basis.conj(), vector), basis)
+    norm = jnp.linalg.norm(vector, axis=-1, keepdims=True)
+    nothing = norm <= 100 * jnp.finfo(norm.dtype).eps * before
+    return jnp.where(nothing, 0, vector / jnp.where(nothing, 1, norm).astype(vector.dtype))
+
 
 # Ritz vectors carried through a restart resolve the cluster at the top; the rest of the basis is the memory price.
 _BASIS = 20
@@ -31,19 +42,6 @@ _KEPT = 8
 # Steps after which it is seen whether more are needed: a small SVD.
 _BETWEEN_CHECKS = 4
 _MAX_RESTARTS = 200
-
-
-def default_tolerance(dtype) -> float:
-    """Relative residual of singular vectors that is asked for: the value's error is of the order of its square."""
-    return float(jnp.finfo(dtype).eps) ** (2 / 3)
-
-
-def search_tolerance(dtype) -> float:
-    """The same where the leading pair of all is searched for: in float32 below the error that a norm may have, 1e-5.
-
-    The residual bounds the error of the value also where others are so near that its square says nothing.
-    """
-    return float(jnp.finfo(dtype).eps) ** 0.75
 
 
 class _Basis(NamedTuple):

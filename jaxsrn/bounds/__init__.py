@@ -1,8 +1,11 @@
 """Bounds of the spectral norm of a layer: a certified interval, and the bounds of the literature."""
 
 from jaxsrn.bounds.covers import NormInterval
-from jaxsrn.bounds.interval import certified, gram_iteration
-from jaxsrn.bounds.reshapings import channel_l1, fantastic_four, l1, lip_bound, tensor_norm
+from jaxsrn.bounds.entries import channel_l1, l1, lip_bound
+from jaxsrn.bounds.gram import gram_iteration
+from jaxsrn.bounds.interval import certified
+from jaxsrn.bounds.reshapings import fantastic_four
+from jaxsrn.bounds.tensor import tensor_norm
 
 __all__ = [
     "NormInterval",

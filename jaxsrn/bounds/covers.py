@@ -14,12 +14,20 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from jaxsrn.operators.maps import CircularConv, Operator, ZeroPaddedConv
-from jaxsrn.spectra.circular import fourier as _fourier
-from jaxsrn.spectra.circular.branch_and_bound import rounding
-from jaxsrn.spectra.pairs import circular_layer
+from jaxsrn._tools.proofs import rounding
+from jaxsrn.operators.base import Operator
+from jaxsrn.operators.convolutions import CircularConv, ZeroPaddedConv
+from jaxsrn.spectra.circular.fourier import grouped
+from jaxsrn.spectra.circular.grid_certificate import degrees
+from jaxsrn.spectra.padded.circular_model import circular_layer
 
-__all__ = ["NormInterval", "covers", "for_any_size", "slack_of", "widened"]
+__all__ = [
+    "NormInterval",
+    "covers",
+    "for_any_size",
+    "slack_of",
+    "widened",
+]
 
 # Angles per degree and axis of the grid that stands for all frequencies: 0.25% above the supremum in two dimensions.
 _OVERSAMPLING = 32
@@ -53,7 +61,7 @@ def _cover(op: ZeroPaddedConv, kernel_shape, strides: tuple[int, ...]) -> Circul
 
 def _adjoint(kernel: Float[Array, "..."], op: ZeroPaddedConv) -> Float[Array, "..."]:
     """The kernel with inputs and outputs of each group exchanged (the taps' order does not matter to norms)."""
-    by_group = _fourier.grouped(kernel, op)
+    by_group = grouped(kernel, op)
     return jnp.swapaxes(by_group, -3, -1).reshape((*kernel.shape[:-2], by_group.shape[-1], -1))
 
 
@@ -62,7 +70,7 @@ def for_any_size(op: CircularConv, kernel_shape, oversampling: int = _OVERSAMPLI
     # Without strides dilation only repeats the spectrum.
     dilation = tuple(1 if s == 1 else e for s, e in zip(op.strides, op.kernel_dilation, strict=True))
     op = dataclasses.replace(op, kernel_dilation=dilation)
-    grid = [oversampling * max(d, 1) for d in _fourier.degrees(op, kernel_shape)]
+    grid = [oversampling * max(d, 1) for d in degrees(op, kernel_shape)]
     return dataclasses.replace(op, input_shape=tuple(m * s for m, s in zip(grid, op.strides, strict=True)))
 
 

@@ -10,32 +10,26 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from jaxsrn._tools.checks import Kernel, ensure, float_dtype, kernel_array, static_int
-from jaxsrn._tools.linalg import gram_bound
-from jaxsrn.bounds.covers import NormInterval, covers, for_any_size, slack_of, widened
-from jaxsrn.bounds.reshapings import channel_l1, fantastic_four, l1, lip_bound, tensor_norm
-from jaxsrn.operators.maps import CircularConv, Dense, Operator, ZeroPaddedConv
-from jaxsrn.spectra import leading as _leading
-from jaxsrn.spectra import pairs as _pairs
-from jaxsrn.spectra.circular import fourier as _fourier
+from jaxsrn._tools.checks import Kernel, ensure, float_dtype, kernel_array
+from jaxsrn.bounds.covers import NormInterval, covers, slack_of, widened
+from jaxsrn.operators.base import Dense, Operator
+from jaxsrn.operators.convolutions import CircularConv, ZeroPaddedConv
+from jaxsrn.spectra.circular.fourier import grouped
+from jaxsrn.spectra.circular.grid_certificate import overshoot
+from jaxsrn.spectra.circular.svd_or_branch_and_bound import leading_wave
+from jaxsrn.spectra.leading import leading_pair
 from jaxsrn.spectra.norms import frozen_value
+from jaxsrn.spectra.pair import by_largest, rescaled
+from jaxsrn.spectra.pairs import site_pairs
 
 __all__ = [
-    "NormInterval",
     "certified",
-    "channel_l1",
-    "fantastic_four",
-    "gram_iteration",
-    "l1",
-    "lip_bound",
-    "tensor_norm",
 ]
 
 # How the lower end is searched with zero padding: to this relative residual (its error is the square), and without a
@@ -84,7 +78,7 @@ def certified(kernel: Kernel, op: Operator, *, resolution: float = 0.01, any_siz
 def _certified(kernel, op, resolution, any_size):
     kernel = kernel.astype(float_dtype(kernel.dtype))
     # At any size, taps that miss this image meet others.
-    kernel, scale = _pairs.by_largest(kernel) if any_size else _pairs.rescaled(kernel, op)
+    kernel, scale = by_largest(kernel) if any_size else rescaled(kernel, op)
     if isinstance(op, Dense):
         interval = _frozen_leading(kernel, op)
         interval = NormInterval(interval, interval)
@@ -93,7 +87,7 @@ def _certified(kernel, op, resolution, any_size):
         # Covers that are exact are never looser than the bounds that read the kernel alone.
         resolution = resolution if isinstance(op, CircularConv) else 0.0
         found = [_of_circular(k, cover, resolution) for k, cover in covered]
-        above = [_fourier.overshoot(cover, k.shape) if any_size else 1.0 for k, cover in covered]
+        above = [overshoot(cover, k.shape) if any_size else 1.0 for k, cover in covered]
         upper = functools.reduce(jnp.minimum, [one.upper * factor for one, factor in zip(found, above, strict=True)])
         if any_size:
             lower = _lower_at_any_size(kernel, op)
@@ -107,23 +101,23 @@ def _certified(kernel, op, resolution, any_size):
 def _of_circular(kernel: Float[Array, "..."], op: CircularConv, resolution: float) -> NormInterval:
     # What the proof leaves open and the room for rounding are the width together.
     allowed = max(resolution - 3 * slack_of(kernel), 0.0)
-    pair, excess = _leading.leading_wave(lax.stop_gradient(kernel), op, allowed)
+    pair, excess = leading_wave(lax.stop_gradient(kernel), op, allowed)
     value = frozen_value(kernel, op, pair)
     return NormInterval(value, (1 + excess) * value)
 
 
 def _frozen_leading(kernel: Float[Array, "..."], op: Operator, **options) -> Float[Array, ""]:
-    return frozen_value(kernel, op, _leading.leading(lax.stop_gradient(kernel), op, **options))
+    return frozen_value(kernel, op, leading_pair(lax.stop_gradient(kernel), op, **options))
 
 
 def _lower_at_any_size(kernel: Float[Array, "..."], op: Operator) -> Float[Array, ""]:
     """Every circular grid has frequency 0; a zero-padded layer that connects any two samples does it by a tap."""
     if isinstance(op, CircularConv):
         at_zero = jnp.arange(op.feature_group_count)
-        return jnp.max(_pairs.site_pairs(kernel, op, at_zero)[0])
+        return jnp.max(site_pairs(kernel, op, at_zero)[0])
     if not _always_connects(op, kernel.shape):
         return jnp.zeros((), kernel.dtype)
-    by_group = _fourier.grouped(kernel, op)
+    by_group = grouped(kernel, op)
     taps = jnp.moveaxis(by_group, -2, -3).reshape((-1, op.feature_group_count, kernel.shape[-2], by_group.shape[-1]))
     return jnp.min(jnp.max(jnp.linalg.svd(taps, compute_uv=False)[..., 0], axis=-1))
 
@@ -139,51 +133,3 @@ def _always_connects(op: ZeroPaddedConv, kernel_shape: tuple[int, ...]) -> bool:
             if outputs > 0 and not any(len(tap.outputs) for tap in layer.axis_contacts(kernel_shape)[axis]):
                 return False
     return True
-
-
-# Gram iteration
-
-
-def gram_iteration(kernel: Kernel, op: Operator, *, num_steps: int = 6, oversampling: int = 8) -> Float[Array, ""]:
-    """A guaranteed upper bound of the spectral norm by repeated squaring of the symbol's Gram matrices.
-
-    Delattre et al. 2023: `G_0 = S^H S`, `G <- G^H G`, rescaled; `||G_t||_F^(1/2^(t+1))` bounds the singular values of
-    `S` from above at every `t`, and converges quadratically to the largest where that is simple; `k` equal ones leave
-    a factor `k^(1/2^(t+2))`. Here on the layer's own frequencies where they are few, else on a coarse grid over the
-    cosines, which bounds all frequencies at once. Zero padding: of the circular layers that cover it.
-
-    Args:
-      kernel: `(c_in, c_out)` or `(*taps, c_in // groups, c_out)`.
-      op: its operator.
-      num_steps: static; squarings.
-      oversampling: static; angles per degree and axis of the coarse grid.
-
-    Returns:
-      A scalar in float32 or wider, differentiable; NaN where the kernel has one.
-
-    Raises:
-      ValueError: a kernel that does not fit, fewer than one step, an oversampling below 2.
-    """
-    kernel = kernel_array(kernel, op)
-    num_steps, oversampling = static_int(num_steps, "num_steps"), static_int(oversampling, "oversampling", 2)
-    return _gram_iteration(kernel, op, num_steps, oversampling)
-
-
-@functools.partial(jax.jit, static_argnums=(1, 2, 3))
-def _gram_iteration(kernel, op, num_steps, oversampling):
-    kernel, scale = _pairs.rescaled(kernel.astype(float_dtype(kernel.dtype)), op)
-    if isinstance(op, Dense):
-        bounds = [gram_bound(kernel[None], num_steps)]
-    else:
-        bounds = [_squared_symbol(k, cover, num_steps, oversampling) for k, cover in covers(kernel, op, False)]
-    bound = functools.reduce(jnp.minimum, bounds)
-    may_cancel = op.distinct_shape(kernel.shape) != kernel.shape
-    return widened(NormInterval(bound, bound), kernel, may_cancel).upper * scale
-
-
-def _squared_symbol(kernel: Float[Array, "..."], op: CircularConv, num_steps: int, oversampling: int):
-    """On the layer's own grid, or on a coarse one for all frequencies where that is smaller."""
-    coarse = for_any_size(op, kernel.shape, oversampling)
-    if math.prod(coarse.grid) >= math.prod(op.grid):
-        return gram_bound(_fourier.half_symbol(kernel, op), num_steps)
-    return gram_bound(_fourier.half_symbol(kernel, coarse), num_steps) * _fourier.overshoot(coarse, kernel.shape)

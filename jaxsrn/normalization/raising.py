@@ -18,12 +18,15 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxsrn._tools.linalg import safe_sqrt
 from jaxsrn.normalization.closed_form import Problem
-from jaxsrn.operators.maps import Operator
-from jaxsrn.projections.nearest import Nearest, Solution, nearest, not_yet, with_derivative
+from jaxsrn.operators.base import Operator
+from jaxsrn.projections.nearest import Nearest, SolvedBall, nearest, not_yet, with_derivative
 from jaxsrn.spectra.norms import frozen_value
-from jaxsrn.spectra.pairs import Pair
+from jaxsrn.spectra.pair import Pair
 
-__all__ = ["Raised", "raised"]
+__all__ = [
+    "Raised",
+    "raised",
+]
 
 _FACTOR = 4.0
 # `tau` at which the limit is taken to be reached, as a power of 1 / eps.
@@ -47,7 +50,7 @@ class _Trial(NamedTuple):
     """The projection at one `tau`; its kernel, scaled to the norm exactly, and the stable rank."""
 
     tau: Float[Array, ""]
-    solution: Solution
+    solution: SolvedBall
     found: Nearest
     kernel: Float[Array, "..."]
     rank: Float[Array, ""]

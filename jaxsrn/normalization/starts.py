@@ -15,13 +15,19 @@ from jaxtyping import Array, Float, Int
 
 from jaxsrn._tools.linalg import top_values
 from jaxsrn.normalization.closed_form import Problem, is_feasible, squared_distance
-from jaxsrn.operators.maps import CircularConv, Operator, ZeroPaddedConv
-from jaxsrn.spectra import pairs as _pairs
-from jaxsrn.spectra.circular import fourier as _fourier
-from jaxsrn.spectra.pairs import Pair
+from jaxsrn.operators.base import Operator
+from jaxsrn.operators.convolutions import CircularConv, ZeroPaddedConv
+from jaxsrn.spectra.circular.fourier import half_symbol, site_shape, squared_phase_sums
+from jaxsrn.spectra.circular.sites import is_self_conjugate
+from jaxsrn.spectra.padded.circular_model import circular_layer, windowed
+from jaxsrn.spectra.pair import Pair
+from jaxsrn.spectra.pairs import site_pairs
 from jaxsrn.spectra.ranks import largest_functional
 
-__all__ = ["Survey", "survey"]
+__all__ = [
+    "Survey",
+    "survey",
+]
 
 _NUM_STARTS = 4
 # Frequencies whose vectors are computed at a time, best bound first.
@@ -49,9 +55,9 @@ def _squared_bounds(problem: Problem, largest, values):
 
 def _reach(problem: Problem, op: CircularConv) -> _Reach:
     """Without an SVD: a singular value is at most the norm of the operator, and the Frobenius norm of its symbol."""
-    counts, sums = _fourier.squared_phase_sums(op, problem.kernel.shape)
+    counts, sums = squared_phase_sums(op, problem.kernel.shape)
     largest = jnp.asarray(np.max(counts + np.abs(sums), axis=-1) / (2 * np.prod(op.grid)), problem.norm.dtype)
-    sizes = jnp.linalg.norm(_fourier.half_symbol(problem.kernel, op), axis=(-2, -1))
+    sizes = jnp.linalg.norm(half_symbol(problem.kernel, op), axis=(-2, -1))
     return _Reach(largest, _squared_bounds(problem, largest, jnp.minimum(sizes, problem.norm)))
 
 
@@ -80,7 +86,7 @@ def _phase_scores(problem: Problem, op: CircularConv, values, pairs: Pair, num_z
     `m = sigma cos(theta)` and `e = (Q + Re(e^{2 i theta} c)) / (2 N)`. Both the distance's decrease in `e` and in
     `m` point into the interval between 0 and the maximiser of `e`: only it is searched, zooming in on the best.
     """
-    counts, sums = _fourier.squared_phase_sums(op, problem.kernel.shape)
+    counts, sums = squared_phase_sums(op, problem.kernel.shape)
     by_phase = pairs.right.reshape((len(values), counts.size, -1))
     counts, sums = jnp.asarray(counts, values.dtype), jnp.asarray(sums, by_phase.dtype)[pairs.site]
     q = jnp.sum(jnp.sum(jnp.abs(by_phase) ** 2, axis=-1) * counts[None], axis=-1)
@@ -127,7 +133,7 @@ def _survey_circular(problem: Problem, op: CircularConv) -> Survey:
     reach = _reach(problem, op)
     num_sites = len(reach.bounds)
     # One input and one output per site: site and phase are all there is. The scan is the solution and the certificate.
-    one_channel = _fourier.site_shape(op, problem.kernel.shape) == (1, 1)
+    one_channel = site_shape(op, problem.kernel.shape) == (1, 1)
     scan_zooms = _PHASE_ZOOMS if one_channel else 0
     chunk, kept = (_CHEAP_CHUNK, 1) if one_channel else (_SCAN_CHUNK, _NUM_STARTS)
     chunk, kept = min(chunk, num_sites), min(kept, num_sites)
@@ -137,7 +143,7 @@ def _survey_circular(problem: Problem, op: CircularConv) -> Survey:
     order = order.reshape((num_chunks, chunk))
 
     def evaluate(sites, num_zooms):
-        pair_values, pairs = _pairs.site_pairs(problem.kernel, op, sites)
+        pair_values, pairs = site_pairs(problem.kernel, op, sites)
         scores, theta = _phase_scores(problem, op, pair_values, pairs, num_zooms)
         bounds = _squared_bounds(problem, reach.largest[sites], pair_values)
         return scores, _turn(pairs, theta), jnp.min(bounds)
@@ -156,8 +162,8 @@ def _survey_circular(problem: Problem, op: CircularConv) -> Survey:
     infinite = jnp.asarray(jnp.inf, reach.bounds.dtype)
     empty = _Scan(jnp.broadcast_to(infinite, (kept,)), order[0, :kept], infinite, jnp.asarray(0))
     scan = jax.lax.while_loop(unfinished, body, empty)
-    real = jnp.asarray(np.flatnonzero(_fourier.is_self_conjugate(op)))
-    strongest = real[jnp.argsort(-_pairs.site_pairs(problem.kernel, op, real)[0])[jnp.arange(kept) % len(real)]]
+    real = jnp.asarray(np.flatnonzero(is_self_conjugate(op)))
+    strongest = real[jnp.argsort(-site_pairs(problem.kernel, op, real)[0])[jnp.arange(kept) % len(real)]]
     found = jnp.isfinite(scan.scores[0])
     starts = evaluate(jnp.where(found, scan.sites, strongest), _PHASE_ZOOMS)[1]
     return Survey(starts, scan.scores[0] if one_channel else scan.bound)
@@ -171,8 +177,8 @@ def _image_starts(problem: Problem, op: ZeroPaddedConv, own: Pair) -> Pair:
     shape = problem.kernel.shape
     # Its frequencies are only where to start, so it need not be as large as the true image.
     sizes = tuple(min(n, _MODEL_SIZE) for n in op.dilated_shape)
-    model = _pairs.circular_layer(op, shape, sizes, op.strides)
-    norm = jnp.max(top_values(_fourier.half_symbol(problem.kernel, model)))
+    model = circular_layer(op, shape, sizes, op.strides)
+    norm = jnp.max(top_values(half_symbol(problem.kernel, model)))
     weights = model.frobenius_weights(shape, norm.dtype)
     ratio = largest_functional(shape, op) / largest_functional(shape, model)
     squared = jnp.sum(weights * problem.kernel**2)
@@ -181,7 +187,7 @@ def _image_starts(problem: Problem, op: ZeroPaddedConv, own: Pair) -> Pair:
     target = jnp.minimum(problem.target * ratio, highest)
     waves = _survey_circular(Problem(problem.kernel, weights, target, norm), model).starts
 
-    images = jax.vmap(lambda pair: _pairs.windowed(pair, model, op, shape))(waves)
+    images = jax.vmap(lambda pair: windowed(pair, model, op, shape))(waves)
     return jax.tree.map(lambda a, b: jnp.concatenate([a[None], b]), own, images)
 
 

@@ -1,6 +1,7 @@
 """Which linear map a kernel stands for; what a Flax layer is; the layers of a model by path."""
 
-from jaxsrn.operators.maps import CircularConv, Dense, Operator, ZeroPaddedConv
+from jaxsrn.operators.base import Dense, Operator
+from jaxsrn.operators.convolutions import CircularConv, ZeroPaddedConv
 
 __all__ = [
     "CircularConv",

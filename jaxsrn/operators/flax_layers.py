@@ -19,9 +19,16 @@ from typing import NamedTuple
 import jax
 
 from jaxsrn._tools.checks import ensure, errors_named
-from jaxsrn.operators.maps import CircularConv, Dense, Operator, ZeroPaddedConv
+from jaxsrn.operators.base import Dense, Operator
+from jaxsrn.operators.convolutions import CircularConv, ZeroPaddedConv
 
-__all__ = ["FlaxLayers", "LayerMap", "kind_of", "layer_map", "layer_name"]
+__all__ = [
+    "FlaxLayers",
+    "LayerMap",
+    "kind_of",
+    "layer_map",
+    "layer_name",
+]
 
 # A layer's fields that are called on its kernel.
 _FUNCTIONS = ("promote_dtype", "dot_general", "dot_general_cls", "conv_general_dilated", "conv_general_dilated_cls")
@@ -29,8 +36,6 @@ _FUNCTIONS = ("promote_dtype", "dot_general", "dot_general_cls", "conv_general_d
 _COMPUTING = {"__call__", "__getattr__", "__getattribute__", "__setattr__"}
 # Linen writes these into every subclass.
 _LINENS_OWN = {"parent", "name"}
-
-
 # What is read off each kind of layer.
 _READ = {
     "conv": ("mask", "strides", "kernel_dilation", "input_dilation", "feature_group_count", "padding"),

@@ -10,9 +10,18 @@ import jax.numpy as jnp
 from jaxtyping import Array, Shaped
 
 from jaxsrn._tools.checks import ensure, errors_named, kernel_array
-from jaxsrn.operators.maps import Operator
+from jaxsrn.operators.base import Operator
 
-__all__ = ["Layers", "Path", "Stack", "after", "find_kernels", "named_kernels", "stacked", "stacks"]
+__all__ = [
+    "Layers",
+    "Path",
+    "Stack",
+    "after",
+    "find_kernels",
+    "named_kernels",
+    "stacked",
+    "stacks",
+]
 
 Path = tuple[Any, ...]
 # {path: operator}; checked entry by entry.

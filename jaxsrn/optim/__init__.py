@@ -1,7 +1,8 @@
 """Optax transformations: parameters on the unit sphere; layers of bounded norm, or of prescribed stable rank."""
 
 from jaxsrn.optim.keeping import KeepState
-from jaxsrn.optim.riemannian import SphereSGDState, keep_spectral_norm, keep_stable_rank, on_sphere, sphere_sgd
+from jaxsrn.optim.layers import keep_spectral_norm, keep_stable_rank
+from jaxsrn.optim.riemannian import SphereSGDState, on_sphere, sphere_sgd
 
 __all__ = [
     "KeepState",

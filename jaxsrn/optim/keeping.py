@@ -16,15 +16,26 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxsrn._tools.checks import ensure, errors_named, float_dtype, static_int
-from jaxsrn._tools.subspaces import default_tolerance
-from jaxsrn.normalization.lowering import SRNResult, lowered_with_pair, srnc
-from jaxsrn.operators import layers as _layers
-from jaxsrn.operators.maps import Operator, ZeroPaddedConv
+from jaxsrn._tools.limits import vector_tolerance
+from jaxsrn.normalization.lowering import lowered_with_pair, srnc
+from jaxsrn.normalization.result import SRNResult
+from jaxsrn.operators.base import Operator
+from jaxsrn.operators.convolutions import ZeroPaddedConv
+from jaxsrn.operators.layers import Layers, after, find_kernels, named_kernels, stacked
 from jaxsrn.projections.spectral_ball import project_spectral_ball
-from jaxsrn.spectra.pairs import Pair, pair_shapes
+from jaxsrn.spectra.pair import Pair
+from jaxsrn.spectra.pairs import pair_shapes
 from jaxsrn.spectra.ranks import target_of
 
-__all__ = ["KeepState", "Rule", "displacement", "in_the_ball", "keep", "of_stable_rank", "require_params"]
+__all__ = [
+    "KeepState",
+    "Rule",
+    "displacement",
+    "in_the_ball",
+    "keep",
+    "of_stable_rank",
+    "require_params",
+]
 
 _MAX_PASSES = 500
 
@@ -68,16 +79,16 @@ def displacement(target, leaf):
     return (target - leaf.astype(target.dtype)).astype(leaf.dtype)
 
 
-def keep(layers: _layers.Layers, every: int, rule: Rule) -> optax.GradientTransformationExtraArgs:
+def keep(layers: Layers, every: int, rule: Rule) -> optax.GradientTransformationExtraArgs:
     """The transformation that corrects, every `every` steps, the kernels that the updates lead to."""
     ensure(
-        isinstance(layers, _layers.Layers),
+        isinstance(layers, Layers),
         f"layers: got {layers!r}, expected {{path: operator}}, as layer_operators gives it.",
     )
     layers, every = dict(layers), static_int(every, "every")
 
     def init(params):
-        kernels = _layers.named_kernels(layers, params)
+        kernels = named_kernels(layers, params)
         memory = []
         for path, op in layers.items():
             with errors_named(f"layers: at {path!r}"):
@@ -101,8 +112,8 @@ def keep(layers: _layers.Layers, every: int, rule: Rule) -> optax.GradientTransf
         del extra_args
         require_params(params)
         tree = jax.tree.structure(params)
-        steps, places = tree.flatten_up_to(updates), _layers.find_kernels(layers, params)
-        kernels = _layers.named_kernels(layers, params)
+        steps, places = tree.flatten_up_to(updates), find_kernels(layers, params)
+        kernels = named_kernels(layers, params)
         ours = tuple(_checked_step(path, steps[places[path]], kernel.shape) for path, kernel in kernels.items())
         ours, state = correct(tuple(kernels.values()), ours, state)
         for path, step in zip(layers, ours, strict=True):
@@ -134,9 +145,9 @@ def _corrected(layers, rule: Rule, kernels: dict, steps: dict, memory: dict):
     wide = {path: float_dtype(kernels[path].dtype) for path in steps}
     points = {path: kernels[path].astype(dtype) + steps[path].astype(dtype) for path, dtype in wide.items()}
     done = jnp.zeros(())
-    for stack in _layers.stacked(layers, points):
+    for stack in stacked(layers, points):
         memories = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(memory[path] for path in stack.paths))
-        targets, memories = rule.correct(_layers.after(stack.kernels, done), stack.op, memories)
+        targets, memories = rule.correct(after(stack.kernels, done), stack.op, memories)
         done = targets.reshape(-1)[0]
         for i, path in enumerate(stack.paths):
             # What is right already is left to the last bit.
@@ -210,5 +221,5 @@ def _followed(kernels, op: Operator, target, pairs: Pair):
 
 def _is_met(result: SRNResult) -> Bool[Array, ""]:
     """Whether the constraints are met to the tolerance of singular values, or the kernel is fine as it is."""
-    met = result.residual <= 4 * default_tolerance(result.residual.dtype)
+    met = result.residual <= 4 * vector_tolerance(result.residual.dtype)
     return result.feasible & (met | (result.distance == 0))

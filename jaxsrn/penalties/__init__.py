@@ -1,13 +1,9 @@
 """Differentiable regularisers: singular values drawn together, batch norm folded in, sums over layers."""
 
-from jaxsrn.penalties.guo_ye import (
-    TrackedPairs,
-    extreme_singular_values,
-    extreme_singular_values_step,
-    fold_batch_norm,
-    init_pairs,
-    total,
-)
+from jaxsrn.penalties.batch_norm import fold_batch_norm
+from jaxsrn.penalties.guo_ye import extreme_singular_values
+from jaxsrn.penalties.sums import total
+from jaxsrn.penalties.tracked import TrackedPairs, extreme_singular_values_step, init_pairs
 
 __all__ = [
     "TrackedPairs",

@@ -24,9 +24,17 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Inexact, Int
 
 from jaxsrn._tools.linalg import safe_sqrt
-from jaxsrn.projections.clipping import Blocks, Clipping, clipped, excess, excess_derivative, split
+from jaxsrn.projections.clipping import Clipping, MatrixStack, clipped, excess_derivative, overshooting, split
 
-__all__ = ["Candidate", "Iterate", "begin", "derivative", "distance_and_excess", "proven_gap", "solve"]
+__all__ = [
+    "DualPoint",
+    "Iterate",
+    "begin",
+    "derivative",
+    "distance_and_excess",
+    "duality_gap",
+    "minimise",
+]
 
 _FIRST_PENALTY, _PENALTY_GROWTH = 10.0, 4.0
 # The gradient that ends a round, relative to how far the matrices are from the ball.
@@ -40,7 +48,7 @@ _MAX_INNER = 200
 _SHORTEST_STEP = 1e-3
 
 
-class Candidate(NamedTuple):
+class DualPoint(NamedTuple):
     """The kernel `A - S^* Y` of a multiplier `Y`, and the two parts of its duality gap.
 
     Attributes:
@@ -70,7 +78,7 @@ class Iterate(NamedTuple):
     multiplier: Inexact[Array, "batch rows columns"]
     penalty: Float[Array, ""]
     largest_penalty: Float[Array, ""]
-    best: Candidate
+    best: DualPoint
     excess: Float[Array, ""]
     stalled: Int[Array, ""]
     num_steps: Int[Array, ""]
@@ -84,10 +92,10 @@ class _Pass(NamedTuple):
     clipping: Clipping
     multiplier: Inexact[Array, "batch rows columns"]
     infeasibility: Float[Array, ""]
-    candidate: Candidate
+    candidate: DualPoint
 
 
-def proven_gap(blocks: Blocks, candidate: Candidate, factor: Float[Array, ""]) -> Float[Array, ""]:
+def duality_gap(blocks: MatrixStack, candidate: DualPoint, factor: Float[Array, ""]) -> Float[Array, ""]:
     """How far above the minimum the kernel times `factor` can be at most, if that is in the ball.
 
     `1/2 ||K' - K||^2 + c ||Y||_* - <S(K'), Y>` with `K' = factor K`: the duality gap without its cancellation.
@@ -96,17 +104,19 @@ def proven_gap(blocks: Blocks, candidate: Candidate, factor: Float[Array, ""]) -
     return 0.5 * (1 - factor) ** 2 * squared + candidate.slack + (1 - factor) * candidate.support
 
 
-def distance_and_excess(target: Float[Array, "..."], blocks: Blocks, candidate: Candidate, factor: Float[Array, ""]):
+def distance_and_excess(
+    target: Float[Array, "..."], blocks: MatrixStack, candidate: DualPoint, factor: Float[Array, ""]
+):
     """The distance from `A` of the kernel times `factor`, and how much farther than the projection that can be."""
     change = factor * candidate.kernel - target
     squared = blocks.inner(change, change)
-    twice_gap = 2 * proven_gap(blocks, candidate, factor)
+    twice_gap = 2 * duality_gap(blocks, candidate, factor)
     distance = safe_sqrt(squared)
     total = distance + safe_sqrt(squared - twice_gap)
     return distance, jnp.clip(twice_gap / jnp.where(total == 0, 1.0, total), 0.0, distance)
 
 
-def begin(kernel: Float[Array, "..."], blocks: Blocks, limit: Float[Array, ""]) -> Iterate:
+def begin(kernel: Float[Array, "..."], blocks: MatrixStack, limit: Float[Array, ""]) -> Iterate:
     """From the kernel itself, without multipliers."""
     stack = blocks.stack(kernel)
     # Multipliers grow with how far the kernel is from the ball, and penalties have to.
@@ -114,7 +124,7 @@ def begin(kernel: Float[Array, "..."], blocks: Blocks, limit: Float[Array, ""]) 
     ratio = jnp.maximum(safe_sqrt(mean_square) / limit, 1.0)
     largest = min(float(jnp.finfo(kernel.dtype).eps) ** -_LARGEST_POWER, _LARGEST_PENALTY)
     zero = jnp.zeros((), kernel.dtype)
-    nothing = Candidate(kernel, zero, zero, zero + jnp.inf)
+    nothing = DualPoint(kernel, zero, zero, zero + jnp.inf)
     return Iterate(
         point=kernel,
         direction=jnp.zeros_like(kernel),
@@ -131,7 +141,7 @@ def begin(kernel: Float[Array, "..."], blocks: Blocks, limit: Float[Array, ""]) 
     )
 
 
-def derivative(state: Iterate, blocks: Blocks, limit, direction: Float[Array, "..."]) -> Float[Array, "..."]:
+def derivative(state: Iterate, blocks: MatrixStack, limit, direction: Float[Array, "..."]) -> Float[Array, "..."]:
     """The derivative of the last round's solution in `A` along `direction`, its multipliers and penalty held constant.
 
     The inverse of the generalised Hessian: the derivative of the projection up to `O(1 / rho)`, symmetric, with
@@ -154,7 +164,7 @@ def derivative(state: Iterate, blocks: Blocks, limit, direction: Float[Array, ".
     return lax.custom_linear_solve(lambda x: weights * product(x), weights * direction, solution, symmetric=True)
 
 
-def solve(state: Iterate, target, blocks: Blocks, limit, max_steps: int, largest_excess) -> Iterate:
+def minimise(state: Iterate, target, blocks: MatrixStack, limit, max_steps: int, largest_excess) -> Iterate:
     """Steps until the excess is as small as asked, `max_steps` in all."""
 
     def unfinished(state: Iterate) -> Bool[Array, ""]:
@@ -164,19 +174,19 @@ def solve(state: Iterate, target, blocks: Blocks, limit, max_steps: int, largest
     return lax.while_loop(unfinished, lambda state: _advance(state, target, blocks, limit), state)
 
 
-def _evaluate(kernel, target, blocks: Blocks, limit, multiplier, penalty) -> _Pass:
+def _evaluate(kernel, target, blocks: MatrixStack, limit, multiplier, penalty) -> _Pass:
     """One SVD of the stack at `kernel`; `target` is `A`."""
     rho = penalty.astype(multiplier.dtype)
     stack = blocks.stack(kernel)
     clipping = split(stack + multiplier / rho, limit)
-    beyond, inside = excess(clipping), clipped(clipping)
+    beyond, inside = overshooting(clipping), clipped(clipping)
     new_multiplier = rho * beyond
     gradient = kernel - target + blocks.pull_back(new_multiplier)
     value = 0.5 * blocks.inner(kernel - target, kernel - target) + 0.5 * penalty * blocks.stack_inner(beyond, beyond)
     off = stack - inside
     dual_kernel = kernel - gradient
     dual_stack = stack - blocks.stack(gradient)
-    candidate = Candidate(
+    candidate = DualPoint(
         kernel=dual_kernel,
         slack=blocks.stack_inner(inside - dual_stack, new_multiplier),
         support=blocks.stack_inner(dual_stack, new_multiplier),
@@ -186,7 +196,7 @@ def _evaluate(kernel, target, blocks: Blocks, limit, multiplier, penalty) -> _Pa
     return _Pass(value, gradient, clipping, new_multiplier, infeasibility, candidate)
 
 
-def _hessian(blocks: Blocks, clipping: Clipping, penalty) -> Callable:
+def _hessian(blocks: MatrixStack, clipping: Clipping, penalty) -> Callable:
     def product(direction):
         inner = excess_derivative(clipping, blocks.stack(direction))
         return direction + penalty * blocks.pull_back(inner)
@@ -194,7 +204,7 @@ def _hessian(blocks: Blocks, clipping: Clipping, penalty) -> Callable:
     return product
 
 
-def _conjugate_gradients(product: Callable, blocks: Blocks, right, tolerance, max_steps: int):
+def _conjugate_gradients(product: Callable, blocks: MatrixStack, right, tolerance, max_steps: int):
     """Solves `product(x) = right`, symmetric in `<., .>_d`, to a relative residual."""
     size = blocks.inner(right, right)
 
@@ -212,7 +222,7 @@ def _conjugate_gradients(product: Callable, blocks: Blocks, right, tolerance, ma
     return lax.while_loop(more, step, (jnp.zeros_like(right), right, right, size, jnp.asarray(0)))[0]
 
 
-def _advance(state: Iterate, target: Float[Array, "..."], blocks: Blocks, limit: Float[Array, ""]) -> Iterate:
+def _advance(state: Iterate, target: Float[Array, "..."], blocks: MatrixStack, limit: Float[Array, ""]) -> Iterate:
     """One SVD of the stack: a Newton step, a shorter one, or new multipliers."""
     point = state.point + state.length * state.direction
     found = _evaluate(point, target, blocks, limit, state.multiplier, state.penalty)

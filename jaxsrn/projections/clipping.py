@@ -14,13 +14,24 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Inexact
 
 from jaxsrn._tools.linalg import matmul
-from jaxsrn.operators.maps import CircularConv, Dense, Operator
-from jaxsrn.spectra.circular import fourier as _fourier
+from jaxsrn.operators.base import Dense, Operator
+from jaxsrn.operators.convolutions import CircularConv
+from jaxsrn.spectra.circular.fourier import half_symbol
+from jaxsrn.spectra.circular.sites import multiplicity, repetitions, without_constant_axes
 
-__all__ = ["Blocks", "Clipping", "blocks_of", "clipped", "excess", "excess_derivative", "smooth_clipped", "split"]
+__all__ = [
+    "Clipping",
+    "MatrixStack",
+    "clipped",
+    "excess_derivative",
+    "matrix_stack",
+    "overshooting",
+    "smooth_clipped",
+    "split",
+]
 
 
-class Blocks(NamedTuple):
+class MatrixStack(NamedTuple):
     """The map from kernels to stacks of matrices, with its two inner products.
 
     Attributes:
@@ -49,17 +60,17 @@ class Blocks(NamedTuple):
         return jnp.where(dead, 0.0, plain / jnp.where(dead, 1.0, self.weights))
 
 
-def blocks_of(op: Operator, kernel_shape: tuple[int, ...], dtype) -> Blocks:
+def matrix_stack(op: Operator, kernel_shape: tuple[int, ...], dtype) -> MatrixStack:
     """The stack of an operator whose taps do not fall on each other."""
     weights = jnp.broadcast_to(op.frobenius_weights(kernel_shape, dtype), kernel_shape)
     if isinstance(op, CircularConv):
-        layer = _fourier.without_idle_axes(op, kernel_shape)
-        counts = _fourier.repetitions(op, layer) * _fourier.multiplicity(layer)[:, None, None]
-        return Blocks(lambda kernel: _fourier.half_symbol(kernel, layer), jnp.asarray(counts, dtype), weights)
+        layer = without_constant_axes(op, kernel_shape)
+        counts = repetitions(op, layer) * multiplicity(layer)[:, None, None]
+        return MatrixStack(lambda kernel: half_symbol(kernel, layer), jnp.asarray(counts, dtype), weights)
     one = jnp.ones((1, 1, 1), dtype)
     if isinstance(op, Dense):
-        return Blocks(lambda kernel: kernel[None], one, weights)
-    return Blocks(lambda kernel: op.to_dense(kernel)[None], one, weights)
+        return MatrixStack(lambda kernel: kernel[None], one, weights)
+    return MatrixStack(lambda kernel: op.to_dense(kernel)[None], one, weights)
 
 
 class Clipping(NamedTuple):
@@ -82,7 +93,7 @@ def clipped(clipping: Clipping) -> Inexact[Array, "batch rows columns"]:
     return _assemble(clipping, jnp.minimum(clipping.values, clipping.limit))
 
 
-def excess(clipping: Clipping) -> Inexact[Array, "batch rows columns"]:
+def overshooting(clipping: Clipping) -> Inexact[Array, "batch rows columns"]:
     """What clipping takes away."""
     return _assemble(clipping, jnp.maximum(clipping.values - clipping.limit, 0.0))
 

@@ -27,24 +27,29 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from jaxsrn._tools.limits import SPLIT_SIZE
 from jaxsrn._tools.linalg import safe_sqrt
 from jaxsrn.bounds.covers import covers
-from jaxsrn.operators.maps import Operator, ZeroPaddedConv
-from jaxsrn.projections import augmented_lagrangian as _ball
-from jaxsrn.projections.augmented_lagrangian import Iterate
-from jaxsrn.projections.clipping import Blocks, blocks_of
+from jaxsrn.operators.base import Operator
+from jaxsrn.operators.convolutions import ZeroPaddedConv
+from jaxsrn.projections.augmented_lagrangian import Iterate, begin, derivative, distance_and_excess, minimise
+from jaxsrn.projections.clipping import MatrixStack, matrix_stack
 from jaxsrn.spectra.norms import frozen_value, leading_of
-from jaxsrn.spectra.pairs import Pair, matrix_size
+from jaxsrn.spectra.pair import Pair, matrix_size
 
-__all__ = ["Nearest", "Solution", "nearest", "not_yet", "with_derivative"]
+__all__ = [
+    "Nearest",
+    "SolvedBall",
+    "nearest",
+    "not_yet",
+    "with_derivative",
+]
 
-# Entries of the explicit matrix of a zero-padded layer that is still split in every step.
-_EXPLICIT_LIMIT = 2**16
 # Radii of the cover that are tried; the last misses the norm by little.
 _NUM_RADII = 6
 
 
-class Solution(NamedTuple):
+class SolvedBall(NamedTuple):
     """The solved problem of the ball that the kernel is from (the layer's own or its cover's), and its radius."""
 
     iterate: Iterate
@@ -63,16 +68,16 @@ class Nearest(NamedTuple):
 
 def is_split(op: Operator, kernel_shape: tuple[int, ...]) -> bool:
     """Whether the layer's own matrices are split."""
-    return not isinstance(op, ZeroPaddedConv) or matrix_size(op, kernel_shape) <= _EXPLICIT_LIMIT
+    return not isinstance(op, ZeroPaddedConv) or matrix_size(op, kernel_shape) <= SPLIT_SIZE
 
 
-def _inner_blocks(op: Operator, kernel_shape: tuple[int, ...], dtype) -> Blocks:
+def _inner_blocks(op: Operator, kernel_shape: tuple[int, ...], dtype) -> MatrixStack:
     if is_split(op, kernel_shape):
-        return blocks_of(op, kernel_shape, dtype)
+        return matrix_stack(op, kernel_shape, dtype)
     return _circular(op, kernel_shape, dtype, tight=False)
 
 
-def _circular(op: ZeroPaddedConv, kernel_shape: tuple[int, ...], dtype, tight: bool) -> Blocks:
+def _circular(op: ZeroPaddedConv, kernel_shape: tuple[int, ...], dtype, tight: bool) -> MatrixStack:
     """The stack of the cover; `tight`: tapered, on the smallest image that holds the layer's and keeps taps apart."""
     weights = jnp.broadcast_to(op.frobenius_weights(kernel_shape, dtype), kernel_shape)
     example, cover = covers(jnp.zeros(kernel_shape, dtype), op, False)[0]
@@ -80,8 +85,8 @@ def _circular(op: ZeroPaddedConv, kernel_shape: tuple[int, ...], dtype, tight: b
     if tight:
         cover = dataclasses.replace(cover, input_shape=_smallest_image(op, kernel_shape, cover.strides))
         taper = weights / math.prod(cover.grid)
-    own = blocks_of(cover, example.shape, dtype)
-    return Blocks(lambda kernel: own.stack(covers(kernel * taper, op, False)[0][0]), own.counts, weights)
+    own = matrix_stack(cover, example.shape, dtype)
+    return MatrixStack(lambda kernel: own.stack(covers(kernel * taper, op, False)[0][0]), own.counts, weights)
 
 
 def _smallest_image(op: ZeroPaddedConv, kernel_shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...]:
@@ -93,16 +98,18 @@ def _smallest_image(op: ZeroPaddedConv, kernel_shape: tuple[int, ...], strides: 
     return tuple(-(-max(n, s * m, extent) // s) * s for n, m, extent, s in sizes)
 
 
-def not_yet(target: Float[Array, "..."], op: Operator, limit: Float[Array, ""], own: Pair) -> tuple[Solution, Nearest]:
+def not_yet(
+    target: Float[Array, "..."], op: Operator, limit: Float[Array, ""], own: Pair
+) -> tuple[SolvedBall, Nearest]:
     """What `nearest` returns, before anything is solved: the state of a loop whose body is its only copy."""
     zero = jnp.zeros_like(limit)
     blocks = _inner_blocks(op, target.shape, target.dtype)
-    return Solution(_ball.begin(target, blocks, limit), limit), Nearest(target, own, zero, zero, jnp.asarray(0))
+    return SolvedBall(begin(target, blocks, limit), limit), Nearest(target, own, zero, zero, jnp.asarray(0))
 
 
 def nearest(
     target: Float[Array, "..."], op: Operator, limit: Float[Array, ""], own: Pair, max_steps: int, largest_excess
-) -> tuple[Solution, Nearest]:
+) -> tuple[SolvedBall, Nearest]:
     """The kernel, proven to be no farther than it must by more than `largest_excess` unless the steps run out.
 
     `own` is the leading pair of the target.
@@ -115,12 +122,12 @@ def nearest(
         best = found.best.kernel
         leading = leading_of(best, op)
         factor = _into_ball(best, frozen_value(best, op, leading), target, blocks, limit)
-        distance, excess = _ball.distance_and_excess(target, blocks, found.best, factor)
-        return Solution(found, limit), Nearest(factor * best, leading, distance, excess, found.num_steps)
+        distance, excess = distance_and_excess(target, blocks, found.best, factor)
+        return SolvedBall(found, limit), Nearest(factor * best, leading, distance, excess, found.num_steps)
     outer_blocks = _circular(op, shape, dtype, tight=True)
     outer = solve(outer_blocks, limit)
-    reached, beyond = _ball.distance_and_excess(target, outer_blocks, outer.best, jnp.ones_like(limit))
-    begun = _ball.begin(target, blocks, limit)
+    reached, beyond = distance_and_excess(target, outer_blocks, outer.best, jnp.ones_like(limit))
+    begun = begin(target, blocks, limit)
     widened = _widened(lambda radius: solve(blocks, radius), begun, op, limit, own)
     best = widened.solution.iterate.best.kernel
     kernel = _into_ball(best, widened.norm, target, blocks, limit) * best
@@ -130,12 +137,12 @@ def nearest(
     return widened.solution, Nearest(kernel, widened.leading, distance, excess, num_steps)
 
 
-def _from_scratch(target, blocks: Blocks, radius, max_steps: int, largest_excess) -> Iterate:
+def _from_scratch(target, blocks: MatrixStack, radius, max_steps: int, largest_excess) -> Iterate:
     """Without the multipliers of another radius or target: penalties that fit those make it slower, not faster."""
-    return _ball.solve(_ball.begin(target, blocks, radius), target, blocks, radius, max_steps, largest_excess)
+    return minimise(begin(target, blocks, radius), target, blocks, radius, max_steps, largest_excess)
 
 
-def _into_ball(kernel, norm, target, blocks: Blocks, limit) -> Float[Array, ""]:
+def _into_ball(kernel, norm, target, blocks: MatrixStack, limit) -> Float[Array, ""]:
     """What to multiply the kernel, of known norm, with: the multiple nearest to the target that is in the ball."""
     squared = blocks.inner(kernel, kernel)
     zero = (norm == 0) | (squared == 0)
@@ -146,7 +153,7 @@ def _into_ball(kernel, norm, target, blocks: Blocks, limit) -> Float[Array, ""]:
 class _Widened(NamedTuple):
     """The projection on the cover's ball, the norm and the leading pair of its kernel, and the radius to try next."""
 
-    solution: Solution
+    solution: SolvedBall
     norm: Float[Array, ""]
     leading: Pair
     radius: Float[Array, ""]
@@ -164,14 +171,14 @@ def _widened(solve: Callable, begun: Iterate, op: Operator, limit: Float[Array, 
         leading = leading_of(found.best.kernel, op)
         norm = frozen_value(found.best.kernel, op, leading)
         radius = jnp.where(norm == 0, state.radius, state.radius * limit / jnp.where(norm == 0, 1.0, norm))
-        return _Widened(Solution(found, state.radius), norm, leading, radius, state.num_steps + found.num_steps)
+        return _Widened(SolvedBall(found, state.radius), norm, leading, radius, state.num_steps + found.num_steps)
 
-    nothing = _Widened(Solution(begun, limit), jnp.zeros_like(limit), own, limit, jnp.asarray(0))
+    nothing = _Widened(SolvedBall(begun, limit), jnp.zeros_like(limit), own, limit, jnp.asarray(0))
     return lax.fori_loop(0, _NUM_RADII, try_radius, nothing)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def with_derivative(op: Operator, target, limit, kernel, solution: Solution) -> Float[Array, "..."]:
+def with_derivative(op: Operator, target, limit, kernel, solution: SolvedBall) -> Float[Array, "..."]:
     """`kernel`, found for `target` and `limit`, with the derivative of the projection in these two."""
     return kernel
 
@@ -183,5 +190,5 @@ def _with_derivative_jvp(op: Operator, primals, tangents):
     # The projection of t A on the ball of radius t c is t times that of A on that of radius c.
     rate = tangents[1] / limit
     direction = tangents[0] - rate * target
-    inner = _ball.derivative(solution.iterate, blocks, solution.radius, direction)
+    inner = derivative(solution.iterate, blocks, solution.radius, direction)
     return kernel, inner + rate * kernel

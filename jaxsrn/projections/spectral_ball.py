@@ -11,14 +11,19 @@ from jax import lax
 from jaxtyping import Array, Float, Int, Shaped
 
 from jaxsrn._tools.checks import Kernel, ensure, float_dtype, kernel_array, positive_scalar, static_int
-from jaxsrn.operators.maps import Dense, Operator, ZeroPaddedConv
-from jaxsrn.projections.clipping import blocks_of, smooth_clipped
+from jaxsrn._tools.limits import DENSE_SIZE
+from jaxsrn.operators.base import Dense, Operator
+from jaxsrn.operators.convolutions import ZeroPaddedConv
+from jaxsrn.projections.clipping import matrix_stack, smooth_clipped
 from jaxsrn.projections.nearest import nearest, with_derivative
-from jaxsrn.spectra import pairs as _pairs
 from jaxsrn.spectra.norms import frozen_value, leading_of
-from jaxsrn.spectra.values import DENSE_LIMIT
+from jaxsrn.spectra.pair import matrix_size, rescaled
 
-__all__ = ["ProjectionResult", "clip_singular_values", "project_spectral_ball"]
+__all__ = [
+    "ProjectionResult",
+    "clip_singular_values",
+    "project_spectral_ball",
+]
 
 # A norm that exceeds the limit by so many roundings does not: projecting twice changes nothing.
 _ROOM = 64
@@ -61,10 +66,10 @@ def clip_singular_values(kernel: Kernel, op: Operator, max_norm) -> Shaped[Array
         that is too large to form.
     """
     kernel, max_norm = _checked(kernel, op, max_norm)
-    size = _pairs.matrix_size(op, kernel.shape)
+    size = matrix_size(op, kernel.shape)
     ensure(
-        not isinstance(op, ZeroPaddedConv) or size <= DENSE_LIMIT,
-        f"kernel: the explicit matrix of {op} has {size} entries, expected at most {DENSE_LIMIT}; "
+        not isinstance(op, ZeroPaddedConv) or size <= DENSE_SIZE,
+        f"kernel: the explicit matrix of {op} has {size} entries, expected at most {DENSE_SIZE}; "
         "use project_spectral_ball(kernel, op, max_norm), which never forms it.",
     )
     return _clip_singular_values(kernel, op, max_norm)
@@ -78,8 +83,8 @@ def _checked(kernel, op: Operator, max_norm) -> tuple[jax.Array, jax.Array]:
 
 @jax.jit
 def _clip_singular_values(kernel, op, max_norm):
-    a, scale = _pairs.rescaled(kernel.astype(float_dtype(kernel.dtype)), op)
-    blocks = blocks_of(op, a.shape, a.dtype)
+    a, scale = rescaled(kernel.astype(float_dtype(kernel.dtype)), op)
+    blocks = matrix_stack(op, a.shape, a.dtype)
     limit = max_norm / scale
     # The stack keeps inner products, so that its adjoint transforms back.
     matrices, largest = smooth_clipped(blocks.stack(a), limit)
@@ -136,7 +141,7 @@ def project_spectral_ball(
 
 @functools.partial(jax.jit, static_argnums=(4,))
 def _project_spectral_ball(kernel, op, max_norm, tolerance, max_steps):
-    a, scale = _pairs.rescaled(kernel.astype(float_dtype(kernel.dtype)), op)
+    a, scale = rescaled(kernel.astype(float_dtype(kernel.dtype)), op)
     limit = max_norm / scale
     fixed, fixed_limit = lax.stop_gradient((a, limit))
     own = leading_of(fixed, op)

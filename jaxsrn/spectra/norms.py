@@ -11,11 +11,16 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from jaxsrn._tools.checks import Kernel, ensure, float_dtype, kernel_array, positive_scalar
-from jaxsrn.operators.maps import Operator
-from jaxsrn.spectra import leading as _leading
-from jaxsrn.spectra import pairs as _pairs
+from jaxsrn.operators.base import Operator
+from jaxsrn.spectra.leading import leading_pair
+from jaxsrn.spectra.pair import Pair, rescaled
+from jaxsrn.spectra.pairs import pair_images, plain_gradient
 
-__all__ = ["SingularTriplet", "leading_triplet", "spectral_norm"]
+__all__ = [
+    "SingularTriplet",
+    "leading_triplet",
+    "spectral_norm",
+]
 
 
 class SingularTriplet(NamedTuple):
@@ -34,13 +39,13 @@ class SingularTriplet(NamedTuple):
     residual: Float[Array, "..."]
 
 
-def frozen_value(kernel: Float[Array, "..."], op: Operator, pair: _pairs.Pair) -> Float[Array, ""]:
+def frozen_value(kernel: Float[Array, "..."], op: Operator, pair: Pair) -> Float[Array, ""]:
     """`<u, T(K) v>` as a function of `K` alone.
 
     With the leading pair this is the spectral norm and its exact derivative, the outer product of the vectors;
     where singular values coincide it is one of the subgradients, and finite.
     """
-    gradient = _pairs.plain_gradient(jax.tree.map(lax.stop_gradient, pair), op, kernel.shape)
+    gradient = plain_gradient(jax.tree.map(lax.stop_gradient, pair), op, kernel.shape)
     return jnp.sum(gradient * kernel)
 
 
@@ -95,11 +100,11 @@ def check_triplet(initial: SingularTriplet, op: Operator, kernel_shape) -> None:
 @functools.partial(jax.jit, static_argnames="proven")
 def _leading_triplet(kernel, op, initial, tolerance, proven):
     kernel = kernel.astype(float_dtype(kernel.dtype))
-    fixed, scale = _pairs.rescaled(lax.stop_gradient(kernel), op)
+    fixed, scale = rescaled(lax.stop_gradient(kernel), op)
     start = None if initial is None else lax.stop_gradient(initial.right).astype(kernel.dtype)
-    pair = _leading.leading(fixed, op, tolerance=tolerance, start=start, proven=proven)
+    pair = leading_pair(fixed, op, tolerance=tolerance, start=start, proven=proven)
     value = frozen_value(kernel, op, pair)
-    left, right = (lax.stop_gradient(vector) for vector in _pairs.images(pair, op, kernel.shape))
+    left, right = (lax.stop_gradient(vector) for vector in pair_images(pair, op, kernel.shape))
     return SingularTriplet(value, left, right, _residual(fixed, op, lax.stop_gradient(value) / scale, left, right))
 
 
@@ -146,6 +151,6 @@ def norm_of(kernel: Float[Array, "..."], op: Operator) -> Float[Array, ""]:
     return frozen_value(kernel, op, leading_of(kernel, op))
 
 
-def leading_of(kernel: Float[Array, "..."], op: Operator) -> _pairs.Pair:
+def leading_of(kernel: Float[Array, "..."], op: Operator) -> Pair:
     """The leading pair of a kernel of any scale, a constant for derivatives."""
-    return _leading.leading(_pairs.rescaled(lax.stop_gradient(kernel), op)[0], op)
+    return leading_pair(rescaled(lax.stop_gradient(kernel), op)[0], op)

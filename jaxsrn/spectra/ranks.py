@@ -9,11 +9,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
 from jaxsrn._tools.checks import Kernel, ensure, float_dtype, kernel_array
-from jaxsrn.operators.maps import Operator
+from jaxsrn.operators.base import Operator
 from jaxsrn.spectra.norms import norm_of
-from jaxsrn.spectra.pairs import rescaled
+from jaxsrn.spectra.pair import rescaled
 
-__all__ = ["stable_rank", "stable_rank_range"]
+__all__ = [
+    "stable_rank",
+    "stable_rank_range",
+]
 
 
 def stable_rank(kernel: Kernel, op: Operator) -> Float[Array, ""]:

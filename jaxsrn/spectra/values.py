@@ -12,15 +12,20 @@ from jax import lax
 from jaxtyping import Array, Complex, Float
 
 from jaxsrn._tools.checks import Kernel, ensure, float_dtype, kernel_array
-from jaxsrn._tools.subspaces import default_tolerance, top_singular_vectors
-from jaxsrn.operators.maps import CircularConv, Dense, Operator
-from jaxsrn.spectra.circular import fourier as _fourier
-from jaxsrn.spectra.pairs import flat_products, matrix_size, rescaled
+from jaxsrn._tools.limits import DENSE_SIZE, vector_tolerance
+from jaxsrn._tools.subspaces import top_singular_vectors
+from jaxsrn.operators.base import Dense, Operator
+from jaxsrn.operators.convolutions import CircularConv
+from jaxsrn.spectra.circular.fourier import half_symbol, symbol_on
+from jaxsrn.spectra.circular.sites import distinct_sites, repetitions, without_constant_axes
+from jaxsrn.spectra.images import flat_products
+from jaxsrn.spectra.pair import matrix_size, rescaled
 
-__all__ = ["singular_values", "symbol", "top_singular_values"]
-
-# Entries of an explicit matrix that is still formed for a full SVD: 128 MiB in float64.
-DENSE_LIMIT = 2**24
+__all__ = [
+    "singular_values",
+    "symbol",
+    "top_singular_values",
+]
 
 
 def symbol(kernel: Kernel, op: Operator) -> Complex[Array, "..."]:
@@ -49,7 +54,7 @@ def symbol(kernel: Kernel, op: Operator) -> Complex[Array, "..."]:
 
 @jax.jit
 def _symbol(kernel, op):
-    out = _fourier.symbol_on(kernel.astype(float_dtype(kernel.dtype)), op, op.grid)
+    out = symbol_on(kernel.astype(float_dtype(kernel.dtype)), op, op.grid)
     return out if op.feature_group_count > 1 else jnp.squeeze(out, op.num_axes)
 
 
@@ -69,8 +74,8 @@ def singular_values(kernel: Kernel, op: Operator) -> Float[Array, " n"]:
     kernel = kernel_array(kernel, op)
     size = matrix_size(op, kernel.shape)
     ensure(
-        isinstance(op, (CircularConv, Dense)) or size <= DENSE_LIMIT,
-        f"kernel: the explicit matrix of {op} has {size} entries, expected at most {DENSE_LIMIT}; "
+        isinstance(op, (CircularConv, Dense)) or size <= DENSE_SIZE,
+        f"kernel: the explicit matrix of {op} has {size} entries, expected at most {DENSE_SIZE}; "
         "use top_singular_values(kernel, op, k), which never forms it.",
     )
     return _singular_values(kernel, op)
@@ -81,10 +86,10 @@ def _singular_values(kernel, op):
     kernel = kernel.astype(float_dtype(kernel.dtype))
     if not isinstance(op, CircularConv):
         return jnp.linalg.svd(kernel if isinstance(op, Dense) else op.to_dense(kernel), compute_uv=False)
-    layer = _fourier.without_idle_axes(op, kernel.shape)
-    sites, counts = _fourier.distinct_sites(layer)
-    values = jnp.linalg.svd(_fourier.half_symbol(kernel, layer)[sites], compute_uv=False)
-    counts = counts * _fourier.repetitions(op, layer)
+    layer = without_constant_axes(op, kernel.shape)
+    sites, counts = distinct_sites(layer)
+    values = jnp.linalg.svd(half_symbol(kernel, layer)[sites], compute_uv=False)
+    counts = counts * repetitions(op, layer)
     values = jnp.repeat(values, counts, axis=0, total_repeat_length=int(counts.sum()))
     return _descending(values.reshape(-1))
 
@@ -124,7 +129,7 @@ def top_singular_values(kernel: Kernel, op: Operator, k: int) -> Float[Array, " 
     integral = isinstance(k, (int, np.integer)) and not isinstance(k, bool)
     ensure(integral and 1 <= k <= n, f"k: got {k!r}, expected an integer from 1 to {n}.")
     size = matrix_size(op, kernel.shape)
-    if isinstance(op, (CircularConv, Dense)) or (5 * k >= n and size <= DENSE_LIMIT):
+    if isinstance(op, (CircularConv, Dense)) or (5 * k >= n and size <= DENSE_SIZE):
         return singular_values(kernel, op)[:k]
     return _top_matrix_free(kernel, op, int(k))
 
@@ -133,7 +138,7 @@ def top_singular_values(kernel: Kernel, op: Operator, k: int) -> Float[Array, " 
 def _top_matrix_free(kernel, op, k):
     kernel = kernel.astype(float_dtype(kernel.dtype))
     fixed, _ = rescaled(lax.stop_gradient(kernel), op)
-    lefts, rights = top_singular_vectors(*flat_products(fixed, op), k, default_tolerance(kernel.dtype), kernel.dtype)
+    lefts, rights = top_singular_vectors(*flat_products(fixed, op), k, vector_tolerance(kernel.dtype), kernel.dtype)
     rights = rights.reshape((k, *op.in_shape(kernel.shape)))
     images = op.apply(kernel, lax.stop_gradient(rights), precision=lax.Precision.HIGHEST)
     values = jnp.sum(lax.stop_gradient(lefts) * images.reshape((k, -1)), axis=-1)

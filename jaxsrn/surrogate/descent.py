@@ -12,11 +12,18 @@ from jax import lax
 from jax.tree_util import Partial
 from jaxtyping import Array, Float, Int
 
-from jaxsrn import sphere
 from jaxsrn._tools.checks import float_dtype, positive_scalar
 from jaxsrn._tools.linalg import unit
+from jaxsrn.sphere import random
 
-__all__ = ["State", "advance", "by_step", "geometric", "start", "starting_points"]
+__all__ = [
+    "State",
+    "advance",
+    "begin",
+    "by_step",
+    "geometric",
+    "starting_points",
+]
 
 
 class State(NamedTuple):
@@ -27,7 +34,7 @@ class State(NamedTuple):
     count: Int[Array, ""]
 
 
-def start(point: Float[Array, "..."], optimizer: optax.GradientTransformation) -> State:
+def begin(point: Float[Array, "..."], optimizer: optax.GradientTransformation) -> State:
     """The state before the first step."""
     return State(point, optimizer.init(point), jnp.asarray(0))
 
@@ -35,7 +42,7 @@ def start(point: Float[Array, "..."], optimizer: optax.GradientTransformation) -
 def starting_points(keys, like: Float[Array, "..."], initial=None) -> Float[Array, "starts ..."]:
     """A random point of the sphere per key, of the shape and dtype of `like`; `initial` in place of the first."""
     # Drawn in float32: the same in every precision.
-    points = jax.vmap(lambda key: sphere.random(key, like.shape, axis=None, dtype=jnp.float32))(keys)
+    points = jax.vmap(lambda key: random(key, like.shape, axis=None, dtype=jnp.float32))(keys)
     points = points.astype(like.dtype)
     return points if initial is None else points.at[0].set(unit(initial.astype(like.dtype)))
 

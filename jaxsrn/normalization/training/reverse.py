@@ -14,9 +14,12 @@ from collections.abc import Callable
 import jax
 from jax import lax
 
-from jaxsrn.operators.maps import Operator, ZeroPaddedConv
+from jaxsrn.operators.base import Operator
+from jaxsrn.operators.convolutions import ZeroPaddedConv
 
-__all__ = ["in_reverse"]
+__all__ = [
+    "in_reverse",
+]
 
 
 def in_reverse(op: Operator) -> Operator:

@@ -7,39 +7,39 @@ step to the next, as spectral normalization carries its vectors, and takes a pow
 from __future__ import annotations
 
 import functools
-import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from jaxsrn._tools.checks import Kernel, ensure, float_dtype, kernel_array, positive_scalar, static_int
 from jaxsrn.normalization.closed_form import Problem, closed_form, functional, merit
 from jaxsrn.normalization.lowering import problem_of
 from jaxsrn.normalization.starts import survey
-from jaxsrn.normalization.training.reverse import in_reverse
-from jaxsrn.normalization.training.tracking import Track, follow, has_turned, power_step, start, track_shapes
-from jaxsrn.operators.maps import Dense, Operator
-from jaxsrn.spectra import leading as _leading
-from jaxsrn.spectra import pairs as _pairs
+from jaxsrn.normalization.training.implicit import moving_pair
+from jaxsrn.normalization.training.normalized import normalized_or_rescaled, normalized_with
+from jaxsrn.normalization.training.tracking import Track, follow, has_turned, power_step, start_track, track_shapes
+from jaxsrn.operators.base import Dense, Operator
 from jaxsrn.spectra.circular.fourier import complex_dtype
+from jaxsrn.spectra.leading import leading_pair
 from jaxsrn.spectra.norms import frozen_value
-from jaxsrn.spectra.pairs import Pair
+from jaxsrn.spectra.pair import Pair, rescaled
 
-__all__ = ["SRNCState", "check_gradient", "srnc_state", "srnc_step"]
+__all__ = [
+    "SRNCState",
+    "check_gradient",
+    "srnc_state",
+    "srnc_step",
+]
 
 _GRADIENTS = ("frozen", "implicit")
 _START_PASSES = 10
 _MAX_PASSES = 500
 # Of a step for the norm alone: without a stable rank to lower, the next singular values lie close below it.
 _NORM_PASSES = 2
-# The linear system of the true gradient: Krylov vectors, restarts, a stop in the midst of a restart (some tens of
-# vectors are enough), and the relative residual that is accepted.
-_GMRES = {"atol": 0.0, "restart": 40, "maxiter": 20, "solve_method": "incremental"}
-_ACCEPTED_RESIDUAL = 1e-3
 
 
 class SRNCState(NamedTuple):
@@ -167,14 +167,14 @@ def _is_watched(op: Operator, target) -> bool:
 @functools.partial(jax.jit, static_argnames=("follows_own",))
 def _srnc_state(kernel, op, target, follows_own):
     kernel = lax.stop_gradient(kernel.astype(float_dtype(kernel.dtype)))
-    a, _ = _pairs.rescaled(kernel, op)
+    a, _ = rescaled(kernel, op)
     if target is None or isinstance(op, Dense):
-        own = _leading.leading(a, op)
-        return SRNCState(start(a, op, own, _is_watched(op, target)), None)
+        own = leading_pair(a, op)
+        return SRNCState(start_track(a, op, own, _is_watched(op, target)), None)
     problem, own = problem_of(a, op, target)
     unchanged = problem.inner(a, a) <= target * problem.norm**2
     pair = jax.tree.map(lambda a, b: jnp.where(unchanged, a, b), own, _best_start(problem, op, own))
-    return SRNCState(_converged(a, op, target, pair), start(a, op, own, True) if follows_own else None)
+    return SRNCState(_converged(a, op, target, pair), start_track(a, op, own, True) if follows_own else None)
 
 
 def _best_start(problem: Problem, op: Operator, own: Pair) -> Pair:
@@ -182,7 +182,7 @@ def _best_start(problem: Problem, op: Operator, own: Pair) -> Pair:
 
     def climb(pair: Pair):
         def one_pass(_, pair):
-            kernel = _normalized(problem.kernel, op, problem.target, pair)
+            kernel = normalized_with(problem.kernel, op, problem.target, pair)
             return power_step(kernel, op, power_step(kernel, op, pair))
 
         pair = lax.fori_loop(0, _START_PASSES, one_pass, pair)
@@ -206,30 +206,30 @@ def _converged(a: Float[Array, "..."], op: Operator, target, pair: Pair) -> Trac
 
     def one_pass(state: _Passes) -> _Passes:
         track = follow(state.kernel, op, state.track)
-        kernel = _normalized(a, op, target, track.pair)
+        kernel = normalized_with(a, op, target, track.pair)
         change = jnp.linalg.norm(kernel - state.kernel) / jnp.linalg.norm(kernel)
         return _Passes(track, kernel, change, state.count + 1)
 
     def unfinished(state: _Passes):
         return (state.change > tolerance) & (state.count < _MAX_PASSES)
 
-    kernel = _normalized(a, op, target, pair)
-    state = _Passes(start(kernel, op, pair, True), kernel, jnp.asarray(jnp.inf, a.dtype), jnp.asarray(0))
+    kernel = normalized_with(a, op, target, pair)
+    state = _Passes(start_track(kernel, op, pair, True), kernel, jnp.asarray(jnp.inf, a.dtype), jnp.asarray(0))
     return lax.while_loop(unfinished, one_pass, state).track
 
 
 @functools.partial(jax.jit, static_argnames=("cap", "gradient", "num_steps"))
 def _srnc_step(kernel, state, op, target, norm, cap, gradient, num_steps):
-    a, scale = _pairs.rescaled(kernel.astype(float_dtype(kernel.dtype)), op)
+    a, scale = rescaled(kernel.astype(float_dtype(kernel.dtype)), op)
     # A model may have been cast as a whole, its state with it.
     fixed, (track, own) = lax.stop_gradient((a, jax.tree.map(functools.partial(_in_precision_of, a), state)))
     # The power step comes first, on this kernel: after a step of an optimizer the stored pair is that of another one.
     for _ in range(num_steps):
         track, own = _followed(fixed, op, target, track), None if own is None else follow(fixed, op, own)
     # Of the norm alone the frozen gradient is the true one.
-    pair = track.pair if gradient == "frozen" or target is None else _moving_pair(a, op, target, track.pair)
+    pair = track.pair if gradient == "frozen" or target is None else moving_pair(a, op, target, track.pair)
     # The solution is proportional to the norm and does not depend on the scale of the kernel.
-    unit_kernel, is_rescaled = _normalized_or_rescaled(a, op, target, pair)
+    unit_kernel, is_rescaled = normalized_or_rescaled(a, op, target, pair)
     unchanged = jnp.asarray(op.tap_counts(kernel.shape) == 0)
     if norm is None or cap:
         own_norm = scale * frozen_value(a, op, (own or track).pair)
@@ -256,90 +256,8 @@ def _followed(a: Float[Array, "..."], op: Operator, target, track: Track) -> Tra
         return follow(a, op, track)
 
     def one_pass(track: Track) -> Track:
-        return follow(_normalized(a, op, target, track.pair), op, track)
+        return follow(normalized_with(a, op, target, track.pair), op, track)
 
     new = one_pass(track)
     # Where another pair takes over, the kernel normalized with that one is another kernel, and has yet to be followed.
     return lax.cond(has_turned(track.pair, new.pair), one_pass, lambda new: new, new)
-
-
-def _normalized(a: Float[Array, "..."], op: Operator, target, pair: Pair) -> Float[Array, "..."]:
-    """The closed form for one pair, with norm 1: a function of the kernel and of the pair."""
-    return _normalized_or_rescaled(a, op, target, pair)[0]
-
-
-def _normalized_or_rescaled(
-    a: Float[Array, "..."], op: Operator, target, pair: Pair
-) -> tuple[Float[Array, "..."], Bool[Array, ""]]:
-    """The closed form for one pair, with norm 1, and whether it is the kernel itself up to its scale.
-
-    It is where no stable rank is asked for, and where the kernel's own is not above the target.
-    """
-    if target is None:
-        value = jnp.sum(_pairs.plain_gradient(pair, op, a.shape) * a)
-        return a / jnp.where(value == 0, 1.0, value), jnp.asarray(True)
-    weights = op.frobenius_weights(a.shape, a.dtype)
-    problem = Problem(a, weights, jnp.where(jnp.isinf(target), 1.0, target), jnp.ones((), a.dtype))
-    direction = functional(pair, op, weights, a.shape)
-    value, squared = problem.inner(a, direction), problem.inner(a, a)
-    is_low = (squared <= target * value**2) & (value >= 0)
-    scaled = a / jnp.where(value == 0, 1.0, value)
-    return jnp.where(is_low, scaled, closed_form(problem, direction).kernel), is_low
-
-
-# The true gradient
-
-
-def _moving_pair(a: Float[Array, "..."], op: Operator, target, pair: Pair) -> Pair:
-    """The pair as a function of the kernel: the fixed point of power steps on the kernel normalized with the pair."""
-    fixed, rebuild = _real_vector(pair)
-
-    def residual(op: Operator, vector):
-        now = rebuild(vector)
-        # A matrix has the pair of its normalized form, and determines it also where that has rank one.
-        kernel = a if isinstance(op, Dense) else _normalized(a, op, target, now)
-        return vector - _real_vector(_aligned(power_step(kernel, op, now), pair))[0]
-
-    def tangent_solve(matvec, rhs):
-        backward = jax.vjp(functools.partial(residual, in_reverse(op)), fixed)[1]
-        return _tangent_solve(matvec, lambda cotangent: backward(cotangent)[0], rhs)
-
-    return rebuild(lax.custom_root(functools.partial(residual, op), fixed, lambda _, vector: vector, tangent_solve))
-
-
-def _real_vector(pair: Pair):
-    """The pair's vectors as one real vector, and the way back."""
-    shapes, is_complex = (pair.right.shape, pair.left.shape), jnp.iscomplexobj(pair.right)
-    parts = [part for v in pair[1:] for part in ((v.real, v.imag) if is_complex else (v,))]
-
-    def rebuild(vector):
-        sizes = [math.prod(shape) for shape in shapes for _ in range(2 if is_complex else 1)]
-        pieces = jnp.split(vector, [sum(sizes[:i]) for i in range(1, len(sizes))])
-        if is_complex:
-            pieces = [lax.complex(*pieces[:2]), lax.complex(*pieces[2:])]
-        return Pair(pair.site, *(piece.reshape(shape) for piece, shape in zip(pieces, shapes, strict=True)))
-
-    return jnp.concatenate([part.reshape(-1) for part in parts]), rebuild
-
-
-def _aligned(pair: Pair, reference: Pair) -> Pair:
-    """The same pair with the phase of the reference: one phase for both vectors changes nothing."""
-    overlap = jnp.vdot(pair.left, reference.left, precision=lax.Precision.HIGHEST)
-    size = jnp.sqrt(jnp.where(overlap == 0, 1.0, overlap.real**2 + overlap.imag**2))
-    phase = jnp.where(overlap == 0, 1.0, overlap / size.astype(overlap.dtype))
-    return Pair(pair.site, pair.right * phase, pair.left * phase)
-
-
-def _tangent_solve(matvec, transposed, rhs):
-    """`matvec^-1 rhs` by GMRES; 0, which is the frozen gradient, where that does not converge."""
-
-    def solve_guarded(matvec, rhs):
-        tolerance = float(jnp.finfo(rhs.dtype).eps) ** 0.6
-        x, _ = jax.scipy.sparse.linalg.gmres(matvec, rhs, tol=tolerance, **_GMRES)
-        error = jnp.linalg.norm(matvec(x) - rhs)
-        return jnp.where(error <= _ACCEPTED_RESIDUAL * jnp.linalg.norm(rhs), x, 0.0)
-
-    def solve_transposed(_, rhs):
-        return solve_guarded(transposed, rhs)
-
-    return lax.custom_linear_solve(matvec, rhs, solve_guarded, transpose_solve=solve_transposed)

@@ -10,11 +10,15 @@ import jax
 
 from jaxsrn._tools.checks import ensure, errors_named
 from jaxsrn.normalization.training.step import SRNCState, check_gradient, srnc_state, srnc_step
+from jaxsrn.operators.base import Dense, Operator
 from jaxsrn.operators.flax_layers import FlaxLayers, LayerMap, kind_of, layer_map, layer_name
-from jaxsrn.operators.maps import Dense, Operator
 from jaxsrn.spectra.ranks import target_of
 
-__all__ = ["CallRecord", "Constraint", "target_for"]
+__all__ = [
+    "CallRecord",
+    "Constraint",
+    "target_for",
+]
 
 # Power steps of a matrix at every forward. The one of Sanyal's algorithm lags where the two leading singular values are
 # close, and steps of matrices are cheap.

@@ -16,44 +16,25 @@ from __future__ import annotations
 
 import functools
 import itertools
-import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool, Float, Inexact, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxsrn._tools.linalg import top_pairs
-from jaxsrn.operators.maps import CircularConv
-from jaxsrn.spectra.circular import fourier as _fourier
-from jaxsrn.spectra.circular.climbing import (
-    Blocks,
-    Estimates,
-    SitePair,
-    best_climb,
-    blocks_of,
-    chunk_of,
-    doubled_centres,
-    estimates,
-    in_site,
-    other_peaks,
-)
+from jaxsrn._tools.proofs import are_below, squared_limit
+from jaxsrn.operators.convolutions import CircularConv
+from jaxsrn.spectra.circular.boxes import Boxes, boxes_of, doubled_centres
+from jaxsrn.spectra.circular.climbing import Estimates, Peak, at_site, best_climb, chunk_of, estimates
 from jaxsrn.spectra.circular.grams import GramPolynomial, gram_polynomial, grams_at, symbol_at, whole_grams
 
 __all__ = [
-    "are_below",
     "branch_and_bound",
-    "branch_and_bound_pays",
-    "peaks",
-    "rounding",
-    "squared_limit",
-    "svds_are_dear",
+    "highest_peak",
 ]
-
-# The SVDs of so much work take as long as branch and bound at its least, each counted with its overhead.
-_SVD_WORK, _SVD_OVERHEAD = 2e6, 400
 
 
 class _Proof(NamedTuple):
@@ -62,23 +43,7 @@ class _Proof(NamedTuple):
     corners: Int[Array, "capacity axes"]
     levels: Int[Array, " capacity"]
     size: Int[Array, ""]
-    best: SitePair
-
-
-def rounding(rows: int, dtype) -> float:
-    """What a singular value may be off by, relatively: from the Gram matrix and its factorization."""
-    return 2 * math.sqrt(rows) * float(jnp.finfo(dtype).eps)
-
-
-def svds_are_dear(count: int, shape: tuple[int, int]) -> bool:
-    """Whether SVDs of so many matrices take longer than proofs that none has a larger singular value; static."""
-    return min(shape) > 1 and count * (min(shape) ** 3 + _SVD_OVERHEAD) > _SVD_WORK
-
-
-def branch_and_bound_pays(kernel_shape: tuple[int, ...], op: CircularConv) -> bool:
-    """Whether an SVD at every site would take longer; static."""
-    sites = math.prod(_fourier.half_grid(op)) * op.feature_group_count
-    return svds_are_dear(sites, _fourier.site_shape(op, kernel_shape))
+    best: Peak
 
 
 def branch_and_bound(kernel: Float[Array, "..."], op: CircularConv, excess: float = 0.0):
@@ -90,26 +55,11 @@ def branch_and_bound(kernel: Float[Array, "..."], op: CircularConv, excess: floa
     Returns:
       `(site, u, v)`, unit vectors with `u^H S v` that value.
     """
-    poly, blocks = gram_polynomial(kernel, op), blocks_of(op, kernel.shape)
-    return in_site(_highest(poly, op, blocks, estimates(poly, op, blocks), excess), op, kernel.shape)
+    poly, blocks = gram_polynomial(kernel, op), boxes_of(op, kernel.shape)
+    return at_site(highest_peak(poly, op, blocks, estimates(poly, op, blocks), excess), op, kernel.shape)
 
 
-def peaks(kernel: Float[Array, "..."], op: CircularConv, count: int, radius: int):
-    """The largest singular value of the whole grid, and other local maxima as far as climbing finds them.
-
-    Frequencies within `radius` indices of a better one are none of their own.
-
-    Returns:
-      `(values, (site, u, v))`, stacks of at most `count`, the largest first; values are 0 where fewer were found.
-    """
-    poly, blocks = gram_polynomial(kernel, op), blocks_of(op, kernel.shape)
-    known = estimates(poly, op, blocks)
-    highest = _highest(poly, op, blocks, known, 0.0)
-    pairs = other_peaks(poly, op, blocks, known, highest, count, radius)
-    return pairs.value, jax.vmap(lambda pair: in_site(pair, op, kernel.shape))(pairs)
-
-
-def _highest(poly: GramPolynomial, op: CircularConv, blocks: Blocks, known: Estimates, excess: float) -> SitePair:
+def highest_peak(poly: GramPolynomial, op: CircularConv, blocks: Boxes, known: Estimates, excess: float) -> Peak:
     """From a good lower bound, with the proof that nothing is larger."""
     best, chunk = best_climb(poly, op, blocks, known), chunk_of(poly)
     # Of each level at most one chunk's children wait at a time, as the finest are taken first.
@@ -132,7 +82,7 @@ def _push(proof: _Proof, corners, levels, keep: Bool[Array, " boxes"]) -> _Proof
     )
 
 
-def _look(poly: GramPolynomial, op: CircularConv, blocks: Blocks, chunk: int, excess: float, proof: _Proof) -> _Proof:
+def _look(poly: GramPolynomial, op: CircularConv, blocks: Boxes, chunk: int, excess: float, proof: _Proof) -> _Proof:
     """Takes boxes from the stack, discards those proven to be low, and puts back the parts of the others."""
     bottom = jnp.maximum(proof.size - chunk, 0)
     corners = lax.dynamic_slice_in_dim(proof.corners, bottom, chunk)
@@ -148,7 +98,7 @@ def _look(poly: GramPolynomial, op: CircularConv, blocks: Blocks, chunk: int, ex
     return _push(proof, parts.reshape((-1, op.num_axes)), jnp.repeat(levels + 1, parts.shape[1]), keep)
 
 
-def _are_low(poly: GramPolynomial, op: CircularConv, blocks: Blocks, corners, levels, limit) -> Bool[Array, " boxes"]:
+def _are_low(poly: GramPolynomial, op: CircularConv, blocks: Boxes, corners, levels, limit) -> Bool[Array, " boxes"]:
     """Whether boxes are proven to hold nothing above the limit, up to rounding."""
     sizes, factors = jnp.asarray(blocks.sizes)[levels], jnp.asarray(blocks.factors, poly.even.dtype)[levels]
     limits = jnp.where(factors > 0, limit * factors, 0)
@@ -156,30 +106,15 @@ def _are_low(poly: GramPolynomial, op: CircularConv, blocks: Blocks, corners, le
     return are_below(grams, squared_limit(poly.coefficients.shape[-2], limits) - poly.loss)
 
 
-def squared_limit(rows: int, limits: Float[Array, "..."]) -> Float[Array, "..."]:
-    """The squares of limits of singular values, with room for rounding."""
-    # Half of it in terms of the singular value.
-    return limits**2 * (1 + 2 * rounding(rows, limits.dtype))
-
-
-def are_below(grams: Inexact[Array, "points groups n n"], levels: Float[Array, " points"]) -> Bool[Array, " points"]:
-    """Whether all eigenvalues are below the levels: the differences have Cholesky factors."""
-    scaled = grams / jnp.where(levels > 0, levels, 1)[:, None, None, None].astype(grams.dtype)
-    identity = jnp.eye(grams.shape[-1], dtype=grams.dtype)[None, None]
-    factor = lax.linalg.cholesky(identity - scaled, symmetrize_input=False)
-    definite = jnp.all(jnp.isfinite(jnp.diagonal(factor, axis1=-2, axis2=-1).real), axis=(-2, -1))
-    return definite & (levels > 0)
-
-
 def _largest_of(
-    poly: GramPolynomial, op: CircularConv, excess: float, indices, among: Bool[Array, " chunk"], known: SitePair
-) -> SitePair:
+    poly: GramPolynomial, op: CircularConv, excess: float, indices, among: Bool[Array, " chunk"], known: Peak
+) -> Peak:
     """The largest of the known pair and those at single frequencies, one after the other: they are few."""
 
-    def examine(index, known: SitePair) -> SitePair:
+    def examine(index, known: Peak) -> Peak:
         values, left, right = top_pairs(symbol_at(poly, op, index, poly.coefficients))
         group = jnp.argmax(values).astype(known.group.dtype)
-        found = SitePair(index, group, left[group], right[group], values[group])
+        found = Peak(index, group, left[group], right[group], values[group])
         larger = found.value > known.value
         return jax.tree.map(lambda a, b: jnp.where(larger, a, b), found, known)
 
@@ -194,7 +129,7 @@ def _largest_of(
     return lax.while_loop(lambda state: jnp.any(state[0]), step, (among, known))[1]
 
 
-def _split(blocks: Blocks, corners, levels):
+def _split(blocks: Boxes, corners, levels):
     """The boxes of the next level in each box, `(boxes, parts, axes)`, and which of them there are."""
     sizes = jnp.asarray(blocks.sizes)
     own, next_ = sizes[levels], sizes[jnp.minimum(levels + 1, len(sizes) - 1)]

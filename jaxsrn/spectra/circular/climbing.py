@@ -13,89 +13,39 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Complex, Float, Int
 
+from jaxsrn._tools.limits import vector_tolerance
 from jaxsrn._tools.linalg import einsum, real_times, unit
-from jaxsrn._tools.subspaces import default_tolerance, leading_singular_vectors, random_start
-from jaxsrn.operators.maps import CircularConv
-from jaxsrn.spectra.circular import fourier as _fourier
+from jaxsrn._tools.subspaces import leading_singular_vectors, random_start
+from jaxsrn.operators.convolutions import CircularConv
+from jaxsrn.spectra.circular.boxes import Boxes, doubled_centres
 from jaxsrn.spectra.circular.grams import (
     CHUNK,
     GramPolynomial,
     grams_at,
-    is_reduced,
     is_transposed,
     symbol_at,
     waves_at,
     with_all_directions,
 )
+from jaxsrn.spectra.circular.sites import site_at
 
 __all__ = [
-    "Blocks",
+    "NUM_CLIMBERS",
     "Estimates",
-    "SitePair",
+    "Peak",
+    "at_site",
     "best_climb",
-    "blocks_of",
     "chunk_of",
-    "doubled_centres",
+    "climbs",
     "estimates",
-    "in_site",
-    "other_peaks",
+    "most_promising",
 ]
 
-# Blocks start at this phi: wider ones are discarded too rarely in a flat spectrum, narrower ones are too many.
-_WIDEST = 0.6
 _POWER_STEPS = 8
-_NUM_CLIMBERS = 8
+NUM_CLIMBERS = 8
 
 
-class Blocks(NamedTuple):
-    """Boxes of indices of the half grid, from coarse to fine.
-
-    Attributes:
-      sizes: `(levels, axes)`; those of the last level are 1.
-      corners: `(boxes, axes)`, of the coarsest ones.
-      ends: `(axes,)`, how many indices there are.
-      factors: `(levels,)`: a block with a frequency of value `L` has at least `L` times this at its centre.
-    """
-
-    sizes: np.ndarray
-    corners: np.ndarray
-    ends: np.ndarray
-    factors: np.ndarray
-
-
-def blocks_of(op: CircularConv, kernel_shape: tuple[int, ...]) -> Blocks:
-    """As wide as they may be to be discarded at all; single frequencies where no width is certified (static)."""
-    degrees, ends = np.array(_fourier.degrees(op, kernel_shape)), np.array(_fourier.half_grid(op))
-    # Half the angle between neighbours in the measure of phi.
-    rate = np.pi * degrees / (2 * np.array(op.grid))
-    overshoot = _fourier.overshoot(op, kernel_shape)
-    certified = math.isfinite(overshoot)
-    excess = math.sqrt(overshoot**2 - 1) if certified else 0.0
-    share = _WIDEST / max(1, np.count_nonzero(degrees))
-    sizes = [np.ones_like(ends)]
-    # Reduced Gram matrices belong to single frequencies.
-    while certified and not is_reduced(op, kernel_shape):
-        wider = np.where((sizes[0] < ends) & (rate * (2 * sizes[0] - 1) <= share), 2 * sizes[0], sizes[0])
-        if np.all(wider == sizes[0]):
-            break
-        sizes.insert(0, wider)
-    phi = np.sum(rate * (np.array(sizes) - 1), axis=-1)
-    corners = np.array(list(itertools.product(*(range(0, e, s) for e, s in zip(ends, sizes[0], strict=True)))))
-    if len(sizes) == 1:
-        corners = _without_mirrored(corners, op.grid)
-    return Blocks(np.array(sizes), corners, ends, np.cos(phi) - excess * np.sin(phi))
-
-
-def _without_mirrored(indices: np.ndarray, grid: tuple[int, ...]) -> np.ndarray:
-    """One of each pair of opposite frequencies: at both ends of its last axis the half grid has them both."""
-
-    def rank(indices):
-        return np.ravel_multi_index(indices[:, ::-1].T, grid[::-1])
-
-    return indices[rank(indices) <= rank(-indices % np.array(grid))]
-
-
-class SitePair(NamedTuple):
+class Peak(NamedTuple):
     """A frequency, the group, unit vectors of its symbol, and their value."""
 
     index: Int[Array, " axes"]
@@ -118,7 +68,7 @@ class Estimates(NamedTuple):
     bounds: Float[Array, " boxes"]
 
 
-def estimates(poly: GramPolynomial, op: CircularConv, blocks: Blocks) -> Estimates:
+def estimates(poly: GramPolynomial, op: CircularConv, blocks: Boxes) -> Estimates:
     """Power steps, and an upper bound of the largest singular value."""
     chunk = chunk_of(poly)
     count, columns = len(blocks.corners), poly.even.shape[-1]
@@ -144,12 +94,7 @@ def estimates(poly: GramPolynomial, op: CircularConv, blocks: Blocks) -> Estimat
     return Estimates(values, vectors, bounds.reshape(-1)[:count])
 
 
-def doubled_centres(corners, sizes, ends):
-    """Twice the central index of boxes, the last ones cut off at the end of the grid."""
-    return corners + (corners + sizes).clip(max=ends[None]) - 1
-
-
-def _climb(poly: GramPolynomial, op: CircularConv, blocks: Blocks, index, group, right) -> SitePair:
+def _uphill(poly: GramPolynomial, op: CircularConv, blocks: Boxes, index, group, right) -> Peak:
     """Uphill from one frequency: vectors fixed, the best frequency around; frequency fixed, power steps."""
     # Of a single group no climber takes a copy.
     coefficients = poly.coefficients[group if len(poly.coefficients) > 1 else 0]
@@ -163,18 +108,18 @@ def _climb(poly: GramPolynomial, op: CircularConv, blocks: Blocks, index, group,
             right = unit(einsum("rc,r->c", symbol.conj(), left))
         return left, right, jnp.linalg.norm(einsum("rc,c->r", symbol, right))
 
-    def step(k, pair: SitePair) -> SitePair:
+    def step(k, pair: Peak) -> Peak:
         stride = jnp.maximum(jnp.asarray(blocks.sizes[:1]) // 2 ** (k + 1), 1)
         candidates = (pair.index[None] + around * stride) % grid[None]
         filters = einsum("r,tr->t", pair.left.conj(), real_times("trc,c->tr", coefficients, pair.right))
         values = jnp.abs(einsum("pt,t->p", waves_at(poly, op, 2 * candidates), filters))
         index = candidates[jnp.argmax(values)]
-        return SitePair(index, group, *power(index, pair.right))
+        return Peak(index, group, *power(index, pair.right))
 
-    return lax.fori_loop(0, halvings, step, SitePair(index, group, *power(index, right)))
+    return lax.fori_loop(0, halvings, step, Peak(index, group, *power(index, right)))
 
 
-def _climbs(poly: GramPolynomial, op: CircularConv, blocks: Blocks, known: Estimates, chosen) -> SitePair:
+def climbs(poly: GramPolynomial, op: CircularConv, blocks: Boxes, known: Estimates, chosen) -> Peak:
     """Where climbing leads from some of the estimates: a stack of pairs at frequencies of the half grid."""
     box, group = jnp.unravel_index(chosen.astype(int), known.values.shape)
     starts = jnp.asarray(doubled_centres(blocks.corners, blocks.sizes[:1], blocks.ends) // 2)[box]
@@ -184,19 +129,19 @@ def _climbs(poly: GramPolynomial, op: CircularConv, blocks: Blocks, known: Estim
         group = jnp.concatenate([group, jnp.argmax(known.values[own_box], axis=-1)])
         box = jnp.concatenate([box, own_box])
     rights = jax.vmap(functools.partial(with_all_directions, poly))(group, known.vectors[box, group])
-    pairs = jax.vmap(functools.partial(_climb, poly, op, blocks))(starts, group, rights)
+    pairs = jax.vmap(functools.partial(_uphill, poly, op, blocks))(starts, group, rights)
     mirrored = (pairs.index[:, -1] >= blocks.ends[-1])[:, None]
     index = jnp.where(mirrored, -pairs.index % np.array(op.grid)[None], pairs.index)
     left, right = (jnp.where(mirrored, side.conj(), side) for side in (pairs.left, pairs.right))
     return pairs._replace(index=index, left=left, right=right)
 
 
-def _most_promising(known: Estimates, count: int) -> Int[Array, " chosen"]:
+def most_promising(known: Estimates, count: int) -> Int[Array, " chosen"]:
     """Which estimates are the largest."""
     return lax.top_k(known.values.reshape(-1), min(count, known.values.size))[1]
 
 
-def _own_opposites(op: CircularConv, blocks: Blocks) -> tuple[np.ndarray, np.ndarray]:
+def _own_opposites(op: CircularConv, blocks: Boxes) -> tuple[np.ndarray, np.ndarray]:
     """The frequencies that are their own opposites, or nearly so, and their coarsest blocks (static).
 
     A real kernel has the same singular values at opposite frequencies: here they are stationary, and often highest.
@@ -206,16 +151,16 @@ def _own_opposites(op: CircularConv, blocks: Blocks) -> tuple[np.ndarray, np.nda
     return indices, np.ravel_multi_index((indices // blocks.sizes[0]).T, shape)
 
 
-def best_climb(poly: GramPolynomial, op: CircularConv, blocks: Blocks, known: Estimates) -> SitePair:
+def best_climb(poly: GramPolynomial, op: CircularConv, blocks: Boxes, known: Estimates) -> Peak:
     """The best frequency of the half grid that climbing reaches from the most promising blocks, with its pair."""
     # Where every frequency was estimated there is nowhere to climb to.
-    chosen = _most_promising(known, _NUM_CLIMBERS if len(blocks.sizes) > 1 else 1)
-    pairs = _climbs(poly, op, blocks, known, chosen)
+    chosen = most_promising(known, NUM_CLIMBERS if len(blocks.sizes) > 1 else 1)
+    pairs = climbs(poly, op, blocks, known, chosen)
     best = jax.tree.map(lambda leaf: leaf[jnp.argmax(pairs.value)], pairs)
     return _polished(poly, op, best.index, best.group, best.right)
 
 
-def _polished(poly: GramPolynomial, op: CircularConv, index, group, right) -> SitePair:
+def _polished(poly: GramPolynomial, op: CircularConv, index, group, right) -> Peak:
     """The leading pair of the symbol of one frequency and group, by Lanczos from a vector near it."""
     symbol = symbol_at(poly, op, index, poly.coefficients[group])
 
@@ -230,62 +175,13 @@ def _polished(poly: GramPolynomial, op: CircularConv, index, group, right) -> Si
         lambda y: real_of(einsum("rc,r->c", symbol.conj(), complex_of(y))),
         real_of(right),
         2 * len(symbol),
-        default_tolerance(poly.even.dtype),
+        vector_tolerance(poly.even.dtype),
     )
     left, right = unit(complex_of(left)), unit(complex_of(right))
-    return SitePair(index, group, left, right, jnp.linalg.norm(einsum("rc,c->r", symbol, right)))
+    return Peak(index, group, left, right, jnp.linalg.norm(einsum("rc,c->r", symbol, right)))
 
 
-def in_site(pair: SitePair, op: CircularConv, kernel_shape):
+def at_site(pair: Peak, op: CircularConv, kernel_shape):
     """`(site, u, v)` with `u^H S v` the value: in the symbol's own order of rows and columns."""
     sides = (pair.right.conj(), pair.left.conj()) if is_transposed(op, kernel_shape) else (pair.left, pair.right)
-    return _fourier.site_at(op, pair.index, pair.group), *sides
-
-
-# Peaks beside the highest
-
-
-def other_peaks(
-    poly: GramPolynomial, op: CircularConv, blocks: Blocks, known: Estimates, highest: SitePair, count: int, radius: int
-) -> SitePair:
-    """A stack of the highest and of other local maxima, as far as climbing finds them, the larger ones first.
-
-    Frequencies within `radius` indices of a better one, or of its opposite, are none of their own: their value is 0.
-    """
-    # Where every frequency was estimated kernels are wide, as a rule, and each climb is dear.
-    dear = len(blocks.sizes) == 1
-    chosen = _estimated_peaks(known, blocks, op, count, radius) if dear else _most_promising(known, 2 * _NUM_CLIMBERS)
-    found = _climbs(poly, op, blocks, known, chosen)
-    # Of equal values the first is taken: nothing found is above the highest, but for rounding.
-    found = found._replace(value=jnp.minimum(found.value, highest.value))
-    pairs = jax.tree.map(lambda first, rest: jnp.concatenate([first[None], rest]), highest, found)
-    chosen, values = _largest_apart(pairs.value, pairs.index, pairs.group, op, count, radius)
-    return jax.tree.map(lambda leaf: leaf[chosen], pairs)._replace(value=values)
-
-
-def _estimated_peaks(known: Estimates, blocks: Blocks, op: CircularConv, count: int, radius: int):
-    """Which estimates at single frequencies are the largest, none near a larger one of its group."""
-    boxes, groups = np.indices(known.values.shape).reshape((2, -1))
-    return _largest_apart(known.values.reshape(-1), jnp.asarray(blocks.corners[boxes]), groups, op, count, radius)[0]
-
-
-def _largest_apart(values: Float[Array, " n"], indices, groups, op: CircularConv, count: int, radius: int):
-    """The largest values at frequencies of groups, none near a larger one or its opposite: which, and what they are.
-
-    Where fewer are left than asked for, the rest are 0.
-    """
-    grid, groups = np.array(op.grid)[None], jnp.asarray(groups)
-
-    def near(other):
-        steps = (indices - other[None]) % grid
-        return jnp.max(jnp.minimum(steps, grid - steps), axis=-1) <= radius
-
-    def pick(k, state):
-        left, chosen, found = state
-        best = jnp.argmax(left)
-        taken = (near(indices[best]) | near(-indices[best])) & (groups == groups[best])
-        found = found.at[k].set(jnp.maximum(left[best], 0))
-        return jnp.where(taken, -1, left), chosen.at[k].set(best), found
-
-    count = min(count, values.size)
-    return lax.fori_loop(0, count, pick, (values, jnp.zeros(count, int), jnp.zeros(count, values.dtype)))[1:]
+    return site_at(op, pair.index, pair.group), *sides

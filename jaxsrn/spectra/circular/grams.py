@@ -20,8 +20,9 @@ from jaxtyping import Array, Complex, Float, Int
 
 from jaxsrn._tools.linalg import einsum, gram_bound, matmul, real_times
 from jaxsrn._tools.subspaces import random_start
-from jaxsrn.operators.maps import CircularConv
-from jaxsrn.spectra.circular import fourier as _fourier
+from jaxsrn.operators.convolutions import CircularConv
+from jaxsrn.spectra.circular.fourier import polynomial, site_shape
+from jaxsrn.spectra.circular.sites import half_grid, times_modulo
 
 __all__ = [
     "CHUNK",
@@ -67,20 +68,20 @@ class GramPolynomial(NamedTuple):
 
 def is_transposed(op: CircularConv, kernel_shape: tuple[int, ...]) -> bool:
     """Whether rows and columns of the symbol are exchanged."""
-    rows, columns = _fourier.site_shape(op, kernel_shape)
+    rows, columns = site_shape(op, kernel_shape)
     return rows <= columns
 
 
 def is_reduced(op: CircularConv, kernel_shape: tuple[int, ...]) -> bool:
     """Whether the kernel is wide, and its frequencies so few that a whole Gram matrix at each would not cost much."""
     terms = math.prod(kernel_shape[: op.num_axes])
-    few = math.prod(_fourier.half_grid(op)) <= 3 * terms * (terms + 1) // 2
-    return few and min(_fourier.site_shape(op, kernel_shape)) >= _WIDE
+    few = math.prod(half_grid(op)) <= 3 * terms * (terms + 1) // 2
+    return few and min(site_shape(op, kernel_shape)) >= _WIDE
 
 
 def gram_polynomial(kernel: Float[Array, "..."], op: CircularConv) -> GramPolynomial:
     """The polynomial of a kernel, reduced where that pays."""
-    coefficients, exponents = _fourier.polynomial(kernel, op)
+    coefficients, exponents = polynomial(kernel, op)
     if is_transposed(op, kernel.shape):
         coefficients = coefficients.mT
     basis, loss, kept = None, jnp.zeros((), coefficients.dtype), coefficients
@@ -129,7 +130,7 @@ def _phases(doubled: Int[Array, "points axes"], exponents: np.ndarray, op: Circu
     """`<w, t>` at half-integer indices, `(points, exponents)`; reduced as integers, which keeps full precision."""
     angles = jnp.zeros((len(doubled), len(exponents)), dtype)
     for axis, n in enumerate(op.grid):
-        turns = _fourier.times_modulo(doubled[:, axis, None] % (2 * n), exponents[None, :, axis], 2 * n)
+        turns = times_modulo(doubled[:, axis, None] % (2 * n), exponents[None, :, axis], 2 * n)
         angles = angles + turns.astype(dtype) * (math.pi / n)
     return angles
 

@@ -1,193 +1,24 @@
-"""Layers as linear maps `T(K)` that are linear in their kernel `K`: which map, without its weights.
-
-An operator says how a kernel acts: `y = op.apply(kernel, x)`. It is a frozen, hashable dataclass of static
-shapes, registered as a pytree node without leaves, so it passes through `jit`, `vmap` and `grad` unannotated.
-Kernels have Flax's layout `(*taps, c_in // groups, c_out)`, inputs are channels last.
-"""
+"""Convolutions as operators: circular ones and those with zero padding, equal to Flax's layers."""
 
 from __future__ import annotations
 
-import abc
 import dataclasses
-import functools
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Shaped
 
-from jaxsrn._tools.checks import Kernel, ensure, int_tuple, kernel_array
-from jaxsrn.operators.convolution import PLAIN, TO_TRANSPOSE_IN_IMAGES, TO_TRANSPOSE_IN_KERNELS, Layout, convolve
+from jaxsrn._tools.checks import ensure, int_tuple
+from jaxsrn.operators.base import Contacts, Operator
+from jaxsrn.operators.layouts import Layout, convolve
 
-__all__ = ["CircularConv", "Dense", "Operator", "ZeroPaddedConv"]
-
-
-class Contacts(NamedTuple):
-    """Along one axis: the output positions at which a tap meets a real input sample, and those samples."""
-
-    outputs: np.ndarray
-    inputs: np.ndarray
-
-
-class Operator(abc.ABC):
-    """What `Dense`, `CircularConv` and `ZeroPaddedConv` have in common: the adjoints and the explicit matrix."""
-
-    @abc.abstractmethod
-    def check_kernel_shape(self, kernel_shape: tuple[int, ...]) -> None:
-        """Raises `ValueError` where a kernel of this shape does not fit the operator."""
-
-    @abc.abstractmethod
-    def in_shape(self, kernel_shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Shape of one input: `(c_in,)`, or `(*input_shape, c_in)`."""
-
-    @abc.abstractmethod
-    def out_shape(self, kernel_shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Shape of one output: `(c_out,)`, or `(*output_shape, c_out)`."""
-
-    @abc.abstractmethod
-    def axis_contacts(self, kernel_shape: tuple[int, ...]) -> list[list[Contacts]]:
-        """For every spatial axis and every tap on it, where the tap meets real input samples (static)."""
-
-    @abc.abstractmethod
-    def _apply_batch(self, kernel, x, precision, layout: Layout):
-        """`apply` for exactly one batch axis and checked arguments."""
-
-    def apply(self, kernel: Kernel, x: Kernel, *, precision=None) -> Shaped[Array, "..."]:
-        """`T(kernel) x`: what the Flax layer computes, without its bias.
-
-        Args:
-          kernel: `(c_in, c_out)` or `(*taps, c_in // groups, c_out)`.
-          x: `(*batch, *in_shape)`, any number of batch axes.
-          precision: of the matrix products, as in `jax.lax.conv_general_dilated`; `None` follows Flax's default.
-
-        Returns:
-          `(*batch, *out_shape)`.
-
-        Raises:
-          ValueError: a kernel or an input whose shape does not fit.
-        """
-        kernel, x = kernel_array(kernel, self), jnp.asarray(x)
-        in_shape = self.in_shape(kernel.shape)
-        ensure(
-            x.ndim >= len(in_shape) and x.shape[x.ndim - len(in_shape) :] == in_shape,
-            f"x: got shape {x.shape}, expected (*batch, {', '.join(map(str, in_shape))}) for {self}.",
-        )
-        return self._apply(kernel, x, precision, PLAIN)
-
-    def _apply(self, kernel, x, precision, layout: Layout) -> Shaped[Array, "..."]:
-        """`apply` for checked arguments."""
-        in_shape, dtype = self.in_shape(kernel.shape), jnp.promote_types(kernel.dtype, x.dtype)
-        batch = x.shape[: x.ndim - len(in_shape)]
-        y = self._apply_batch(kernel.astype(dtype), x.astype(dtype).reshape((-1, *in_shape)), precision, layout)
-        return y.reshape((*batch, *y.shape[1:]))
-
-    def transpose(self, kernel: Kernel, y: Kernel, *, precision=None):
-        """`T(kernel)^T y`: the adjoint in the input, from `(*batch, *out_shape)` to `(*batch, *in_shape)`.
-
-        Raises:
-          ValueError: a kernel or an output whose shape does not fit.
-        """
-        kernel, y = kernel_array(kernel, self), jnp.asarray(y)
-        out_shape = self.out_shape(kernel.shape)
-        ensure(
-            y.ndim >= len(out_shape) and y.shape[y.ndim - len(out_shape) :] == out_shape,
-            f"y: got shape {y.shape}, expected (*batch, {', '.join(map(str, out_shape))}) for {self}.",
-        )
-        dtype = jnp.promote_types(kernel.dtype, y.dtype)
-        x_shape = y.shape[: y.ndim - len(out_shape)] + self.in_shape(kernel.shape)
-        apply = functools.partial(self._apply, kernel.astype(dtype), precision=precision, layout=TO_TRANSPOSE_IN_IMAGES)
-        return jax.linear_transpose(apply, jax.ShapeDtypeStruct(x_shape, dtype))(y.astype(dtype))[0]
-
-    def kernel_gradient(self, kernel_shape: tuple[int, ...], x, y, *, precision=lax.Precision.HIGHEST):
-        """`grad_K <y, T(K) x>`: the adjoint in the kernel.
-
-        Args:
-          kernel_shape: the kernel's.
-          x, y: `(*batch, *in_shape)` and `(*batch, *out_shape)`, of one dtype; the gradients of a batch are summed.
-          precision: as in `jax.lax.conv_general_dilated`; all digits by default.
-
-        Returns:
-          An array of `kernel_shape`.
-        """
-        apply = functools.partial(self._apply, x=x, precision=precision, layout=TO_TRANSPOSE_IN_KERNELS)
-        return jax.linear_transpose(apply, jax.ShapeDtypeStruct(kernel_shape, x.dtype))(y)[0]
-
-    def frobenius_weights(self, kernel_shape: tuple[int, ...], dtype=None) -> Shaped[Array, "..."]:
-        """How often each tap meets a real input sample: `||T(K)||_F^2 = sum(weights * K**2)`.
-
-        Returns:
-          `(*taps, 1, 1)` (dense: `(1, 1)`), of `dtype` (default: the default float), broadcasting against the
-          kernel. A zero marks a tap that never meets the image.
-
-        Raises:
-          ValueError: taps of a circular convolution that fall on each other (the weights are not diagonal then).
-        """
-        self.check_kernel_shape(kernel_shape)
-        self.check_not_aliased(kernel_shape)
-        return jnp.asarray(self.tap_counts(kernel_shape), dtype=float if dtype is None else dtype)
-
-    def tap_counts(self, kernel_shape: tuple[int, ...]) -> np.ndarray:
-        """How often each tap meets a real input sample, `(*taps, 1, 1)`; 0 for taps without effect (static)."""
-        counts = [[len(tap.outputs) for tap in axis] for axis in self.axis_contacts(kernel_shape)]
-        return functools.reduce(np.multiply.outer, counts, np.ones(()))[..., None, None]
-
-    def distinct_shape(self, kernel_shape: tuple[int, ...]) -> tuple[int, ...]:
-        """`kernel_shape` without the taps that fall on others (circular convolutions reaching around the image)."""
-        return tuple(kernel_shape)
-
-    def check_not_aliased(self, kernel_shape: tuple[int, ...]) -> None:
-        """Raises `ValueError` where two taps act on the same sample everywhere."""
-        ensure(
-            self.distinct_shape(kernel_shape) == tuple(kernel_shape),
-            f"kernel: taps of shape {tuple(kernel_shape)} reach around the image of {self} and fall on each other, "
-            f"expected at most {self.distinct_shape(kernel_shape)}; sum them first (op.wrap(kernel)) or use a larger "
-            "image.",
-        )
-
-    def wrap(self, kernel: Kernel) -> Shaped[Array, "..."]:
-        """The kernel with taps that fall on each other summed: the same map, up to a translation."""
-        for axis, (k, period) in enumerate(zip(kernel.shape, self.distinct_shape(kernel.shape), strict=True)):
-            if k > period:
-                taps = jnp.moveaxis(kernel, axis, 0)
-                wrapped = jnp.zeros((period, *taps.shape[1:]), kernel.dtype).at[np.arange(k) % period].add(taps)
-                kernel = jnp.moveaxis(wrapped, 0, axis)
-        return kernel
-
-    def to_dense(self, kernel: Kernel) -> Shaped[Array, "out in"]:
-        """The explicit matrix: `to_dense(K) @ x.ravel() == apply(K, x).ravel()`. For tests and small shapes."""
-        kernel = kernel_array(kernel, self)
-        in_shape = self.in_shape(kernel.shape)
-        size = math.prod(in_shape)
-        basis = jnp.eye(size, dtype=kernel.dtype).reshape((size, *in_shape))
-        return self.apply(kernel, basis, precision=lax.Precision.HIGHEST).reshape((size, -1)).T
-
-
-@jax.tree_util.register_static
-@dataclasses.dataclass(frozen=True)
-class Dense(Operator):
-    """A dense layer `y = x @ kernel`, kernel `(c_in, c_out)` as Flax stores it."""
-
-    def check_kernel_shape(self, kernel_shape):
-        ensure(
-            len(kernel_shape) == 2 and min(kernel_shape) > 0,
-            f"kernel: got shape {tuple(kernel_shape)}, expected (c_in, c_out) for Dense(); reshape it.",
-        )
-
-    def in_shape(self, kernel_shape):
-        return tuple(kernel_shape[:1])
-
-    def out_shape(self, kernel_shape):
-        return tuple(kernel_shape[1:])
-
-    def axis_contacts(self, kernel_shape):
-        return []
-
-    def _apply_batch(self, kernel, x, precision, layout):
-        return jnp.matmul(x, kernel, precision=precision)
+__all__ = [
+    "CircularConv",
+    "ZeroPaddedConv",
+]
 
 
 class _Conv(Operator):

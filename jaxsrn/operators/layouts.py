@@ -8,7 +8,13 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Shaped
 
-__all__ = ["PLAIN", "TO_TRANSPOSE_IN_IMAGES", "TO_TRANSPOSE_IN_KERNELS", "Layout", "convolve"]
+__all__ = [
+    "PLAIN",
+    "TO_TRANSPOSE_IN_IMAGES",
+    "TO_TRANSPOSE_IN_KERNELS",
+    "Layout",
+    "convolve",
+]
 
 _SPATIAL = {1: "W", 2: "HW", 3: "DHW"}
 

@@ -1,0 +1,127 @@
+"""Bounds from Frobenius norms and absolute values of the kernel's entries."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float
+
+from jaxsrn._tools.checks import Kernel, kernel_array, static_int
+from jaxsrn._tools.linalg import einsum, safe_sqrt
+from jaxsrn.bounds.coefficients import largest_form, num_terms, smallest_over_covers
+from jaxsrn.operators.base import Dense, Operator
+from jaxsrn.spectra.circular.fourier import axis_waves, complex_dtype
+from jaxsrn.spectra.leading import leading_pair
+
+__all__ = [
+    "channel_l1",
+    "l1",
+    "lip_bound",
+]
+
+
+def lip_bound(kernel: Kernel, op: Operator, *, oversampling: int = 8) -> Float[Array, ""]:
+    """LipBound, the largest Frobenius norm of the symbol, from a grid: a guaranteed upper bound of the spectral norm.
+
+    Araujo et al. 2021, as in their code: `max_w ||S(w)||_F` over a grid of `m` angles per axis, over `1 - d / m` (two
+    axes of degree `d`; in general the product over the axes of `sqrt(1 - d_j / m_j)`), bounds all frequencies, hence
+    every image size, circular or zero-padded. It exceeds the norm by up to the root of the number of channels. The
+    factor is sufficient where `m >= 2 d`, as here; that of `certified` is smaller. Zero padding: of the circular
+    layers that cover it. The cost does not depend on the channels but for one Gram matrix of the taps.
+
+    Args:
+      kernel: `(c_in, c_out)` or `(*taps, c_in // groups, c_out)`.
+      op: its operator.
+      oversampling: static; angles per degree and axis of the grid, at least 2.
+
+    Returns:
+      A scalar in float32 or wider, differentiable (finite also at zero); NaN where the kernel has one.
+
+    Raises:
+      ValueError: a kernel that does not fit, or an oversampling below 2.
+    """
+    kernel = kernel_array(kernel, op)
+    return _lip_bound(kernel, op, static_int(oversampling, "oversampling", 2))
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _lip_bound(kernel, op, oversampling):
+    def bound(tensor):
+        terms = tensor.shape[1:-2]
+        flat = tensor.reshape((tensor.shape[0], num_terms(tensor), -1))
+        gram = einsum("gqc,gpc->gqp", flat, flat)
+        sizes = [oversampling * max(k - 1, 1) for k in terms]
+        rows = [axis_waves(m, np.arange(k)) for m, k in zip(sizes, terms, strict=True)]
+        waves = jnp.asarray(functools.reduce(np.kron, rows, np.ones((1, 1))), complex_dtype(gram.dtype))
+        squares = einsum("wq,gqp,wp->gw", waves, gram.astype(waves.dtype), jnp.conj(waves))
+        factor = math.prod(math.sqrt(1 - (k - 1) / m) for m, k in zip(sizes, terms, strict=True))
+        return safe_sqrt(jnp.max(jnp.real(squares))) / factor
+
+    return smallest_over_covers(bound, kernel, op, guaranteed=True)
+
+
+def l1(kernel: Kernel, op: Operator) -> Float[Array, ""]:
+    """`sum |K|` over the taps that meet the image: a guaranteed upper bound of the norm, the loosest and cheapest.
+
+    Sedghi, Gupta, Long 2019, Proposition 6 (one channel) and the right end of Proposition 11 (several). Equal to the
+    norm of a circular convolution with one channel, stride 1 and a non-negative kernel (Proposition 7); never below
+    `channel_l1`.
+
+    Args:
+      kernel: `(c_in, c_out)` or `(*taps, c_in // groups, c_out)`.
+      op: its operator.
+
+    Returns:
+      A scalar in float32 or wider, widened for rounding; NaN where the kernel has one. The gradient is the sign.
+
+    Raises:
+      ValueError: a kernel that does not fit.
+    """
+    return _l1(kernel_array(kernel, op), op)
+
+
+@jax.jit
+def _l1(kernel, op):
+    return smallest_over_covers(lambda tensor: jnp.sum(jnp.abs(tensor)), kernel, op, guaranteed=True)
+
+
+def channel_l1(kernel: Kernel, op: Operator) -> Float[Array, ""]:
+    """`||B||_2` of the channel matrix `B_cd = sum_p |K_cdp|`: a guaranteed upper bound of the spectral norm.
+
+    Instead of Proposition 11 of Sedghi, Gupta, Long 2019, whose middle term `sqrt(sum_c max_d B_cd^2)` is no bound: a
+    1x1 kernel that is the 2x2 matrix of ones has norm 2, the formula gives 1.414. Every entry of `S(w)` is at most
+    that of `B`, so `||S(w)|| <= ||B||_2`, and
+
+        ||B||_2 <= sqrt(||B||_1 ||B||_inf),     ||B||_2 <= ||B||_F <= sum |K| = l1.
+
+    For one channel it is Proposition 6. It is the norm where all entries are non-negative (circular, stride 1).
+    Strides: `B` of the polyphase kernel. Groups: the largest. Dense layers: the norm of `|K|`.
+
+    Args:
+      kernel: `(c_in, c_out)` or `(*taps, c_in // groups, c_out)`.
+      op: its operator.
+
+    Returns:
+      A scalar in float32 or wider, widened for rounding; NaN where the kernel has one. The gradient holds the singular
+      vectors of `B` constant: finite always.
+
+    Raises:
+      ValueError: a kernel that does not fit.
+    """
+    return _channel_l1(kernel_array(kernel, op), op)
+
+
+@jax.jit
+def _channel_l1(kernel, op):
+    def bound(tensor):
+        matrices = jnp.sum(jnp.abs(tensor), axis=range(1, tensor.ndim - 2))
+        # With a proof, as a bound must not be found from below.
+        pairs = jax.vmap(lambda matrix: leading_pair(matrix, Dense()))(lax.stop_gradient(matrices))
+        return largest_form(pairs.right, matrices, pairs.left)
+
+    return smallest_over_covers(bound, kernel, op, guaranteed=True)

@@ -1,0 +1,123 @@
+"""Stable rank normalization of a matrix (Sanyal, Torr, Dokania 2020)."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from jaxsrn._tools.checks import Kernel, float_dtype, kernel_array, positive_scalar, static_int
+from jaxsrn._tools.linalg import safe_sqrt
+from jaxsrn.normalization.result import SRNResult, deviation, in_own_scale, ratio
+from jaxsrn.operators.base import Dense
+from jaxsrn.spectra.pair import rescaled
+
+__all__ = [
+    "srn",
+    "srn_of_matrix",
+]
+
+
+def srn(matrix: Kernel, target, *, num_preserved: int = 1, raise_rank: bool = False) -> SRNResult:
+    """The matrix closest to `matrix` with stable rank `target` and its `num_preserved` leading singular values.
+
+    Sanyal, Torr, Dokania 2020, Theorem 1: with `S1` the leading `max(1, k)` terms of the SVD and `S2` the rest, the
+    optimum is `g1 S1 + g2 S2`. `k = 1` is the closest that keeps the spectral norm, `k = 0` the closest of all (its
+    spectral norm grows). A `num_preserved` too large for the target keeps the largest feasible one, as their
+    Algorithm 1; the result says which. Where `stable_rank <= target` the matrix is returned unchanged.
+
+    With `raise_rank` a target above the stable rank is met too, keeping the spectral norm: the closest matrix is
+    `U min(tau S, s_1) V^T` (a convex problem), filled up along null directions where the rank does not suffice.
+
+    Args:
+      matrix: `(c_in, c_out)`.
+      target: the stable rank wanted, at least 1; traced.
+      num_preserved: `k >= 0`; static.
+      raise_rank: static.
+
+    Returns:
+      An `SRNResult`, with `gap = 0`. A target below 1, or above `min(c_in, c_out)` when raising, is infeasible.
+      Derivatives hold the singular vectors constant: exact for the scalars, a surrogate for the matrix.
+
+    Raises:
+      ValueError: a matrix of the wrong rank or dtype, a bad target, a negative `num_preserved`.
+    """
+    matrix = kernel_array(matrix, Dense())
+    num_preserved = static_int(num_preserved, "num_preserved", 0)
+    target = positive_scalar(target, "target", float_dtype(matrix.dtype))
+    return srn_of_matrix(matrix, target, num_preserved, bool(raise_rank))
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def srn_of_matrix(matrix, target, num_preserved, raise_rank):
+    a, scale = rescaled(matrix.astype(float_dtype(matrix.dtype)), Dense())
+    u, _, vt = (lax.stop_gradient(part) for part in jnp.linalg.svd(lax.stop_gradient(a), full_matrices=False))
+    # The singular values as functions of the matrix, with the vectors held constant.
+    s = jnp.einsum("ij,ik,kj->j", u, a, vt.T, precision=lax.Precision.HIGHEST)
+    rank = ratio(jnp.sum(s**2), s[0] ** 2)
+    lowered, preserved = _lowered_values(s, target, num_preserved)
+    feasible, unchanged = (target >= 1) & jnp.isfinite(rank), target >= rank
+    values = jnp.where(unchanged, s, lowered)
+    wanted = jnp.where(unchanged | (preserved > 0), s[0], lowered[0])
+    if raise_rank:
+        raises = (target > rank) & (s[0] > 0)
+        values = jnp.where(raises, _raised_values(s, target), values)
+        preserved = jnp.where(raises, 1, preserved)
+        feasible = jnp.where(raises, target <= len(s), feasible)
+        unchanged = unchanged & ~raises
+    change = jnp.matmul(u * (values - s)[None], vt, precision=lax.Precision.HIGHEST)
+    new_rank = ratio(jnp.sum(values**2), values[0] ** 2)
+    result = SRNResult(
+        kernel=a + change,
+        stable_rank=new_rank,
+        spectral_norm=values[0],
+        distance=ratio(safe_sqrt(jnp.sum((values - s) ** 2)), safe_sqrt(jnp.sum(s**2))),
+        gap=jnp.zeros_like(rank),
+        residual=jnp.maximum(deviation(new_rank, jnp.where(rank == 0, 0.0, target)), deviation(values[0], wanted)),
+        num_steps=jnp.asarray(0),
+        num_preserved=jnp.where(unchanged, num_preserved, preserved),
+        feasible=feasible,
+    )
+    return in_own_scale(result, scale, matrix, Dense(), unchanged)
+
+
+def _lowered_values(s: Float[Array, " n"], target, num_preserved: int):
+    """Theorem 1 on the singular values: `(new values, number preserved)`."""
+    squares = s**2
+    head = jnp.cumsum(squares)
+    tail = jnp.cumsum(squares[::-1])[::-1]
+    if num_preserved == 0:
+        s1, s2 = s[0], safe_sqrt(tail[1]) if len(s) > 1 else jnp.zeros_like(s[0])
+        root = safe_sqrt(target - 1)
+        g1 = (1 + root * ratio(s2, s1)) / jnp.maximum(target, 1)
+        g2 = g1 * root * ratio(s1, s2)
+        return jnp.where(jnp.arange(len(s)) == 0, g1, g2) * s, jnp.asarray(0)
+    # Feasible iff the leading k alone do not exceed the target; k = 1 always is the last resort.
+    # Rounding must not decide where the two are equal.
+    room = 1 + 16 * jnp.finfo(s.dtype).eps
+    fits = head[: min(num_preserved, len(s))] <= target * squares[0] * room
+    k = jnp.maximum(jnp.sum(fits), 1)
+    kept = jnp.arange(len(s)) < k
+    rest = jnp.where(k < len(s), tail[jnp.minimum(k, len(s) - 1)], 0.0)
+    g2 = ratio(safe_sqrt(target * squares[0] - head[k - 1]), safe_sqrt(rest))
+    return jnp.where(kept, s, g2 * s), k
+
+
+def _raised_values(s: Float[Array, " n"], target):
+    """`min(tau s, s_1)` with `sum = target s_1^2`; null values are filled evenly where `tau` alone cannot reach it."""
+    largest, n = s[0], len(s)
+    tail = jnp.append(jnp.cumsum((s**2)[::-1])[::-1], 0.0)
+    # With the first j values clipped, the others carry (target - j) s_1^2; the right j clips just those that exceed.
+    j = jnp.arange(1, n + 1, dtype=s.dtype)
+    tau = jnp.where(tail[1:] > 0, safe_sqrt(ratio((target - j) * largest**2, tail[1:])), jnp.inf)
+    following = jnp.append(s[1:], 0.0)
+    consistent = (tau * jnp.where(following > 0, following, 0.0) <= largest) & (target >= j) & jnp.isfinite(tau)
+    tau = tau[jnp.argmax(consistent)]
+    null = s <= n * jnp.finfo(s.dtype).eps * largest
+    num_null = jnp.sum(null).astype(s.dtype)
+    filler = jnp.minimum(largest * safe_sqrt(ratio(target - (n - num_null), num_null)), largest)
+    clipped = jnp.minimum(jnp.where(jnp.isfinite(tau), tau, 1.0) * s, largest)
+    return jnp.where(target > n - num_null, jnp.where(null, filler, largest), clipped)

@@ -1,0 +1,102 @@
+"""What every normalization returns, and how it is measured."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Shaped
+
+from jaxsrn._tools.linalg import safe_sqrt
+from jaxsrn.normalization.closed_form import Problem
+from jaxsrn.operators.base import Operator
+
+__all__ = [
+    "SRNResult",
+    "deviation",
+    "measured",
+    "proven_gap",
+    "ratio",
+]
+
+
+class SRNResult(NamedTuple):
+    """A kernel of prescribed stable rank, and what is known of it.
+
+    The numbers are those of the solution in float32 or wider, before the kernel is rounded to a narrower dtype.
+
+    Attributes:
+      kernel: the normalized kernel, in the dtype of the input.
+      stable_rank: its stable rank.
+      spectral_norm: its spectral norm.
+      distance: `||T(K) - T(A)||_F / ||T(A)||_F`.
+      gap: `distance - gap` is a proven lower bound on the distance of every kernel that meets the constraints
+        (equal to `distance`, which proves nothing, where none was found); with zero padding above 2**18 entries of
+        the explicit matrix as far as the kernel's norm, which is searched without a proof, is right.
+      residual: the larger of `|stable_rank / target - 1|` and `|spectral_norm / M - 1|`, over the constraints asked;
+        of a kernel returned unchanged, how far its stable rank is below the target.
+      num_steps: minorise-maximise passes taken; 0 for matrices.
+      num_preserved: leading singular values kept.
+      feasible: whether the constraints can hold together where the search ended; how far they do says `residual`. If
+        not, the kernel has the lowest (raising: the highest) stable rank found.
+    """
+
+    kernel: Shaped[Array, "..."]
+    stable_rank: Float[Array, "..."]
+    spectral_norm: Float[Array, "..."]
+    distance: Float[Array, "..."]
+    gap: Float[Array, "..."]
+    residual: Float[Array, "..."]
+    num_steps: Int[Array, "..."]
+    num_preserved: Int[Array, "..."]
+    feasible: Bool[Array, "..."]
+
+
+def ratio(numerator, denominator):
+    """`numerator / denominator`, 0 where the denominator is 0."""
+    zero = denominator == 0
+    return jnp.where(zero, 0.0, numerator / jnp.where(zero, 1.0, denominator))
+
+
+def deviation(value, wanted):
+    """`|value / wanted - 1|`, 0 where nothing is wanted of a zero kernel."""
+    return jnp.where(wanted == 0, 0.0, jnp.abs(ratio(value, wanted) - 1))
+
+
+def in_own_scale(result: SRNResult, scale, kernel: Shaped[Array, "..."], op: Operator, unchanged) -> SRNResult:
+    """The result for the kernel in its own scale and dtype; what is unchanged, to the last bit."""
+    keep = unchanged | jnp.asarray(op.tap_counts(kernel.shape) == 0)
+    own = jnp.where(keep, kernel, (result.kernel * scale).astype(kernel.dtype))
+    return result._replace(kernel=own, spectral_norm=result.spectral_norm * scale)
+
+
+def measured(result, problem, norm, distance, gap, num_steps, keep_norm, feasible) -> SRNResult:
+    rank = ratio(problem.inner(result, result), norm**2)
+    wanted = jnp.where(problem.norm == 0, 0.0, problem.target)
+    residual = deviation(rank, wanted)
+    if keep_norm:
+        residual = jnp.maximum(residual, deviation(norm, problem.norm))
+    return SRNResult(
+        kernel=result,
+        stable_rank=rank,
+        spectral_norm=norm,
+        distance=distance,
+        gap=gap,
+        residual=residual,
+        num_steps=num_steps,
+        num_preserved=jnp.asarray(1 if keep_norm else 0),
+        feasible=feasible,
+    )
+
+
+def proven_gap(problem: Problem, bound, distance, keep_norm: bool, feasible, unchanged):
+    """How much closer than `distance` (relative) a feasible kernel could be at most."""
+    squared = problem.inner(problem.kernel, problem.kernel)
+    bound = jnp.maximum(bound, 0)
+    if not keep_norm:
+        # In terms of the angle to `A`: the distance from `A` to the ray is `|A| sin`.
+        radius, size = problem.norm * safe_sqrt(problem.target), safe_sqrt(squared)
+        versine = ratio(jnp.maximum(bound - (size - radius) ** 2, 0), 2 * radius * size)
+        bound = squared * versine * (2 - versine)
+    gap = jnp.maximum(distance - ratio(safe_sqrt(bound), safe_sqrt(squared)), 0)
+    return jnp.where(unchanged, 0.0, jnp.where(feasible, gap, distance))

@@ -1,0 +1,70 @@
+"""The original SRN-C (Tanay et al. 2022), kept to show what it misses; and the judgement of any candidate."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxsrn._tools.checks import Kernel, float_dtype, kernel_array, positive_scalar
+from jaxsrn._tools.linalg import safe_sqrt
+from jaxsrn.normalization.closed_form import Problem
+from jaxsrn.normalization.lowering import problem_of
+from jaxsrn.normalization.result import SRNResult, in_own_scale, measured, ratio
+from jaxsrn.normalization.starts import survey
+from jaxsrn.operators.base import Operator
+from jaxsrn.spectra.leading import leading_pair
+from jaxsrn.spectra.norms import frozen_value
+from jaxsrn.spectra.pair import Pair, rescaled
+from jaxsrn.spectra.pairs import plain_gradient
+from jaxsrn.spectra.ranks import stable_rank_range
+
+__all__ = [
+    "srnc_tanay",
+]
+
+
+def srnc_tanay(kernel: Kernel, op: Operator, target) -> SRNResult:
+    """The original SRN-C (Tanay et al. 2022; Zheng et al. 2025, eq. 5-6), kept to show what it misses.
+
+    `a1 + gamma (a - a1)` with `a1 = sigma grad_K <u, T(K) v>` and `gamma = sqrt(target - 1) sigma / ||T(a - a1)||_F`,
+    by analogy with the dense case, where `T(a1)` would be the leading rank-one term. For a convolution it is not: the
+    direction is right and the length is wrong, so both the stable rank and the norm are missed, by `residual`.
+
+    Args, errors: as `srnc`. A kernel with `stable_rank <= target` is returned unchanged.
+
+    Returns:
+      An `SRNResult`; `distance - gap` is the same proven bound as `srnc`'s for the true problem, so `gap` is negative
+      where the constraints are missed on the near side. `feasible` says whether the target is in
+      `stable_rank_range`, not that it was met.
+    """
+    kernel = kernel_array(kernel, op)
+    op.check_not_aliased(kernel.shape)
+    return _srnc_tanay(kernel, op, positive_scalar(target, "target", float_dtype(kernel.dtype)))
+
+
+@jax.jit
+def _srnc_tanay(kernel, op, target):
+    a, scale = rescaled(kernel.astype(float_dtype(kernel.dtype)), op)
+    problem, own = problem_of(a, op, target)
+    first = problem.norm * lax.stop_gradient(plain_gradient(own, op, a.shape))
+    rest = a - first
+    gamma = ratio(safe_sqrt(target - 1) * problem.norm, safe_sqrt(problem.inner(rest, rest)))
+    unchanged = target >= ratio(problem.inner(a, a), problem.norm**2)
+    result = assessed(jnp.where(unchanged, a, first + gamma * rest), problem, own, op, jnp.asarray(0))
+    return in_own_scale(result._replace(gap=jnp.where(unchanged, 0.0, result.gap)), scale, kernel, op, unchanged)
+
+
+def assessed(candidate, problem: Problem, own: Pair, op: Operator, num_steps) -> SRNResult:
+    """What is known of a candidate for (7), whoever found it; `own` is the leading pair of the original kernel."""
+    leading = leading_pair(lax.stop_gradient(candidate), op)
+    change, squared = candidate - problem.kernel, problem.inner(problem.kernel, problem.kernel)
+    distance = ratio(safe_sqrt(problem.inner(change, change)), safe_sqrt(squared))
+    low, high = stable_rank_range(candidate.shape, op)
+    feasible = (problem.target >= low) & (problem.target <= high)
+    bound = ratio(safe_sqrt(survey(lax.stop_gradient(problem), op, own).bound), safe_sqrt(squared))
+    # The bound is one for targets below the stable rank of the original.
+    proves = jnp.isfinite(bound) & (problem.target < ratio(squared, problem.norm**2))
+    gap = jnp.where(proves, distance - bound, distance)
+    norm = frozen_value(candidate, op, leading)
+    return measured(candidate, problem, norm, distance, gap, num_steps, True, feasible)

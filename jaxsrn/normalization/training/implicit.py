@@ -1,0 +1,81 @@
+"""The true gradient of a training step: the derivative of the converged pair by the implicit function theorem."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from jaxsrn.normalization.training.normalized import normalized_with
+from jaxsrn.normalization.training.reverse import in_reverse
+from jaxsrn.normalization.training.tracking import power_step
+from jaxsrn.operators.base import Dense, Operator
+from jaxsrn.spectra.pair import Pair
+
+__all__ = [
+    "moving_pair",
+]
+
+# The linear system of the true gradient: Krylov vectors, restarts, a stop in the midst of a restart (some tens of
+# vectors are enough), and the relative residual that is accepted.
+_GMRES = {"atol": 0.0, "restart": 40, "maxiter": 20, "solve_method": "incremental"}
+_ACCEPTED_RESIDUAL = 1e-3
+
+
+def moving_pair(a: Float[Array, "..."], op: Operator, target, pair: Pair) -> Pair:
+    """The pair as a function of the kernel: the fixed point of power steps on the kernel normalized with the pair."""
+    fixed, rebuild = _real_vector(pair)
+
+    def residual(op: Operator, vector):
+        now = rebuild(vector)
+        # A matrix has the pair of its normalized form, and determines it also where that has rank one.
+        kernel = a if isinstance(op, Dense) else normalized_with(a, op, target, now)
+        return vector - _real_vector(_aligned(power_step(kernel, op, now), pair))[0]
+
+    def tangent_solve(matvec, rhs):
+        backward = jax.vjp(functools.partial(residual, in_reverse(op)), fixed)[1]
+        return _tangent_solve(matvec, lambda cotangent: backward(cotangent)[0], rhs)
+
+    return rebuild(lax.custom_root(functools.partial(residual, op), fixed, lambda _, vector: vector, tangent_solve))
+
+
+def _real_vector(pair: Pair):
+    """The pair's vectors as one real vector, and the way back."""
+    shapes, is_complex = (pair.right.shape, pair.left.shape), jnp.iscomplexobj(pair.right)
+    parts = [part for v in pair[1:] for part in ((v.real, v.imag) if is_complex else (v,))]
+
+    def rebuild(vector):
+        sizes = [math.prod(shape) for shape in shapes for _ in range(2 if is_complex else 1)]
+        pieces = jnp.split(vector, [sum(sizes[:i]) for i in range(1, len(sizes))])
+        if is_complex:
+            pieces = [lax.complex(*pieces[:2]), lax.complex(*pieces[2:])]
+        return Pair(pair.site, *(piece.reshape(shape) for piece, shape in zip(pieces, shapes, strict=True)))
+
+    return jnp.concatenate([part.reshape(-1) for part in parts]), rebuild
+
+
+def _aligned(pair: Pair, reference: Pair) -> Pair:
+    """The same pair with the phase of the reference: one phase for both vectors changes nothing."""
+    overlap = jnp.vdot(pair.left, reference.left, precision=lax.Precision.HIGHEST)
+    size = jnp.sqrt(jnp.where(overlap == 0, 1.0, overlap.real**2 + overlap.imag**2))
+    phase = jnp.where(overlap == 0, 1.0, overlap / size.astype(overlap.dtype))
+    return Pair(pair.site, pair.right * phase, pair.left * phase)
+
+
+def _tangent_solve(matvec, transposed, rhs):
+    """`matvec^-1 rhs` by GMRES; 0, which is the frozen gradient, where that does not converge."""
+
+    def solve_guarded(matvec, rhs):
+        tolerance = float(jnp.finfo(rhs.dtype).eps) ** 0.6
+        x, _ = jax.scipy.sparse.linalg.gmres(matvec, rhs, tol=tolerance, **_GMRES)
+        error = jnp.linalg.norm(matvec(x) - rhs)
+        return jnp.where(error <= _ACCEPTED_RESIDUAL * jnp.linalg.norm(rhs), x, 0.0)
+
+    def solve_transposed(_, rhs):
+        return solve_guarded(transposed, rhs)
+
+    return lax.custom_linear_solve(matvec, rhs, solve_guarded, transpose_solve=solve_transposed)

@@ -1,0 +1,40 @@
+"""The kernel normalized with one pair: the closed form with norm 1, as a function of the kernel and of the pair."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from jaxsrn.normalization.closed_form import Problem, closed_form, functional
+from jaxsrn.operators.base import Operator
+from jaxsrn.spectra.pair import Pair
+from jaxsrn.spectra.pairs import plain_gradient
+
+__all__ = [
+    "normalized_or_rescaled",
+    "normalized_with",
+]
+
+
+def normalized_with(a: Float[Array, "..."], op: Operator, target, pair: Pair) -> Float[Array, "..."]:
+    """The closed form for one pair, with norm 1: a function of the kernel and of the pair."""
+    return normalized_or_rescaled(a, op, target, pair)[0]
+
+
+def normalized_or_rescaled(
+    a: Float[Array, "..."], op: Operator, target, pair: Pair
+) -> tuple[Float[Array, "..."], Bool[Array, ""]]:
+    """The closed form for one pair, with norm 1, and whether it is the kernel itself up to its scale.
+
+    It is where no stable rank is asked for, and where the kernel's own is not above the target.
+    """
+    if target is None:
+        value = jnp.sum(plain_gradient(pair, op, a.shape) * a)
+        return a / jnp.where(value == 0, 1.0, value), jnp.asarray(True)
+    weights = op.frobenius_weights(a.shape, a.dtype)
+    problem = Problem(a, weights, jnp.where(jnp.isinf(target), 1.0, target), jnp.ones((), a.dtype))
+    direction = functional(pair, op, weights, a.shape)
+    value, squared = problem.inner(a, direction), problem.inner(a, a)
+    is_low = (squared <= target * value**2) & (value >= 0)
+    scaled = a / jnp.where(value == 0, 1.0, value)
+    return jnp.where(is_low, scaled, closed_form(problem, direction).kernel), is_low

@@ -1,0 +1,48 @@
+"""Sums of any function over the layers of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxsrn._tools.checks import ensure
+from jaxsrn.operators.layers import Layers, after, stacks
+
+__all__ = [
+    "total",
+]
+
+
+def total(function: Callable, layers: Layers, params) -> Float[Array, ""]:
+    """`sum function(kernel, op)` over layers of a model: a penalty on all of them at once.
+
+    Kernels of equal operator, shape and dtype are stacked, and `function` is mapped over each stack: one call, and one
+    compilation, per distinct shape.
+
+    Args:
+      function: `f(kernel, op)` to a scalar, such as `spectral_norm`, `bounds.tensor_norm`, `stable_rank` or
+        `functools.partial(penalties.extreme_singular_values, alpha=2.0)`.
+      layers: `{path: operator}`; a path is the tuple of plain keys to the kernel, `("conv1", "kernel")`, as
+        `flax.traverse_util.flatten_dict` and `flax.nnx.to_flat_state` name it.
+      params: nested dicts, an `nnx.State`, or any pytree; other leaves are not read.
+
+    Returns:
+      A scalar in float32 or wider; 0 without layers.
+
+    Raises:
+      ValueError: a path that is not in `params` (it is named), a kernel that does not fit its operator, or a function
+        whose value is not a scalar.
+    """
+    running = jnp.zeros((), jnp.float32)
+    for stack in stacks(layers, params):
+        values = jax.vmap(function, (0, None))(after(stack.kernels, running), stack.op)
+        ensure(
+            jnp.shape(values) == (len(stack.paths),),
+            f"function: got a value of shape {jnp.shape(values)[1:]} for {stack.paths[0]!r}, expected a scalar.",
+        )
+        dtype = max(running.dtype, values.dtype, key=lambda dtype: dtype.itemsize)
+        running = running.astype(dtype) + jnp.sum(values).astype(dtype)
+    return running

@@ -1,0 +1,162 @@
+"""Algorithm 2.1 of Guo, Ye 2019: two eigenpairs that follow the kernel while it trains."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from jaxsrn._tools.checks import Kernel, ensure, float_dtype, kernel_array, positive_scalar, static_int
+from jaxsrn._tools.limits import vector_tolerance
+from jaxsrn._tools.linalg import matmul
+from jaxsrn._tools.subspaces import top_singular_vectors
+from jaxsrn.operators.base import Operator
+from jaxsrn.penalties.guo_ye import check_side, exceeds_output
+
+__all__ = [
+    "TrackedPairs",
+    "extreme_singular_values_step",
+    "init_pairs",
+]
+
+
+class TrackedPairs(NamedTuple):
+    """Two eigenpairs of `G - alpha I` with a Gram matrix `G` of a layer, the larger in absolute value first.
+
+    Attributes:
+      values: `(2,)`, signed: positive above `alpha`, negative below it.
+      vectors: `(2, *in_shape)`, or `(2, *out_shape)` where `G = M M^T`; orthonormal.
+    """
+
+    values: Float[Array, "..."]
+    vectors: Float[Array, "..."]
+
+
+def init_pairs(kernel: Kernel, op: Operator, *, alpha=1.0, gram: str = "small") -> TrackedPairs:
+    """The two eigenpairs of `M^T M - alpha I` farthest from 0: where Algorithm 2.1 of Guo, Ye 2019 starts.
+
+    By Lanczos with deflation, matrix-free, for every operator.
+
+    Args:
+      kernel, op, alpha, gram: as in `extreme_singular_values`.
+
+    Returns:
+      `TrackedPairs`, constants, in float32 or wider; the values are NaN where the kernel has a NaN.
+
+    Raises:
+      ValueError: as `extreme_singular_values`, or a Gram matrix of one row, which has no two eigenpairs.
+    """
+    kernel = kernel_array(kernel, op)
+    check_side(gram)
+    size = math.prod(_side_shape(op, kernel.shape, gram))
+    ensure(
+        size > 1, f"kernel: the Gram matrix of {op} has one row, expected at least two; use extreme_singular_values."
+    )
+    return _init_pairs(kernel, op, positive_scalar(alpha, "alpha", float_dtype(kernel.dtype)), gram)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 3))
+def _init_pairs(kernel, op, alpha, gram):
+    kernel, alpha = lax.stop_gradient((kernel.astype(float_dtype(kernel.dtype)), alpha))
+    shape = _side_shape(op, kernel.shape, gram)
+    shifted = _shifted_gram(kernel, op, alpha, gram)
+
+    def product(x):
+        return shifted(x.reshape(shape)).reshape(-1)
+
+    size, tolerance = math.prod(shape), vector_tolerance(kernel.dtype)
+    _, vectors = top_singular_vectors(product, product, size, size, 2, tolerance, kernel.dtype)
+    return _rotated(kernel, op, alpha, gram, vectors.reshape((2, *shape)))
+
+
+def extreme_singular_values_step(
+    kernel: Kernel, pairs: TrackedPairs, op: Operator, *, alpha=1.0, gram: str = "small", num_steps: int = 2
+) -> tuple[Float[Array, ""], TrackedPairs]:
+    """`R_alpha` from tracked eigenvectors: steps 6 and 7 of Algorithm 2.1 of Guo, Ye 2019, for use in training.
+
+    Both vectors take `num_steps` power steps with `G - alpha I`, are made orthonormal and rotated to the best of their
+    span (Rayleigh, Ritz); the larger in absolute value gives `R_alpha`. Two, since the leading ones can cross as the
+    kernel changes.
+
+    Args:
+      kernel: `(c_in, c_out)` or `(*taps, c_in // groups, c_out)`.
+      pairs: of the step before, first from `init_pairs`, with the same `gram`.
+      op, alpha, gram: as in `extreme_singular_values`.
+      num_steps: static; power steps, two in the paper.
+
+    Returns:
+      `(value, pairs)`: an estimate of `R_alpha` from below, exact where the pairs have converged, with the gradient
+      for vectors held constant; and the stepped pairs, constants.
+
+    Raises:
+      ValueError: as `init_pairs`, pairs that do not fit, or fewer than one step.
+    """
+    kernel = kernel_array(kernel, op)
+    check_side(gram)
+    expected = (2, *_side_shape(op, kernel.shape, gram))
+    got = jnp.shape(getattr(pairs, "vectors", None))
+    ensure(got == expected, f"pairs: got vectors of shape {got}, expected {expected}; take them from init_pairs.")
+    alpha = positive_scalar(alpha, "alpha", float_dtype(kernel.dtype))
+    return _stepped(kernel, pairs, op, alpha, gram, static_int(num_steps, "num_steps"))
+
+
+@functools.partial(jax.jit, static_argnums=(2, 4, 5))
+def _stepped(kernel, pairs, op, alpha, gram, num_steps):
+    kernel = kernel.astype(float_dtype(kernel.dtype))
+    fixed, fixed_alpha, vectors = lax.stop_gradient((kernel, alpha, pairs.vectors.astype(kernel.dtype)))
+    shifted = _shifted_gram(fixed, op, fixed_alpha, gram)
+    vectors = lax.fori_loop(0, num_steps, lambda _, v: _orthonormal(shifted(v)), _orthonormal(vectors))
+    stepped = _rotated(fixed, op, fixed_alpha, gram, vectors)
+    value = jnp.sum(_image(kernel, op, stepped.vectors[0], gram) ** 2) - alpha
+    return jnp.where(stepped.values[0] < 0, -value, value), stepped
+
+
+def _side_shape(op: Operator, kernel_shape, gram: str) -> tuple[int, ...]:
+    on_output = gram == "small" and exceeds_output(op, kernel_shape)
+    return op.out_shape(kernel_shape) if on_output else op.in_shape(kernel_shape)
+
+
+def _gram_maps(kernel, op: Operator, gram: str) -> tuple[Callable, Callable]:
+    """`M` and `M^T` on images, or the other way round where the Gram matrix is `M M^T`."""
+    maps = [functools.partial(f, kernel, precision=lax.Precision.HIGHEST) for f in (op.apply, op.transpose)]
+    on_output = gram == "small" and exceeds_output(op, kernel.shape)
+    return tuple(maps[::-1] if on_output else maps)
+
+
+def _image(kernel, op: Operator, vector: Float[Array, "..."], gram: str) -> Float[Array, "..."]:
+    """`M v`, or `M^T v` where the Gram matrix is `M M^T`."""
+    return _gram_maps(kernel, op, gram)[0](vector)
+
+
+def _shifted_gram(kernel, op: Operator, alpha, gram: str) -> Callable:
+    """The map `G - alpha I`, up to a factor that keeps it in the range of the dtype."""
+    scale = jnp.maximum(jnp.max(jnp.abs(kernel)), jnp.sqrt(alpha))
+    kernel, shift = kernel / scale, (jnp.sqrt(alpha) / scale) ** 2
+    forward, back = _gram_maps(kernel, op, gram)
+
+    def product(vector):
+        return back(forward(vector)) - shift * vector
+
+    return product
+
+
+def _orthonormal(vectors: Float[Array, "..."]) -> Float[Array, "..."]:
+    q, _ = jnp.linalg.qr(vectors.reshape((2, -1)).T)
+    return q.T.reshape(vectors.shape)
+
+
+def _rotated(kernel, op: Operator, alpha, gram: str, vectors: Float[Array, "..."]) -> TrackedPairs:
+    """The eigenpairs of `G - alpha I` restricted to the span of two orthonormal vectors."""
+    images = _image(kernel, op, vectors, gram).reshape((2, -1))
+    # As its eigenvectors: stacks of eigh are no safe ground in jaxlib 0.10.2 (jax issue 39292).
+    _, values, basis = jnp.linalg.svd(matmul(images, images.T))
+    values = values - alpha
+    order = jnp.argsort(-jnp.abs(values))
+    turned = matmul(basis[order], vectors.reshape((2, -1)))
+    return TrackedPairs(values[order], turned.reshape(vectors.shape))

@@ -1,0 +1,76 @@
+"""Boxes of frequencies, from coarse to fine: the cells that branch and bound discards or splits."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+from jaxsrn.operators.convolutions import CircularConv
+from jaxsrn.spectra.circular.grams import is_reduced
+from jaxsrn.spectra.circular.grid_certificate import degrees, overshoot
+from jaxsrn.spectra.circular.sites import half_grid
+
+__all__ = [
+    "Boxes",
+    "boxes_of",
+    "doubled_centres",
+]
+
+# Blocks start at this phi: wider ones are discarded too rarely in a flat spectrum, narrower ones are too many.
+_WIDEST = 0.6
+
+
+class Boxes(NamedTuple):
+    """Boxes of indices of the half grid, from coarse to fine.
+
+    Attributes:
+      sizes: `(levels, axes)`; those of the last level are 1.
+      corners: `(boxes, axes)`, of the coarsest ones.
+      ends: `(axes,)`, how many indices there are.
+      factors: `(levels,)`: a block with a frequency of value `L` has at least `L` times this at its centre.
+    """
+
+    sizes: np.ndarray
+    corners: np.ndarray
+    ends: np.ndarray
+    factors: np.ndarray
+
+
+def boxes_of(op: CircularConv, kernel_shape: tuple[int, ...]) -> Boxes:
+    """As wide as they may be to be discarded at all; single frequencies where no width is certified (static)."""
+    per_axis, ends = np.array(degrees(op, kernel_shape)), np.array(half_grid(op))
+    # Half the angle between neighbours in the measure of phi.
+    rate = np.pi * per_axis / (2 * np.array(op.grid))
+    beyond = overshoot(op, kernel_shape)
+    certified = math.isfinite(beyond)
+    excess = math.sqrt(beyond**2 - 1) if certified else 0.0
+    share = _WIDEST / max(1, np.count_nonzero(per_axis))
+    sizes = [np.ones_like(ends)]
+    # Reduced Gram matrices belong to single frequencies.
+    while certified and not is_reduced(op, kernel_shape):
+        wider = np.where((sizes[0] < ends) & (rate * (2 * sizes[0] - 1) <= share), 2 * sizes[0], sizes[0])
+        if np.all(wider == sizes[0]):
+            break
+        sizes.insert(0, wider)
+    phi = np.sum(rate * (np.array(sizes) - 1), axis=-1)
+    corners = np.array(list(itertools.product(*(range(0, e, s) for e, s in zip(ends, sizes[0], strict=True)))))
+    if len(sizes) == 1:
+        corners = _without_mirrored(corners, op.grid)
+    return Boxes(np.array(sizes), corners, ends, np.cos(phi) - excess * np.sin(phi))
+
+
+def _without_mirrored(indices: np.ndarray, grid: tuple[int, ...]) -> np.ndarray:
+    """One of each pair of opposite frequencies: at both ends of its last axis the half grid has them both."""
+
+    def rank(indices):
+        return np.ravel_multi_index(indices[:, ::-1].T, grid[::-1])
+
+    return indices[rank(indices) <= rank(-indices % np.array(grid))]
+
+
+def doubled_centres(corners, sizes, ends):
+    """Twice the central index of boxes, the last ones cut off at the end of the grid."""
+    return corners + (corners + sizes).clip(max=ends[None]) - 1

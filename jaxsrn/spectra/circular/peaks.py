@@ -1,0 +1,81 @@
+"""Peaks of the symbol beside the highest one."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float
+
+from jaxsrn.operators.convolutions import CircularConv
+from jaxsrn.spectra.circular.boxes import Boxes, boxes_of
+from jaxsrn.spectra.circular.branch_and_bound import highest_peak
+from jaxsrn.spectra.circular.climbing import NUM_CLIMBERS, Estimates, Peak, at_site, climbs, estimates, most_promising
+from jaxsrn.spectra.circular.grams import GramPolynomial, gram_polynomial
+
+__all__ = [
+    "other_peaks",
+    "peaks",
+]
+
+
+def peaks(kernel: Float[Array, "..."], op: CircularConv, count: int, radius: int):
+    """The largest singular value of the whole grid, and other local maxima as far as climbing finds them.
+
+    Frequencies within `radius` indices of a better one are none of their own.
+
+    Returns:
+      `(values, (site, u, v))`, stacks of at most `count`, the largest first; values are 0 where fewer were found.
+    """
+    poly, blocks = gram_polynomial(kernel, op), boxes_of(op, kernel.shape)
+    known = estimates(poly, op, blocks)
+    highest = highest_peak(poly, op, blocks, known, 0.0)
+    pairs = other_peaks(poly, op, blocks, known, highest, count, radius)
+    return pairs.value, jax.vmap(lambda pair: at_site(pair, op, kernel.shape))(pairs)
+
+
+def other_peaks(
+    poly: GramPolynomial, op: CircularConv, blocks: Boxes, known: Estimates, highest: Peak, count: int, radius: int
+) -> Peak:
+    """A stack of the highest and of other local maxima, as far as climbing finds them, the larger ones first.
+
+    Frequencies within `radius` indices of a better one, or of its opposite, are none of their own: their value is 0.
+    """
+    # Where every frequency was estimated kernels are wide, as a rule, and each climb is dear.
+    dear = len(blocks.sizes) == 1
+    chosen = _estimated_peaks(known, blocks, op, count, radius) if dear else most_promising(known, 2 * NUM_CLIMBERS)
+    found = climbs(poly, op, blocks, known, chosen)
+    # Of equal values the first is taken: nothing found is above the highest, but for rounding.
+    found = found._replace(value=jnp.minimum(found.value, highest.value))
+    pairs = jax.tree.map(lambda first, rest: jnp.concatenate([first[None], rest]), highest, found)
+    chosen, values = _largest_apart(pairs.value, pairs.index, pairs.group, op, count, radius)
+    return jax.tree.map(lambda leaf: leaf[chosen], pairs)._replace(value=values)
+
+
+def _estimated_peaks(known: Estimates, blocks: Boxes, op: CircularConv, count: int, radius: int):
+    """Which estimates at single frequencies are the largest, none near a larger one of its group."""
+    boxes, groups = np.indices(known.values.shape).reshape((2, -1))
+    return _largest_apart(known.values.reshape(-1), jnp.asarray(blocks.corners[boxes]), groups, op, count, radius)[0]
+
+
+def _largest_apart(values: Float[Array, " n"], indices, groups, op: CircularConv, count: int, radius: int):
+    """The largest values at frequencies of groups, none near a larger one or its opposite: which, and what they are.
+
+    Where fewer are left than asked for, the rest are 0.
+    """
+    grid, groups = np.array(op.grid)[None], jnp.asarray(groups)
+
+    def near(other):
+        steps = (indices - other[None]) % grid
+        return jnp.max(jnp.minimum(steps, grid - steps), axis=-1) <= radius
+
+    def pick(k, state):
+        left, chosen, found = state
+        best = jnp.argmax(left)
+        taken = (near(indices[best]) | near(-indices[best])) & (groups == groups[best])
+        found = found.at[k].set(jnp.maximum(left[best], 0))
+        return jnp.where(taken, -1, left), chosen.at[k].set(best), found
+
+    count = min(count, values.size)
+    return lax.fori_loop(0, count, pick, (values, jnp.zeros(count, int), jnp.zeros(count, values.dtype)))[1:]

@@ -1,0 +1,62 @@
+"""The leading pair of a circular layer over all sites: by SVDs or branch and bound, whichever takes less."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxsrn._tools.limits import svds_are_dear
+from jaxsrn._tools.linalg import top_values
+from jaxsrn.operators.convolutions import CircularConv
+from jaxsrn.spectra.circular.branch_and_bound import branch_and_bound
+from jaxsrn.spectra.circular.fourier import complex_dtype, half_symbol, site_shape
+from jaxsrn.spectra.circular.sites import distinct_sites, half_grid, same_site, without_constant_axes
+from jaxsrn.spectra.dense import leading_of_matrix
+from jaxsrn.spectra.pair import Pair
+from jaxsrn.spectra.pairs import site_pairs
+
+__all__ = [
+    "branch_and_bound_pays",
+    "first_of",
+    "leading_wave",
+]
+
+
+def leading_wave(kernel: Float[Array, "..."], op: CircularConv, excess: float = 0.0) -> tuple[Pair, float]:
+    """The leading pair over all sites: by branch and bound, or SVDs where they take less.
+
+    Returns:
+      `(pair, excess)`: no singular value exceeds that of the pair by more than that share; at most what was allowed.
+    """
+    if math.prod(kernel.shape[:-2]) == op.feature_group_count == 1:
+        return _constant_wave(kernel, op), 0.0
+    layer = without_constant_axes(op, kernel.shape)
+    if branch_and_bound_pays(kernel.shape, layer):
+        pair = Pair(*branch_and_bound(kernel, layer, excess))
+    else:
+        sites, excess = jnp.asarray(distinct_sites(layer)[0]), 0.0
+        values = top_values(half_symbol(kernel, layer)[sites])
+        pair = first_of(site_pairs(kernel, layer, sites[jnp.argmax(values)][None])[1])
+    return pair._replace(site=same_site(op, layer, pair.site)), excess
+
+
+def _constant_wave(kernel: Float[Array, "..."], op: CircularConv) -> Pair:
+    """That of a single tap: its symbol is one matrix everywhere, in the first phase."""
+    pair = leading_of_matrix(kernel.reshape(kernel.shape[-2:]))
+    rows, _ = site_shape(op, kernel.shape)
+    right = jnp.pad(pair.right, (0, rows - pair.right.size))
+    dtype = complex_dtype(kernel.dtype)
+    return Pair(pair.site, right.astype(dtype), pair.left.astype(dtype))
+
+
+def first_of(pairs: Pair) -> Pair:
+    return jax.tree.map(lambda leaf: leaf[0], pairs)
+
+
+def branch_and_bound_pays(kernel_shape: tuple[int, ...], op: CircularConv) -> bool:
+    """Whether an SVD at every site would take longer; static."""
+    sites = math.prod(half_grid(op)) * op.feature_group_count
+    return svds_are_dear(sites, site_shape(op, kernel_shape))

@@ -1,0 +1,47 @@
+"""Waves of a circular layer with the same taps, as images of a layer with zero padding."""
+
+from __future__ import annotations
+
+import functools
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from jaxsrn._tools.linalg import unit
+from jaxsrn.operators.convolutions import CircularConv, ZeroPaddedConv
+from jaxsrn.spectra.circular.waves import wave
+from jaxsrn.spectra.pair import Pair
+
+__all__ = [
+    "circular_layer",
+    "windowed",
+]
+
+
+def circular_layer(op: ZeroPaddedConv, kernel_shape, sizes: tuple[int, ...], strides: tuple[int, ...]) -> CircularConv:
+    """A circular convolution with the same taps, on an image of at least `sizes` that holds them and whole strides."""
+    sizes = (max(size, extent) for size, extent in zip(sizes, op.extents(kernel_shape), strict=True))
+    return CircularConv(
+        tuple(-(-n // s) * s for n, s in zip(sizes, strides, strict=True)),
+        strides=strides,
+        kernel_dilation=op.kernel_dilation,
+        feature_group_count=op.feature_group_count,
+    )
+
+
+def _window(shape: tuple[int, ...], dtype) -> Float[Array, "... 1"]:
+    """A half sine on each axis: what the leading vectors of a zero-padded convolution look like."""
+    axes = [np.sin(np.pi * (np.arange(n) + 0.5) / n) for n in shape]
+    return jnp.asarray(functools.reduce(np.multiply.outer, axes)[..., None], dtype)
+
+
+def windowed(pair: Pair, layer: CircularConv, op: ZeroPaddedConv, kernel_shape) -> Pair:
+    """The waves of a circular layer with the same taps on the images of a zero-padded one, faded out at the edges."""
+    samples = zip(op.input_shape, op.input_dilation, op.pads(kernel_shape), strict=True)
+    reach = [np.arange(n) * dilation + low for n, dilation, (low, _) in samples]
+    outputs = [np.arange(n) for n in op.out_shape(kernel_shape)[:-1]]
+    right = wave(layer, pair.site, pair.right, reach, op.strides)
+    left = wave(layer, pair.site, pair.left, outputs, (1,) * op.num_axes)
+    right, left = (unit(image * _window(image.shape[:-1], image.dtype)) for image in (right, left))
+    return Pair(jnp.asarray(0), right, left)

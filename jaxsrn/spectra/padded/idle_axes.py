@@ -1,0 +1,53 @@
+"""Axes of one tap: the layer does the same to each sample along them, so one sample stands for all."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax.numpy as jnp
+
+from jaxsrn.operators.convolutions import ZeroPaddedConv
+from jaxsrn.spectra.pair import Pair
+
+__all__ = [
+    "at_first_contact",
+    "without_idle_axes",
+]
+
+
+def without_idle_axes(op: ZeroPaddedConv, kernel_shape: tuple[int, ...]) -> ZeroPaddedConv:
+    """The layer on a single sample along axes of one tap: it does the same to each of them, wherever it meets any."""
+    contacts = _idle_contacts(op, kernel_shape)
+
+    def where(alone, otherwise):
+        return tuple(value if axis is None else alone for axis, value in zip(contacts, otherwise, strict=True))
+
+    return dataclasses.replace(
+        op,
+        input_shape=where(1, op.input_shape),
+        padding=where((0, 0), op.pads(kernel_shape)),
+        strides=where(1, op.strides),
+        input_dilation=where(1, op.input_dilation),
+    )
+
+
+def _idle_contacts(op: ZeroPaddedConv, kernel_shape: tuple[int, ...]) -> list[tuple[int, int] | None]:
+    """The first input and output sample that the tap of each idle axis joins; `None` for the other axes.
+
+    An axis is idle where its only tap meets the image. The first of several taps may meet no sample at all.
+    """
+    contacts = [(len(axis) == 1, axis[0]) for axis in op.axis_contacts(kernel_shape)]
+    return [(int(tap.inputs[0]), int(tap.outputs[0])) if alone and len(tap.inputs) else None for alone, tap in contacts]
+
+
+def at_first_contact(pair: Pair, op: ZeroPaddedConv, kernel_shape: tuple[int, ...]) -> Pair:
+    """A pair of the layer without idle axes on the images of the layer: zero but where a tap first meets a sample."""
+    contacts = _idle_contacts(op, kernel_shape)
+
+    def placed(image, shape, side):
+        place = tuple(slice(None) if axis is None else slice(axis[side], axis[side] + 1) for axis in contacts)
+        return jnp.zeros(shape, image.dtype).at[place].set(image)
+
+    right = placed(pair.right, op.in_shape(kernel_shape), 0)
+    left = placed(pair.left, op.out_shape(kernel_shape), 1)
+    return pair._replace(right=right, left=left)

@@ -1,0 +1,127 @@
+"""The maximum over frequencies, smoothed by log-sum-exp, and the quadratic forms of one channel."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from jaxsrn._tools.checks import Kernel, ensure, float_dtype, kernel_array, positive_scalar
+from jaxsrn.operators.base import Operator
+from jaxsrn.operators.convolutions import CircularConv
+from jaxsrn.spectra.circular.fourier import dft_rows, half_symbol
+from jaxsrn.spectra.circular.sites import half_grid, multiplicity
+
+__all__ = [
+    "check_circular",
+    "form_eigenvalues",
+    "forms",
+    "log_sum_exp",
+    "smoothed_maximum",
+    "squared_values",
+]
+
+
+def log_sum_exp(kernel: Kernel, op: Operator, *, alpha, smooth: bool = False) -> Float[Array, ""]:
+    """`(1/alpha) log sum_l exp(alpha g_l)`: a smooth upper bound of the squared spectral norm `max_l g_l`.
+
+    Zheng et al. 2025, eq. 14, for any circular convolution: `g_l = sigma_max(S(w_l))^2` over all `N` frequencies,
+    `max <= value <= max + log(N) / alpha`. Where several channels let singular values cross, that is not
+    differentiable; `smooth` sums `tr exp(alpha G_l)`, with `G_l` the smaller Gram matrix of the symbol, which is
+    smooth everywhere, and at most `max + log(N min(c_in, c_out)) / alpha` (`c_in` times the phases of a stride).
+
+    Args:
+      kernel: `(*taps, c_in // groups, c_out)`.
+      op: a `CircularConv`.
+      alpha: sharpness, positive, in units of `1 / g`; traced. Any size: nothing overflows.
+      smooth: static.
+
+    Returns:
+      A scalar in float32 or wider. Its gradient is exact where differentiable, and finite always.
+
+    Raises:
+      ValueError: a kernel that does not fit, an operator that is not circular, a bad `alpha`.
+    """
+    check_circular(op)
+    kernel = kernel_array(kernel, op)
+    dtype = float_dtype(kernel.dtype)
+    return smoothed_maximum(kernel.astype(dtype), op, positive_scalar(alpha, "alpha", dtype), bool(smooth))
+
+
+@functools.partial(jax.jit, static_argnums=(1, 3))
+def smoothed_maximum(kernel, op, alpha, smooth):
+    squares = squared_values(kernel, op)
+    if not smooth:
+        # Of all groups, the symbol of which is their direct sum.
+        squares = jnp.max(squares, axis=-1, keepdims=True)
+    counts = multiplicity(op)[:: op.feature_group_count, None]
+    counts = jnp.broadcast_to(jnp.asarray(counts, squares.dtype), squares.shape)
+    return jax.nn.logsumexp(alpha * squares, b=counts) / alpha
+
+
+def squared_values(kernel: Float[Array, "..."], op: CircularConv) -> Float[Array, "frequencies values"]:
+    """Squared singular values of the symbol at every frequency of the half grid, all groups together."""
+    symbol = half_symbol(kernel, op)
+    if min(symbol.shape[-2:]) == 1:
+        squares = jnp.sum(jnp.real(symbol * jnp.conj(symbol)), axis=(-2, -1))
+    else:
+        squares = jnp.linalg.svd(symbol, compute_uv=False) ** 2
+    return squares.reshape((math.prod(half_grid(op)), -1))
+
+
+def check_circular(op) -> None:
+    ensure(
+        isinstance(op, CircularConv),
+        f"op: got {op}, expected a CircularConv; the surrogate smooths over the frequencies of a circular convolution. "
+        "srnc takes every operator.",
+    )
+
+
+def forms(kernel_shape: tuple[int, ...], op: Operator) -> Float[np.ndarray, "frequencies taps taps"]:
+    """`B_l = cos_l cos_l^T + sin_l sin_l^T`, so that `g_l(x) = x^T B_l x`, of a one-channel circular convolution.
+
+    Zheng et al. 2025, section 3.1, for any number of axes; float64, frequencies and taps in row-major order.
+
+    Args:
+      kernel_shape: `(*taps, 1, 1)`.
+      op: a `CircularConv` with strides 1.
+
+    Raises:
+      ValueError: more than one channel, strides, or an operator that is not circular.
+    """
+    waves = _waves(kernel_shape, op)
+    return np.real(waves[:, :, None] * np.conj(waves[:, None, :]))
+
+
+def form_eigenvalues(kernel_shape: tuple[int, ...], op: Operator) -> Float[np.ndarray, "frequencies 2"]:
+    """The two eigenvalues of each `B_l` that can differ from 0, the larger first: `(q +- |sum_p e^{-2i <w, p>}|) / 2`.
+
+    Zheng et al. 2025, Figure 1. On the unit sphere `g_l` is at most the larger one, and with three taps or more at
+    least 0, the other eigenvalues of `B_l`, not the smaller one. Their sum is `q`, the number of taps; the largest of
+    all is `q`, at the real frequencies, and `N / q <= srank <= N` is the feasible interval that it implies, which
+    `jaxsrn.stable_rank_range` gives for every operator.
+
+    Args, errors: as `forms`.
+    """
+    waves = _waves(kernel_shape, op)
+    spread = np.abs(np.sum(waves**2, axis=-1))
+    return np.stack([waves.shape[-1] + spread, waves.shape[-1] - spread], axis=-1) / 2
+
+
+def _waves(kernel_shape: tuple[int, ...], op: Operator) -> np.ndarray:
+    """`exp(-i <w_l, p>)`, one row per frequency, one column per tap."""
+    check_circular(op)
+    op.check_kernel_shape(kernel_shape)
+    ensure(
+        kernel_shape[-2:] == (1, 1) and set(op.strides) == {1},
+        f"kernel_shape: got {kernel_shape} for {op}, expected one channel, (*taps, 1, 1), and strides 1; with more, "
+        "g_l is no quadratic form.",
+    )
+    waves = np.ones((1, 1))
+    for row in dft_rows(op, kernel_shape):
+        waves = np.kron(waves, row[:, 0, :])
+    return waves

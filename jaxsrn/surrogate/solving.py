@@ -1,0 +1,204 @@
+"""The descent on the penalised objective: `solve` and its iterates."""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from jaxsrn import optim
+from jaxsrn._tools.checks import Kernel, ensure, float_dtype, static_int
+from jaxsrn._tools.linalg import unit
+from jaxsrn.normalization.lowering import problem_of
+from jaxsrn.normalization.result import SRNResult, in_own_scale
+from jaxsrn.normalization.tanay import assessed
+from jaxsrn.operators.base import Operator
+from jaxsrn.spectra.norms import norm_of
+from jaxsrn.spectra.pair import rescaled
+from jaxsrn.surrogate.descent import State, advance, begin, by_step, geometric, starting_points
+from jaxsrn.surrogate.problem import checked, kernel_at, num_frequencies, objective_at, point_like
+from jaxsrn.surrogate.smoothed_maximum import squared_values
+
+__all__ = [
+    "Trajectory",
+    "solve",
+    "trajectory",
+]
+
+# The default continuation, in units without scale: `alpha` times `N / target`, and the penalty relative to it. A sharp
+# maximum and a weak penalty from the beginning: a stronger smoothing leads every start into the same basin, that of
+# the frequency where the kernel itself is largest, which often is not the best one.
+_ALPHAS = (1e2, 1e4)
+_PENALTIES = (1e-1, 1e-4)
+_RATES = (5e-2, 1e-4)
+# A descent that ends with its stable rank this close, relatively, has met the constraints.
+_MET = 1e-3
+
+
+class Trajectory(NamedTuple):
+    """Iterates of the descent, the start first (leading axis: records).
+
+    Attributes:
+      points: on the unit sphere, `(records, *kernel.shape)`.
+      objective: `h` at each, with the `alpha` and `penalty` of its step.
+      stable_rank: of the kernel at each point.
+      steps: the number of steps taken before each.
+    """
+
+    points: Float[Array, "records ..."]
+    objective: Float[Array, " records"]
+    stable_rank: Float[Array, " records"]
+    steps: Int[Array, " records"]
+
+
+def solve(
+    kernel: Kernel,
+    op: Operator,
+    target,
+    *,
+    key,
+    num_restarts: int = 32,
+    num_steps: int = 2000,
+    optimizer: optax.GradientTransformation | None = None,
+    alpha=None,
+    penalty=None,
+    smooth: bool = False,
+    initial: Kernel | None = None,
+) -> SRNResult:
+    """A kernel near `kernel` with stable rank near `target` and nearly the same norm, by descent on `objective`.
+
+    The best of several descents from random points of the sphere: of those that end with both constraints met to
+    1e-3 the closest, and where none does the one that misses least. By default with continuation: `alpha` grows and
+    `penalty` falls geometrically, under Adam with a decaying step. As published (Zheng et al. 2025, eq. 17-19 and
+    section 3.3): `num_restarts=1, num_steps=100_000, alpha=10.0, penalty=0.1, optimizer=optim.sphere_sgd(1e-5)`.
+
+    Unlike `jaxsrn.srnc` it meets the constraints only approximately (see `residual`), and it lowers and raises the
+    stable rank alike.
+
+    Args:
+      kernel: `(*taps, c_in // groups, c_out)`.
+      op: a `CircularConv`.
+      target: the stable rank wanted; traced.
+      key: a JAX random key, for the starts.
+      num_restarts: static; the descents run side by side under `vmap`.
+      num_steps: static; of each descent.
+      optimizer: static; an optax transformation that stays on the sphere, `optim.on_sphere(...)` of any other or
+        `optim.sphere_sgd(...)`. Build it once: a new one compiles anew.
+      alpha, penalty: numbers (traced), or schedules `step -> number` (static), or `None` for continuation.
+      smooth: static; see `log_sum_exp`.
+      initial: a kernel whose direction the first descent starts from, in place of a random one.
+
+    Returns:
+      An `SRNResult`, the kernel being `sqrt(r M^2 / N) x`. `feasible` says whether the target is in
+      `stable_rank_range`, not that it was met; `gap` is against the proven bound of `srnc` where the stable rank is
+      lowered, and proves nothing (equal to `distance`) where it is raised. `num_steps` is that of each
+      descent. Derivatives hold `x` constant.
+
+    Raises:
+      ValueError: as `objective`, or a number of restarts or steps below 1.
+    """
+    kernel, target, schedules, initial = _descent_arguments(kernel, op, target, alpha, penalty, initial)
+    keys = jax.random.split(key, static_int(num_restarts, "num_restarts"))
+    num_steps = static_int(num_steps, "num_steps")
+    return _solve(kernel, op, target, keys, initial, schedules, optimizer, num_steps, bool(smooth))
+
+
+@functools.partial(jax.jit, static_argnums=(1, 6, 7, 8))
+def _solve(kernel, op, target, keys, initial, schedules, optimizer, num_steps, smooth):
+    a, scale, problem, own, optimizer, loss = _prepared(kernel, op, target, schedules, optimizer, num_steps, smooth)
+
+    def descend(point):
+        end = unit(advance(begin(point, optimizer), loss, optimizer, num_steps).point)
+        change = kernel_at(end, problem, op) - a
+        missed = jnp.abs(level / jnp.max(squared_values(end, op)) - 1)
+        return end, jnp.where(missed <= _MET, 0.0, missed), problem.inner(change, change)
+
+    level = num_frequencies(op) / target
+    ends, missed, distances = jax.vmap(descend)(starting_points(keys, a, initial))
+    best = lax.stop_gradient(ends[jnp.lexsort((distances, missed))[0]])
+    result = assessed(kernel_at(best, problem, op), problem, own, op, jnp.asarray(num_steps))
+    return in_own_scale(result, scale, kernel, op, jnp.asarray(False))
+
+
+def trajectory(
+    kernel: Kernel,
+    op: Operator,
+    target,
+    *,
+    key,
+    num_steps: int = 2000,
+    every: int = 1,
+    optimizer: optax.GradientTransformation | None = None,
+    alpha=None,
+    penalty=None,
+    smooth: bool = False,
+    initial: Kernel | None = None,
+) -> Trajectory:
+    """The iterates of one descent: those of `solve` with `num_restarts=1` and the same key, one of `every` recorded.
+
+    Args:
+      every: static; must divide `num_steps`.
+      All others: as `solve`.
+
+    Returns:
+      A `Trajectory`, a constant for derivatives.
+
+    Raises:
+      ValueError: as `solve`, or an `every` that does not divide `num_steps`.
+    """
+    kernel, target, schedules, initial = _descent_arguments(kernel, op, target, alpha, penalty, initial)
+    num_steps, every = static_int(num_steps, "num_steps"), static_int(every, "every")
+    ensure(num_steps % every == 0, f"every: got {every}, expected a divisor of num_steps={num_steps}.")
+    keys = jax.random.split(key, 1)
+    return _trajectory(kernel, op, target, keys, initial, schedules, optimizer, num_steps, every, bool(smooth))
+
+
+@functools.partial(jax.jit, static_argnums=(1, 6, 7, 8, 9))
+def _trajectory(kernel, op, target, keys, initial, schedules, optimizer, num_steps, every, smooth):
+    a, _, _, _, optimizer, loss = _prepared(kernel, op, target, schedules, optimizer, num_steps, smooth)
+
+    def record(state: State) -> Trajectory:
+        point = unit(state.point)
+        rank = num_frequencies(op) / norm_of(point, op) ** 2
+        return Trajectory(point, loss(point, state.count), rank, state.count)
+
+    def block(state: State, _):
+        state = advance(state, loss, optimizer, every)
+        return state, record(state)
+
+    first = begin(starting_points(keys, a, initial)[0], optimizer)
+    _, rest = lax.scan(block, first, length=num_steps // every)
+    return jax.tree.map(lambda one, others: jnp.concatenate([one[None], others]), record(first), rest)
+
+
+def _descent_arguments(kernel, op, target, alpha, penalty, initial):
+    """What `solve` and `trajectory` ask of the arguments that they share."""
+    kernel, target = checked(kernel, op, target)
+    schedules = by_step(alpha, "alpha", kernel.dtype), by_step(penalty, "penalty", kernel.dtype, or_zero=True)
+    return kernel, target, schedules, None if initial is None else point_like(initial, "initial", kernel, op)
+
+
+def _prepared(kernel, op, target, schedules, optimizer, num_steps: int, smooth: bool):
+    """The problem in the scale of its largest entry, and what a descent needs: the optimizer and `loss(x, step)`."""
+    a, scale = rescaled(kernel.astype(float_dtype(kernel.dtype)), op)
+    problem, own = problem_of(a, op, target)
+    frozen = lax.stop_gradient(problem)
+    level = num_frequencies(op) / frozen.target
+    # Both terms of h relative to (N / r)^2.
+    weight = level**2 / (frozen.target * jnp.where(frozen.norm == 0, 1.0, frozen.norm) ** 2)
+    alpha, penalty = schedules
+    alpha = alpha or geometric(*(a / level for a in _ALPHAS), num_steps)
+    penalty = penalty or geometric(*(p * weight / scale**2 for p in _PENALTIES), num_steps)
+
+    def loss(x, step):
+        # As a function of the direction alone: its gradient is tangent, and line searches may leave the sphere.
+        return objective_at(unit(x), frozen, op, alpha(step), penalty(step) * scale**2, smooth)
+
+    if optimizer is None:
+        optimizer = optim.on_sphere(optax.adam(optax.exponential_decay(_RATES[0], num_steps, _RATES[1] / _RATES[0])))
+    return a, scale, problem, own, optax.with_extra_args_support(optimizer), loss
