@@ -11,6 +11,7 @@ from cases import BAD_KERNELS, BY_NAME, CASES, dense, fft_norms, gaussian, quick
 
 import jaxsrn
 from jaxsrn import CircularConv, Dense, ZeroPaddedConv, bounds
+from jaxsrn.spectra.circular import svd_or_branch_and_bound
 
 
 def holds(interval, norm) -> bool:
@@ -120,7 +121,7 @@ def test_thousands_of_extremal_polynomials(n):
 @pytest.fixture
 def branch_and_bound_always(monkeypatch):
     """Also where SVDs would take less; nothing compiled otherwise is used again."""
-    monkeypatch.setattr(_leading, "branch_and_bound_pays", lambda *_: True)
+    monkeypatch.setattr(svd_or_branch_and_bound, "branch_and_bound_pays", lambda *_: True)
     jax.clear_caches()
     yield
     jax.clear_caches()

@@ -14,7 +14,7 @@ import pytest
 
 import jaxsrn
 from jaxsrn import CircularConv, Dense, ZeroPaddedConv, bounds, optim, penalties, surrogate
-from jaxsrn.spectra.pairs import plain_gradient
+from jaxsrn.spectra.pairs import value_gradient
 
 DENSE = (Dense(), (3, 2))
 CIRCULAR = (CircularConv((4,)), (3, 2, 2))
@@ -54,12 +54,12 @@ def stepped(kernel, op, gradient):
     normalized, state = jaxsrn.srnc_step(
         kernel, jaxsrn.srnc_state(kernel, op, TARGETS[op]), op, TARGETS[op], gradient=gradient
     )
-    return Stepped(normalized, jnp.linalg.norm(state.normalized.pair.right) ** 2)
+    return Stepped(normalized, jnp.linalg.norm(state.normalized.pair.input) ** 2)
 
 
 def functional_of_state(kernel, op):
     """`grad_K <u, T(K) v>` of the pair that the state starts with: the pair without its signs."""
-    return plain_gradient(jaxsrn.srnc_state(kernel, op, TARGETS[op]).normalized.pair, op, jnp.shape(kernel))
+    return value_gradient(jaxsrn.srnc_state(kernel, op, TARGETS[op]).normalized.pair, op, jnp.shape(kernel))
 
 
 # A point of the sphere, and a short descent.

@@ -316,7 +316,7 @@ def test_the_state_is_a_tree_of_arrays():
     assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(state[-1]))
     # What the next projection starts from.
     (pair,) = (pair for pair in state[-1].memory if pair)
-    assert np.any(pair.right != 0)
+    assert np.any(pair.input != 0)
 
 
 BAD = {

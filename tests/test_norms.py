@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 import jaxsrn
 from jaxsrn import CircularConv, Dense, SingularTriplet, ZeroPaddedConv, bounds, leading_triplet, spectral_norm
+from jaxsrn.spectra.padded import leading
 from jaxsrn.spectra.padded.starts import circular_starts
 
 # One operator of each kind.
@@ -165,7 +166,7 @@ def test_the_larger_of_two_phases_is_found(seed, sizes, channels):
 
 
 def test_norms_of_small_layers_with_zero_padding_do_not_rest_on_a_search(monkeypatch):
-    monkeypatch.delattr(_leading, "search")
+    monkeypatch.delattr(leading, "search")
     op, weights = ZeroPaddedConv((11,)), gaussian((3, 46, 47))
     np.testing.assert_allclose(spectral_norm(weights, op), norm(weights, op), rtol=1e-12)
     with pytest.raises(NameError, match="search"):
@@ -174,7 +175,7 @@ def test_norms_of_small_layers_with_zero_padding_do_not_rest_on_a_search(monkeyp
 
 def test_a_tolerance_takes_no_proof_away(monkeypatch):
     """However loose: there is nothing to search. Without a proof the same layer is searched."""
-    monkeypatch.delattr(_leading, "search")
+    monkeypatch.delattr(leading, "search")
     weights, initial = jnp.asarray(BINOMIAL), top_two(cases.dense(BINOMIAL, LONG), LONG, BINOMIAL.shape)[1]
     for options in ({}, {"initial": initial}):
         found = leading_triplet(weights, LONG, tolerance=0.5, **options)

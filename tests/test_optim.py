@@ -10,8 +10,8 @@ import pytest
 from cases import gaussian
 from optax import contrib
 
+from jaxsrn import sphere
 from jaxsrn.optim import SphereSGDState, on_sphere, sphere_sgd
-from jaxsrn.sphere import distance
 
 SHAPES = {"kernel": (3, 3, 2, 2), "vector": (5,)}
 
@@ -194,8 +194,8 @@ def test_leading_eigenvector(name):
     (x, _), _ = jax.jit(lambda x: jax.lax.scan(one_step, (x, optimizer.init(x)), None, 1500))(start)
     # RMSProp steps by the sign of the gradient: it circles at the distance of its learning rate.
     tolerance = 0.05 if name == "rmsprop" else 1e-6
-    assert distance(x, jnp.asarray(np.sign(x @ vectors[:, -1]) * vectors[:, -1])) < tolerance
-    assert distance(x, start) > 0.1
+    assert sphere.distance(x, jnp.asarray(np.sign(x @ vectors[:, -1]) * vectors[:, -1])) < tolerance
+    assert sphere.distance(x, start) > 0.1
     np.testing.assert_allclose(x @ matrix @ x, values[-1], rtol=tolerance)
 
 
@@ -385,7 +385,7 @@ def test_stays_on_the_sphere_for_a_hundred_thousand_steps(name):
         moved = optax.apply_updates(x, updates)
         # In float64, so that the measurement has no rounding of its own.
         deviation = jnp.abs(jnp.sqrt(jnp.sum(moved.astype(jnp.float64) ** 2)) - 1)
-        path = path + distance(x, moved)
+        path = path + sphere.distance(x, moved)
         return (moved, state, jnp.maximum(worst, deviation), path), None
 
     carry = (start, optimizer.init(start), jnp.zeros((), jnp.float64), jnp.zeros((), jnp.float32))

@@ -9,10 +9,12 @@ from cases import dense, gaussian, quick_jit
 import jaxsrn
 from jaxsrn import CircularConv, ZeroPaddedConv, leading_triplet, spectral_norm
 from jaxsrn._tools.subspaces import leading_singular_vectors
+from jaxsrn.spectra.circular import grams
 from jaxsrn.spectra.circular.fourier import half_symbol, site_symbol
 from jaxsrn.spectra.circular.grams import is_reduced
 from jaxsrn.spectra.circular.peaks import peaks
 from jaxsrn.spectra.circular.sites import half_grid
+from jaxsrn.spectra.padded import few_channels, from_waves, leading
 from jaxsrn.spectra.padded.few_channels import _channel_directions
 from jaxsrn.spectra.padded.starts import _MOST_STARTS
 
@@ -49,7 +51,7 @@ def test_peaks_are_singular_values_at_frequencies_far_apart(size, shape):
 
 def test_wide_kernels_have_several_peaks(monkeypatch):
     """Where every frequency is estimated, the largest estimates of all are neighbours of one peak."""
-    monkeypatch.setattr(_grams, "_WIDE", 40)
+    monkeypatch.setattr(grams, "_WIDE", 40)
     kernel, op = 0.01 * gaussian((5, 40, 40)), CircularConv((64,))
     kernel[1:4, 0, 0], kernel[1:4, 1, 1] = [1, 2, 1], [-1, 1.8, -1]
     kernel = jnp.asarray(kernel)
@@ -138,7 +140,7 @@ def test_one_tap_that_never_meets_the_image():
 
 def test_one_tap_on_a_large_image_is_a_matrix(monkeypatch):
     """Proven, and without a search."""
-    monkeypatch.setattr(_leading, "search", None)
+    monkeypatch.setattr(leading, "search", None)
     matrix = gaussian((1, 1, 40, 30))
     value = spectral_norm(jnp.asarray(matrix), ZeroPaddedConv((65, 65), strides=2))
     np.testing.assert_allclose(value, np.linalg.norm(matrix[0, 0], 2), rtol=1e-12)
@@ -176,14 +178,15 @@ def test_layers_of_many_channels_are_searched_in_few_first(monkeypatch):
     """Twice, and in the whole layer at the end; here the few channels hold all there is."""
     weights = np.einsum("tab,ia,ob->tio", gaussian((3, 5, 6)), gaussian((40, 5), 1), gaussian((36, 6), 2))
     op, shapes = ZeroPaddedConv((48,)), []
-    search = _padded.matrix_free
+    search = few_channels.matrix_free
 
     def counted(kernel, op, *args, **options):
         found = search(kernel, op, *args, **options)
         shapes.append(kernel.shape)
         return found
 
-    monkeypatch.setattr(_padded, "matrix_free", counted)
+    for module in (from_waves, few_channels):
+        monkeypatch.setattr(module, "matrix_free", counted)
     value = searched(jnp.asarray(weights), op)
     np.testing.assert_allclose(value, np.linalg.norm(dense(weights, op), 2), rtol=1e-12)
     assert shapes == [(3, 16, 16), (3, 16, 16), (3, 40, 36)]

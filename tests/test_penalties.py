@@ -14,6 +14,7 @@ from flax import linen, nnx
 
 import jaxsrn
 from jaxsrn import CircularConv, Dense, ZeroPaddedConv, bounds, penalties
+from jaxsrn.penalties import guo_ye
 
 SIDES = ("small", "input")
 
@@ -46,7 +47,7 @@ def test_every_operator(case):
 
 def test_without_an_explicit_matrix(monkeypatch):
     """Both ends by Lanczos, as in large zero-padded layers: within the stated tolerance of the lower one."""
-    monkeypatch.setattr(penalties, "_DENSE_LIMIT", 0)
+    monkeypatch.setattr(guo_ye, "BOTH_ENDS_SIZE", 0)
     jax.clear_caches()
     for op, shape in ((ZeroPaddedConv((9, 8)), (3, 3, 2, 3)), (ZeroPaddedConv((9, 8), strides=2), (3, 3, 3, 2))):
         kernel = gaussian(shape)

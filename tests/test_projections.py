@@ -11,6 +11,7 @@ from cases import by_name, dense, gaussian, kernel, pull_back, quick_jit, weight
 
 import jaxsrn
 from jaxsrn import CircularConv, Dense, ZeroPaddedConv
+from jaxsrn.projections import nearest
 
 KINDS = by_name(
     "dense-wide",
@@ -256,7 +257,7 @@ def test_extreme_scales(name, scale):
 @pytest.fixture
 def nothing_is_split(monkeypatch):
     """Every zero-padded layer is treated as a large one."""
-    monkeypatch.setattr(_nearest, "_EXPLICIT_LIMIT", 0)
+    monkeypatch.setattr(nearest, "SPLIT_SIZE", 0)
     jax.clear_caches()
     yield
     jax.clear_caches()

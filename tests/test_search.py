@@ -8,6 +8,9 @@ from cases import CASES, dense, fft_norms, gaussian, quick_jit, spectral_kinds
 
 import jaxsrn
 from jaxsrn import CircularConv, spectral_norm
+from jaxsrn.spectra import dense as dense_layers
+from jaxsrn.spectra.circular import branch_and_bound as proof
+from jaxsrn.spectra.circular import grams
 from jaxsrn.spectra.circular.boxes import boxes_of
 from jaxsrn.spectra.circular.branch_and_bound import branch_and_bound
 from jaxsrn.spectra.circular.climbing import _polished, best_climb, estimates
@@ -65,7 +68,7 @@ def test_the_proof_alone_finds_the_largest(size, taps, monkeypatch):
         start = jnp.ones(poly.even.shape[-1], known.vectors.dtype)
         return _polished(poly, op, jnp.zeros(op.num_axes, int), jnp.asarray(0), start)
 
-    monkeypatch.setattr(_search, "best_climb", poor)
+    monkeypatch.setattr(proof, "best_climb", poor)
     op = CircularConv(size)
     # A new function: nothing compiled with the climb is used again.
     search = quick_jit(lambda kernels: jax.vmap(lambda kernel: branch_and_bound(kernel, op))(kernels))
@@ -94,8 +97,8 @@ def test_climbing_looks_at_frequencies_that_are_their_own_opposites(size):
 
 
 def reduce_to(kept: int, columns: int, monkeypatch):
-    monkeypatch.setattr(_grams, "_WIDE", columns)
-    monkeypatch.setattr(_grams, "_BASIS_ENTRIES", kept * columns)
+    monkeypatch.setattr(grams, "_WIDE", columns)
+    monkeypatch.setattr(grams, "_BASIS_ENTRIES", kept * columns)
 
 
 @pytest.mark.parametrize("kept", [1, 3, 8])
@@ -172,7 +175,7 @@ def test_large_matrices(kind):
 def test_a_matrix_without_proof_gets_an_svd(monkeypatch):
     """Also where Lanczos stops at another singular value: the proof fails, and the SVD is taken."""
     poor = Found(jnp.ones(()), Pair(jnp.asarray(0), jnp.eye(170)[0], jnp.eye(170)[0]))
-    monkeypatch.setattr(_leading, "matrix_free", lambda *_: poor)
+    monkeypatch.setattr(dense_layers, "matrix_free", lambda *_: poor)
     matrix = np.diag(1 + np.arange(170.0))
     triplet = jaxsrn.leading_triplet(matrix, jaxsrn.Dense())
     np.testing.assert_allclose(triplet.value, 170, rtol=1e-12)

@@ -9,17 +9,17 @@ import numpy as np
 import pytest
 from cases import gaussian, quick_jit
 
-from jaxsrn.sphere import distance, exp, log, random, retract, tangent, transport
+from jaxsrn import sphere
 
 EPS = np.finfo(np.float64).eps
 # Every function, and how many arrays it takes; all but the distance return a vector.
 FUNCTIONS = {
-    "tangent": (tangent, 2),
-    "retract": (retract, 2),
-    "exp": (exp, 2),
-    "log": (log, 2),
-    "transport": (transport, 3),
-    "distance": (distance, 2),
+    "tangent": (sphere.tangent, 2),
+    "retract": (sphere.retract, 2),
+    "exp": (sphere.exp, 2),
+    "log": (sphere.log, 2),
+    "transport": (sphere.transport, 3),
+    "distance": (sphere.distance, 2),
 }
 # What needs no derivatives is compiled with little optimisation, as it takes a third of the time.
 QUICK = {name: quick_jit(function, static_argnames="axis") for name, (function, _) in FUNCTIONS.items()}
@@ -276,14 +276,14 @@ def test_derivatives_by_finite_differences(name):
             assert np.linalg.norm(expected) > 1e-2
 
 
-@pytest.mark.parametrize("function", [exp, log, distance])
+@pytest.mark.parametrize("function", [sphere.exp, sphere.log, sphere.distance])
 def test_second_derivatives_by_finite_differences(function):
     """Also next to where the power series hand over."""
     x, u, w = frame()
     gradient = quick_jit(jax.jacrev(function, 1))
     hessian = quick_jit(jax.jacfwd(jax.jacrev(function, 1), 1))
     for angle in (0.1, 0.2199, 0.2232, 0.9999, 1.0001, 2.5, 4.0):
-        second = angle * u if function is exp else on_circle(x, u, angle)
+        second = angle * u if function is sphere.exp else on_circle(x, u, angle)
         expected = cases.derivative(lambda a: gradient(x, a), second, w)
         assert_close(hessian(x, second) @ w, expected, atol=1e-7)
         assert np.linalg.norm(expected) > 1e-2
@@ -291,10 +291,10 @@ def test_second_derivatives_by_finite_differences(function):
 
 def test_exponential_at_zero():
     x, zero = frame()[0], np.zeros(4)
-    for jacobian in jacobians(exp, (x, zero)):
+    for jacobian in jacobians(sphere.exp, (x, zero)):
         assert_close(jacobian[0], np.eye(4), atol=EPS)
         assert_close(jacobian[1], np.eye(4), atol=EPS)
-    for hessian in hessians(exp, x, zero):
+    for hessian in hessians(sphere.exp, x, zero):
         assert_close(hessian, -x[:, None, None] * np.eye(4), atol=4 * EPS)
 
 
@@ -302,13 +302,13 @@ def test_logarithm_at_its_own_point():
     x = frame()[0]
     projection = np.eye(4) - np.outer(x, x)
     np.testing.assert_array_equal(log(x, x), 0)
-    for jacobian in jacobians(log, (x, x)):
+    for jacobian in jacobians(sphere.log, (x, x)):
         assert_close(jacobian[0], -projection, atol=4 * EPS)
         assert_close(jacobian[1], projection, atol=4 * EPS)
     # The angle does not depend on |y|, hence 1 / <x, y> in front of the projection.
     expected = -np.einsum("ij,k->ijk", projection, x)
     expected += expected.transpose(0, 2, 1)
-    for hessian in hessians(log, x, x):
+    for hessian in hessians(sphere.log, x, x):
         assert_close(hessian, expected, atol=8 * EPS)
 
 
@@ -321,28 +321,30 @@ def test_second_order_along_geodesics():
     x, u, v = map(jnp.asarray, frame())
 
     def geodesic(t):
-        return exp(x, t * u)
+        return sphere.exp(x, t * u)
 
     # log(x, c(t)) = t u and log(c(t), x) = -t c'(t).
-    for value, expected in zip(curve_derivatives(lambda t: log(x, geodesic(t))), (0 * x, u, 0 * x), strict=True):
+    for value, expected in zip(curve_derivatives(lambda t: sphere.log(x, geodesic(t))), (0 * x, u, 0 * x), strict=True):
         assert_close(value, expected, atol=16 * EPS)
-    for value, expected in zip(curve_derivatives(lambda t: log(geodesic(t), x)), (0 * x, -u, 2 * x), strict=True):
+    for value, expected in zip(
+        curve_derivatives(lambda t: sphere.log(geodesic(t), x)), (0 * x, -u, 2 * x), strict=True
+    ):
         assert_close(value, expected, atol=16 * EPS)
     # The part along u turns with c'(t), the rest stays.
     along = jnp.dot(u, v)
     for value, expected in zip(
-        curve_derivatives(lambda t: transport(x, geodesic(t), v)), (v, -along * x, -along * u), strict=True
+        curve_derivatives(lambda t: sphere.transport(x, geodesic(t), v)), (v, -along * x, -along * u), strict=True
     ):
         assert_close(value, expected, atol=16 * EPS)
     # The retraction agrees with the geodesic to second order.
     for value, expected in zip(
-        curve_derivatives(lambda t: retract(x, t * u)), curve_derivatives(geodesic), strict=True
+        curve_derivatives(lambda t: sphere.retract(x, t * u)), curve_derivatives(geodesic), strict=True
     ):
         assert_close(value, expected, atol=16 * EPS)
 
 
 def test_gradient_of_half_the_squared_distance_is_minus_the_logarithm():
-    gradient = quick_jit(jax.grad(lambda x, y: distance(x, y) ** 2 / 2))
+    gradient = quick_jit(jax.grad(lambda x, y: sphere.distance(x, y) ** 2 / 2))
     for angle in (0.1, 1.5, 3.0):
         x, u, _ = frame()
         y = on_circle(x, u, angle)
@@ -352,7 +354,7 @@ def test_gradient_of_half_the_squared_distance_is_minus_the_logarithm():
 @pytest.mark.parametrize("sign", [1, -1])
 def test_distance_has_derivative_zero_at_its_kinks(sign):
     x = frame()[0]
-    for jacobian in jacobians(distance, (x, sign * x)):
+    for jacobian in jacobians(sphere.distance, (x, sign * x)):
         np.testing.assert_array_equal(jacobian[0], 0)
         np.testing.assert_array_equal(jacobian[1], 0)
 
@@ -442,7 +444,7 @@ def test_sphere_of_two_points():
     np.testing.assert_array_equal(retract(one, -3 * one), -one)
     np.testing.assert_array_equal(transport(one, -one, zero), 0)
     np.testing.assert_allclose(distance(one, -one), np.pi, rtol=EPS)
-    np.testing.assert_allclose(np.abs(random(jax.random.key(0), (9, 1))), 1, rtol=EPS)
+    np.testing.assert_allclose(np.abs(sphere.random(jax.random.key(0), (9, 1))), 1, rtol=EPS)
     np.testing.assert_array_equal(retract(np.asarray(2.0), np.asarray(-5.0), axis=None), -1)
 
 
@@ -521,7 +523,7 @@ def test_empty_batches(name):
 
 def test_random_points_are_uniform():
     samples, size = 20_000, 3
-    points = np.asarray(random(jax.random.key(0), (samples, size)))
+    points = np.asarray(sphere.random(jax.random.key(0), (samples, size)))
     assert points.dtype == np.float64
     np.testing.assert_allclose(np.linalg.norm(points, axis=-1), 1, rtol=4 * EPS)
     assert_close(np.mean(points, axis=0), 0, atol=4 / np.sqrt(size * samples))
@@ -537,20 +539,20 @@ def test_random_points_are_uniform():
 def test_random_axes_shapes_and_dtypes():
     @quick_jit
     def draw(key, other):
-        kernel = random(key, (3, 2, 4), axis=None, dtype=jnp.float32)
-        half = random(key, (50,), dtype=jnp.bfloat16)
-        return kernel, half, random(key, 3), random(key, (4, 5), axis=0), random(other, 3)
+        kernel = sphere.random(key, (3, 2, 4), axis=None, dtype=jnp.float32)
+        half = sphere.random(key, (50,), dtype=jnp.bfloat16)
+        return kernel, half, sphere.random(key, 3), sphere.random(key, (4, 5), axis=0), sphere.random(other, 3)
 
     kernel, half, vector, columns, other = draw(jax.random.key(1), jax.random.key(2))
     assert (kernel.dtype, half.dtype, vector.dtype) == (jnp.float32, jnp.bfloat16, jnp.float64)
     np.testing.assert_allclose(np.linalg.norm(np.ravel(kernel)), 1, rtol=1e-6)
     np.testing.assert_allclose(np.linalg.norm(half.astype(np.float32)), 1, rtol=1e-2)
     np.testing.assert_allclose(np.linalg.norm(columns, axis=0), 1, rtol=4 * EPS)
-    assert_close(random(jax.random.key(1), 3), vector, atol=4 * EPS)
+    assert_close(sphere.random(jax.random.key(1), 3), vector, atol=4 * EPS)
     assert vector.shape == (3,)
     assert np.linalg.norm(vector - other) > 1e-3
     with jax.enable_x64(False):
-        assert random(jax.random.key(0), 3).dtype == jnp.float32
+        assert sphere.random(jax.random.key(0), 3).dtype == jnp.float32
 
 
 # Bad input
@@ -574,14 +576,14 @@ def test_bad_axes(axis):
         with pytest.raises(ValueError, match=r"axis: got .* for shape \(2, 3\), expected distinct axes"):
             function(*[x] * count, axis=axis)
     with pytest.raises(ValueError, match=r"axis: got .* for shape \(2, 3\), expected distinct axes"):
-        random(jax.random.key(0), (2, 3), axis=axis)
+        sphere.random(jax.random.key(0), (2, 3), axis=axis)
 
 
 def test_a_number_has_no_last_axis():
     with pytest.raises(ValueError, match=r"axis: got -1 for shape \(\)"):
-        tangent(jnp.ones(()), jnp.ones(()))
+        sphere.tangent(jnp.ones(()), jnp.ones(()))
 
 
 def test_random_points_are_floating():
     with pytest.raises(ValueError, match="dtype: got dtype int32"):
-        random(jax.random.key(0), (3,), dtype=jnp.int32)
+        sphere.random(jax.random.key(0), (3,), dtype=jnp.int32)

@@ -222,7 +222,7 @@ def test_initial_from_the_compact_state_of_training(name):
     assert again.residual < 1e-9
     np.testing.assert_allclose(again.distance, first.distance, rtol=1e-6)
     with pytest.raises(ValueError, match="initial: got Pair"):
-        jaxsrn.srnc(a, case.op, target, initial=pair._replace(left=pair.left[..., :1]))
+        jaxsrn.srnc(a, case.op, target, initial=pair._replace(output=pair.output[..., :1]))
 
 
 # The other forms

@@ -46,7 +46,7 @@ def algorithm_2(weights, u, target):
 def test_dense_is_algorithm_2(target):
     kernels = np.cumsum([gaussian((5, 4), seed) for seed in range(6)], axis=0)
     state = srnc_state(jnp.asarray(kernels[0]), Dense(), target)
-    u = np.asarray(state.normalized.pair.left)
+    u = np.asarray(state.normalized.pair.output)
     for kernel in kernels:
         normalized, state = srnc_step(jnp.asarray(kernel), state, Dense(), target)
         expected, u = algorithm_2(kernel, u, target)
@@ -56,12 +56,12 @@ def test_dense_is_algorithm_2(target):
 def test_several_steps_of_a_matrix_are_power_steps():
     kernels, target = [gaussian((5, 4), seed) for seed in range(2)], 1.3
     state = srnc_state(kernels[0], Dense(), target)
-    u = np.asarray(state.normalized.pair.left)
+    u = np.asarray(state.normalized.pair.output)
     for _ in range(3):
         expected, u = algorithm_2(np.asarray(kernels[1]), u, target)
     normalized, after = srnc_step(kernels[1], state, Dense(), target, num_steps=3)
     np.testing.assert_allclose(normalized, expected, rtol=1e-10, atol=1e-12)
-    np.testing.assert_allclose(after.normalized.pair.left, u, rtol=1e-10)
+    np.testing.assert_allclose(after.normalized.pair.output, u, rtol=1e-10)
 
 
 @pytest.mark.parametrize("name", ["circular-2d-stride-groups", "same-2d", "transposed-1d"])

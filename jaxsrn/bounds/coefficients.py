@@ -15,13 +15,13 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from jaxsrn._tools.checks import float_dtype
-from jaxsrn._tools.limits import vector_tolerance
-from jaxsrn._tools.linalg import einsum, matmul, top_pairs, unit
-from jaxsrn._tools.subspaces import leading_singular_vectors, random_start
+from jaxsrn._tools.linalg import einsum, matmul, unit
+from jaxsrn._tools.subspaces import random_start
 from jaxsrn.bounds.covers import NormInterval, covers, widened
 from jaxsrn.operators.base import Dense, Operator
 from jaxsrn.operators.convolutions import CircularConv
 from jaxsrn.spectra.circular.fourier import axis_exponents, polynomial
+from jaxsrn.spectra.dense import leading_of_matrix
 from jaxsrn.spectra.pair import rescaled
 
 __all__ = [
@@ -61,37 +61,27 @@ def smallest_over_covers(
     return value * scale
 
 
-# Of matrices whose smaller side is at most this an SVD is as fast as Lanczos, and quicker to compile.
-_SVD_SIDE = 64
-
-
 def _leading_vectors(matrix: Float[Array, "rows columns"], num_steps: int | None):
-    """The leading singular vectors `(u, v)`: by an SVD or Lanczos, or so many steps of the power method."""
+    """Unit vectors of the rows and of the columns near the leading ones: proven, or after some power steps."""
+    if num_steps is None:
+        pair = leading_of_matrix(matrix)
+        return pair.input, pair.output
+
+    def step(_, pair):
+        row = unit(matmul(matrix, pair[1]))
+        return row, unit(matmul(row, matrix))
+
     # The same numbers in every dtype: what few steps find depends on them.
-    start = random_start((matrix.shape[1],), jnp.float32).astype(matrix.dtype)
-    if num_steps is not None:
-
-        def step(_, pair):
-            left = unit(matmul(matrix, pair[1]))
-            return left, unit(matmul(left, matrix))
-
-        return lax.fori_loop(0, num_steps, step, (jnp.zeros(matrix.shape[0], matrix.dtype), unit(start)))
-    if min(matrix.shape) <= _SVD_SIDE:
-        _, left, right = top_pairs(matrix[None])
-        return left[0], right[0]
-    tolerance = vector_tolerance(matrix.dtype)
-    _, left, right, _ = leading_singular_vectors(
-        lambda x: matmul(matrix, x), lambda y: matmul(y, matrix), start, matrix.shape[0], tolerance
-    )
-    return unit(left), unit(right)
+    start = unit(random_start((matrix.shape[1],), jnp.float32).astype(matrix.dtype))
+    return lax.fori_loop(0, num_steps, step, (jnp.zeros(matrix.shape[0], matrix.dtype), start))
 
 
 def matrix_norm(matrices: Float[Array, "groups rows columns"], num_steps: int | None = None) -> Float[Array, ""]:
     """The largest spectral norm of a stack of matrices, its vectors held constant."""
-    left, right = jax.vmap(lambda matrix: _leading_vectors(matrix, num_steps))(lax.stop_gradient(matrices))
-    return largest_form(left, matrices, right)
+    rows, columns = jax.vmap(lambda matrix: _leading_vectors(matrix, num_steps))(lax.stop_gradient(matrices))
+    return largest_form(rows, matrices, columns)
 
 
-def largest_form(left, matrices: Float[Array, "groups rows columns"], right) -> Float[Array, ""]:
+def largest_form(rows, matrices: Float[Array, "groups rows columns"], columns) -> Float[Array, ""]:
     """The largest `u^T A v` of a stack."""
-    return jnp.max(einsum("gi,gio,go->g", left, matrices, right))
+    return jnp.max(einsum("gi,gio,go->g", rows, matrices, columns))

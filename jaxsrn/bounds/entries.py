@@ -14,9 +14,9 @@ from jaxtyping import Array, Float
 from jaxsrn._tools.checks import Kernel, kernel_array, static_int
 from jaxsrn._tools.linalg import einsum, safe_sqrt
 from jaxsrn.bounds.coefficients import largest_form, num_terms, smallest_over_covers
-from jaxsrn.operators.base import Dense, Operator
+from jaxsrn.operators.base import Operator
 from jaxsrn.spectra.circular.fourier import axis_waves, complex_dtype
-from jaxsrn.spectra.leading import leading_pair
+from jaxsrn.spectra.dense import leading_of_matrix
 
 __all__ = [
     "channel_l1",
@@ -121,7 +121,7 @@ def _channel_l1(kernel, op):
     def bound(tensor):
         matrices = jnp.sum(jnp.abs(tensor), axis=range(1, tensor.ndim - 2))
         # With a proof, as a bound must not be found from below.
-        pairs = jax.vmap(lambda matrix: leading_pair(matrix, Dense()))(lax.stop_gradient(matrices))
-        return largest_form(pairs.right, matrices, pairs.left)
+        pairs = jax.vmap(leading_of_matrix)(lax.stop_gradient(matrices))
+        return largest_form(pairs.input, matrices, pairs.output)
 
     return smallest_over_covers(bound, kernel, op, guaranteed=True)

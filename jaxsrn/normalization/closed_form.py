@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float
 from jaxsrn._tools.linalg import safe_sqrt
 from jaxsrn.operators.base import Operator
 from jaxsrn.spectra.pair import Pair
-from jaxsrn.spectra.pairs import plain_gradient
+from jaxsrn.spectra.pairs import value_gradient
 
 __all__ = [
     "Problem",
@@ -54,7 +54,7 @@ class Candidate(NamedTuple):
 
 def functional(pair: Pair, op: Operator, weights: Float[Array, "..."], kernel_shape) -> Float[Array, "..."]:
     """`E`: `<K, E>_d = <u, T(K) v>` for every kernel; 0 at taps that meet no sample."""
-    plain = plain_gradient(pair, op, kernel_shape)
+    plain = value_gradient(pair, op, kernel_shape)
     return jnp.where(weights == 0, 0.0, plain / jnp.where(weights == 0, 1.0, weights))
 
 

@@ -17,9 +17,9 @@ from jaxsrn._tools.limits import vector_tolerance
 from jaxsrn._tools.linalg import matmul, safe_sqrt
 from jaxsrn.normalization.closed_form import Candidate, Problem, closed_form, functional, merit
 from jaxsrn.operators.base import Operator
-from jaxsrn.spectra.leading import leading_pair, nearby
 from jaxsrn.spectra.norms import frozen_value
 from jaxsrn.spectra.pair import Pair
+from jaxsrn.spectra.pairs import leading_pair, nearby
 
 __all__ = [
     "Fixpoint",

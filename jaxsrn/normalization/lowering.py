@@ -18,10 +18,9 @@ from jaxsrn.normalization.raising import raised
 from jaxsrn.normalization.result import SRNResult, in_own_scale, measured, proven_gap, ratio
 from jaxsrn.normalization.starts import survey
 from jaxsrn.operators.base import Dense, Operator
-from jaxsrn.spectra.leading import leading_pair
 from jaxsrn.spectra.norms import SingularTriplet, check_triplet, frozen_value
 from jaxsrn.spectra.pair import Pair, rescaled
-from jaxsrn.spectra.pairs import pair_of_images, pair_shapes
+from jaxsrn.spectra.pairs import leading_pair, pair_of_images, pair_shapes
 
 __all__ = [
     "srnc",
@@ -104,7 +103,7 @@ def _check_initial(initial, op: Operator, kernel_shape) -> None:
 def _as_pair(initial: SingularTriplet | Pair, op: Operator, kernel: Float[Array, "..."]) -> Pair:
     if isinstance(initial, Pair):
         return initial
-    return pair_of_images(initial.left.astype(kernel.dtype), initial.right.astype(kernel.dtype), op, kernel.shape)
+    return pair_of_images(initial.right.astype(kernel.dtype), initial.left.astype(kernel.dtype), op, kernel.shape)
 
 
 @functools.partial(jax.jit, static_argnums=(5, 6))

@@ -18,10 +18,10 @@ from jaxsrn.normalization.closed_form import Problem, is_feasible, squared_dista
 from jaxsrn.operators.base import Operator
 from jaxsrn.operators.convolutions import CircularConv, ZeroPaddedConv
 from jaxsrn.spectra.circular.fourier import half_symbol, site_shape, squared_phase_sums
+from jaxsrn.spectra.circular.pairs import site_pairs
 from jaxsrn.spectra.circular.sites import is_self_conjugate
 from jaxsrn.spectra.padded.circular_model import circular_layer, windowed
 from jaxsrn.spectra.pair import Pair
-from jaxsrn.spectra.pairs import site_pairs
 from jaxsrn.spectra.ranks import largest_functional
 
 __all__ = [
@@ -87,10 +87,10 @@ def _phase_scores(problem: Problem, op: CircularConv, values, pairs: Pair, num_z
     `m` point into the interval between 0 and the maximiser of `e`: only it is searched, zooming in on the best.
     """
     counts, sums = squared_phase_sums(op, problem.kernel.shape)
-    by_phase = pairs.right.reshape((len(values), counts.size, -1))
+    by_phase = pairs.input.reshape((len(values), counts.size, -1))
     counts, sums = jnp.asarray(counts, values.dtype), jnp.asarray(sums, by_phase.dtype)[pairs.site]
     q = jnp.sum(jnp.sum(jnp.abs(by_phase) ** 2, axis=-1) * counts[None], axis=-1)
-    c = jnp.sum(pairs.left**2, axis=-1) * jnp.sum(jnp.sum(jnp.conj(by_phase) ** 2, axis=-1) * sums, axis=-1)
+    c = jnp.sum(pairs.output**2, axis=-1) * jnp.sum(jnp.sum(jnp.conj(by_phase) ** 2, axis=-1) * sums, axis=-1)
     total = 2 * float(np.prod(op.grid))
     squared = problem.inner(problem.kernel, problem.kernel)
 
@@ -119,7 +119,7 @@ def _phase_scores(problem: Problem, op: CircularConv, values, pairs: Pair, num_z
 
 def _turn(pairs: Pair, theta) -> Pair:
     factor = jax.lax.complex(jnp.cos(theta), jnp.sin(theta))[:, None]
-    return pairs._replace(left=pairs.left * factor)
+    return pairs._replace(output=pairs.output * factor)
 
 
 def _survey_circular(problem: Problem, op: CircularConv) -> Survey:

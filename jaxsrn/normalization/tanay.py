@@ -13,10 +13,9 @@ from jaxsrn.normalization.lowering import problem_of
 from jaxsrn.normalization.result import SRNResult, in_own_scale, measured, ratio
 from jaxsrn.normalization.starts import survey
 from jaxsrn.operators.base import Operator
-from jaxsrn.spectra.leading import leading_pair
 from jaxsrn.spectra.norms import frozen_value
 from jaxsrn.spectra.pair import Pair, rescaled
-from jaxsrn.spectra.pairs import plain_gradient
+from jaxsrn.spectra.pairs import leading_pair, value_gradient
 from jaxsrn.spectra.ranks import stable_rank_range
 
 __all__ = [
@@ -47,7 +46,7 @@ def srnc_tanay(kernel: Kernel, op: Operator, target) -> SRNResult:
 def _srnc_tanay(kernel, op, target):
     a, scale = rescaled(kernel.astype(float_dtype(kernel.dtype)), op)
     problem, own = problem_of(a, op, target)
-    first = problem.norm * lax.stop_gradient(plain_gradient(own, op, a.shape))
+    first = problem.norm * lax.stop_gradient(value_gradient(own, op, a.shape))
     rest = a - first
     gamma = ratio(safe_sqrt(target - 1) * problem.norm, safe_sqrt(problem.inner(rest, rest)))
     unchanged = target >= ratio(problem.inner(a, a), problem.norm**2)

@@ -38,6 +38,9 @@ class Contacts(NamedTuple):
 class Operator(abc.ABC):
     """What `Dense`, `CircularConv` and `ZeroPaddedConv` have in common: the adjoints and the explicit matrix."""
 
+    # Whether a kernel keeps its leading pair where its stable rank is lowered: only a matrix does.
+    normalization_keeps_pairs = False
+
     @abc.abstractmethod
     def check_kernel_shape(self, kernel_shape: tuple[int, ...]) -> None:
         """Raises `ValueError` where a kernel of this shape does not fit the operator."""
@@ -172,6 +175,8 @@ class Operator(abc.ABC):
 @dataclasses.dataclass(frozen=True)
 class Dense(Operator):
     """A dense layer `y = x @ kernel`, kernel `(c_in, c_out)` as Flax stores it."""
+
+    normalization_keeps_pairs = True
 
     def check_kernel_shape(self, kernel_shape):
         ensure(

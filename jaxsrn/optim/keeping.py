@@ -195,7 +195,7 @@ def of_stable_rank(fraction: float) -> Rule:
 
 def _no_pair(op: Operator, kernel_shape: tuple[int, ...], dtype) -> Pair:
     shapes = pair_shapes(op, kernel_shape)
-    return Pair(jnp.asarray(0), jnp.zeros(shapes.right, dtype), jnp.zeros(shapes.left, dtype))
+    return Pair(jnp.asarray(0), jnp.zeros(shapes.input, dtype), jnp.zeros(shapes.output, dtype))
 
 
 def _followed(kernels, op: Operator, target, pairs: Pair):
@@ -211,7 +211,7 @@ def _followed(kernels, op: Operator, target, pairs: Pair):
         return result.kernel, pair, _is_met(result)
 
     *warm, met = jax.vmap(lowered)(kernels, pairs)
-    known = jnp.any(pairs.right != 0, axis=tuple(range(1, pairs.right.ndim)))
+    known = jnp.any(pairs.input != 0, axis=tuple(range(1, pairs.input.ndim)))
     return lax.cond(
         jnp.all(met & known),
         lambda: tuple(warm),

@@ -19,9 +19,9 @@ from jaxsrn.operators.convolutions import CircularConv
 from jaxsrn.spectra.circular.fourier import half_symbol, site_symbol
 from jaxsrn.spectra.circular.sites import distinct_sites, without_constant_axes
 from jaxsrn.spectra.images import as_images, flat_products
-from jaxsrn.spectra.leading import leading_pair
 from jaxsrn.spectra.norms import frozen_value
 from jaxsrn.spectra.pair import Pair, matrix_size, rescaled
+from jaxsrn.spectra.pairs import leading_pair
 
 __all__ = [
     "check_side",
@@ -132,9 +132,7 @@ def _smallest_matrix_free(kernel, op: Operator, norm) -> Pair:
         return norm**2 * x - rmatvec(matvec(x))
 
     start = random_start((size,), kernel.dtype)
-    _, _, vector, _ = leading_singular_vectors(shifted, shifted, start, size, _LOWER_TOLERANCE)
-    vector = unit(vector)
+    vector = unit(leading_singular_vectors(shifted, shifted, start, size, _LOWER_TOLERANCE).input)
     # Unit images, or zero: what the map makes of the vector is its singular value times them.
     image = unit(matvec(vector))
-    right, left = (image, vector) if in_size > out_size else (vector, image)
-    return as_images(right, left, op, kernel.shape)
+    return as_images(*((image, vector) if in_size > out_size else (vector, image)), op, kernel.shape)

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 from jaxsrn._tools.checks import Kernel, ensure, float_dtype, kernel_array, positive_scalar, static_int
 from jaxsrn._tools.limits import vector_tolerance
 from jaxsrn._tools.linalg import matmul
-from jaxsrn._tools.subspaces import top_singular_vectors
+from jaxsrn._tools.subspaces import orthonormal_rows, rayleigh_ritz, subspace_iteration, top_singular_vectors
 from jaxsrn.operators.base import Operator
 from jaxsrn.penalties.guo_ye import check_side, exceeds_output
 
@@ -71,7 +71,7 @@ def _init_pairs(kernel, op, alpha, gram):
         return shifted(x.reshape(shape)).reshape(-1)
 
     size, tolerance = math.prod(shape), vector_tolerance(kernel.dtype)
-    _, vectors = top_singular_vectors(product, product, size, size, 2, tolerance, kernel.dtype)
+    vectors, _ = top_singular_vectors(product, product, size, size, 2, tolerance, kernel.dtype)
     return _rotated(kernel, op, alpha, gram, vectors.reshape((2, *shape)))
 
 
@@ -111,8 +111,12 @@ def _stepped(kernel, pairs, op, alpha, gram, num_steps):
     kernel = kernel.astype(float_dtype(kernel.dtype))
     fixed, fixed_alpha, vectors = lax.stop_gradient((kernel, alpha, pairs.vectors.astype(kernel.dtype)))
     shifted = _shifted_gram(fixed, op, fixed_alpha, gram)
-    vectors = lax.fori_loop(0, num_steps, lambda _, v: _orthonormal(shifted(v)), _orthonormal(vectors))
-    stepped = _rotated(fixed, op, fixed_alpha, gram, vectors)
+
+    def product(rows):
+        return shifted(rows.reshape(vectors.shape)).reshape(rows.shape)
+
+    rows = subspace_iteration(product, orthonormal_rows(vectors.reshape((2, -1))), num_steps)
+    stepped = _rotated(fixed, op, fixed_alpha, gram, rows.reshape(vectors.shape))
     value = jnp.sum(_image(kernel, op, stepped.vectors[0], gram) ** 2) - alpha
     return jnp.where(stepped.values[0] < 0, -value, value), stepped
 
@@ -146,16 +150,10 @@ def _shifted_gram(kernel, op: Operator, alpha, gram: str) -> Callable:
     return product
 
 
-def _orthonormal(vectors: Float[Array, "..."]) -> Float[Array, "..."]:
-    q, _ = jnp.linalg.qr(vectors.reshape((2, -1)).T)
-    return q.T.reshape(vectors.shape)
-
-
 def _rotated(kernel, op: Operator, alpha, gram: str, vectors: Float[Array, "..."]) -> TrackedPairs:
     """The eigenpairs of `G - alpha I` restricted to the span of two orthonormal vectors."""
     images = _image(kernel, op, vectors, gram).reshape((2, -1))
-    # As its eigenvectors: stacks of eigh are no safe ground in jaxlib 0.10.2 (jax issue 39292).
-    _, values, basis = jnp.linalg.svd(matmul(images, images.T))
+    values, basis = rayleigh_ritz(matmul(images, images.T))
     values = values - alpha
     order = jnp.argsort(-jnp.abs(values))
     turned = matmul(basis[order], vectors.reshape((2, -1)))

@@ -14,18 +14,20 @@ from jaxsrn.operators.base import Dense
 from jaxsrn.spectra.images import matrix_free
 from jaxsrn.spectra.pair import Pair
 
-__all__ = [
-    "leading_of_matrix",
-]
+__all__ = ["leading_of_matrix"]
 
 
 def leading_of_matrix(matrix: Float[Array, "in out"]) -> Pair:
-    """By an SVD; of large matrices only where a Cholesky factorization does not prove what Lanczos finds."""
+    """The leading pair of a matrix that maps rows to columns, as a dense kernel does.
+
+    Small matrices take an SVD. Large ones take Lanczos, and one Cholesky factorization that proves its value; they take
+    an SVD only where the proof fails.
+    """
     if not svds_are_dear(1, matrix.shape):
         return _by_svd(matrix)
     start = random_start(matrix.shape[:1], matrix.dtype)
     pair = matrix_free(matrix, Dense(), start, vector_tolerance(matrix.dtype)).pair
-    limit = squared_limit(max(matrix.shape), matmul(pair.right, matmul(matrix, pair.left)))
+    limit = squared_limit(max(matrix.shape), matmul(pair.input, matmul(matrix, pair.output)))
     wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
     proven = are_below(matmul(wide, wide.T)[None, None], limit[None])[0]
 
@@ -39,5 +41,5 @@ def leading_of_matrix(matrix: Float[Array, "in out"]) -> Pair:
 
 
 def _by_svd(matrix: Float[Array, "in out"]) -> Pair:
-    _, u, v = top_pairs(matrix[None])
-    return Pair(jnp.asarray(0), u[0], v[0])
+    _, rows, columns = top_pairs(matrix[None])
+    return Pair(jnp.asarray(0), rows[0], columns[0])

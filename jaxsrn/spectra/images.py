@@ -1,4 +1,7 @@
-"""The map on flat vectors, and pairs of images by Lanczos with it."""
+"""Pairs of vectors or images: dense layers, and convolutions that have no symbol.
+
+What this file says of pairs `circular/pairs.py` says of those at one frequency; `pairs.py` chooses.
+"""
 
 from __future__ import annotations
 
@@ -16,31 +19,72 @@ from jaxsrn.spectra.pair import Found, Pair
 __all__ = [
     "as_images",
     "flat_products",
+    "gradient",
+    "images",
     "matrix_free",
+    "nearby",
+    "of_images",
+    "power_step",
+    "shapes",
 ]
+
+_HIGHEST = jax.lax.Precision.HIGHEST
+
+
+def shapes(op: Operator, kernel_shape: tuple[int, ...]) -> Pair:
+    """The shapes of a pair's arrays, in their places (static)."""
+    return Pair((), op.in_shape(kernel_shape), op.out_shape(kernel_shape))
+
+
+def gradient(pair: Pair, op: Operator, kernel_shape: tuple[int, ...]) -> Float[Array, "..."]:
+    """`grad_K <v, T(K) u>`."""
+    return op.kernel_gradient(kernel_shape, pair.input, pair.output)
+
+
+def images(pair: Pair, op: Operator, kernel_shape: tuple[int, ...]) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
+    """The two real vectors themselves, `(input, output)`."""
+    return pair.input, pair.output
+
+
+def of_images(inputs: Float[Array, "..."], outputs: Float[Array, "..."], op: Operator, kernel_shape) -> Pair:
+    """The pair of two real vectors of any length."""
+    return Pair(jnp.asarray(0), unit(inputs), unit(outputs))
+
+
+def power_step(kernel: Float[Array, "..."], op: Operator, pair: Pair) -> Pair:
+    """The input from the output by the adjoint, the output from that input by the map, both normalised."""
+    step = unit(op.transpose(kernel, pair.output, precision=_HIGHEST))
+    return Pair(pair.site, step, unit(op.apply(kernel, step, precision=_HIGHEST)))
+
+
+def nearby(kernel: Float[Array, "..."], op: Operator, pair: Pair, tolerance) -> Pair:
+    """The leading pair within reach: in the Krylov space that the input starts."""
+    return matrix_free(kernel, op, pair.input, tolerance).pair
+
+
+# Lanczos on flat vectors
+
+
+def as_images(inputs: Float[Array, " in"], outputs: Float[Array, " out"], op: Operator, kernel_shape) -> Pair:
+    """The pair of two flat unit vectors."""
+    return Pair(jnp.asarray(0), inputs.reshape(op.in_shape(kernel_shape)), outputs.reshape(op.out_shape(kernel_shape)))
 
 
 def flat_products(kernel: Float[Array, "..."], op: Operator):
     """The map on flat vectors: `(matvec, rmatvec, in_size, out_size)`."""
     in_shape, out_shape = op.in_shape(kernel.shape), op.out_shape(kernel.shape)
-    highest = jax.lax.Precision.HIGHEST
 
     def matvec(x):
-        return op.apply(kernel, x.reshape(in_shape), precision=highest).reshape(-1)
+        return op.apply(kernel, x.reshape(in_shape), precision=_HIGHEST).reshape(-1)
 
     def rmatvec(y):
-        return op.transpose(kernel, y.reshape(out_shape), precision=highest).reshape(-1)
+        return op.transpose(kernel, y.reshape(out_shape), precision=_HIGHEST).reshape(-1)
 
     return matvec, rmatvec, math.prod(in_shape), math.prod(out_shape)
 
 
 def matrix_free(kernel, op: Operator, start: Float[Array, "..."], tolerance, **options) -> Found:
-    """Lanczos with the real operator from a given right vector; options of `leading_singular_vectors`."""
+    """Lanczos with the real operator from a given input; options of `leading_singular_vectors`."""
     matvec, rmatvec, _, out_size = flat_products(kernel, op)
-    value, left, right, _ = leading_singular_vectors(matvec, rmatvec, start.reshape(-1), out_size, tolerance, **options)
-    return Found(value, as_images(unit(right), unit(left), op, kernel.shape))
-
-
-def as_images(right: Float[Array, " in"], left: Float[Array, " out"], op: Operator, kernel_shape) -> Pair:
-    """The pair of two flat vectors, of a layer that is not circular."""
-    return Pair(jnp.asarray(0), right.reshape(op.in_shape(kernel_shape)), left.reshape(op.out_shape(kernel_shape)))
+    found = leading_singular_vectors(matvec, rmatvec, start.reshape(-1), out_size, tolerance, **options)
+    return Found(found.value, as_images(unit(found.input), unit(found.output), op, kernel.shape))

@@ -12,9 +12,8 @@ from jaxtyping import Array, Float
 
 from jaxsrn._tools.checks import Kernel, ensure, float_dtype, kernel_array, positive_scalar
 from jaxsrn.operators.base import Operator
-from jaxsrn.spectra.leading import leading_pair
 from jaxsrn.spectra.pair import Pair, rescaled
-from jaxsrn.spectra.pairs import pair_images, plain_gradient
+from jaxsrn.spectra.pairs import leading_pair, pair_images, value_gradient
 
 __all__ = [
     "SingularTriplet",
@@ -45,7 +44,7 @@ def frozen_value(kernel: Float[Array, "..."], op: Operator, pair: Pair) -> Float
     With the leading pair this is the spectral norm and its exact derivative, the outer product of the vectors;
     where singular values coincide it is one of the subgradients, and finite.
     """
-    gradient = plain_gradient(jax.tree.map(lax.stop_gradient, pair), op, kernel.shape)
+    gradient = value_gradient(jax.tree.map(lax.stop_gradient, pair), op, kernel.shape)
     return jnp.sum(gradient * kernel)
 
 
@@ -104,7 +103,7 @@ def _leading_triplet(kernel, op, initial, tolerance, proven):
     start = None if initial is None else lax.stop_gradient(initial.right).astype(kernel.dtype)
     pair = leading_pair(fixed, op, tolerance=tolerance, start=start, proven=proven)
     value = frozen_value(kernel, op, pair)
-    left, right = (lax.stop_gradient(vector) for vector in pair_images(pair, op, kernel.shape))
+    right, left = (lax.stop_gradient(vector) for vector in pair_images(pair, op, kernel.shape))
     return SingularTriplet(value, left, right, _residual(fixed, op, lax.stop_gradient(value) / scale, left, right))
 
 

@@ -11,21 +11,24 @@ from jaxtyping import Array, Float, Inexact, Int
 
 from jaxsrn.operators.base import Operator
 
-__all__ = [
-    "Found",
-    "Pair",
-    "by_largest",
-    "matrix_size",
-    "rescaled",
-]
+__all__ = ["Found", "Pair", "by_largest", "first_of", "matrix_size", "rescaled"]
 
 
 class Pair(NamedTuple):
-    """A pair of unit vectors: complex amplitudes at `site` (circular), or the vectors themselves (`site` is 0)."""
+    """Unit vectors `(u, v)` on the two sides of a map, `u` among its inputs and `v` among its outputs.
+
+    The singular value that they stand for is `<v, T(K) u>`. A pair is stored where it is small: circular layers have
+    complex amplitudes at one site of the torus, all others the vectors themselves, with site 0.
+
+    Attributes:
+      site: the flat index of a (frequency, group), see `circular/sites.py`.
+      input: amplitudes of the input channels (times phases), or a vector of `in_shape`.
+      output: amplitudes of the output channels, or a vector of `out_shape`.
+    """
 
     site: Int[Array, "..."]
-    right: Inexact[Array, "..."]
-    left: Inexact[Array, "..."]
+    input: Inexact[Array, "..."]
+    output: Inexact[Array, "..."]
 
 
 class Found(NamedTuple):
@@ -33,6 +36,11 @@ class Found(NamedTuple):
 
     value: Float[Array, ""]
     pair: Pair
+
+
+def first_of(pairs: Pair) -> Pair:
+    """The first of a stack of pairs."""
+    return jax.tree.map(lambda leaf: leaf[0], pairs)
 
 
 def matrix_size(op: Operator, kernel_shape: tuple[int, ...]) -> int:

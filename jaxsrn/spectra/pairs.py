@@ -1,69 +1,95 @@
-"""Unit singular pairs `(u, v)` of every operator, and the linear functional `K -> <u, T(K) v>` of each.
+"""Singular pairs of every operator: the leading one, and what is made of a pair. One table says what differs by kind.
 
-A pair is stored where it is small: at one site (frequency and group) of a circular convolution, as plain vectors
-of a matrix, as two images otherwise. Everything that optimises over pairs needs the same four things of them:
-the leading pair and a leading pair near a given one (`leading.py`), the functional, and the two real vectors.
+Everything that optimises over pairs needs the same few things of them, whatever the operator: the leading pair, a
+leading pair near a given one, a power step, the gradient of its value in the kernel, and its two real vectors.
 """
 
 from __future__ import annotations
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Float, Int
+from collections.abc import Callable
+from types import ModuleType
+from typing import NamedTuple
 
-from jaxsrn._tools.linalg import top_pairs, unit
-from jaxsrn.operators.base import Operator
-from jaxsrn.operators.convolutions import CircularConv
-from jaxsrn.spectra.circular.fourier import site_shape, site_symbol
-from jaxsrn.spectra.circular.waves import site_gradient, site_of_images, wave
+from jaxtyping import Array, Float
+
+from jaxsrn.operators.base import Dense, Operator
+from jaxsrn.operators.convolutions import CircularConv, ZeroPaddedConv
+from jaxsrn.spectra import images
+from jaxsrn.spectra.circular import pairs as waves
+from jaxsrn.spectra.circular.svd_or_branch_and_bound import leading_wave
+from jaxsrn.spectra.dense import leading_of_matrix
+from jaxsrn.spectra.padded.leading import leading_of_padded
 from jaxsrn.spectra.pair import Pair
 
 __all__ = [
+    "leading_pair",
+    "nearby",
     "pair_images",
     "pair_of_images",
     "pair_shapes",
-    "plain_gradient",
-    "site_pairs",
+    "power_step",
+    "value_gradient",
 ]
+
+
+class _Kind(NamedTuple):
+    """How pairs of an operator are stored, and how the leading one is found (options as `leading_pair`)."""
+
+    stored: ModuleType
+    leading: Callable
+
+
+_KINDS = {
+    Dense: _Kind(images, lambda kernel, op, **options: leading_of_matrix(kernel)),
+    CircularConv: _Kind(waves, lambda kernel, op, **options: leading_wave(kernel, op)[0]),
+    ZeroPaddedConv: _Kind(images, leading_of_padded),
+}
+
+
+def _kind(op: Operator) -> _Kind:
+    return next(_KINDS[base] for base in type(op).__mro__ if base in _KINDS)
+
+
+def leading_pair(kernel: Float[Array, "..."], op: Operator, *, tolerance=None, start=None, proven: bool = True) -> Pair:
+    """The leading pair of `T(kernel)`, found without any assumption. The kernel's scale must not be extreme.
+
+    Dense and circular layers have proofs, as have small ones with zero padding, whatever the other arguments; these
+    are for larger layers with zero padding.
+
+    Args:
+      kernel, op: the layer.
+      tolerance: relative residual at which a search stops, by default `search_tolerance`.
+      start: an input; the search starts there alone, a fixed random part mixed in.
+      proven: static; `False` has small layers with zero padding searched too, without their proof.
+    """
+    return _kind(op).leading(kernel, op, tolerance=tolerance, start=start, proven=proven)
+
+
+def nearby(kernel: Float[Array, "..."], op: Operator, pair: Pair, tolerance) -> Pair:
+    """The leading pair within reach of `pair`: at its site (circular), or in the Krylov space that it starts."""
+    return _kind(op).stored.nearby(kernel, op, pair, tolerance)
+
+
+def power_step(kernel: Float[Array, "..."], op: Operator, pair: Pair) -> Pair:
+    """One vector from the other by the adjoint, that one back by the map, both normalised; circular: at their site."""
+    return _kind(op).stored.power_step(kernel, op, pair)
 
 
 def pair_shapes(op: Operator, kernel_shape: tuple[int, ...]) -> Pair:
     """The shapes of a pair's arrays, in their places (static)."""
-    if not isinstance(op, CircularConv):
-        return Pair((), op.in_shape(kernel_shape), op.out_shape(kernel_shape))
-    rows, columns = site_shape(op, kernel_shape)
-    return Pair((), (rows,), (columns,))
+    return _kind(op).stored.shapes(op, kernel_shape)
 
 
-def site_pairs(kernel, op: CircularConv, sites: Int[Array, " k"]) -> tuple[Float[Array, " k"], Pair]:
-    """The leading pairs at the given sites, with their singular values."""
-    matrices = jax.vmap(site_symbol, (None, None, 0))(kernel, op, sites)
-    values, u, v = top_pairs(matrices)
-    return values, Pair(sites, u, v)
-
-
-def plain_gradient(pair: Pair, op: Operator, kernel_shape: tuple[int, ...]) -> Float[Array, "..."]:
-    """`grad_K <u, T(K) v>`, so that `<u, T(K) v> = sum(gradient * K)` for every kernel of this shape."""
-    if isinstance(op, CircularConv):
-        return site_gradient(op, kernel_shape, pair.site, pair.right, pair.left)
-    return op.kernel_gradient(kernel_shape, pair.right, pair.left)
+def value_gradient(pair: Pair, op: Operator, kernel_shape: tuple[int, ...]) -> Float[Array, "..."]:
+    """`grad_K <v, T(K) u>`, so that the value of the pair is `sum(gradient * K)` for every kernel of this shape."""
+    return _kind(op).stored.gradient(pair, op, kernel_shape)
 
 
 def pair_images(pair: Pair, op: Operator, kernel_shape: tuple[int, ...]):
-    """The two real unit vectors, `(left, right)`, of `out_shape` and `in_shape`."""
-    if not isinstance(op, CircularConv):
-        return pair.left, pair.right
-    ones = (1,) * op.num_axes
-    reach = [np.arange(n) + c for n, c in zip(op.input_shape, op.centre(kernel_shape), strict=True)]
-    right = wave(op, pair.site, pair.right, reach, op.strides)
-    left = wave(op, pair.site, pair.left, [np.arange(n) for n in op.grid], ones)
-    return unit(left), unit(right)
+    """The two real unit vectors, `(input, output)`, of `in_shape` and `out_shape`."""
+    return _kind(op).stored.images(pair, op, kernel_shape)
 
 
-def pair_of_images(left: Float[Array, "..."], right: Float[Array, "..."], op: Operator, kernel_shape) -> Pair:
+def pair_of_images(inputs: Float[Array, "..."], outputs: Float[Array, "..."], op: Operator, kernel_shape) -> Pair:
     """The pair closest to two real vectors: their strongest site (circular), or themselves."""
-    if not isinstance(op, CircularConv):
-        return Pair(jnp.asarray(0), unit(right), unit(left))
-    site, u, v = site_of_images(op, kernel_shape, right, left)
-    return Pair(site, unit(u), unit(v))
+    return _kind(op).stored.of_images(inputs, outputs, op, kernel_shape)

@@ -138,8 +138,9 @@ def top_singular_values(kernel: Kernel, op: Operator, k: int) -> Float[Array, " 
 def _top_matrix_free(kernel, op, k):
     kernel = kernel.astype(float_dtype(kernel.dtype))
     fixed, _ = rescaled(lax.stop_gradient(kernel), op)
-    lefts, rights = top_singular_vectors(*flat_products(fixed, op), k, vector_tolerance(kernel.dtype), kernel.dtype)
-    rights = rights.reshape((k, *op.in_shape(kernel.shape)))
-    images = op.apply(kernel, lax.stop_gradient(rights), precision=lax.Precision.HIGHEST)
-    values = jnp.sum(lax.stop_gradient(lefts) * images.reshape((k, -1)), axis=-1)
+    found = top_singular_vectors(*flat_products(fixed, op), k, vector_tolerance(kernel.dtype), kernel.dtype)
+    inputs, outputs = lax.stop_gradient(found)
+    inputs = inputs.reshape((k, *op.in_shape(kernel.shape)))
+    images = op.apply(kernel, inputs, precision=lax.Precision.HIGHEST)
+    values = jnp.sum(outputs * images.reshape((k, -1)), axis=-1)
     return jnp.sort(values)[::-1]

@@ -12,9 +12,9 @@ from jaxtyping import Array, Float
 
 from jaxsrn.normalization.training.normalized import normalized_with
 from jaxsrn.normalization.training.reverse import in_reverse
-from jaxsrn.normalization.training.tracking import power_step
-from jaxsrn.operators.base import Dense, Operator
+from jaxsrn.operators.base import Operator
 from jaxsrn.spectra.pair import Pair
+from jaxsrn.spectra.pairs import power_step
 
 __all__ = [
     "moving_pair",
@@ -33,7 +33,7 @@ def moving_pair(a: Float[Array, "..."], op: Operator, target, pair: Pair) -> Pai
     def residual(op: Operator, vector):
         now = rebuild(vector)
         # A matrix has the pair of its normalized form, and determines it also where that has rank one.
-        kernel = a if isinstance(op, Dense) else normalized_with(a, op, target, now)
+        kernel = a if op.normalization_keeps_pairs else normalized_with(a, op, target, now)
         return vector - _real_vector(_aligned(power_step(kernel, op, now), pair))[0]
 
     def tangent_solve(matvec, rhs):
@@ -45,7 +45,7 @@ def moving_pair(a: Float[Array, "..."], op: Operator, target, pair: Pair) -> Pai
 
 def _real_vector(pair: Pair):
     """The pair's vectors as one real vector, and the way back."""
-    shapes, is_complex = (pair.right.shape, pair.left.shape), jnp.iscomplexobj(pair.right)
+    shapes, is_complex = (pair.input.shape, pair.output.shape), jnp.iscomplexobj(pair.input)
     parts = [part for v in pair[1:] for part in ((v.real, v.imag) if is_complex else (v,))]
 
     def rebuild(vector):
@@ -60,10 +60,10 @@ def _real_vector(pair: Pair):
 
 def _aligned(pair: Pair, reference: Pair) -> Pair:
     """The same pair with the phase of the reference: one phase for both vectors changes nothing."""
-    overlap = jnp.vdot(pair.left, reference.left, precision=lax.Precision.HIGHEST)
+    overlap = jnp.vdot(pair.output, reference.output, precision=lax.Precision.HIGHEST)
     size = jnp.sqrt(jnp.where(overlap == 0, 1.0, overlap.real**2 + overlap.imag**2))
     phase = jnp.where(overlap == 0, 1.0, overlap / size.astype(overlap.dtype))
-    return Pair(pair.site, pair.right * phase, pair.left * phase)
+    return Pair(pair.site, pair.input * phase, pair.output * phase)
 
 
 def _tangent_solve(matvec, transposed, rhs):

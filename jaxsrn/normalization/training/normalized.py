@@ -8,7 +8,7 @@ from jaxtyping import Array, Bool, Float
 from jaxsrn.normalization.closed_form import Problem, closed_form, functional
 from jaxsrn.operators.base import Operator
 from jaxsrn.spectra.pair import Pair
-from jaxsrn.spectra.pairs import plain_gradient
+from jaxsrn.spectra.pairs import value_gradient
 
 __all__ = [
     "normalized_or_rescaled",
@@ -29,7 +29,7 @@ def normalized_or_rescaled(
     It is where no stable rank is asked for, and where the kernel's own is not above the target.
     """
     if target is None:
-        value = jnp.sum(plain_gradient(pair, op, a.shape) * a)
+        value = jnp.sum(value_gradient(pair, op, a.shape) * a)
         return a / jnp.where(value == 0, 1.0, value), jnp.asarray(True)
     weights = op.frobenius_weights(a.shape, a.dtype)
     problem = Problem(a, weights, jnp.where(jnp.isinf(target), 1.0, target), jnp.ones((), a.dtype))

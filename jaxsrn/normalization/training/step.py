@@ -21,12 +21,12 @@ from jaxsrn.normalization.lowering import problem_of
 from jaxsrn.normalization.starts import survey
 from jaxsrn.normalization.training.implicit import moving_pair
 from jaxsrn.normalization.training.normalized import normalized_or_rescaled, normalized_with
-from jaxsrn.normalization.training.tracking import Track, follow, has_turned, power_step, start_track, track_shapes
-from jaxsrn.operators.base import Dense, Operator
+from jaxsrn.normalization.training.tracking import Track, follow, has_turned, start_track, track_shapes
+from jaxsrn.operators.base import Operator
 from jaxsrn.spectra.circular.fourier import complex_dtype
-from jaxsrn.spectra.leading import leading_pair
 from jaxsrn.spectra.norms import frozen_value
 from jaxsrn.spectra.pair import Pair, rescaled
+from jaxsrn.spectra.pairs import leading_pair, power_step
 
 __all__ = [
     "SRNCState",
@@ -156,19 +156,19 @@ def _checked(kernel, op: Operator, target, norm, cap):
 
 def _follows_own(op: Operator, target, norm, cap) -> bool:
     """Whether the kernel's own norm needs a pair of its own: not where the normalized kernel has the same pair."""
-    return (norm is None or bool(cap)) and target is not None and not isinstance(op, Dense)
+    return (norm is None or bool(cap)) and target is not None and not op.normalization_keeps_pairs
 
 
 def _is_watched(op: Operator, target) -> bool:
     """Whether more than the pair itself is followed: Sanyal's algorithm does not."""
-    return target is None or not isinstance(op, Dense)
+    return target is None or not op.normalization_keeps_pairs
 
 
 @functools.partial(jax.jit, static_argnames=("follows_own",))
 def _srnc_state(kernel, op, target, follows_own):
     kernel = lax.stop_gradient(kernel.astype(float_dtype(kernel.dtype)))
     a, _ = rescaled(kernel, op)
-    if target is None or isinstance(op, Dense):
+    if target is None or op.normalization_keeps_pairs:
         own = leading_pair(a, op)
         return SRNCState(start_track(a, op, own, _is_watched(op, target)), None)
     problem, own = problem_of(a, op, target)
@@ -251,7 +251,7 @@ def _followed(a: Float[Array, "..."], op: Operator, target, track: Track) -> Tra
     """The track, a step further on the kernel normalized with its pair."""
     if target is None:
         return functools.reduce(lambda track, _: follow(a, op, track), range(_NORM_PASSES), track)
-    if isinstance(op, Dense):
+    if op.normalization_keeps_pairs:
         # The normalized kernel has the same pairs.
         return follow(a, op, track)
 

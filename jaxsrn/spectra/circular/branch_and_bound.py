@@ -30,6 +30,7 @@ from jaxsrn.operators.convolutions import CircularConv
 from jaxsrn.spectra.circular.boxes import Boxes, boxes_of, doubled_centres
 from jaxsrn.spectra.circular.climbing import Estimates, Peak, at_site, best_climb, chunk_of, estimates
 from jaxsrn.spectra.circular.grams import GramPolynomial, gram_polynomial, grams_at, symbol_at, whole_grams
+from jaxsrn.spectra.pair import Pair
 
 __all__ = [
     "branch_and_bound",
@@ -46,14 +47,11 @@ class _Proof(NamedTuple):
     best: Peak
 
 
-def branch_and_bound(kernel: Float[Array, "..."], op: CircularConv, excess: float = 0.0):
-    """The largest singular value of the whole grid, up to a relative `2 sqrt(channels) eps`, with its vectors.
+def branch_and_bound(kernel: Float[Array, "..."], op: CircularConv, excess: float = 0.0) -> Pair:
+    """The pair of the largest singular value of the whole grid, up to a relative `2 sqrt(channels) eps`.
 
-    With `excess` a singular value that no other one exceeds by more than that share. The kernel's scale must not be
+    With `excess` it is one whose value no other one exceeds by more than that share. The kernel's scale must not be
     extreme.
-
-    Returns:
-      `(site, u, v)`, unit vectors with `u^H S v` that value.
     """
     poly, blocks = gram_polynomial(kernel, op), boxes_of(op, kernel.shape)
     return at_site(highest_peak(poly, op, blocks, estimates(poly, op, blocks), excess), op, kernel.shape)
@@ -112,9 +110,9 @@ def _largest_of(
     """The largest of the known pair and those at single frequencies, one after the other: they are few."""
 
     def examine(index, known: Peak) -> Peak:
-        values, left, right = top_pairs(symbol_at(poly, op, index, poly.coefficients))
+        values, rows, columns = top_pairs(symbol_at(poly, op, index, poly.coefficients))
         group = jnp.argmax(values).astype(known.group.dtype)
-        found = Peak(index, group, left[group], right[group], values[group])
+        found = Peak(index, group, rows[group], columns[group], values[group])
         larger = found.value > known.value
         return jax.tree.map(lambda a, b: jnp.where(larger, a, b), found, known)
 

@@ -28,6 +28,7 @@ from jaxsrn.spectra.circular.grams import (
     with_all_directions,
 )
 from jaxsrn.spectra.circular.sites import site_at
+from jaxsrn.spectra.pair import Pair
 
 __all__ = [
     "NUM_CLIMBERS",
@@ -46,12 +47,15 @@ NUM_CLIMBERS = 8
 
 
 class Peak(NamedTuple):
-    """A frequency, the group, unit vectors of its symbol, and their value."""
+    """A frequency, the group, unit vectors of its symbol, and their value.
+
+    The symbol may be transposed (`grams.py`), so that the vectors are named by its rows and columns.
+    """
 
     index: Int[Array, " axes"]
     group: Int[Array, ""]
-    left: Complex[Array, " rows"]
-    right: Complex[Array, " columns"]
+    row: Complex[Array, " rows"]
+    column: Complex[Array, " columns"]
     value: Float[Array, ""]
 
 
@@ -94,33 +98,33 @@ def estimates(poly: GramPolynomial, op: CircularConv, blocks: Boxes) -> Estimate
     return Estimates(values, vectors, bounds.reshape(-1)[:count])
 
 
-def _uphill(poly: GramPolynomial, op: CircularConv, blocks: Boxes, index, group, right) -> Peak:
+def _uphill(poly: GramPolynomial, op: CircularConv, blocks: Boxes, index, group, column) -> Peak:
     """Uphill from one frequency: vectors fixed, the best frequency around; frequency fixed, power steps."""
     # Of a single group no climber takes a copy.
     coefficients = poly.coefficients[group if len(poly.coefficients) > 1 else 0]
     around = np.array(list(itertools.product((-2, -1, 0, 1, 2), repeat=op.num_axes)))
     grid, halvings = np.array(op.grid), int(np.max(blocks.sizes)).bit_length()
 
-    def power(index, right):
+    def power(index, column):
         symbol = symbol_at(poly, op, index, coefficients)
         for _ in range(3):
-            left = unit(einsum("rc,c->r", symbol, right))
-            right = unit(einsum("rc,r->c", symbol.conj(), left))
-        return left, right, jnp.linalg.norm(einsum("rc,c->r", symbol, right))
+            row = unit(einsum("rc,c->r", symbol, column))
+            column = unit(einsum("rc,r->c", symbol.conj(), row))
+        return row, column, jnp.linalg.norm(einsum("rc,c->r", symbol, column))
 
-    def step(k, pair: Peak) -> Peak:
+    def step(k, peak: Peak) -> Peak:
         stride = jnp.maximum(jnp.asarray(blocks.sizes[:1]) // 2 ** (k + 1), 1)
-        candidates = (pair.index[None] + around * stride) % grid[None]
-        filters = einsum("r,tr->t", pair.left.conj(), real_times("trc,c->tr", coefficients, pair.right))
+        candidates = (peak.index[None] + around * stride) % grid[None]
+        filters = einsum("r,tr->t", peak.row.conj(), real_times("trc,c->tr", coefficients, peak.column))
         values = jnp.abs(einsum("pt,t->p", waves_at(poly, op, 2 * candidates), filters))
         index = candidates[jnp.argmax(values)]
-        return Peak(index, group, *power(index, pair.right))
+        return Peak(index, group, *power(index, peak.column))
 
-    return lax.fori_loop(0, halvings, step, Peak(index, group, *power(index, right)))
+    return lax.fori_loop(0, halvings, step, Peak(index, group, *power(index, column)))
 
 
 def climbs(poly: GramPolynomial, op: CircularConv, blocks: Boxes, known: Estimates, chosen) -> Peak:
-    """Where climbing leads from some of the estimates: a stack of pairs at frequencies of the half grid."""
+    """Where climbing leads from some of the estimates: a stack of peaks at frequencies of the half grid."""
     box, group = jnp.unravel_index(chosen.astype(int), known.values.shape)
     starts = jnp.asarray(doubled_centres(blocks.corners, blocks.sizes[:1], blocks.ends) // 2)[box]
     if len(blocks.sizes) > 1:
@@ -128,12 +132,12 @@ def climbs(poly: GramPolynomial, op: CircularConv, blocks: Boxes, known: Estimat
         starts = jnp.concatenate([starts, own.astype(starts.dtype)])
         group = jnp.concatenate([group, jnp.argmax(known.values[own_box], axis=-1)])
         box = jnp.concatenate([box, own_box])
-    rights = jax.vmap(functools.partial(with_all_directions, poly))(group, known.vectors[box, group])
-    pairs = jax.vmap(functools.partial(_uphill, poly, op, blocks))(starts, group, rights)
-    mirrored = (pairs.index[:, -1] >= blocks.ends[-1])[:, None]
-    index = jnp.where(mirrored, -pairs.index % np.array(op.grid)[None], pairs.index)
-    left, right = (jnp.where(mirrored, side.conj(), side) for side in (pairs.left, pairs.right))
-    return pairs._replace(index=index, left=left, right=right)
+    columns = jax.vmap(functools.partial(with_all_directions, poly))(group, known.vectors[box, group])
+    peaks = jax.vmap(functools.partial(_uphill, poly, op, blocks))(starts, group, columns)
+    mirrored = (peaks.index[:, -1] >= blocks.ends[-1])[:, None]
+    index = jnp.where(mirrored, -peaks.index % np.array(op.grid)[None], peaks.index)
+    row, column = (jnp.where(mirrored, side.conj(), side) for side in (peaks.row, peaks.column))
+    return peaks._replace(index=index, row=row, column=column)
 
 
 def most_promising(known: Estimates, count: int) -> Int[Array, " chosen"]:
@@ -155,12 +159,12 @@ def best_climb(poly: GramPolynomial, op: CircularConv, blocks: Boxes, known: Est
     """The best frequency of the half grid that climbing reaches from the most promising blocks, with its pair."""
     # Where every frequency was estimated there is nowhere to climb to.
     chosen = most_promising(known, NUM_CLIMBERS if len(blocks.sizes) > 1 else 1)
-    pairs = climbs(poly, op, blocks, known, chosen)
-    best = jax.tree.map(lambda leaf: leaf[jnp.argmax(pairs.value)], pairs)
-    return _polished(poly, op, best.index, best.group, best.right)
+    peaks = climbs(poly, op, blocks, known, chosen)
+    best = jax.tree.map(lambda leaf: leaf[jnp.argmax(peaks.value)], peaks)
+    return _polished(poly, op, best.index, best.group, best.column)
 
 
-def _polished(poly: GramPolynomial, op: CircularConv, index, group, right) -> Peak:
+def _polished(poly: GramPolynomial, op: CircularConv, index, group, column) -> Peak:
     """The leading pair of the symbol of one frequency and group, by Lanczos from a vector near it."""
     symbol = symbol_at(poly, op, index, poly.coefficients[group])
 
@@ -170,18 +174,18 @@ def _polished(poly: GramPolynomial, op: CircularConv, index, group, right) -> Pe
     def real_of(z):
         return jnp.concatenate([z.real, z.imag])
 
-    _, left, right, _ = leading_singular_vectors(
+    found = leading_singular_vectors(
         lambda x: real_of(einsum("rc,c->r", symbol, complex_of(x))),
         lambda y: real_of(einsum("rc,r->c", symbol.conj(), complex_of(y))),
-        real_of(right),
+        real_of(column),
         2 * len(symbol),
         vector_tolerance(poly.even.dtype),
     )
-    left, right = unit(complex_of(left)), unit(complex_of(right))
-    return Peak(index, group, left, right, jnp.linalg.norm(einsum("rc,c->r", symbol, right)))
+    row, column = unit(complex_of(found.output)), unit(complex_of(found.input))
+    return Peak(index, group, row, column, jnp.linalg.norm(einsum("rc,c->r", symbol, column)))
 
 
-def at_site(pair: Peak, op: CircularConv, kernel_shape):
-    """`(site, u, v)` with `u^H S v` the value: in the symbol's own order of rows and columns."""
-    sides = (pair.right.conj(), pair.left.conj()) if is_transposed(op, kernel_shape) else (pair.left, pair.right)
-    return site_at(op, pair.index, pair.group), *sides
+def at_site(peak: Peak, op: CircularConv, kernel_shape: tuple[int, ...]) -> Pair:
+    """The peak as a pair: rows and columns of a transposed symbol are its outputs and inputs."""
+    sides = (peak.column.conj(), peak.row.conj()) if is_transposed(op, kernel_shape) else (peak.row, peak.column)
+    return Pair(site_at(op, peak.index, peak.group), *sides)

@@ -19,7 +19,7 @@ from jax import lax
 from jaxtyping import Array, Complex, Float, Int
 
 from jaxsrn._tools.linalg import einsum, gram_bound, matmul, real_times
-from jaxsrn._tools.subspaces import random_start
+from jaxsrn._tools.subspaces import random_start, subspace_iteration
 from jaxsrn.operators.convolutions import CircularConv
 from jaxsrn.spectra.circular.fourier import polynomial, site_shape
 from jaxsrn.spectra.circular.sites import half_grid, times_modulo
@@ -41,6 +41,8 @@ __all__ = [
 CHUNK = 2**18
 # Kernels of so many columns are reduced, to bases of so many entries: the wider, the fewer directions tell enough.
 _WIDE, _BASIS_ENTRIES = 256, 3 * 2**14
+# Steps of subspace iteration that the basis takes: enough to tell leading directions from the others.
+_BASIS_STEPS = 3
 
 
 class GramPolynomial(NamedTuple):
@@ -96,8 +98,9 @@ def _leading_directions(coefficients: Float[Array, "groups terms rows columns"])
     groups, terms, _, columns = coefficients.shape
     stacked = coefficients.reshape((groups, -1, columns))
     energy = matmul(stacked.mT, stacked)
-    start = random_start((1, columns, min(columns // 2, _BASIS_ENTRIES // columns)), energy.dtype)
-    basis = jnp.linalg.qr(matmul(energy, matmul(energy, matmul(energy, start))))[0]
+    start = random_start((1, min(columns // 2, _BASIS_ENTRIES // columns), columns), energy.dtype)
+    start = jnp.broadcast_to(start, (groups, *start.shape[1:]))
+    basis = subspace_iteration(lambda rows: matmul(rows, energy), start, _BASIS_STEPS).mT
     rest = energy - matmul(basis, matmul(basis.mT, energy))
     rest = rest - matmul(matmul(rest, basis), basis.mT)
     # What the projections leave of rounding.

@@ -13,6 +13,7 @@ from jaxsrn.spectra.circular.boxes import Boxes, boxes_of
 from jaxsrn.spectra.circular.branch_and_bound import highest_peak
 from jaxsrn.spectra.circular.climbing import NUM_CLIMBERS, Estimates, Peak, at_site, climbs, estimates, most_promising
 from jaxsrn.spectra.circular.grams import GramPolynomial, gram_polynomial
+from jaxsrn.spectra.pair import Pair
 
 __all__ = [
     "other_peaks",
@@ -20,19 +21,21 @@ __all__ = [
 ]
 
 
-def peaks(kernel: Float[Array, "..."], op: CircularConv, count: int, radius: int):
+def peaks(
+    kernel: Float[Array, "..."], op: CircularConv, count: int, radius: int
+) -> tuple[Float[Array, " peaks"], Pair]:
     """The largest singular value of the whole grid, and other local maxima as far as climbing finds them.
 
     Frequencies within `radius` indices of a better one are none of their own.
 
     Returns:
-      `(values, (site, u, v))`, stacks of at most `count`, the largest first; values are 0 where fewer were found.
+      `(values, pairs)`, stacks of at most `count`, the largest first; values are 0 where fewer were found.
     """
     poly, blocks = gram_polynomial(kernel, op), boxes_of(op, kernel.shape)
     known = estimates(poly, op, blocks)
     highest = highest_peak(poly, op, blocks, known, 0.0)
-    pairs = other_peaks(poly, op, blocks, known, highest, count, radius)
-    return pairs.value, jax.vmap(lambda pair: at_site(pair, op, kernel.shape))(pairs)
+    found = other_peaks(poly, op, blocks, known, highest, count, radius)
+    return found.value, jax.vmap(lambda peak: at_site(peak, op, kernel.shape))(found)
 
 
 def other_peaks(
@@ -48,9 +51,9 @@ def other_peaks(
     found = climbs(poly, op, blocks, known, chosen)
     # Of equal values the first is taken: nothing found is above the highest, but for rounding.
     found = found._replace(value=jnp.minimum(found.value, highest.value))
-    pairs = jax.tree.map(lambda first, rest: jnp.concatenate([first[None], rest]), highest, found)
-    chosen, values = _largest_apart(pairs.value, pairs.index, pairs.group, op, count, radius)
-    return jax.tree.map(lambda leaf: leaf[chosen], pairs)._replace(value=values)
+    found = jax.tree.map(lambda first, rest: jnp.concatenate([first[None], rest]), highest, found)
+    chosen, values = _largest_apart(found.value, found.index, found.group, op, count, radius)
+    return jax.tree.map(lambda leaf: leaf[chosen], found)._replace(value=values)
 
 
 def _estimated_peaks(known: Estimates, blocks: Boxes, op: CircularConv, count: int, radius: int):

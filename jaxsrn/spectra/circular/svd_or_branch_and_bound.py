@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -13,14 +12,13 @@ from jaxsrn._tools.linalg import top_values
 from jaxsrn.operators.convolutions import CircularConv
 from jaxsrn.spectra.circular.branch_and_bound import branch_and_bound
 from jaxsrn.spectra.circular.fourier import complex_dtype, half_symbol, site_shape
+from jaxsrn.spectra.circular.pairs import site_pairs
 from jaxsrn.spectra.circular.sites import distinct_sites, half_grid, same_site, without_constant_axes
 from jaxsrn.spectra.dense import leading_of_matrix
-from jaxsrn.spectra.pair import Pair
-from jaxsrn.spectra.pairs import site_pairs
+from jaxsrn.spectra.pair import Pair, first_of
 
 __all__ = [
     "branch_and_bound_pays",
-    "first_of",
     "leading_wave",
 ]
 
@@ -35,7 +33,7 @@ def leading_wave(kernel: Float[Array, "..."], op: CircularConv, excess: float = 
         return _constant_wave(kernel, op), 0.0
     layer = without_constant_axes(op, kernel.shape)
     if branch_and_bound_pays(kernel.shape, layer):
-        pair = Pair(*branch_and_bound(kernel, layer, excess))
+        pair = branch_and_bound(kernel, layer, excess)
     else:
         sites, excess = jnp.asarray(distinct_sites(layer)[0]), 0.0
         values = top_values(half_symbol(kernel, layer)[sites])
@@ -47,13 +45,9 @@ def _constant_wave(kernel: Float[Array, "..."], op: CircularConv) -> Pair:
     """That of a single tap: its symbol is one matrix everywhere, in the first phase."""
     pair = leading_of_matrix(kernel.reshape(kernel.shape[-2:]))
     rows, _ = site_shape(op, kernel.shape)
-    right = jnp.pad(pair.right, (0, rows - pair.right.size))
+    inputs = jnp.pad(pair.input, (0, rows - pair.input.size))
     dtype = complex_dtype(kernel.dtype)
-    return Pair(pair.site, right.astype(dtype), pair.left.astype(dtype))
-
-
-def first_of(pairs: Pair) -> Pair:
-    return jax.tree.map(lambda leaf: leaf[0], pairs)
+    return Pair(pair.site, inputs.astype(dtype), pair.output.astype(dtype))
 
 
 def branch_and_bound_pays(kernel_shape: tuple[int, ...], op: CircularConv) -> bool:

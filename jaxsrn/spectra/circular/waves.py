@@ -59,14 +59,14 @@ def wave(op: CircularConv, site: Int[Array, ""], vector: Complex[Array, " c"], p
     return (jnp.real(image)[..., None, :] * in_group).reshape(shape)
 
 
-def site_of_images(op: CircularConv, kernel_shape, right: Float[Array, "..."], left: Float[Array, "..."]):
+def site_of_images(op: CircularConv, kernel_shape, inputs: Float[Array, "..."], outputs: Float[Array, "..."]):
     """The site at which two images have most of their energy, and their amplitudes there: `(site, u, v)`."""
     d, groups = op.num_axes, op.feature_group_count
     # wave() counts input positions from the first tap's reach.
-    x = jnp.roll(right, op.centre(kernel_shape), axis=range(d))
+    x = jnp.roll(inputs, op.centre(kernel_shape), axis=range(d))
     x = x.reshape((*sum(zip(op.grid, op.strides, strict=True), ()), groups, -1))
     x = x.transpose((*range(0, 2 * d, 2), 2 * d, *range(1, 2 * d, 2), 2 * d + 1))
-    spectrum = [jnp.fft.fftn(image, axes=range(d)) for image in (x, left.reshape((*op.grid, groups, -1)))]
+    spectrum = [jnp.fft.fftn(image, axes=range(d)) for image in (x, outputs.reshape((*op.grid, groups, -1)))]
     half = tuple(slice(m) for m in half_grid(op))
     size = math.prod(half_grid(op)) * groups
     u, v = (s[half].reshape((size, -1)) for s in spectrum)

@@ -40,8 +40,8 @@ def windowed(pair: Pair, layer: CircularConv, op: ZeroPaddedConv, kernel_shape) 
     """The waves of a circular layer with the same taps on the images of a zero-padded one, faded out at the edges."""
     samples = zip(op.input_shape, op.input_dilation, op.pads(kernel_shape), strict=True)
     reach = [np.arange(n) * dilation + low for n, dilation, (low, _) in samples]
-    outputs = [np.arange(n) for n in op.out_shape(kernel_shape)[:-1]]
-    right = wave(layer, pair.site, pair.right, reach, op.strides)
-    left = wave(layer, pair.site, pair.left, outputs, (1,) * op.num_axes)
-    right, left = (unit(image * _window(image.shape[:-1], image.dtype)) for image in (right, left))
-    return Pair(jnp.asarray(0), right, left)
+    positions = [np.arange(n) for n in op.out_shape(kernel_shape)[:-1]]
+    inputs = wave(layer, pair.site, pair.input, reach, op.strides)
+    outputs = wave(layer, pair.site, pair.output, positions, (1,) * op.num_axes)
+    inputs, outputs = (unit(image * _window(image.shape[:-1], image.dtype)) for image in (inputs, outputs))
+    return Pair(jnp.asarray(0), inputs, outputs)

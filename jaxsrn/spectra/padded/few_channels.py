@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxsrn._tools.linalg import einsum, unit
-from jaxsrn._tools.subspaces import random_start
+from jaxsrn._tools.linalg import einsum, matmul, unit
+from jaxsrn._tools.subspaces import random_start, subspace_iteration
 from jaxsrn.operators.convolutions import ZeroPaddedConv
 from jaxsrn.spectra.images import matrix_free
 from jaxsrn.spectra.padded.from_waves import NOISE, from_waves
@@ -23,8 +23,10 @@ __all__ = [
 
 # Layers of so many channels are searched in so few of them first, or in that share of the smaller number.
 MANY_CHANNELS, _FEW_CHANNELS, _FEW_OF = 32, 16, 16
-# The same of a start that is near one.
+# Lanczos steps that a start near a singular vector takes at least.
 _WARM_STEPS = 2
+# Steps of subspace iteration for the channels: each squares the ratio of what is kept to what is lost.
+_CHANNEL_STEPS = 2
 
 
 class _Narrow(NamedTuple):
@@ -40,8 +42,9 @@ class _Narrow(NamedTuple):
 
     def outside(self, pair: Pair) -> Pair:
         """A pair of the narrow layer as one of the layer."""
-        right, left = (einsum("...a,ia->...i", *both) for both in ((pair.right, self.ins), (pair.left, self.outs)))
-        return pair._replace(right=right, left=left)
+        sides = (pair.input, self.ins), (pair.output, self.outs)
+        inputs, outputs = (einsum("...a,ia->...i", *side) for side in sides)
+        return pair._replace(input=inputs, output=outputs)
 
 
 def through_few_channels(kernel, op: ZeroPaddedConv, starts: Starts, noise, tolerance) -> Pair:
@@ -55,38 +58,38 @@ def through_few_channels(kernel, op: ZeroPaddedConv, starts: Starts, noise, tole
     waves, noise = (narrow.inside(images) for images in (starts.waves, noise))
     waves = jax.vmap(two_phases)(waves[:, 0], waves[:, 1])
     first = narrow.outside(from_waves(narrow.kernel, op, starts._replace(waves=waves), unit(noise), tolerance).pair)
-    right, left = _power_step(kernel, op, first.right)
+    back, image = _power_step(kernel, op, first.input)
     # Room for the pair itself and for where it leads: what follows is no worse.
-    sides = ((first.right, right), (first.left, left))
+    sides = ((first.input, back), (first.output, image))
     narrow = _narrowed(kernel, *(jnp.stack([unit(image) for image in side]) for side in sides))
-    start = narrow.inside(first.right)
+    start = narrow.inside(first.input)
     second = narrow.outside(matrix_free(narrow.kernel, op, start, tolerance, first_check=_WARM_STEPS).pair)
 
     def finish(state):
         _, pair = state
-        return True, matrix_free(kernel, op, pair.right, tolerance, first_check=_WARM_STEPS).pair
+        return True, matrix_free(kernel, op, pair.input, tolerance, first_check=_WARM_STEPS).pair
 
     # A loop in place of `lax.cond`, which under `vmap` runs both branches.
-    finished = _residual(first.right, right, left) <= tolerance
+    finished = _residual(first.input, back, image) <= tolerance
     return jax.lax.while_loop(lambda state: ~state[0], finish, (finished, second))[1]
 
 
 def _power_step(kernel, op: ZeroPaddedConv, image: Float[Array, "..."]):
     """`(T^T T image, T image)`."""
-    left = op.apply(kernel, image, precision=jax.lax.Precision.HIGHEST)
-    return op.transpose(kernel, left, precision=jax.lax.Precision.HIGHEST), left
+    output = op.apply(kernel, image, precision=jax.lax.Precision.HIGHEST)
+    return op.transpose(kernel, output, precision=jax.lax.Precision.HIGHEST), output
 
 
-def _residual(image: Float[Array, "..."], right: Float[Array, "..."], left: Float[Array, "..."]) -> Float[Array, ""]:
+def _residual(image: Float[Array, "..."], back: Float[Array, "..."], output: Float[Array, "..."]) -> Float[Array, ""]:
     """`||T^T T image - value^2 image|| / value^2` of a unit image with its power step."""
-    squared = jnp.sum(left**2)
-    return jnp.linalg.norm((right - squared * image).reshape(-1)) / jnp.where(squared == 0, 1.0, squared)
+    squared = jnp.sum(output**2)
+    return jnp.linalg.norm((back - squared * image).reshape(-1)) / jnp.where(squared == 0, 1.0, squared)
 
 
 def _power_steps(kernel, op: ZeroPaddedConv, starts: Starts, noise):
-    """The same of all waves that might exceed what the largest reaches as it is; zero in place of the others.
+    """Power steps of every wave whose limit exceeds the first wave's norm; the other rows are zero.
 
-    With noise, for the sake of channels that the waves do not use.
+    The waves take noise with them, for the sake of channels that they do not use.
     """
     first = _power_step(kernel, op, starts.waves[0, 0] + NOISE * noise)
     count = jnp.sum(starts.limits > jnp.linalg.norm(first[1]))
@@ -99,16 +102,14 @@ def _power_steps(kernel, op: ZeroPaddedConv, starts: Starts, noise):
     return jax.lax.fori_loop(1, count, step, stacks)
 
 
-def _narrowed(kernel: Float[Array, "..."], rights: Float[Array, "..."], lefts: Float[Array, "..."]) -> _Narrow:
+def _narrowed(kernel: Float[Array, "..."], inputs: Float[Array, "..."], outputs: Float[Array, "..."]) -> _Narrow:
     few = max(_FEW_CHANNELS, min(kernel.shape[-2:]) // _FEW_OF)
-    ins, outs = _channel_directions(rights, few), _channel_directions(lefts, few)
+    ins, outs = _channel_directions(inputs, few), _channel_directions(outputs, few)
     return _Narrow(einsum("...io,ia,ob->...ab", kernel, ins, outs), ins, outs)
 
 
 def _channel_directions(images: Float[Array, "... c"], few: int) -> Float[Array, "c {few}"]:
     """An orthonormal basis of the channels that the images use most, by subspace iteration."""
     rows = images.reshape((-1, images.shape[-1]))
-    basis = random_start((images.shape[-1], few), images.dtype)
-    for _ in range(2):
-        basis = jnp.linalg.qr(einsum("nc,nk->ck", rows, einsum("nc,ck->nk", rows, basis)))[0]
-    return basis
+    start = random_start((few, images.shape[-1]), images.dtype)
+    return subspace_iteration(lambda basis: matmul(matmul(basis, rows.T), rows), start, _CHANNEL_STEPS).T

@@ -56,10 +56,10 @@ def _from_wave(kernel, op: ZeroPaddedConv, waves: Float[Array, "2 ..."], noise, 
 
     def attempt(state: _Search) -> _Search:
         found = matrix_free(kernel, op, state.start + NOISE * noise, tolerance, first_check=_COLD_STEPS, floor=floor)
-        right = found.pair.right
-        shares = jnp.abs(jnp.tensordot(waves, right, right.ndim, precision=jax.lax.Precision.HIGHEST))
+        image = found.pair.input
+        shares = jnp.abs(jnp.tensordot(waves, image, image.ndim, precision=jax.lax.Precision.HIGHEST))
         again = (state.count == 0) & rivals & (shares[1] < _SHARE * shares[0])
-        return _Search(found.pair.right + waves[1], found, state.count + 1, again)
+        return _Search(image + waves[1], found, state.count + 1, again)
 
     start = _Search(waves[0], _nothing(kernel, op), jnp.asarray(0), jnp.asarray(True))
     return jax.lax.while_loop(lambda state: state.again, attempt, start).found
@@ -67,8 +67,9 @@ def _from_wave(kernel, op: ZeroPaddedConv, waves: Float[Array, "2 ..."], noise, 
 
 def _nothing(kernel: Float[Array, "..."], op: ZeroPaddedConv) -> Found:
     """In place of what is not yet found."""
-    right, left = (jnp.zeros(shape, kernel.dtype) for shape in (op.in_shape(kernel.shape), op.out_shape(kernel.shape)))
-    return Found(jnp.zeros((), kernel.dtype), Pair(jnp.asarray(0), right, left))
+    shapes = op.in_shape(kernel.shape), op.out_shape(kernel.shape)
+    pair = Pair(jnp.asarray(0), *(jnp.zeros(shape, kernel.dtype) for shape in shapes))
+    return Found(jnp.zeros((), kernel.dtype), pair)
 
 
 def from_waves(kernel, op: ZeroPaddedConv, starts: Starts, noise, tolerance) -> Found:

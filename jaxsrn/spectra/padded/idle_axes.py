@@ -48,6 +48,6 @@ def at_first_contact(pair: Pair, op: ZeroPaddedConv, kernel_shape: tuple[int, ..
         place = tuple(slice(None) if axis is None else slice(axis[side], axis[side] + 1) for axis in contacts)
         return jnp.zeros(shape, image.dtype).at[place].set(image)
 
-    right = placed(pair.right, op.in_shape(kernel_shape), 0)
-    left = placed(pair.left, op.out_shape(kernel_shape), 1)
-    return pair._replace(right=right, left=left)
+    inputs = placed(pair.input, op.in_shape(kernel_shape), 0)
+    outputs = placed(pair.output, op.out_shape(kernel_shape), 1)
+    return pair._replace(input=inputs, output=outputs)

@@ -41,7 +41,7 @@ class Starts(NamedTuple):
 
 
 def circular_starts(kernel: Float[Array, "..."], op: ZeroPaddedConv) -> Starts:
-    """Near the leading right vector: the largest waves of the circular layer.
+    """The largest waves of the circular layer, which are near the leading input.
 
     Nothing binds their frequencies to the grid of the image: half a step off, a wave runs out of phase at the edges.
     """
@@ -49,16 +49,16 @@ def circular_starts(kernel: Float[Array, "..."], op: ZeroPaddedConv) -> Starts:
     limits, pairs = peaks(kernel, layer, _MOST_STARTS, finer)
 
     def image(pair: Pair, turn):
-        return windowed(pair._replace(right=turn * pair.right), layer, op, kernel.shape).right
+        return windowed(pair._replace(input=turn * pair.input), layer, op, kernel.shape).input
 
     def phases(pair: Pair):
         # The phase with the larger real part first: where the symbol is real there is no other.
-        angle = jnp.angle(jnp.sum(pair.right**2)) / 2
+        angle = jnp.angle(jnp.sum(pair.input**2)) / 2
         turn = jax.lax.complex(jnp.cos(angle), -jnp.sin(angle))
         return two_phases(image(pair, turn), image(pair, 1j * turn))
 
     limits = jnp.where(limits > 0, limits * overshoot(layer, kernel.shape), 0)
-    return Starts(limits, jax.vmap(phases)(Pair(*pairs)))
+    return Starts(limits, jax.vmap(phases)(pairs))
 
 
 def _circular_model(op: ZeroPaddedConv, kernel_shape) -> tuple[CircularConv, int]:

@@ -1,0 +1,60 @@
+"""Pairs at one site of the torus: what `images.py` says of images, for circular convolutions."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from jaxsrn._tools.linalg import einsum, top_pairs, unit
+from jaxsrn.operators.convolutions import CircularConv
+from jaxsrn.spectra.circular.fourier import site_shape, site_symbol
+from jaxsrn.spectra.circular.waves import site_gradient, site_of_images, wave
+from jaxsrn.spectra.pair import Pair, first_of
+
+__all__ = ["gradient", "images", "nearby", "of_images", "power_step", "shapes", "site_pairs"]
+
+
+def shapes(op: CircularConv, kernel_shape: tuple[int, ...]) -> Pair:
+    """The shapes of a pair's arrays, in their places (static)."""
+    rows, columns = site_shape(op, kernel_shape)
+    return Pair((), (rows,), (columns,))
+
+
+def gradient(pair: Pair, op: CircularConv, kernel_shape: tuple[int, ...]) -> Float[Array, "..."]:
+    """`grad_K Re(u^H S_K(w) v)`."""
+    return site_gradient(op, kernel_shape, pair.site, pair.input, pair.output)
+
+
+def images(pair: Pair, op: CircularConv, kernel_shape: tuple[int, ...]):
+    """The plane waves of the pair as real unit vectors, `(input, output)`."""
+    reach = [np.arange(n) + c for n, c in zip(op.input_shape, op.centre(kernel_shape), strict=True)]
+    inputs = wave(op, pair.site, pair.input, reach, op.strides)
+    outputs = wave(op, pair.site, pair.output, [np.arange(n) for n in op.grid], (1,) * op.num_axes)
+    return unit(inputs), unit(outputs)
+
+
+def of_images(inputs: Float[Array, "..."], outputs: Float[Array, "..."], op: CircularConv, kernel_shape) -> Pair:
+    """The pair closest to two real images: their amplitudes at the site where they are strongest."""
+    site, u, v = site_of_images(op, kernel_shape, inputs, outputs)
+    return Pair(site, unit(u), unit(v))
+
+
+def power_step(kernel: Float[Array, "..."], op: CircularConv, pair: Pair) -> Pair:
+    """The output from the input by the adjoint of the symbol, that input back from it, both normalised."""
+    symbol = site_symbol(kernel, op, pair.site)
+    step = unit(einsum("rc,r->c", jnp.conj(symbol), pair.input))
+    return Pair(pair.site, unit(einsum("rc,c->r", symbol, step)), step)
+
+
+def nearby(kernel: Float[Array, "..."], op: CircularConv, pair: Pair, tolerance) -> Pair:
+    """The leading pair within reach: at the same site, to rounding whatever the tolerance."""
+    return first_of(site_pairs(kernel, op, pair.site[None])[1])
+
+
+def site_pairs(kernel, op: CircularConv, sites: Int[Array, " k"]) -> tuple[Float[Array, " k"], Pair]:
+    """The leading pairs at the given sites, with their singular values."""
+    matrices = jax.vmap(site_symbol, (None, None, 0))(kernel, op, sites)
+    values, rows, columns = top_pairs(matrices)
+    return values, Pair(sites, rows, columns)

@@ -1,0 +1,53 @@
+"""The leading pair of a layer with zero padding: a matrix with a proof where it is small, else a search."""
+
+from __future__ import annotations
+
+import math
+
+from jaxtyping import Array, Float
+
+from jaxsrn._tools.limits import PROVEN_SIZE, search_tolerance
+from jaxsrn._tools.linalg import unit
+from jaxsrn._tools.subspaces import random_start
+from jaxsrn.operators.convolutions import ZeroPaddedConv
+from jaxsrn.spectra.dense import leading_of_matrix
+from jaxsrn.spectra.images import as_images, matrix_free
+from jaxsrn.spectra.padded.few_channels import MANY_CHANNELS, through_few_channels
+from jaxsrn.spectra.padded.from_waves import from_waves
+from jaxsrn.spectra.padded.idle_axes import at_first_contact, without_idle_axes
+from jaxsrn.spectra.padded.starts import circular_starts
+from jaxsrn.spectra.pair import Pair, matrix_size
+
+__all__ = ["leading_of_padded", "search"]
+
+# Norm of the random part that is mixed into a given start, relative to it: a start that happens to be another singular
+# vector cannot trap the search.
+_WARM_NOISE = 1e-3
+
+
+def leading_of_padded(
+    kernel: Float[Array, "..."], op: ZeroPaddedConv, *, tolerance=None, start=None, proven: bool = True
+) -> Pair:
+    """The leading pair; the arguments are those of `pairs.leading_pair`."""
+    small = without_idle_axes(op, kernel.shape)
+    if small.input_shape != op.input_shape:
+        pair = leading_of_padded(kernel, small, tolerance=tolerance, proven=proven)
+        return at_first_contact(pair, op, kernel.shape)
+    is_small = matrix_size(op, kernel.shape) <= PROVEN_SIZE
+    if (proven and is_small) or math.prod(op.input_shape) == 1:
+        pair = leading_of_matrix(op.to_dense(kernel).T)
+        return as_images(pair.input, pair.output, op, kernel.shape)
+    tolerance = search_tolerance(kernel.dtype) if tolerance is None else tolerance
+    if start is None:
+        return search(kernel, op, tolerance)
+    noise = unit(random_start(op.in_shape(kernel.shape), kernel.dtype))
+    return matrix_free(kernel, op, unit(start) + _WARM_NOISE * noise, tolerance).pair
+
+
+def search(kernel: Float[Array, "..."], op: ZeroPaddedConv, tolerance) -> Pair:
+    """The leading pair, to a relative residual; without a proof that no other singular value is larger."""
+    noise = unit(random_start(op.in_shape(kernel.shape), kernel.dtype))
+    starts = circular_starts(kernel, op)
+    if op.feature_group_count == 1 and min(kernel.shape[-2:]) >= MANY_CHANNELS:
+        return through_few_channels(kernel, op, starts, noise, tolerance)
+    return from_waves(kernel, op, starts, noise, tolerance).pair
