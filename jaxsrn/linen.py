@@ -27,17 +27,11 @@ from flax import struct
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jaxsrn._tools.checks import ensure, errors_named, float_dtype
-from jaxsrn.normalization.training.wrapping import CallRecord, Constraint, target_for
-from jaxsrn.operators.base import Operator
 from jaxsrn.operators.flax_layers import FlaxLayers, LayerMap, kind_of, layer_map, layer_name
+from jaxsrn.normalization.training.wrapping import CallRecord, Constraint, target_for, trace
+from jaxsrn.operators.base import Operator
 
-__all__ = [
-    "SpectralNorm",
-    "StableRankNorm",
-    "StableRankState",
-    "fold",
-    "layer_operators",
-]
+__all__ = ["SpectralNorm", "StableRankNorm", "StableRankState", "fold", "layer_operators", "refresh"]
 
 COLLECTION = "stable_rank"
 _LAYERS = FlaxLayers(nn.Conv, nn.ConvTranspose, nn.Dense, nn.DenseGeneral)
@@ -47,19 +41,20 @@ _traces = itertools.count()
 
 @struct.dataclass
 class StableRankState:
-    """What a wrapper keeps in the collection `"stable_rank"`: its leaves are those of a `jaxsrn.SRNCState`.
+    """What a wrapper carries from step to step, one a wrapper, its variable `state` in the collection `"stable_rank"`.
 
-    The rest is static, and lets `fold` find the layer and its constraint. To restore a checkpoint, give the variables
-    of `init` as the target (with Orbax as the item), as for every structure that is no plain dictionary.
+    Its value is the `jaxsrn.SRNCState`, as in `jaxsrn.nnx`. Beside it there are static fields: modules of Linen are
+    descriptions, so `fold` and `refresh` find the layer and its constraint here. To restore a checkpoint, give the
+    variables of `init` as the target (with Orbax as the item), as for every structure that is no plain dictionary.
 
     Attributes:
-      srnc: the `jaxsrn.SRNCState`, float32 or wider.
+      value: the `jaxsrn.SRNCState`, float32 or wider.
       constraint: what the layer is held to.
       norm: the norm where it is fixed, `None` for the layer's own, `"learned"` for a parameter.
       layer: where the layer's parameters are: how many levels above the wrapper, and the names from there.
     """
 
-    srnc: Any
+    value: Any
     constraint: Constraint = struct.field(pytree_node=False)
     norm: float | str | None = struct.field(pytree_node=False)
     layer: tuple[int, tuple[str, ...]] = struct.field(pytree_node=False)
@@ -71,8 +66,8 @@ class StableRankState:
 
     def step(self, kernel: jax.Array, norm) -> tuple[jax.Array, StableRankState]:
         """The normalized kernel by this state, and the next state."""
-        kernel, srnc = self.constraint.step(kernel, self.srnc, norm)
-        return kernel, self.replace(srnc=srnc)
+        kernel, value = self.constraint.step(kernel, self.value, norm)
+        return kernel, self.replace(value=value)
 
 
 class _Normalized(nn.Module):
@@ -86,18 +81,19 @@ class _Normalized(nn.Module):
     computes: type | None = dataclasses.field(default=None, kw_only=True)
 
     @nn.compact
-    def __call__(self, x, update_stats: bool = True):
+    def __call__(self, x, update_stats: bool = True, **options):
         """The layer with its normalized kernel.
 
         Args:
           x: the layer's input, of any spatial shape: the weights are those of `input_shape`.
           update_stats: whether to store the stepped state afterwards, where the collection `"stable_rank"` is mutable.
             Without it the forward only reads: any number of them see the same weights.
+          **options: of the layer itself.
         """
         kind = kind_of(self.layer, _LAYERS, {} if self.computes is None else {type(self.layer): self.computes})
         if not self.layer.has_variable("params", "kernel"):
             # In `init`: only the layer itself knows how its parameters begin.
-            self.layer(x)
+            self.layer(x, **options)
         ensure(self.layer.has_variable("params", "kernel"), f"{layer_name(self.layer)}: it has no parameter 'kernel'.")
         raw = jnp.asarray(nn.meta.unbox(self.layer.get_variable("params", "kernel")))
         norm = self._norm(float_dtype(raw.dtype))
@@ -106,7 +102,9 @@ class _Normalized(nn.Module):
         kernel, state = stored.value.step(raw, norm)
         if update_stats and self.is_mutable_collection(COLLECTION) and not self.is_initializing():
             stored.value = state
-        return nn.map_variables(lambda layer: layer(x), "params", lambda own: _with_kernel(own, kernel))(self.layer)
+        return nn.map_variables(lambda layer: layer(x, **options), "params", lambda own: _with_kernel(own, kernel))(
+            self.layer
+        )
 
     @nn.nowrap
     def _norm(self, dtype):
@@ -128,7 +126,7 @@ class _Normalized(nn.Module):
     @nn.nowrap
     def _start(self, kind: str, kernel, norm) -> StableRankState:
         blank = self._blank(kind, kernel.shape)
-        return blank.replace(srnc=blank.constraint.start(self.layer, kernel, norm))
+        return blank.replace(value=blank.constraint.start(self.layer, kernel, norm))
 
     @nn.nowrap
     def _target(self, seen: LayerMap) -> float:
@@ -193,7 +191,7 @@ def _check_state(stored, expected: StableRankState, name: str) -> None:
         "checkpoints with the variables of init as the target.",
     )
     ensure(
-        stored.replace(srnc=None) == expected,
+        stored.replace(value=None) == expected,
         f"{name}: the collection {COLLECTION!r} was made for {stored.constraint}, norm={stored.norm}, expected "
         f"{expected.constraint}, norm={expected.norm}; leave the collection out of the variables, and apply with it "
         "mutable to start anew.",
@@ -230,42 +228,85 @@ def fold(module: nn.Module, variables: Mapping) -> dict:
     Raises:
       ValueError: no collection `"stable_rank"`, a layer wrapped twice, or kernels that are stacked otherwise.
     """
-    states = flatten_dict(variables.get(COLLECTION, {}))
+    params, places = dict(flatten_dict(variables["params"])), {}
+    for wrapper, (layer, kernel, state) in _stepped(module, variables).items():
+        ensure(layer not in places, f"{_written(layer, module)}: it has several wrappers, expected one.")
+        places[layer] = wrapper if state.layer[0] == 0 else layer
+        if state.norm == _LEARNED:
+            del params[(*wrapper, "norm")]
+        params[(*layer, "kernel")] = kernel
+    plain = unflatten_dict({_replaced(path, places): leaf for path, leaf in params.items()})
+    return {**{name: variables[name] for name in variables if name != COLLECTION}, "params": plain}
+
+
+def refresh(module: nn.Module, variables: Mapping) -> dict:
+    """The variables after one step of the state of every wrapper in `module`, without a forward.
+
+    Pure: as `jaxsrn.nnx.refresh`, but that the new variables are returned.
+
+    Args, errors: as `fold`, and a layer may have several wrappers.
+    """
+    states = {(*wrapper, "state"): state for wrapper, (_, _, state) in _stepped(module, variables).items()}
+    return {**variables, COLLECTION: unflatten_dict(states)}
+
+
+def _stepped(module: nn.Module, variables: Mapping) -> dict[tuple, tuple[tuple, Any, StableRankState]]:
+    """`{path of a wrapper: (path of its layer, normalized kernel, next state)}`."""
+    states, params = flatten_dict(variables.get(COLLECTION, {})), flatten_dict(variables["params"])
     ensure(
         bool(states),
         f"variables: got the collections {sorted(variables)} for {type(module).__name__}, expected {COLLECTION!r} "
         "among them; pass all that init and apply return.",
     )
-    params, places = dict(flatten_dict(variables["params"])), {}
-    for (*wrapper, _), state in states.items():
-        layer = state.layer_path(tuple(wrapper))
-        name, path = "/".join(layer) or type(module).__name__, (*layer, "kernel")
-        ensure(layer not in places, f"{name}: it has several wrappers, expected one.")
-        ensure(path in params, f"{name}: wrapped, but variables['params'] has no kernel for it.")
-        places[layer] = tuple(wrapper) if state.layer[0] == 0 else layer
-        norm = params.pop((*wrapper, "norm")) if state.norm == _LEARNED else state.norm
-        with errors_named(name):
-            params[path] = _folded(params[path], state, norm)
-    plain = unflatten_dict({_replaced(path, places): leaf for path, leaf in params.items()})
-    return {**{name: variables[name] for name in variables if name != COLLECTION}, "params": plain}
+    found = {}
+    for (*names, _), state in states.items():
+        wrapper = tuple(names)
+        layer = state.layer_path(wrapper)
+        with errors_named(_written(layer, module)):
+            ensure((*layer, "kernel") in params, "wrapped, but variables['params'] has no kernel for it.")
+            norm = params[(*wrapper, "norm")] if state.norm == _LEARNED else state.norm
+            found[wrapper] = (layer, *_stepped_kernel(params[(*layer, "kernel")], state, norm))
+    return found
 
 
-def _folded(kernel, state: StableRankState, norm):
-    """The kernel of a reading forward; of several layers along leading axes, all of theirs."""
-    raw, shape = jnp.asarray(nn.meta.unbox(kernel)), state.constraint.layer_map.stored_shape
+def _stepped_kernel(kernel, state: StableRankState, norm) -> tuple[Any, StableRankState]:
+    """The kernel of a reading forward, boxed as it was, and the next state; for layers that are stacked, of all."""
+    raw = jnp.asarray(nn.meta.unbox(kernel))
+    axes = _stacked_axes(raw, state)
+    ensure(
+        all(leaf.ndim >= axes for leaf in jax.tree.leaves(state)),
+        f"got kernels of shape {raw.shape} and a state that is not stacked along axis 0 in {COLLECTION!r}.",
+    )
+    step = _over_stack(lambda raw, norm, state: state.step(raw, norm), axes, state.norm, (0,))
+    normalized, state = step(raw, nn.meta.unbox(norm), state)
+    return nn.meta.replace_boxed(kernel, normalized), state
+
+
+def _stacked_axes(raw: jax.Array, state: StableRankState) -> int:
+    """How many axes of layers stand before those of a kernel."""
+    shape = state.constraint.layer_map.stored_shape
     axes = raw.ndim - len(shape)
     ensure(
-        axes >= 0 and raw.shape[axes:] == shape and all(leaf.ndim >= axes for leaf in jax.tree.leaves(state)),
+        axes >= 0 and raw.shape[axes:] == shape,
         f"got kernels of shape {raw.shape}, expected {shape}, stacked along axis 0 in 'params' and {COLLECTION!r}.",
     )
-    is_learned = state.norm == _LEARNED
+    return axes
 
-    def read(raw, state, norm):
-        return state.step(raw, jnp.abs(norm) if is_learned else norm)[0]
+
+def _over_stack(function, axes: int, norm, others: tuple[int, ...]):
+    """`function(kernel, norm, ...)` over the layers of a stack, a learned norm without its sign."""
+    is_learned = norm == _LEARNED
+
+    def one(raw, norm, *rest):
+        return function(raw, jnp.abs(norm) if is_learned else norm, *rest)
 
     for _ in range(axes):
-        read = jax.vmap(read, in_axes=(0, 0, 0 if is_learned else None))
-    return nn.meta.replace_boxed(kernel, read(raw, state, nn.meta.unbox(norm)))
+        one = jax.vmap(one, in_axes=(0, 0 if is_learned else None, *others))
+    return one
+
+
+def _written(layer: tuple, module: nn.Module) -> str:
+    return "/".join(layer) or type(module).__name__
 
 
 def _replaced(path: tuple, places: Mapping[tuple, tuple]) -> tuple:
@@ -285,11 +326,11 @@ def layer_operators(
     Args:
       module: any module. Wrapped layers appear with the operator of their wrapper.
       variables: of `init`, or their shapes.
-      *inputs: as for `module.apply(variables, *inputs)`; arrays or `jax.ShapeDtypeStruct`s, and whatever else the
-        module takes (a flag `train`), which is passed on as it is.
+      *inputs: as for `module.apply(variables, *inputs, **options)`; arrays or `jax.ShapeDtypeStruct`s, and whatever
+        else the module takes (a flag `train`), which is passed on as it is.
       computes: `{class: class of Flax}`: whose map the layers of another class compute (as the wrappers' option), or
         `None` to leave them out.
-      **options: keyword arguments of `module.apply`, passed on.
+      **options: keyword arguments of `module.apply`, passed on as the inputs are.
 
     Returns:
       `{path to the kernel: operator}`, the paths as `flax.traverse_util.flatten_dict(variables["params"])` names them;
@@ -320,20 +361,13 @@ def layer_operators(
         calls.note((*layer.path, "kernel"), layer, kernel.shape, next(iter((*args, *kwargs.values()))))
         return outputs
 
-    leaves, treedef = jax.tree.flatten(inputs)
-    traced = [hasattr(leaf, "shape") for leaf in leaves]
-
-    def run(variables, arrays):
-        arrays = iter(arrays)
-        filled = [next(arrays) if is_traced else leaf for leaf, is_traced in zip(leaves, traced, strict=True)]
+    def run(variables, inputs, options):
         # Dropout and its like ask for a key; the values do not matter here. One of a new name makes `nn.jit` trace
         # again: from its cache it would call no layer.
         key = jax.random.key(0)
         rngs = {"params": key, **options.get("rngs", {}), f"layer_operators_{next(_traces)}": key}
         with nn.intercept_methods(record):
-            module.apply(
-                variables, *treedef.unflatten(filled), **{"mutable": nn.DenyList("params"), **options, "rngs": rngs}
-            )
+            module.apply(variables, *inputs, **{"mutable": nn.DenyList("params"), **options, "rngs": rngs})
 
-    jax.eval_shape(run, variables, [leaf for leaf, is_traced in zip(leaves, traced, strict=True) if is_traced])
+    trace(run, variables, inputs, options)
     return calls.operators()

@@ -19,9 +19,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxsrn._tools.checks import ensure, errors_named
-from jaxsrn.normalization.training.wrapping import CallRecord, Constraint, target_for
-from jaxsrn.operators.base import Operator
 from jaxsrn.operators.flax_layers import FlaxLayers, LayerMap, kind_of, layer_map, layer_name
+from jaxsrn.normalization.training.wrapping import CallRecord, Constraint, target_for, trace
+from jaxsrn.operators.base import Operator
 
 __all__ = [
     "SpectralNorm",
@@ -37,7 +37,12 @@ _LAYERS = FlaxLayers(nnx.Conv, nnx.ConvTranspose, nnx.Linear, nnx.LinearGeneral)
 
 
 class StableRankState(nnx.Variable):
-    """What a wrapper carries from step to step (`jaxsrn.SRNCState`): no parameter, no gradient, float32 or wider."""
+    """What a wrapper carries from step to step, one a wrapper, at its attribute `state`: no parameter, no gradient.
+
+    Its value is the `jaxsrn.SRNCState`, float32 or wider: read it with `get_value()`. In `jaxsrn.linen` it is the same,
+    in the collection `"stable_rank"`. To restore a checkpoint, give the state of such a model as the target, as for
+    every structure that is no plain dictionary.
+    """
 
 
 class _Normalized(nnx.Module):
@@ -49,10 +54,7 @@ class _Normalized(nnx.Module):
         self.constraint = nnx.static(constraint)
         # Module.train() and Module.eval() set this attribute, as they do for batch normalization.
         self.use_running_average = False
-        state = constraint.start(layer, layer.kernel[...], self._norm())
-        leaves, treedef = jax.tree.flatten(state)
-        self.state = nnx.List([StableRankState(leaf) for leaf in leaves])
-        self.treedef = nnx.static(treedef)
+        self.state = StableRankState(constraint.start(layer, layer.kernel[...], self._norm()))
 
     @property
     def operator(self) -> Operator:
@@ -65,12 +67,7 @@ class _Normalized(nnx.Module):
 
     def _step(self):
         """The normalized kernel in the layer's layout, by the stored state, and the next state."""
-        state = jax.tree.unflatten(self.treedef, [variable[...] for variable in self.state])
-        return self.constraint.step(self.layer.kernel[...], state, self._norm())
-
-    def _store(self, state) -> None:
-        for variable, leaf in zip(self.state, jax.tree.leaves(state), strict=True):
-            variable[...] = leaf
+        return self.constraint.step(self.layer.kernel[...], self.state.get_value(), self._norm())
 
     def set_view(self, use_running_average: bool | None = None) -> None:
         """For `nnx.view`, as that of batch normalization: with `True` forwards only read."""
@@ -88,12 +85,12 @@ class _Normalized(nnx.Module):
         """
         kernel, state = self._step()
         if update_stats and not self.use_running_average:
-            self._store(state)
+            self.state.set_value(state)
         return _with_kernel(self.layer, kernel)(x, **options)
 
     def refresh(self) -> None:
         """One step of the state without a forward."""
-        self._store(self._step()[1])
+        self.state.set_value(self._step()[1])
 
     def folded(self) -> nnx.Module:
         """The plain layer with the weights of a reading forward."""
@@ -241,15 +238,17 @@ def constrain(model: nnx.Module, wrap: Callable[[tuple, nnx.Module], nnx.Module]
 
 
 def layer_operators(
-    model: nnx.Module, *inputs, computes: Mapping[type, type | None] = MappingProxyType({})
+    model: nnx.Module, *inputs, computes: Mapping[type, type | None] = MappingProxyType({}), **options
 ) -> Mapping[tuple, Operator]:
     """Which operator every layer of a model is, by tracing the model on the shapes of its inputs.
 
     Args:
       model: any module. Wrapped layers appear with the operator of their wrapper.
-      *inputs: as for `model(*inputs)`; arrays or `jax.ShapeDtypeStruct`s.
+      *inputs: as for `model(*inputs, **options)`; arrays or `jax.ShapeDtypeStruct`s, and whatever else the model takes
+        (a flag `train`), which is passed on as it is.
       computes: `{class: class of Flax}`: whose map the layers of another class compute (as the wrappers' option), or
         `None` to leave them out.
+      **options: keyword arguments of `model`, passed on as the inputs are.
 
     Returns:
       `{path to the kernel: operator}`, the paths as `nnx.to_flat_state` names them. Left out: layers that the inputs
@@ -270,15 +269,11 @@ def layer_operators(
             return _Recorder(node, (*path, "kernel"), calls)
         return node
 
-    def run(state, *inputs):
-        return _outputs(_rewritten(nnx.merge(graphdef, state, copy=True), record)(*inputs))
+    def run(state, inputs, options):
+        _rewritten(nnx.merge(graphdef, state, copy=True), record)(*inputs, **options)
 
-    jax.eval_shape(run, state, *inputs)
+    trace(run, state, inputs, options)
     return calls.operators()
-
-
-def _outputs(tree) -> list:
-    return [leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array)]
 
 
 class _Recorder(nnx.Module):

@@ -156,7 +156,8 @@ def test_linen_and_nnx_train_alike():
             np.testing.assert_allclose(grad, twin_grads[path], rtol=1e-6, atol=1e-6)
     assert cross_entropy(logits) < cross_entropy(first) - 0.1
     for name in ("conv", "hidden", "dense"):
-        twin_state = [leaf[...] for leaf in getattr(twin, name).state]
+        twin_state = getattr(twin, name).state.get_value()
+        assert jax.tree.structure(variables["stable_rank"][name]["state"].value) == jax.tree.structure(twin_state)
         assert_trees_close(variables["stable_rank"][name], twin_state, rtol=1e-6, atol=1e-6)
 
 
@@ -194,6 +195,21 @@ def test_forwards_read_or_step_and_never_touch_the_parameters(style):
     assert jax.tree.structure(everything) == jax.tree.structure(variables)
     leaves = {leaf.dtype for leaf in jax.tree.leaves(changed)}
     assert leaves <= {np.dtype(name) for name in ("float64", "complex128", "int32", "int64")}
+
+
+@pytest.mark.parametrize("style", MODELS)
+def test_refresh_steps_as_a_forward_does(style):
+    model = MODELS[style]()
+    variables = perturbed(model.init(KEY, IMAGES))
+    _, changed = model.apply(variables, IMAGES, mutable=["stable_rank"])
+    refreshed = jax.jit(lambda variables: jlinen.refresh(model, variables))(variables)
+    assert jax.tree.structure(refreshed) == jax.tree.structure(variables)
+    assert_trees_close(refreshed["stable_rank"], changed["stable_rank"], rtol=1e-8, atol=1e-10)
+    jax.tree.map(np.testing.assert_array_equal, refreshed["params"], variables["params"])
+    states = jax.tree.leaves(refreshed["stable_rank"]), jax.tree.leaves(variables["stable_rank"])
+    assert any(np.any(a != b) for a, b in zip(*states, strict=True))
+    with pytest.raises(ValueError, match="expected 'stable_rank' among them"):
+        jlinen.refresh(model, {"params": variables["params"]})
 
 
 def test_update_stats_false_only_reads():
@@ -489,6 +505,7 @@ def test_layer_operators():
     first = {("Conv_0", "kernel"): jaxsrn.ZeroPaddedConv((5, 5))}
     second = {("Conv_1", "kernel"): jaxsrn.ZeroPaddedConv((5, 5), padding=((1, 1), (1, 1)), strides=2)}
     assert jlinen.layer_operators(model, variables, batch, True) == {**first, **second}
+    assert jlinen.layer_operators(model, variables, train=True, batch=batch) == {**first, **second}
     sizes = [{"image": jax.ShapeDtypeStruct((2, *shape, 3), jnp.float32)} for shape in ((5, 5), (4, 6))]
 
     class Twice(nn.Module):

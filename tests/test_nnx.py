@@ -239,6 +239,7 @@ def test_forwards_read_and_training_forwards_step():
         return [np.asarray(leaf) for leaf in jax.tree.leaves(nnx.state(model, jnnx.StableRankState))]
 
     before = stored()
+    assert isinstance(model.conv2.state.get_value(), jaxsrn.SRNCState)
     conv2, y = model.conv2, jax.random.normal(jax.random.key(1), (2, 8, 8, 4))
     np.testing.assert_array_equal(conv2(y, update_stats=False), conv2(y, update_stats=False))
     model.eval()
@@ -367,6 +368,19 @@ def test_constrain_and_layer_operators():
     assert inside["conv2", "layer", "kernel"] == operators["conv2", "kernel"]
     norms = {name: norm for name, (norm, _) in true_values(jnnx.fold(constrained)).items()}
     np.testing.assert_allclose([norms["conv1"], norms["conv2"]], 1, rtol=1e-4)
+
+    class Flagged(nnx.Module):
+        def __init__(self):
+            self.always, self.rarely = conv(1, 1, (3, 3)), conv(1, 1, (2, 2))
+
+        def __call__(self, batch, train):
+            x = self.always(batch["image"])
+            return self.rarely(x) if train else x
+
+    always, rarely = ((name, "kernel") for name in ("always", "rarely"))
+    op = jaxsrn.ZeroPaddedConv((8, 8))
+    assert jnnx.layer_operators(Flagged(), {"image": x}, True) == {always: op, rarely: op}
+    assert jnnx.layer_operators(Flagged(), train=False, batch={"image": x}) == {always: op}
 
     sequence = nnx.Sequential(nnx.Linear(3, 3, rngs=nnx.Rngs(0)), jnp.tanh, nnx.Linear(3, 2, rngs=nnx.Rngs(1)))
     wrapped = jnnx.constrain(sequence, lambda path, layer: jnnx.SpectralNorm(layer), lambda path, _: path[-1:] == (2,))

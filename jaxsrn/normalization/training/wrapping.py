@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -14,11 +14,7 @@ from jaxsrn.operators.base import Dense, Operator
 from jaxsrn.operators.flax_layers import FlaxLayers, LayerMap, kind_of, layer_map, layer_name
 from jaxsrn.spectra.ranks import target_of
 
-__all__ = [
-    "CallRecord",
-    "Constraint",
-    "target_for",
-]
+__all__ = ["CallRecord", "Constraint", "target_for", "trace"]
 
 # Power steps of a matrix at every forward. The one of Sanyal's algorithm lags where the two leading singular values are
 # close, and steps of matrices are cheap.
@@ -96,3 +92,17 @@ class CallRecord:
     def operators(self) -> dict[tuple, Operator]:
         """The operators of the layers whose kernel is stored as theirs."""
         return {path: seen.op for path, seen in self.found.items() if seen.is_stored_as_is}
+
+
+def trace(function: Callable[..., Any], *args, **options) -> None:
+    """Calls a function on the shapes of its arguments; what has no shape, such as a flag, is passed on as it is."""
+    leaves, treedef = jax.tree.flatten((args, options))
+    is_array = [hasattr(leaf, "shape") for leaf in leaves]
+
+    def on_arrays(arrays):
+        arrays = iter(arrays)
+        filled = [next(arrays) if traced else leaf for leaf, traced in zip(leaves, is_array, strict=True)]
+        args, options = treedef.unflatten(filled)
+        function(*args, **options)
+
+    jax.eval_shape(on_arrays, [leaf for leaf, traced in zip(leaves, is_array, strict=True) if traced])
