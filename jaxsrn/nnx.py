@@ -19,9 +19,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxsrn._tools.checks import ensure, errors_named
-from jaxsrn.operators.flax_layers import FlaxLayers, LayerMap, kind_of, layer_map, layer_name
 from jaxsrn.normalization.training.wrapping import CallRecord, Constraint, target_for, trace
 from jaxsrn.operators.base import Operator
+from jaxsrn.operators.flax_layers import FlaxLayers, LayerMap, kind_of, layer_map, layer_name
 
 __all__ = [
     "SpectralNorm",

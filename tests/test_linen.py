@@ -15,6 +15,7 @@ from flax.traverse_util import flatten_dict
 import jaxsrn
 import jaxsrn.linen as jlinen
 import jaxsrn.nnx as jnnx
+from jaxsrn.linen.wrappers import LAYERS as LAYERS_OF_LINEN
 from jaxsrn.operators.flax_layers import kind_of, layer_map
 
 FLOAT = {"param_dtype": jnp.float64}
@@ -301,7 +302,7 @@ def test_a_layer_is_the_operator_that_its_twin_is(name):
     layer, make, input_shape = TWINS[name]
     twin, in_shape = make(nnx.Rngs(0)), (*(input_shape or (3,)), 2)
     shape = jax.eval_shape(layer.init, KEY, jnp.ones((1, *in_shape)))["params"]["kernel"].shape
-    kind, twin_kind = kind_of(layer, jlinen._LAYERS, {}), kind_of(twin, jnnx._LAYERS, {})
+    kind, twin_kind = kind_of(layer, LAYERS_OF_LINEN, {}), kind_of(twin, jnnx._LAYERS, {})
     assert kind == twin_kind
     assert layer_map(layer, shape, input_shape, kind) == layer_map(twin, twin.kernel.shape, input_shape, kind)
 
@@ -517,6 +518,183 @@ def test_layer_operators():
     variables = jax.eval_shape(Twice().init, KEY, *sizes)
     with pytest.raises(ValueError, match=r"shared: called as .*\(5, 5\).* and as .*\(4, 6\).*expected one image size"):
         jlinen.layer_operators(Twice(), variables, *sizes)
+
+
+class PlainNNX(nnx.Module):
+    """The plain `Net` in NNX, with the given parameters."""
+
+    def __init__(self, params):
+        rngs = nnx.Rngs(0)
+        self.conv = nnx.Conv(1, 3, (3, 3), padding="CIRCULAR", rngs=rngs, **FLOAT)
+        self.hidden = nnx.Linear(108, 6, rngs=rngs, **FLOAT)
+        self.dense = nnx.Linear(6, 5, rngs=rngs, **FLOAT)
+        for name, leaves in params.items():
+            getattr(self, name).kernel[...] = leaves["kernel"]
+
+    def __call__(self, x):
+        x = nnx.tanh(self.conv(x))
+        return self.dense(nnx.tanh(self.hidden(x.reshape(len(x), -1))))
+
+
+def wrap_by(library, learned):
+    """The same wrappers in both libraries, by the name of the layer; the hidden layer has a learned norm."""
+
+    def wrap(path, layer):
+        if path[-1].startswith(("conv", "Conv")):
+            return library.StableRankNorm(layer, 0.3, input_shape=(6, 6))
+        if path[-1] == "hidden":
+            return library.SpectralNorm(layer, norm=learned)
+        return library.StableRankNorm(layer, 0.3, norm=2.0, cap=True, gradient="implicit")
+
+    return wrap
+
+
+LEARNED = nn.initializers.constant(-1.5)
+PLAIN = Net(stable=plain_layer, spectral=plain_layer)
+
+
+def test_linen_and_nnx_are_constrained_alike():
+    """The same weights through constrain, forwards that step, refresh and fold: the same outputs and kernels."""
+    model = jlinen.constrain(PLAIN, wrap_by(jlinen, LEARNED))
+    variables = model.init(KEY, IMAGES)
+    plain = {name: variables["params"][name] for name in ("conv", "hidden", "dense")}
+    assert jax.tree.map(jnp.shape, plain) == jax.tree.map(jnp.shape, PLAIN.init(KEY, IMAGES)["params"])
+    twin = jnnx.constrain(PlainNNX(plain), wrap_by(jnnx, nnx.Param(jnp.asarray(-1.5))))
+
+    def assert_alike():
+        twin_kernels = {
+            path[:-1]: leaf[...] for path, leaf in nnx.to_flat_state(nnx.state(jnnx.fold(twin))) if path[-1] == "kernel"
+        }
+        folded = jlinen.fold(model, variables)
+        assert jax.tree.structure(folded["params"]) == jax.tree.structure(plain)
+        for (name,), kernel in twin_kernels.items():
+            np.testing.assert_allclose(folded["params"][name]["kernel"], kernel, rtol=1e-8, atol=1e-10, err_msg=name)
+        outputs = model.apply(variables, IMAGES)
+        np.testing.assert_allclose(outputs, PLAIN.apply(folded, IMAGES), rtol=1e-10)
+        twin.eval()
+        np.testing.assert_allclose(outputs, twin(IMAGES), rtol=1e-8, atol=1e-10)
+        twin.train()
+
+    assert_alike()
+    moved = perturbed(variables)["params"]
+    variables = {**variables, "params": {**moved, "constrained": variables["params"]["constrained"]}}
+    for name in plain:
+        getattr(twin, name).layer.kernel[...] = moved[name]["kernel"]
+        getattr(twin, name).layer.bias[...] = moved[name]["bias"]
+    reading = model.apply(variables, IMAGES)
+    assert_alike()
+    variables = jax.jit(lambda variables: jlinen.refresh(model, variables))(variables)
+    jnnx.refresh(twin)
+    assert np.any(model.apply(variables, IMAGES) != reading)
+    assert_alike()
+    _, changed = model.apply(variables, IMAGES, mutable=["stable_rank"])
+    variables = {**variables, **changed}
+    twin(IMAGES)
+    assert_alike()
+
+
+def test_a_constrained_model_learns_as_its_folded_one():
+    """Gradients through the constrained call and through fold, the learned norm's among them; with jit and remat."""
+    plain = CompactNet(stable=plain_layer, spectral=plain_layer)
+    wrap = wrap_by(jlinen, LEARNED)
+
+    def live(params, model, variables):
+        return cross_entropy(model.apply({**variables, "params": params}, IMAGES))
+
+    def through_fold(params, model, variables):
+        return cross_entropy(plain.apply(jlinen.fold(model, {**variables, "params": params}), IMAGES))
+
+    lifted = [transform(CompactNet)(stable=plain_layer, spectral=plain_layer) for transform in (nn.remat, nn.jit)]
+    for module in (plain, *lifted):
+        model = jlinen.constrain(
+            jlinen.constrain(module, wrap, nn.Conv),
+            lambda path, layer: jlinen.SpectralNorm(layer, norm=LEARNED),
+            lambda path, layer: path == ("head",),
+        )
+        variables = perturbed(model.init(KEY, IMAGES))
+        assert set(variables["stable_rank"]["constrained"]) == {"Conv_0", "head"}
+        grads, expected = (
+            jax.jit(jax.grad(loss), static_argnums=1)(variables["params"], model, variables)
+            for loss in (live, through_fold)
+        )
+        assert all(np.any(leaf != 0) for leaf in jax.tree.leaves(grads))
+        assert_trees_close(grads, expected, rtol=1e-8, atol=1e-12)
+
+
+def test_layer_operators_of_a_constrained_model():
+    """Held layers have the operator of their wrapper, whatever size the call has; the others that of the call."""
+    module = CompactNet(stable=plain_layer, spectral=plain_layer)
+    model = jlinen.constrain(
+        module, lambda path, layer: jlinen.SpectralNorm(layer, input_shape=(9, 9)), lambda path, _: path == ("Conv_0",)
+    )
+    variables = model.init(KEY, IMAGES)
+    held = {("Conv_0", "kernel"): jaxsrn.CircularConv((9, 9))}
+    others = {(name, "kernel"): jaxsrn.Dense() for name in ("Dense_0", "head")}
+    params_only = {"params": variables["params"]}
+    for given in (variables, params_only):
+        assert jlinen.layer_operators(model, given, IMAGES) == {**held, **others}
+    seen = jlinen.layer_operators(module, params_only, IMAGES)
+    assert seen == {("Conv_0", "kernel"): jaxsrn.CircularConv((6, 6)), **others}
+
+
+def test_constrain_in_a_model_of_many_parts():
+    """Stacked layers, wrappers that are there already, flags, running means: steps once a call, and norms are 1."""
+
+    class Parts(nn.Module):
+        @nn.compact
+        def __call__(self, x, train: bool):
+            x = nn.BatchNorm(use_running_average=not train, **FLOAT)(x)
+            axes = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}, "length": 3}
+            x, _ = nn.scan(Cell, **axes)(wrapped=False, name="stack")(x, None)
+            x = jlinen.SpectralNorm(nn.Dense(4, name="own", **FLOAT), norm=3.0)(x)
+            twice = nn.Dense(4, name="twice", **FLOAT)
+            return twice(twice(x))
+
+    class Outer(nn.Module):
+        @nn.compact
+        def __call__(self, x, train: bool = False):
+            return jlinen.constrain(Parts(name="parts"), lambda path, layer: jlinen.SpectralNorm(layer))(x, train)
+
+    model = Outer()
+    variables = model.init(KEY, ROWS)
+    assert set(variables["params"]["parts"]) == {"BatchNorm_0", "stack", "own", "twice"}
+    assert set(variables["stable_rank"]["parts"]["constrained"]) == {"stack", "twice"}
+    np.testing.assert_array_equal(variables["batch_stats"]["parts"]["BatchNorm_0"]["mean"], 0)
+    folded = jlinen.fold(model, variables)["params"]["parts"]
+    kernels = [*folded["stack"]["Dense_0"]["kernel"], folded["twice"]["kernel"], folded["own"]["kernel"] / 3]
+    np.testing.assert_allclose([norm_and_rank(kernel)[0] for kernel in kernels], 1, rtol=1e-8)
+    variables = {**perturbed(variables), "stable_rank": variables["stable_rank"]}
+    _, changed = model.apply(variables, ROWS, True, mutable=["stable_rank", "batch_stats"])
+    refreshed = jlinen.refresh(model, variables)
+    assert_trees_close(changed["stable_rank"], refreshed["stable_rank"], rtol=1e-8, atol=1e-10)
+    mean = changed["batch_stats"]["parts"]["BatchNorm_0"]["mean"]
+    np.testing.assert_allclose(mean, 0.01 * ROWS.mean(0), rtol=1e-6)
+
+
+def test_constraints_around_trained_weights():
+    """Their states are born converged where the collection is missing and mutable; a single layer is a model too."""
+    model = jlinen.constrain(nn.Dense(4, **FLOAT), lambda path, layer: jlinen.StableRankNorm(layer, 0.3))
+    params = nn.Dense(4, **FLOAT).init(KEY, ROWS)["params"]
+    own = norm_and_rank(params["kernel"])[1]
+    _, born = model.apply({"params": params}, ROWS, mutable=["stable_rank"])
+    folded = jlinen.fold(model, {"params": params, **born})["params"]
+    assert own > 1.2
+    np.testing.assert_allclose(norm_and_rank(folded["kernel"]), (1, 1.2), rtol=1e-8)
+    np.testing.assert_array_equal(folded["bias"], params["bias"])
+
+
+@pytest.mark.parametrize(
+    ("wrap", "where", "message"),
+    [
+        (wrap_by(jlinen, LEARNED), nn.Embed, r"where: got .*Embed.*, which matches no layer of Net"),
+        (lambda path, layer: layer, nn.Dense, r"hidden: wrap: got a Dense, expected a StableRankNorm or a"),
+        (lambda path, layer: jlinen.SpectralNorm(layer), nn.Conv, r"conv: Conv\(.*input_shape: got None"),
+        (lambda path, layer: jlinen.SpectralNorm(layer), ..., r"Net\(\): layer: got Net, expected Conv"),
+    ],
+)
+def test_misuse_of_constrain(wrap, where, message):
+    with pytest.raises(ValueError, match=message):
+        jlinen.constrain(PLAIN, wrap, where).init(KEY, IMAGES)
 
 
 NAME = r"Conv\(features=3, kernel_size=\(3, 3\)\): "

@@ -66,7 +66,7 @@ HOUSE = {
     "optim": ["keeping", "riemannian", "layers"],
     "surrogate": ["smoothed_maximum", "problem", "descent", "solving"],
     "nnx": [],
-    "linen": [],
+    "linen": ["wrappers", "constrained", "models"],
 }
 ORDER = [f"{folder}.{file}" if file else folder for folder, files in HOUSE.items() for file in files or [""]]
 FOLDERS = list(HOUSE)

@@ -1,15 +1,4 @@
-"""Flax Linen: layers whose stable rank and spectral norm are constrained while they train.
-
-    import jaxsrn.linen as jlinen
-
-    x = jlinen.StableRankNorm(nn.Conv(16, (3, 3)), 0.5, input_shape=(32, 32))(x)
-
-    variables = model.init(key, x)
-    y, changed = model.apply(variables, x, mutable=["stable_rank"])
-
-The twin of `jaxsrn.nnx`, with the same numbers. The wrappers hold no mathematics: every forward calls
-`jaxsrn.srnc_step` on the layer's kernel.
-"""
+"""The wrappers of `jaxsrn.linen`, the state that they carry, and its steps outside of any forward."""
 
 from __future__ import annotations
 
@@ -17,7 +6,6 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -27,15 +15,29 @@ from flax import struct
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jaxsrn._tools.checks import ensure, errors_named, float_dtype
+from jaxsrn.normalization.training.wrapping import Constraint, target_for
 from jaxsrn.operators.flax_layers import FlaxLayers, LayerMap, kind_of, layer_map, layer_name
-from jaxsrn.normalization.training.wrapping import CallRecord, Constraint, target_for, trace
-from jaxsrn.operators.base import Operator
 
-__all__ = ["SpectralNorm", "StableRankNorm", "StableRankState", "fold", "layer_operators", "refresh"]
+__all__ = [
+    "COLLECTION",
+    "LAYERS",
+    "LEARNED",
+    "Normalized",
+    "SpectralNorm",
+    "StableRankNorm",
+    "StableRankState",
+    "nested",
+    "over_stack",
+    "stacked_axes",
+    "stepped",
+    "trace_keys",
+    "written",
+]
 
 COLLECTION = "stable_rank"
-_LAYERS = FlaxLayers(nn.Conv, nn.ConvTranspose, nn.Dense, nn.DenseGeneral)
-_LEARNED = "learned"
+LAYERS = FlaxLayers(nn.Conv, nn.ConvTranspose, nn.Dense, nn.DenseGeneral)
+# In place of the norm of a wrapper that learns it.
+LEARNED = "learned"
 _traces = itertools.count()
 
 
@@ -70,7 +72,7 @@ class StableRankState:
         return kernel, self.replace(value=value)
 
 
-class _Normalized(nn.Module):
+class Normalized(nn.Module):
     """A layer whose kernel is normalized on the way into it; the stored kernel stays the raw parameter."""
 
     layer: nn.Module
@@ -90,21 +92,25 @@ class _Normalized(nn.Module):
             Without it the forward only reads: any number of them see the same weights.
           **options: of the layer itself.
         """
-        kind = kind_of(self.layer, _LAYERS, {} if self.computes is None else {type(self.layer): self.computes})
+        self.kind()
         if not self.layer.has_variable("params", "kernel"):
             # In `init`: only the layer itself knows how its parameters begin.
             self.layer(x, **options)
-        ensure(self.layer.has_variable("params", "kernel"), f"{layer_name(self.layer)}: it has no parameter 'kernel'.")
-        raw = jnp.asarray(nn.meta.unbox(self.layer.get_variable("params", "kernel")))
+        raw = _raw_kernel(self.layer)
         norm = self._norm(float_dtype(raw.dtype))
-        stored = self.variable(COLLECTION, "state", self._start, kind, raw, norm)
-        _check_state(stored.value, self._blank(kind, raw.shape), layer_name(self.layer))
+        stored = self.variable(COLLECTION, "state", self._start, raw, norm)
+        _check_state(stored.value, self.described(raw.shape), layer_name(self.layer))
         kernel, state = stored.value.step(raw, norm)
         if update_stats and self.is_mutable_collection(COLLECTION) and not self.is_initializing():
             stored.value = state
         return nn.map_variables(lambda layer: layer(x, **options), "params", lambda own: _with_kernel(own, kernel))(
             self.layer
         )
+
+    @nn.nowrap
+    def kind(self) -> str:
+        """Which of Flax's maps the layer computes; raises where that is not known."""
+        return kind_of(self.layer, LAYERS, {} if self.computes is None else {type(self.layer): self.computes})
 
     @nn.nowrap
     def _norm(self, dtype):
@@ -114,18 +120,18 @@ class _Normalized(nn.Module):
         return jnp.abs(self.param("norm", self.norm, (), dtype))
 
     @nn.nowrap
-    def _blank(self, kind: str, kernel_shape) -> StableRankState:
-        """The state without its arrays."""
-        seen = layer_map(self.layer, kernel_shape, self.input_shape, kind)
+    def described(self, kernel_shape) -> StableRankState:
+        """The state without its arrays, for a kernel of a shape."""
+        seen = layer_map(self.layer, kernel_shape, self.input_shape, self.kind())
         constraint = Constraint(seen, self._target(seen), bool(self.cap), self.gradient)
-        norm = self.norm if self.norm is None else _LEARNED if callable(self.norm) else float(self.norm)
+        norm = self.norm if self.norm is None else LEARNED if callable(self.norm) else float(self.norm)
         own, other = self.path, self.layer.path
         shared = sum(1 for n in range(1, min(map(len, (own, other))) + 1) if own[:n] == other[:n])
         return StableRankState(None, constraint, norm, (len(own) - shared, other[shared:]))
 
     @nn.nowrap
-    def _start(self, kind: str, kernel, norm) -> StableRankState:
-        blank = self._blank(kind, kernel.shape)
+    def _start(self, kernel, norm) -> StableRankState:
+        blank = self.described(kernel.shape)
         return blank.replace(value=blank.constraint.start(self.layer, kernel, norm))
 
     @nn.nowrap
@@ -133,7 +139,7 @@ class _Normalized(nn.Module):
         raise NotImplementedError
 
 
-class StableRankNorm(_Normalized):
+class StableRankNorm(Normalized):
     """A layer with prescribed stable rank and spectral norm, those of the whole map, padding and strides included.
 
     Every forward uses the closest kernel with `||T||_2 = norm` and stable rank `fraction * min(prod(in), prod(out))`,
@@ -169,7 +175,7 @@ class StableRankNorm(_Normalized):
         return target_for(self.layer, seen, self.fraction)
 
 
-class SpectralNorm(_Normalized):
+class SpectralNorm(Normalized):
     """A layer with prescribed spectral norm: that of the whole linear map, not of the kernel flattened to a matrix.
 
     As `StableRankNorm` without a target for the stable rank: the kernel is only rescaled, by one pass of
@@ -182,6 +188,11 @@ class SpectralNorm(_Normalized):
     @nn.nowrap
     def _target(self, seen: LayerMap) -> float:
         return math.inf
+
+
+def _raw_kernel(layer: nn.Module) -> jax.Array:
+    ensure(layer.has_variable("params", "kernel"), f"{layer_name(layer)}: it has no parameter 'kernel'.")
+    return jnp.asarray(nn.meta.unbox(layer.get_variable("params", "kernel")))
 
 
 def _check_state(stored, expected: StableRankState, name: str) -> None:
@@ -204,53 +215,7 @@ def _with_kernel(variables: Mapping, kernel: jax.Array) -> dict:
     return {**variables, "params": {**params, "kernel": nn.meta.replace_boxed(params["kernel"], kernel)}}
 
 
-# Whole models
-
-
-def fold(module: nn.Module, variables: Mapping) -> dict:
-    """The variables of the plain model, with the very weights that a reading forward of `module` uses.
-
-    Pure and differentiable: inside a loss, fold once and unroll a recurrence over the result.
-
-    Paths: where a wrapper holds its layer (`.../wrapper/layer/kernel`: made in `setup`, or outside of any module), the
-    layer takes the wrapper's place (`.../wrapper/kernel`), as it does where the plain model is written without the
-    wrapper. In a compact method Flax makes the layer a neighbour of its wrapper (`.../Conv_0/kernel`), so there it
-    keeps its path. Learned norms and the collection `"stable_rank"` are gone; all else stays.
-
-    Args:
-      module: the model with wrappers.
-      variables: its variables, `"stable_rank"` included. Layers stacked by `nn.vmap` or `nn.scan` are stacked along
-        axis 0 in both collections.
-
-    Returns:
-      Variables for `apply` of the same architecture written without wrappers.
-
-    Raises:
-      ValueError: no collection `"stable_rank"`, a layer wrapped twice, or kernels that are stacked otherwise.
-    """
-    params, places = dict(flatten_dict(variables["params"])), {}
-    for wrapper, (layer, kernel, state) in _stepped(module, variables).items():
-        ensure(layer not in places, f"{_written(layer, module)}: it has several wrappers, expected one.")
-        places[layer] = wrapper if state.layer[0] == 0 else layer
-        if state.norm == _LEARNED:
-            del params[(*wrapper, "norm")]
-        params[(*layer, "kernel")] = kernel
-    plain = unflatten_dict({_replaced(path, places): leaf for path, leaf in params.items()})
-    return {**{name: variables[name] for name in variables if name != COLLECTION}, "params": plain}
-
-
-def refresh(module: nn.Module, variables: Mapping) -> dict:
-    """The variables after one step of the state of every wrapper in `module`, without a forward.
-
-    Pure: as `jaxsrn.nnx.refresh`, but that the new variables are returned.
-
-    Args, errors: as `fold`, and a layer may have several wrappers.
-    """
-    states = {(*wrapper, "state"): state for wrapper, (_, _, state) in _stepped(module, variables).items()}
-    return {**variables, COLLECTION: unflatten_dict(states)}
-
-
-def _stepped(module: nn.Module, variables: Mapping) -> dict[tuple, tuple[tuple, Any, StableRankState]]:
+def stepped(module: nn.Module, variables: Mapping) -> dict[tuple, tuple[tuple, Any, StableRankState]]:
     """`{path of a wrapper: (path of its layer, normalized kernel, next state)}`."""
     states, params = flatten_dict(variables.get(COLLECTION, {})), flatten_dict(variables["params"])
     ensure(
@@ -262,9 +227,9 @@ def _stepped(module: nn.Module, variables: Mapping) -> dict[tuple, tuple[tuple, 
     for (*names, _), state in states.items():
         wrapper = tuple(names)
         layer = state.layer_path(wrapper)
-        with errors_named(_written(layer, module)):
+        with errors_named(written(layer, module)):
             ensure((*layer, "kernel") in params, "wrapped, but variables['params'] has no kernel for it.")
-            norm = params[(*wrapper, "norm")] if state.norm == _LEARNED else state.norm
+            norm = params[(*wrapper, "norm")] if state.norm == LEARNED else state.norm
             found[wrapper] = (layer, *_stepped_kernel(params[(*layer, "kernel")], state, norm))
     return found
 
@@ -272,17 +237,17 @@ def _stepped(module: nn.Module, variables: Mapping) -> dict[tuple, tuple[tuple, 
 def _stepped_kernel(kernel, state: StableRankState, norm) -> tuple[Any, StableRankState]:
     """The kernel of a reading forward, boxed as it was, and the next state; for layers that are stacked, of all."""
     raw = jnp.asarray(nn.meta.unbox(kernel))
-    axes = _stacked_axes(raw, state)
+    axes = stacked_axes(raw, state)
     ensure(
         all(leaf.ndim >= axes for leaf in jax.tree.leaves(state)),
         f"got kernels of shape {raw.shape} and a state that is not stacked along axis 0 in {COLLECTION!r}.",
     )
-    step = _over_stack(lambda raw, norm, state: state.step(raw, norm), axes, state.norm, (0,))
+    step = over_stack(lambda raw, norm, state: state.step(raw, norm), axes, state.norm, (0,))
     normalized, state = step(raw, nn.meta.unbox(norm), state)
     return nn.meta.replace_boxed(kernel, normalized), state
 
 
-def _stacked_axes(raw: jax.Array, state: StableRankState) -> int:
+def stacked_axes(raw: jax.Array, state: StableRankState) -> int:
     """How many axes of layers stand before those of a kernel."""
     shape = state.constraint.layer_map.stored_shape
     axes = raw.ndim - len(shape)
@@ -293,9 +258,9 @@ def _stacked_axes(raw: jax.Array, state: StableRankState) -> int:
     return axes
 
 
-def _over_stack(function, axes: int, norm, others: tuple[int, ...]):
+def over_stack(function, axes: int, norm, others: tuple[int, ...]):
     """`function(kernel, norm, ...)` over the layers of a stack, a learned norm without its sign."""
-    is_learned = norm == _LEARNED
+    is_learned = norm == LEARNED
 
     def one(raw, norm, *rest):
         return function(raw, jnp.abs(norm) if is_learned else norm, *rest)
@@ -305,69 +270,21 @@ def _over_stack(function, axes: int, norm, others: tuple[int, ...]):
     return one
 
 
-def _written(layer: tuple, module: nn.Module) -> str:
+def nested(leaves: Mapping[tuple, Any], name: str) -> dict:
+    """`{path: leaf}` as nested dictionaries, the leaf under a name."""
+    return unflatten_dict({(*path, name): leaf for path, leaf in leaves.items()})
+
+
+def written(layer: tuple, module: nn.Module) -> str:
+    """The path of a layer in an error message."""
     return "/".join(layer) or type(module).__name__
 
 
-def _replaced(path: tuple, places: Mapping[tuple, tuple]) -> tuple:
-    """A path in the plain model."""
-    return next((places[path[:n]] + path[n:] for n in range(len(path)) if path[:n] in places), path)
+def trace_keys() -> dict[str, jax.Array]:
+    """Keys for a trace that sees every call of a layer.
 
-
-def layer_operators(
-    module: nn.Module,
-    variables: Mapping,
-    *inputs,
-    computes: Mapping[type, type | None] = MappingProxyType({}),
-    **options,
-) -> Mapping[tuple, Operator]:
-    """Which operator every layer of a model is, by tracing the model on the shapes of its inputs.
-
-    Args:
-      module: any module. Wrapped layers appear with the operator of their wrapper.
-      variables: of `init`, or their shapes.
-      *inputs: as for `module.apply(variables, *inputs, **options)`; arrays or `jax.ShapeDtypeStruct`s, and whatever
-        else the module takes (a flag `train`), which is passed on as it is.
-      computes: `{class: class of Flax}`: whose map the layers of another class compute (as the wrappers' option), or
-        `None` to leave them out.
-      **options: keyword arguments of `module.apply`, passed on as the inputs are.
-
-    Returns:
-      `{path to the kernel: operator}`, the paths as `flax.traverse_util.flatten_dict(variables["params"])` names them;
-      for layers stacked by `nn.vmap` or `nn.scan`, that of one of them. Left out: layers that the inputs do not reach,
-      and those whose kernel is stored in another shape than the operator's (`nn.DenseGeneral` of several axes, a
-      circular `nn.ConvTranspose` with strides and `transpose_kernel=False`).
-
-    Raises:
-      ValueError: a layer called with images of different sizes, one that is no operator, or one whose map may be
-        another (as those of `nn.vmap(nn.Dense)`); the message names it.
+    Dropout and its like ask for a key; its value does not matter there. A key of a new name makes `nn.jit` trace again:
+    from its cache it would call no layer.
     """
-    calls = CallRecord(_LAYERS, computes)
-    inside: list[nn.Module] = []
-
-    def record(call, args, kwargs, context):
-        layer = context.module
-        if inside or context.method_name != "__call__" or not (isinstance(layer, _Normalized) or calls.concerns(layer)):
-            return call(*args, **kwargs)
-        if isinstance(layer, _Normalized):
-            inside.append(layer)
-            outputs = call(*args, **kwargs)
-            inside.pop()
-            held = layer.get_variable(COLLECTION, "state").constraint.layer_map
-            calls.found[(*layer.layer.path, "kernel")] = held
-            return outputs
-        outputs = call(*args, **kwargs)
-        kernel = nn.meta.unbox(layer.get_variable("params", "kernel"))
-        calls.note((*layer.path, "kernel"), layer, kernel.shape, next(iter((*args, *kwargs.values()))))
-        return outputs
-
-    def run(variables, inputs, options):
-        # Dropout and its like ask for a key; the values do not matter here. One of a new name makes `nn.jit` trace
-        # again: from its cache it would call no layer.
-        key = jax.random.key(0)
-        rngs = {"params": key, **options.get("rngs", {}), f"layer_operators_{next(_traces)}": key}
-        with nn.intercept_methods(record):
-            module.apply(variables, *inputs, **{"mutable": nn.DenyList("params"), **options, "rngs": rngs})
-
-    trace(run, variables, inputs, options)
-    return calls.operators()
+    key = jax.random.key(0)
+    return {"params": key, f"trace_{next(_traces)}": key}

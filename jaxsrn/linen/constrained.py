@@ -1,0 +1,187 @@
+"""What `jaxsrn.linen.constrain` makes: a module that hands another one parameters whose kernels are normalized."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax import nnx
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from jaxsrn._tools.checks import ensure, errors_named, float_dtype
+from jaxsrn.linen.wrappers import (
+    COLLECTION,
+    LEARNED,
+    Normalized,
+    StableRankState,
+    nested,
+    over_stack,
+    stacked_axes,
+    stepped,
+    trace_keys,
+)
+from jaxsrn.normalization.training.wrapping import trace
+from jaxsrn.operators.flax_layers import LayerMap
+
+__all__ = ["Constrained", "Rule", "Survey"]
+
+# The name of the states in their collection, and of the learned norms among the parameters.
+_CONSTRAINED = "constrained"
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """The arguments of `constrain`."""
+
+    wrap: Callable[[tuple, nn.Module], nn.Module]
+    where: Any
+
+    def matches(self, path: tuple, layer: nn.Module) -> bool:
+        """Whether the rule is for a layer."""
+        return nnx.filterlib.to_predicate(self.where)(path, layer)
+
+
+class _Wrapped(NamedTuple):
+    """What a rule says of a layer: its state without arrays, and its norm; the layer itself for messages."""
+
+    rule: Rule
+    layer: nn.Module
+    blank: StableRankState
+    norm: Any
+
+    def start(self, raw: jax.Array, norm) -> StableRankState:
+        """The converged state, of every layer of a stack."""
+
+        def one(raw, norm):
+            return self.blank.replace(value=self.blank.constraint.start(self.layer, raw, norm))
+
+        return over_stack(one, stacked_axes(raw, self.blank), self.blank.norm, ())(raw, norm)
+
+
+class Constrained(nn.Module):
+    """A module whose call sees normalized kernels; it has the module's scope, so that paths stay."""
+
+    module: nn.Module
+    rules: tuple[Rule, ...]
+
+    def setup(self):
+        nn.share_scope(self, self.module)
+
+    @nn.compact
+    def __call__(self, *args, **options):
+        if self.is_initializing():
+            # Only the module itself knows how its parameters begin.
+            self.module(*args, **options)
+        wrapped = {} if self.has_variable(COLLECTION, _CONSTRAINED) else self._wrapped(args, options)
+        if any(one.blank.norm == LEARNED for one in wrapped.values()) and self.is_initializing():
+            self.param(_CONSTRAINED, self._first_norms, wrapped)
+        stored = self.variable(COLLECTION, _CONSTRAINED, self._first_states, wrapped)
+        variables = {"params": self.variables["params"], COLLECTION: {_CONSTRAINED: stored.value}}
+        steps = stepped(self.module, variables)
+        if self.is_mutable_collection(COLLECTION) and not self.is_initializing():
+            stored.value = nested({wrapper: state for wrapper, (_, _, state) in steps.items()}, "state")[_CONSTRAINED]
+        kernels = {(*layer, "kernel"): kernel for layer, kernel, _ in steps.values()}
+
+        def with_kernels(own: Mapping) -> dict:
+            return {**own, "params": unflatten_dict({**flatten_dict(own["params"]), **kernels})}
+
+        return nn.map_variables(lambda module: module(*args, **options), "params", with_kernels)(self.module)
+
+    @nn.nowrap
+    def layer_maps(self) -> dict[tuple, LayerMap]:
+        """The maps of the layers that are held, by the paths of their kernels from the root of all."""
+        states = flatten_dict({_CONSTRAINED: self.get_variable(COLLECTION, _CONSTRAINED)})
+        return {
+            (*self.path, *state.layer_path(path[:-1]), "kernel"): state.constraint.layer_map
+            for path, state in states.items()
+        }
+
+    @nn.nowrap
+    def _wrapped(self, args, options) -> dict[tuple, _Wrapped]:
+        """What the rules say of each layer, by tracing a copy of the module."""
+        found: dict[tuple, _Wrapped] = {}
+        copy, _ = self.module.unbind()
+
+        def run(args, options):
+            Survey(copy, self.rules, found.__setitem__).init(trace_keys(), *args, **options)
+
+        trace(run, args, options)
+        for rule in self.rules:
+            ensure(
+                any(one.rule is rule for one in found.values()),
+                f"where: got {rule.where!r}, which matches no layer of {type(copy).__name__}; expected some.",
+            )
+        return found
+
+    @nn.nowrap
+    def _first_norms(self, key, wrapped: Mapping[tuple, _Wrapped]) -> dict:
+        learned = {layer: one for layer, one in wrapped.items() if one.blank.norm == LEARNED}
+        norms = {}
+        keys = jax.random.split(key, len(learned))
+        for key, (layer, one) in zip(keys, learned.items(), strict=True):
+            raw = self._raw(layer)
+            norms[layer] = one.norm(key, raw.shape[: stacked_axes(raw, one.blank)], float_dtype(raw.dtype))
+        return nested(norms, "norm")
+
+    @nn.nowrap
+    def _first_states(self, wrapped: Mapping[tuple, _Wrapped]) -> dict:
+        norms = flatten_dict(self.variables["params"].get(_CONSTRAINED, {}))
+        started = {}
+        for layer, one in wrapped.items():
+            is_learned = one.blank.norm == LEARNED
+            ensure(
+                not is_learned or (*layer, "norm") in norms,
+                f"variables: 'params' has no norm for {'/'.join(layer)} under {_CONSTRAINED!r}; take it from init.",
+            )
+            started[layer] = one.start(self._raw(layer), norms[*layer, "norm"] if is_learned else one.norm)
+        return nested(started, "state")
+
+    @nn.nowrap
+    def _raw(self, layer: tuple) -> jax.Array:
+        return jnp.asarray(nn.meta.unbox(flatten_dict(self.variables["params"])[(*layer, "kernel")]))
+
+
+class Survey(nn.Module):
+    """Calls a module and notes what the rules say of its layers; traced, and thrown away."""
+
+    module: nn.Module
+    rules: tuple[Rule, ...]
+    note: Callable[[tuple, _Wrapped], None]
+
+    @nn.compact
+    def __call__(self, *args, **options):
+        inside, matched = [], {}
+
+        def record(call, args, options, context):
+            layer, path = context.module, context.module.path[1:]
+            if inside or context.method_name != "__call__":
+                return call(*args, **options)
+            is_held = isinstance(layer, (Normalized, Constrained))
+            rule = None if is_held else next((rule for rule in self.rules if rule.matches(path, layer)), None)
+            if rule is None and not is_held:
+                return call(*args, **options)
+            inside.append(layer)
+            outputs = call(*args, **options)
+            inside.pop()
+            if rule is not None:
+                matched[path] = rule, layer.clone(parent=None, name=None), layer.get_variable("params", "kernel")
+            return outputs
+
+        with nn.intercept_methods(record):
+            self.module(*args, **options)
+        for path, (rule, layer, kernel) in matched.items():
+            with errors_named(".".join(path) or type(layer).__name__):
+                wrapper = rule.wrap(path, layer)
+                ensure(
+                    isinstance(wrapper, Normalized),
+                    f"wrap: got a {type(wrapper).__name__}, expected a StableRankNorm or a SpectralNorm.",
+                )
+                wrapper.kind()
+                ensure(kernel is not None, "it has no parameter 'kernel'.")
+                blank = wrapper.described(jnp.shape(nn.meta.unbox(kernel)))
+            # The state is under the layer's path and one name more.
+            self.note(path, _Wrapped(rule, layer, blank.replace(layer=(len(path) + 1, path)), wrapper.norm))

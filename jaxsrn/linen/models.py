@@ -1,0 +1,176 @@
+"""Whole models of Flax Linen: every matching layer wrapped, stepped or folded, and which operators the layers are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any
+
+from flax import linen as nn
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from jaxsrn._tools.checks import ensure
+from jaxsrn.linen.constrained import Constrained, Rule, Survey
+from jaxsrn.linen.wrappers import (
+    COLLECTION,
+    LAYERS,
+    LEARNED,
+    Normalized,
+    nested,
+    stepped,
+    trace_keys,
+    written,
+)
+from jaxsrn.normalization.training.wrapping import CallRecord, trace
+from jaxsrn.operators.base import Operator
+
+__all__ = ["constrain", "fold", "layer_operators", "refresh"]
+
+
+def constrain(module: nn.Module, wrap: Callable[[tuple, nn.Module], nn.Module], where: Any = LAYERS) -> nn.Module:
+    """The model with every matching layer wrapped.
+
+        ops = layer_operators(module, variables, x)
+        shape = lambda path: getattr(ops[(*path, "kernel")], "input_shape", None)
+        model = constrain(module, lambda path, layer: SpectralNorm(layer, input_shape=shape(path)))
+
+    Modules of Linen are descriptions, and most have no layers before they are called. So the result is a module around
+    `module` that, when it is called, hands it parameters whose kernels are normalized. The state of a layer is stepped
+    once a call, also where the layer is used several times in it. Paths of the parameters stay those of `module`;
+    states, and learned norms among the parameters, are under `"constrained"`. Methods other than `__call__` read the
+    weights by `fold`.
+
+    Args:
+      module: any module; layers inside wrappers, or inside constrained modules, are left alone.
+      wrap: `(path, layer) -> wrapper`, the path as `flax.traverse_util.flatten_dict(variables["params"])` names it. It
+        is asked where the states are born: in `init`, or in the first `apply` with `"stable_rank"` missing and mutable.
+        Layers that this call does not reach stay as they are.
+      where: which layers: an NNX filter, as a type, a tuple of types, or a predicate `(path, layer) -> bool`.
+
+    Returns:
+      A module with the call of `module`, for `init`, `apply`, `refresh`, `fold` and `layer_operators`. In `apply` the
+      states are stepped where the collection `"stable_rank"` is mutable.
+
+    Raises:
+      ValueError: when called: nothing matches, or what `wrap` raises, with the path.
+    """
+    if isinstance(module, Constrained):
+        return Constrained(module.module, (*module.rules, Rule(wrap, where)))
+    return Constrained(module, (Rule(wrap, where),))
+
+
+def fold(module: nn.Module, variables: Mapping) -> dict:
+    """The variables of the plain model, with the very weights that a reading forward of `module` uses.
+
+    Pure and differentiable: inside a loss, fold once and unroll a recurrence over the result.
+
+    Paths: where a wrapper holds its layer (`.../wrapper/layer/kernel`: made in `setup`, or outside of any module), the
+    layer takes the wrapper's place (`.../wrapper/kernel`), as it does where the plain model is written without the
+    wrapper. In a compact method Flax makes the layer a neighbour of its wrapper (`.../Conv_0/kernel`), so there it
+    keeps its path. Learned norms and the collection `"stable_rank"` are gone; all else stays.
+
+    Args:
+      module: the model with wrappers.
+      variables: its variables, `"stable_rank"` included. Layers stacked by `nn.vmap` or `nn.scan` are stacked along
+        axis 0 in both collections.
+
+    Returns:
+      Variables for `apply` of the same architecture written without wrappers.
+
+    Raises:
+      ValueError: no collection `"stable_rank"`, a layer wrapped twice, or kernels that are stacked otherwise.
+    """
+    params, places = dict(flatten_dict(variables["params"])), {}
+    for wrapper, (layer, kernel, state) in stepped(module, variables).items():
+        ensure(layer not in places, f"{written(layer, module)}: it has several wrappers, expected one.")
+        places[layer] = wrapper if state.layer[0] == 0 else layer
+        if state.norm == LEARNED:
+            del params[(*wrapper, "norm")]
+        params[(*layer, "kernel")] = kernel
+    plain = unflatten_dict({_replaced(path, places): leaf for path, leaf in params.items()})
+    return {**{name: variables[name] for name in variables if name != COLLECTION}, "params": plain}
+
+
+def refresh(module: nn.Module, variables: Mapping) -> dict:
+    """The variables after one step of the state of every wrapper in `module`, without a forward.
+
+    Pure: as `jaxsrn.nnx.refresh`, but that the new variables are returned.
+
+    Args, errors: as `fold`, and a layer may have several wrappers.
+    """
+    states = {wrapper: state for wrapper, (_, _, state) in stepped(module, variables).items()}
+    return {**variables, COLLECTION: nested(states, "state")}
+
+
+def _replaced(path: tuple, places: Mapping[tuple, tuple]) -> tuple:
+    """A path in the plain model."""
+    return next((places[path[:n]] + path[n:] for n in range(len(path)) if path[:n] in places), path)
+
+
+def layer_operators(
+    module: nn.Module,
+    variables: Mapping,
+    *inputs,
+    computes: Mapping[type, type | None] = MappingProxyType({}),
+    **options,
+) -> Mapping[tuple, Operator]:
+    """Which operator every layer of a model is, by tracing the model on the shapes of its inputs.
+
+    Args:
+      module: any module. Wrapped layers appear with the operator of their wrapper.
+      variables: of `init`, or their shapes.
+      *inputs: as for `module.apply(variables, *inputs, **options)`; arrays or `jax.ShapeDtypeStruct`s, and whatever
+        else the module takes (a flag `train`), which is passed on as it is.
+      computes: `{class: class of Flax}`: whose map the layers of another class compute (as the wrappers' option), or
+        `None` to leave them out.
+      **options: keyword arguments of `module.apply`, passed on as the inputs are.
+
+    Returns:
+      `{path to the kernel: operator}`, the paths as `flax.traverse_util.flatten_dict(variables["params"])` names them;
+      for layers stacked by `nn.vmap` or `nn.scan`, that of one of them. Left out: layers that the inputs do not reach,
+      and those whose kernel is stored in another shape than the operator's (`nn.DenseGeneral` of several axes, a
+      circular `nn.ConvTranspose` with strides and `transpose_kernel=False`).
+
+    Raises:
+      ValueError: a layer called with images of different sizes, one that is no operator, or one whose map may be
+        another (as those of `nn.vmap(nn.Dense)`); the message names it.
+    """
+    calls = CallRecord(LAYERS, computes)
+    inside, constrained = [], []
+
+    def called(stack, layer, call, args, kwargs):
+        stack.append(layer)
+        outputs = call(*args, **kwargs)
+        stack.pop()
+        return outputs
+
+    def record(call, args, kwargs, context):
+        layer = context.module
+        if inside or context.method_name != "__call__":
+            return call(*args, **kwargs)
+        if isinstance(layer, Constrained):
+            return called(constrained, layer, call, args, kwargs)
+        if isinstance(layer, Survey):
+            return called(inside, layer, call, args, kwargs)
+        if isinstance(layer, Normalized):
+            outputs = called(inside, layer, call, args, kwargs)
+            held = layer.get_variable(COLLECTION, "state").constraint.layer_map
+            calls.found[(*layer.layer.path, "kernel")] = held
+            return outputs
+        outputs = call(*args, **kwargs)
+        path = (*layer.path, "kernel")
+        held = {path: seen for outer in constrained for path, seen in outer.layer_maps().items()}
+        if path in held:
+            calls.found[path] = held[path]
+        elif calls.concerns(layer):
+            kernel = nn.meta.unbox(layer.get_variable("params", "kernel"))
+            calls.note(path, layer, kernel.shape, next(iter((*args, *kwargs.values()))))
+        return outputs
+
+    def run(variables, inputs, options):
+        rngs = {**trace_keys(), **options.get("rngs", {})}
+        with nn.intercept_methods(record):
+            module.apply(variables, *inputs, **{"mutable": nn.DenyList("params"), **options, "rngs": rngs})
+
+    trace(run, variables, inputs, options)
+    return calls.operators()
