@@ -143,9 +143,9 @@ class StableRankNorm(_Normalized):
 class SpectralNorm(_Normalized):
     """A layer with prescribed spectral norm: that of the whole linear map, not of the kernel flattened to a matrix.
 
-    As `StableRankNorm` without a target for the stable rank: the kernel is only rescaled, by one pass of
-    `jaxsrn.srnc_step`. The raw kernel stays the parameter and is never overwritten; the state is converged from the
-    start, and follows the layer by frequency power iteration (circular) or power steps of a few images.
+    As `StableRankNorm` without a target for the stable rank: the kernel is only rescaled, after two power
+    steps of `jaxsrn.srnc_step`. The raw kernel stays the parameter and is never overwritten; the state is converged
+    from the start, and follows the layer by frequency power iteration (circular) or power steps of a few images.
 
     Args, errors: as `StableRankNorm`. The gradient is exact with either choice.
     """

@@ -16,6 +16,7 @@ from sklearn.datasets import load_digits
 
 import jaxsrn
 import jaxsrn.nnx as jnnx
+from jaxsrn.normalization.training import step as training_step
 from jaxsrn.operators.flax_layers import kind_of, layer_map
 
 IMAGES = ((load_digits().data / 16).astype(np.float32).reshape(-1, 8, 8, 1), load_digits().target)
@@ -109,6 +110,28 @@ def test_a_wrapped_layer_has_norm_one_from_the_first_forward(name):
     in_shape = (*(shape or ()), layer.in_features) if isinstance(layer.in_features, int) else (2, 3)
     wrapped = jnnx.SpectralNorm(layer, input_shape=shape, rngs=nnx.Rngs(0))
     np.testing.assert_allclose(norm_and_rank(wrapped, in_shape)[0], 1, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("wrap", "shape", "expected"),
+    [
+        (jnnx.SpectralNorm, None, 2),
+        (jnnx.SpectralNorm, (5,), 2),
+        (functools.partial(jnnx.StableRankNorm, fraction=0.6), None, 2),
+        # A pass, and another one that is traced for where another pair takes over.
+        (functools.partial(jnnx.StableRankNorm, fraction=0.6), (5,), 2),
+    ],
+    ids=["linear, norm", "conv, norm", "linear", "conv"],
+)
+def test_power_steps_of_a_forward(wrap, shape, expected, monkeypatch):
+    """Counted as they are traced: two of matrices, and for the norm alone."""
+    steps, follow = [], training_step.follow
+    layer = conv(4, 7, 3) if shape else nnx.Linear(11, 7, rngs=nnx.Rngs(0))
+    wrapped = wrap(layer, input_shape=shape)
+    monkeypatch.setattr(training_step, "follow", lambda *args: steps.append(args) or follow(*args))
+    jax.clear_caches()
+    wrapped(jnp.ones((1, *(shape or ()), layer.in_features)))
+    assert len(steps) == expected
 
 
 @pytest.mark.parametrize(

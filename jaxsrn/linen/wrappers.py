@@ -178,7 +178,7 @@ class StableRankNorm(Normalized):
 class SpectralNorm(Normalized):
     """A layer with prescribed spectral norm: that of the whole linear map, not of the kernel flattened to a matrix.
 
-    As `StableRankNorm` without a target for the stable rank: the kernel is only rescaled, by one pass of
+    As `StableRankNorm` without a target for the stable rank: the kernel is only rescaled, after two power steps of
     `jaxsrn.srnc_step`. The raw kernel stays the parameter and is never overwritten; the state is converged from `init`
     on, and follows the layer by frequency power iteration (circular) or power steps of a few images.
 

@@ -38,8 +38,9 @@ __all__ = [
 _GRADIENTS = ("frozen", "implicit")
 _START_PASSES = 10
 _MAX_PASSES = 500
-# Of a step for the norm alone: without a stable rank to lower, the next singular values lie close below it.
-_NORM_PASSES = 2
+# Power steps where the leading singular values may lie close together, and one lags: of matrices, and for the norm
+# alone, where no stable rank is lowered.
+_CLOSE_STEPS = 2
 
 
 class SRNCState(NamedTuple):
@@ -84,7 +85,7 @@ def srnc_step(
     norm=1.0,
     cap: bool = False,
     gradient: str = "frozen",
-    num_steps: int = 1,
+    num_steps: int | None = None,
 ):
     """Stable rank normalization in training: `(normalized kernel, new state)`, at the cost of a few images.
 
@@ -94,14 +95,14 @@ def srnc_step(
     own stable rank is not above the target it is only rescaled to the norm. Where the pair allows no such kernel
     (an infeasible target) it is the one of the lowest stable rank for that pair.
 
-    Dense layers: exactly Algorithm 2 of Sanyal, Torr, Dokania 2020. Any other layer: Zheng et al. 2025, eq. 7, one
-    pass of the iteration of `srnc`, or two where another pair takes over; the power step is one on the kernel
-    normalized with the stored pair, and next to it the pairs that may overtake are kept. With an infinite target so
-    they are for dense layers too, by two steps each time: far closer than by power iteration alone. Problem (7) is
-    not convex, and what is followed is a local solution: where the kernel's own stable rank falls just below the
-    target, a result that meets both constraints may stay for a while although the kernel itself would do. Pure, and
-    without randomness: the same kernel and state give the same result, so a caller that keeps the old state has read
-    only.
+    Dense layers: Algorithm 2 of Sanyal, Torr, Dokania 2020, with two power steps for its one. Any other layer: Zheng
+    et al. 2025, eq. 7, one pass of the iteration of `srnc`, or two where another pair takes over; the power step is
+    one on the kernel normalized with the stored pair, and next to it the pairs that may overtake are kept. With an
+    infinite target so they are for dense layers too, and every layer takes two power steps: far closer than by power
+    iteration alone. Problem (7) is not convex, and what is followed is a local solution: where the kernel's own stable
+    rank falls just below the target, a result that meets both constraints may stay for a while although the kernel
+    itself would do. Pure, and without randomness: the same kernel and state give the same result, so a caller that
+    keeps the old state has read only.
 
     Args:
       kernel: `(c_in, c_out)` or `(*taps, c_in // groups, c_out)`.
@@ -115,7 +116,8 @@ def srnc_step(
         the norm, not for the kernel (it leaves out how the vectors turn). `"implicit"`: the derivative of the
         converged step by the implicit function theorem, at the cost of a linear system in the vectors, some tens of
         further power steps; the frozen one where that system is singular (the two leading values meet).
-      num_steps: static; steps of the pair before the kernel is normalized with it, the published number by default.
+      num_steps: static; power steps of the pair before the kernel is normalized with it. By default two for dense
+        layers and for the norm alone, whose leading singular values may lie close together, otherwise one.
 
     Returns:
       The kernel, in its dtype (taps that meet no sample as they were), and the new state. Derivatives go through
@@ -127,6 +129,8 @@ def srnc_step(
     """
     kernel, target, norm = _checked(kernel, op, target, norm, cap)
     check_gradient(gradient)
+    is_close = target is None or op.normalization_keeps_pairs
+    num_steps = (_CLOSE_STEPS if is_close else 1) if num_steps is None else static_int(num_steps, "num_steps")
     track = track_shapes(op, kernel.shape, _is_watched(op, target))
     expected = SRNCState(track, track if _follows_own(op, target, norm, cap) else None)
     ensure(
@@ -134,7 +138,7 @@ def srnc_step(
         f"state: it does not fit a kernel of shape {kernel.shape} with {op}, {norm=}, {cap=}; take it from "
         "srnc_state with the same arguments.",
     )
-    return _srnc_step(kernel, state, op, target, norm, bool(cap), gradient, static_int(num_steps, "num_steps"))
+    return _srnc_step(kernel, state, op, target, norm, bool(cap), gradient, num_steps)
 
 
 def check_gradient(gradient: str) -> None:
@@ -249,9 +253,7 @@ def _in_precision_of(kernel: Float[Array, "..."], leaf: jax.Array) -> jax.Array:
 
 def _followed(a: Float[Array, "..."], op: Operator, target, track: Track) -> Track:
     """The track, a step further on the kernel normalized with its pair."""
-    if target is None:
-        return functools.reduce(lambda track, _: follow(a, op, track), range(_NORM_PASSES), track)
-    if op.normalization_keeps_pairs:
+    if target is None or op.normalization_keeps_pairs:
         # The normalized kernel has the same pairs.
         return follow(a, op, track)
 

@@ -10,15 +10,11 @@ import jax
 
 from jaxsrn._tools.checks import ensure, errors_named
 from jaxsrn.normalization.training.step import SRNCState, check_gradient, srnc_state, srnc_step
-from jaxsrn.operators.base import Dense, Operator
+from jaxsrn.operators.base import Operator
 from jaxsrn.operators.flax_layers import FlaxLayers, LayerMap, kind_of, layer_map, layer_name
 from jaxsrn.spectra.ranks import target_of
 
 __all__ = ["CallRecord", "Constraint", "target_for", "trace"]
-
-# Power steps of a matrix at every forward. The one of Sanyal's algorithm lags where the two leading singular values are
-# close, and steps of matrices are cheap.
-_DENSE_STEPS = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,8 +42,7 @@ class Constraint:
     def step(self, kernel: jax.Array, state: SRNCState, norm) -> tuple[jax.Array, SRNCState]:
         """The normalized kernel by the state, and the next state."""
         op, raw = self.layer_map.op, self.layer_map.to_operator(kernel)
-        steps = _DENSE_STEPS if isinstance(op, Dense) else 1
-        options = {"norm": norm, "cap": self.cap, "gradient": self.gradient, "num_steps": steps}
+        options = {"norm": norm, "cap": self.cap, "gradient": self.gradient}
         normalized, state = srnc_step(raw, state, op, self.target, **options)
         return self.layer_map.to_layer(normalized), state
 
