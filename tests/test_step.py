@@ -131,6 +131,24 @@ def test_the_derivative_at_zero_is_that_of_the_identity(op_shape, target, option
         np.testing.assert_array_equal(slope, direction)
 
 
+@pytest.mark.parametrize("op_shape", [CIRCULAR, SAME], ids=["circular", "same"])
+def test_what_follows_a_zero_kernel_is_mostly_the_exact_solution(op_shape):
+    """The pair of a zero kernel is arbitrary; the kernels after it would be bound to local solutions further off."""
+    op, shape = op_shape
+    zero, kernels, cosines = jnp.zeros(shape), gaussian((16, *shape)), []
+    step = jax.jit(lambda kernel, state, target: srnc_step(kernel, state, op, target))
+    for kernel in kernels:
+        matrix = dense(kernel, op)
+        target = jnp.asarray(share_of_own(kernel, op, 0.7))
+        _, state = step(zero, srnc_state(zero, op, target), target)
+        for _ in range(30):
+            normalized, state = step(kernel, state, target)
+        ours, exact = (dense(np.asarray(k), op) for k in (normalized, jaxsrn.srnc(kernel, op, target).kernel))
+        cosines.append([np.sum(found * matrix) / np.linalg.norm(found) for found in (ours, exact)])
+    ours, exact = np.transpose(cosines)
+    assert np.median(ours / exact) > 0.999
+
+
 @pytest.mark.parametrize("op_shape", [CIRCULAR, SAME, (Dense(), (4, 5))], ids=["circular", "same", "dense"])
 def test_kernels_within_their_limits_are_returned_to_the_last_bit(op_shape):
     op, shape = op_shape

@@ -178,7 +178,8 @@ def _srnc_state(kernel, op, target, follows_own):
     problem, own = problem_of(a, op, target)
     unchanged = problem.inner(a, a) <= target * problem.norm**2
     pair = jax.tree.map(lambda a, b: jnp.where(unchanged, a, b), own, _best_start(problem, op, own))
-    return SRNCState(_converged(a, op, target, pair), start_track(a, op, own, True) if follows_own else None)
+    track = _without_pair_of_zero(a, _converged(a, op, target, pair))
+    return SRNCState(track, start_track(a, op, own, True) if follows_own else None)
 
 
 def _best_start(problem: Problem, op: Operator, own: Pair) -> Pair:
@@ -262,4 +263,15 @@ def _followed(a: Float[Array, "..."], op: Operator, target, track: Track) -> Tra
 
     new = one_pass(track)
     # Where another pair takes over, the kernel normalized with that one is another kernel, and has yet to be followed.
-    return lax.cond(has_turned(track.pair, new.pair), one_pass, lambda new: new, new)
+    new = lax.cond(has_turned(track.pair, new.pair), one_pass, lambda new: new, new)
+    return _without_pair_of_zero(a, new)
+
+
+def _without_pair_of_zero(a: Float[Array, "..."], track: Track) -> Track:
+    """The track with a pair of zeros where the kernel is zero.
+
+    A zero kernel has no leading pair, and from an arbitrary one the next kernel would be led to a poor local solution.
+    From zeros the closed form is that kernel itself, up to its scale: the pair starts as the kernel's own.
+    """
+    is_zero = jnp.all(a == 0)
+    return track._replace(pair=jax.tree.map(lambda leaf: jnp.where(is_zero, jnp.zeros_like(leaf), leaf), track.pair))
