@@ -102,7 +102,7 @@ def ours(case: Case, limit: float) -> Found:
         case.kernel, CircularConv(case.image), limit, tolerance=case.tolerance, max_steps=case.ours
     )
     kernel = np.asarray(result.kernel)
-    return Found(kernel, float(result.residual), int(result.num_steps), time.perf_counter() - start)
+    return Found(kernel, float(result.gap), int(result.num_steps), time.perf_counter() - start)
 
 
 def dykstra(case: Case, limit: float, residual: float) -> Found:

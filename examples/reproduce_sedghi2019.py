@@ -237,7 +237,7 @@ def attempts(kernel: np.ndarray, op: CircularConv, limit: float, tolerance: floa
     once = clip_once(kernel, op, limit)
     often = functools.reduce(lambda now, _: clip_once(now, op, limit), range(steps - 1), once)
     often = often * np.float32(min(1.0, limit / float(jaxsrn.spectral_norm(often, op))))
-    title = f"projection, residual {float(projected.residual):.1e}"
+    title = f"projection, gap {float(projected.gap):.1e}"
     return [
         clipped("one pass", once, 1),
         clipped("passes, then scaled", often, steps),

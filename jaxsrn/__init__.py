@@ -7,25 +7,32 @@ which linear map it stands for. The modules `bounds`, `optim`, `penalties`, `sph
 
 import importlib
 
-from jaxsrn.normalization.lowering import srnc
-from jaxsrn.normalization.matrices import srn
-from jaxsrn.normalization.result import SRNResult
-from jaxsrn.normalization.tanay import srnc_tanay
-from jaxsrn.normalization.training.step import SRNCState, srnc_state, srnc_step
-from jaxsrn.operators.base import Dense
-from jaxsrn.operators.convolutions import CircularConv, ZeroPaddedConv
-from jaxsrn.projections.spectral_ball import ProjectionResult, clip_singular_values, project_spectral_ball
-from jaxsrn.spectra.norms import SingularTriplet, leading_triplet, spectral_norm
-from jaxsrn.spectra.ranks import stable_rank, stable_rank_range
-from jaxsrn.spectra.values import singular_values, symbol, top_singular_values
+from jaxsrn.normalization import SRNResult, srn, srnc, srnc_tanay
+from jaxsrn.normalization.training import SRNCState, srnc_state, srnc_step
+from jaxsrn.operators import CircularConv, Dense, Operator, ZeroPaddedConv
+from jaxsrn.projections import ProjectionResult, clip_singular_values, project_spectral_ball
+from jaxsrn.spectra import (
+    SingularTriplet,
+    StableRankRange,
+    leading_triplet,
+    singular_values,
+    spectral_norm,
+    stable_rank,
+    stable_rank_range,
+    symbol,
+    target_of_fraction,
+    top_singular_values,
+)
 
 __all__ = [
     "CircularConv",
     "Dense",
+    "Operator",
     "ProjectionResult",
     "SRNCState",
     "SRNResult",
     "SingularTriplet",
+    "StableRankRange",
     "ZeroPaddedConv",
     "bounds",
     "clip_singular_values",
@@ -45,6 +52,7 @@ __all__ = [
     "stable_rank_range",
     "surrogate",
     "symbol",
+    "target_of_fraction",
     "top_singular_values",
 ]
 

@@ -9,7 +9,6 @@ The wrappers hold no mathematics: every forward calls `jaxsrn.srnc_step` on the 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
@@ -161,7 +160,7 @@ class SpectralNorm(_Normalized):
         computes: type | None = None,
         rngs: nnx.Rngs | None = None,
     ):
-        super().__init__(layer, norm, Constraint(_map_of(layer, input_shape, computes), math.inf, bool(cap), gradient))
+        super().__init__(layer, norm, Constraint(_map_of(layer, input_shape, computes), None, bool(cap), gradient))
 
 
 def _map_of(layer, input_shape, computes) -> LayerMap:

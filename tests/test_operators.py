@@ -26,7 +26,7 @@ SOME = by_name("dense-tall", "circular-2d-strides", "same-1d", "transposed-2d")
 @quick_jit
 def matrix_and_adjoints(kernel, op, x, y):
     """The explicit matrix, `T(K)^T y` and `grad_K <y, T(K) x>`."""
-    return op.to_dense(kernel), op.transpose(kernel, y), op.kernel_gradient(kernel.shape, x, y)
+    return op.to_dense(kernel), op.transpose(kernel, y), op._kernel_gradient(kernel.shape, x, y)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -58,7 +58,7 @@ def test_the_adjoints_are_convolutions_in_the_layout_of_the_map(case):
     in_shape, out_shape = cases.shapes(case.kernel_shape, case.op)
 
     def products(kernel, x, y):
-        return case.op.apply(kernel, x), case.op.transpose(kernel, y), case.op.kernel_gradient(case.kernel_shape, x, y)
+        return case.op.apply(kernel, x), case.op.transpose(kernel, y), case.op._kernel_gradient(case.kernel_shape, x, y)
 
     found, fast = layouts(case, products, kernel(case), jnp.zeros(in_shape), jnp.zeros(out_shape))
     assert found == fast
@@ -66,7 +66,7 @@ def test_the_adjoints_are_convolutions_in_the_layout_of_the_map(case):
 
 def pulled_back(op, kernel, x, y):
     """The derivatives of all three products in reverse mode."""
-    gradient = functools.partial(op.kernel_gradient, kernel.shape)
+    gradient = functools.partial(op._kernel_gradient, kernel.shape)
     products = (op.apply, (kernel, x), y), (op.transpose, (kernel, y), x), (gradient, (x, y), kernel)
     return [jax.vjp(function, *arguments)[1](cotangent) for function, arguments, cotangent in products]
 
@@ -235,7 +235,7 @@ def test_any_one_dimensional_geometry(n, taps, stride, input_dilation, kernel_di
     shape = (taps, 1, 1)
     if (n - 1) * input_dilation + 1 + sum(pads) < (taps - 1) * kernel_dilation + 1:
         with pytest.raises(ValueError, match="leave no output"):
-            op.check_kernel_shape(shape)
+            op._check_kernel_shape(shape)
         return
     weights = gaussian(shape)
     dense, _ = dense_and_wrapped(jnp.asarray(weights), op)
@@ -428,7 +428,7 @@ CIRCULAR, PADDED = CircularConv((4, 4)), ZeroPaddedConv((4, 4))
 def test_bad_kernel_shapes(op, shape, message):
     weights = jnp.ones(shape)
     for call in (
-        lambda: op.check_kernel_shape(shape),
+        lambda: op._check_kernel_shape(shape),
         lambda: op.frobenius_weights(shape),
         lambda: op.to_dense(weights),
         lambda: op.apply(weights, jnp.ones((4, 4, 1))),

@@ -1,6 +1,7 @@
 """Optimisers on the sphere against hand-written numpy loops, eigenvectors, and optax itself."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -434,3 +435,43 @@ def test_gradients_must_fit():
     for optimizer in (sphere_sgd(0.1), sphere_sgd(0.1, momentum=0.5)):
         with pytest.raises(ValueError, match=r"got shapes \(5,\), \(3,\), expected equal ones"):
             step(optimizer, {"x": points()["vector"]}, {"x": jnp.ones(3)})
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        lambda axis: on_sphere(optax.sgd(0.1), axis=axis),
+        lambda axis: sphere_sgd(0.1, axis=axis),
+        lambda axis: sphere_sgd(0.1, momentum=0.5, axis=axis),
+    ],
+    ids=["on_sphere", "sgd", "momentum"],
+)
+@pytest.mark.parametrize("axis", [-1, 0, (0, 2)], ids=str)
+def test_a_batch_of_points_moves_as_each_point_alone(optimizer, axis):
+    """Along an axis every point descends on its own, as it does in a leaf of its own."""
+    points, matrix = jnp.asarray(gaussian((3, 4, 5))), jnp.asarray(gaussian((3, 4, 5), 1))
+    batch = [a for a in range(3) if a not in {i % 3 for i in np.atleast_1d(axis)}]
+
+    def descend(optimizer, x, matrix):
+        state = optimizer.init(x)
+        for _ in range(4):
+            gradient = jax.grad(lambda x: jnp.sum(jnp.sin(matrix * x)))(x)
+            updates, state = optimizer.update(gradient, state, x)
+            x = optax.apply_updates(x, updates)
+        return x
+
+    together = descend(optimizer(axis), points, matrix)
+    norms = np.sqrt(np.sum(together**2, axis=axis))
+    np.testing.assert_allclose(norms, 1, rtol=1e-12)
+    for index in itertools.product(*(range(points.shape[a]) for a in batch)):
+        place = [slice(None)] * 3
+        for a, i in zip(batch, index, strict=True):
+            place[a] = i
+        place = tuple(place)
+        alone = descend(optimizer(None), points[place], matrix[place])
+        np.testing.assert_allclose(together[place], alone, rtol=1e-12, atol=1e-14)
+
+
+def test_an_axis_that_a_leaf_lacks():
+    with pytest.raises(ValueError, match="axis: got 2 for shape"):
+        on_sphere(optax.sgd(0.1), axis=2).init(jnp.ones((3, 3)))

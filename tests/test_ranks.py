@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxsrn import CircularConv, Dense, ZeroPaddedConv, stable_rank, stable_rank_range
-from jaxsrn.spectra.ranks import target_of
+from jaxsrn.spectra.ranks import target_of_fraction
 
 CIRCULAR = [case for case in CASES if isinstance(case.op, CircularConv)]
 PADDED = [case for case in CASES if isinstance(case.op, ZeroPaddedConv)]
@@ -387,6 +387,6 @@ def test_kernels_must_be_real_and_floating(dtype):
 
 def test_a_fraction_where_all_kernels_have_the_same_stable_rank():
     """Such as a head of one unit, whose matrix has rank one."""
-    assert target_of(0.3, (8, 1), Dense()) == 1
+    assert target_of_fraction(0.3, (8, 1), Dense()) == 1
     with pytest.raises(ValueError, match=r"fraction: got 0.05, expected at least 0.0555556"):
-        target_of(0.05, (3, 3, 2, 3), CircularConv((8, 8)))
+        target_of_fraction(0.05, (3, 3, 2, 3), CircularConv((8, 8)))

@@ -38,9 +38,9 @@ class Counting(ZeroPaddedConv):
         self._count(kernel.shape, y)
         return self.silent.transpose(kernel, y, precision=precision)
 
-    def kernel_gradient(self, kernel_shape, x, y, **options):
+    def _kernel_gradient(self, kernel_shape, x, y, **options):
         self._count(kernel_shape, x)
-        return self.silent.kernel_gradient(kernel_shape, x, y, **options)
+        return self.silent._kernel_gradient(kernel_shape, x, y, **options)
 
     def _count(self, kernel_shape, images):
         # The factor is that of image and taps, which a layer of fewer channels shares: the kernel's size is enough.

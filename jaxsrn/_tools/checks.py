@@ -65,7 +65,7 @@ def kernel_array(kernel, op) -> jax.Array:
         jnp.issubdtype(kernel.dtype, jnp.floating),
         f"kernel: got dtype {kernel.dtype}, expected a real floating-point array; cast it with .astype(jnp.float32).",
     )
-    op.check_kernel_shape(kernel.shape)
+    op._check_kernel_shape(kernel.shape)
     return kernel
 
 

@@ -55,7 +55,7 @@ def covers(kernel: Float[Array, "..."], op: Operator, any_size: bool) -> list[tu
 
 def _cover(op: ZeroPaddedConv, kernel_shape, strides: tuple[int, ...]) -> CircularConv:
     """The circular operator on the padded image, or a little more where the strides want it."""
-    padded = tuple(n + sum(pad) for n, pad in zip(op.dilated_shape, op.pads(kernel_shape), strict=True))
+    padded = tuple(n + sum(pad) for n, pad in zip(op._dilated_shape, op._pads(kernel_shape), strict=True))
     return circular_layer(op, kernel_shape, padded, strides)
 
 

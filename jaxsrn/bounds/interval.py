@@ -94,7 +94,7 @@ def _certified(kernel, op, resolution, any_size):
         else:
             lower = found[0].lower if isinstance(op, CircularConv) else _frozen_leading(kernel, op, **_LOWER_END)
         interval = NormInterval(lower, upper)
-    wide = widened(interval, kernel, may_cancel=any_size or op.distinct_shape(kernel.shape) != kernel.shape)
+    wide = widened(interval, kernel, may_cancel=any_size or op._distinct_shape(kernel.shape) != kernel.shape)
     return NormInterval(wide.lower * scale, wide.upper * scale)
 
 
@@ -124,12 +124,12 @@ def _lower_at_any_size(kernel: Float[Array, "..."], op: Operator) -> Float[Array
 
 def _always_connects(op: ZeroPaddedConv, kernel_shape: tuple[int, ...]) -> bool:
     """Whether at every image size some tap meets a sample (static): dilated taps may all miss a small image."""
-    for axis, extent in enumerate(op.extents(kernel_shape)):
+    for axis, extent in enumerate(op._extents(kernel_shape)):
         # Windows of a whole period of strides inside the image: from there on nothing new happens.
         for n in range(1, extent + op.strides[axis] * op.input_dilation[axis] + 1):
             sizes = (*op.input_shape[:axis], n, *op.input_shape[axis + 1 :])
             layer = dataclasses.replace(op, input_shape=sizes)
             outputs = layer.out_shape(kernel_shape)[axis]
-            if outputs > 0 and not any(len(tap.outputs) for tap in layer.axis_contacts(kernel_shape)[axis]):
+            if outputs > 0 and not any(len(tap.outputs) for tap in layer._axis_contacts(kernel_shape)[axis]):
                 return False
     return True

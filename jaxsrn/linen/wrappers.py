@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -187,7 +186,7 @@ class SpectralNorm(Normalized):
 
     @nn.nowrap
     def _target(self, seen: LayerMap) -> float:
-        return math.inf
+        return None
 
 
 def _raw_kernel(layer: nn.Module) -> jax.Array:

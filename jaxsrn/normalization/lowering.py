@@ -77,7 +77,7 @@ def srnc(
       ValueError: a kernel, target or `initial` that does not fit, aliased taps, raising without `keep_norm`.
     """
     kernel = kernel_array(kernel, op)
-    op.check_not_aliased(kernel.shape)
+    op._check_not_aliased(kernel.shape)
     dtype = float_dtype(kernel.dtype)
     target = positive_scalar(target, "target", dtype)
     tolerance = float(jnp.finfo(dtype).eps) ** 0.6 if tolerance is None else tolerance

@@ -65,7 +65,7 @@ def deviation(value, wanted):
 
 def in_own_scale(result: SRNResult, scale, kernel: Shaped[Array, "..."], op: Operator, unchanged) -> SRNResult:
     """The result for the kernel in its own scale and dtype; what is unchanged, to the last bit."""
-    keep = unchanged | jnp.asarray(op.tap_counts(kernel.shape) == 0)
+    keep = unchanged | jnp.asarray(op._tap_counts(kernel.shape) == 0)
     own = jnp.where(keep, kernel, (result.kernel * scale).astype(kernel.dtype))
     return result._replace(kernel=own, spectral_norm=result.spectral_norm * scale)
 

@@ -176,7 +176,7 @@ def _image_starts(problem: Problem, op: ZeroPaddedConv, own: Pair) -> Pair:
     """
     shape = problem.kernel.shape
     # Its frequencies are only where to start, so it need not be as large as the true image.
-    sizes = tuple(min(n, _MODEL_SIZE) for n in op.dilated_shape)
+    sizes = tuple(min(n, _MODEL_SIZE) for n in op._dilated_shape)
     model = circular_layer(op, shape, sizes, op.strides)
     norm = jnp.max(top_values(half_symbol(problem.kernel, model)))
     weights = model.frobenius_weights(shape, norm.dtype)

@@ -38,7 +38,7 @@ def srnc_tanay(kernel: Kernel, op: Operator, target) -> SRNResult:
       `stable_rank_range`, not that it was met.
     """
     kernel = kernel_array(kernel, op)
-    op.check_not_aliased(kernel.shape)
+    op._check_not_aliased(kernel.shape)
     return _srnc_tanay(kernel, op, positive_scalar(target, "target", float_dtype(kernel.dtype)))
 
 

@@ -39,10 +39,10 @@ class Operator(abc.ABC):
     """What `Dense`, `CircularConv` and `ZeroPaddedConv` have in common: the adjoints and the explicit matrix."""
 
     # Whether a kernel keeps its leading pair where its stable rank is lowered: only a matrix does.
-    normalization_keeps_pairs = False
+    _normalization_keeps_pairs = False
 
     @abc.abstractmethod
-    def check_kernel_shape(self, kernel_shape: tuple[int, ...]) -> None:
+    def _check_kernel_shape(self, kernel_shape: tuple[int, ...]) -> None:
         """Raises `ValueError` where a kernel of this shape does not fit the operator."""
 
     @abc.abstractmethod
@@ -54,7 +54,7 @@ class Operator(abc.ABC):
         """Shape of one output: `(c_out,)`, or `(*output_shape, c_out)`."""
 
     @abc.abstractmethod
-    def axis_contacts(self, kernel_shape: tuple[int, ...]) -> list[list[Contacts]]:
+    def _axis_contacts(self, kernel_shape: tuple[int, ...]) -> list[list[Contacts]]:
         """For every spatial axis and every tap on it, where the tap meets real input samples (static)."""
 
     @abc.abstractmethod
@@ -107,13 +107,13 @@ class Operator(abc.ABC):
         apply = functools.partial(self._apply, kernel.astype(dtype), precision=precision, layout=TO_TRANSPOSE_IN_IMAGES)
         return jax.linear_transpose(apply, jax.ShapeDtypeStruct(x_shape, dtype))(y.astype(dtype))[0]
 
-    def kernel_gradient(self, kernel_shape: tuple[int, ...], x, y, *, precision=lax.Precision.HIGHEST):
+    def _kernel_gradient(self, kernel_shape: tuple[int, ...], x, y, *, precision=None):
         """`grad_K <y, T(K) x>`: the adjoint in the kernel.
 
         Args:
           kernel_shape: the kernel's.
           x, y: `(*batch, *in_shape)` and `(*batch, *out_shape)`, of one dtype; the gradients of a batch are summed.
-          precision: as in `jax.lax.conv_general_dilated`; all digits by default.
+          precision: as `apply`.
 
         Returns:
           An array of `kernel_shape`.
@@ -131,31 +131,31 @@ class Operator(abc.ABC):
         Raises:
           ValueError: taps of a circular convolution that fall on each other (the weights are not diagonal then).
         """
-        self.check_kernel_shape(kernel_shape)
-        self.check_not_aliased(kernel_shape)
-        return jnp.asarray(self.tap_counts(kernel_shape), dtype=float if dtype is None else dtype)
+        self._check_kernel_shape(kernel_shape)
+        self._check_not_aliased(kernel_shape)
+        return jnp.asarray(self._tap_counts(kernel_shape), dtype=float if dtype is None else dtype)
 
-    def tap_counts(self, kernel_shape: tuple[int, ...]) -> np.ndarray:
+    def _tap_counts(self, kernel_shape: tuple[int, ...]) -> np.ndarray:
         """How often each tap meets a real input sample, `(*taps, 1, 1)`; 0 for taps without effect (static)."""
-        counts = [[len(tap.outputs) for tap in axis] for axis in self.axis_contacts(kernel_shape)]
+        counts = [[len(tap.outputs) for tap in axis] for axis in self._axis_contacts(kernel_shape)]
         return functools.reduce(np.multiply.outer, counts, np.ones(()))[..., None, None]
 
-    def distinct_shape(self, kernel_shape: tuple[int, ...]) -> tuple[int, ...]:
+    def _distinct_shape(self, kernel_shape: tuple[int, ...]) -> tuple[int, ...]:
         """`kernel_shape` without the taps that fall on others (circular convolutions reaching around the image)."""
         return tuple(kernel_shape)
 
-    def check_not_aliased(self, kernel_shape: tuple[int, ...]) -> None:
+    def _check_not_aliased(self, kernel_shape: tuple[int, ...]) -> None:
         """Raises `ValueError` where two taps act on the same sample everywhere."""
         ensure(
-            self.distinct_shape(kernel_shape) == tuple(kernel_shape),
+            self._distinct_shape(kernel_shape) == tuple(kernel_shape),
             f"kernel: taps of shape {tuple(kernel_shape)} reach around the image of {self} and fall on each other, "
-            f"expected at most {self.distinct_shape(kernel_shape)}; sum them first (op.wrap(kernel)) or use a larger "
+            f"expected at most {self._distinct_shape(kernel_shape)}; sum them first (op.wrap(kernel)) or use a larger "
             "image.",
         )
 
     def wrap(self, kernel: Kernel) -> Shaped[Array, "..."]:
         """The kernel with taps that fall on each other summed: the same map, up to a translation."""
-        for axis, (k, period) in enumerate(zip(kernel.shape, self.distinct_shape(kernel.shape), strict=True)):
+        for axis, (k, period) in enumerate(zip(kernel.shape, self._distinct_shape(kernel.shape), strict=True)):
             if k > period:
                 taps = jnp.moveaxis(kernel, axis, 0)
                 wrapped = jnp.zeros((period, *taps.shape[1:]), kernel.dtype).at[np.arange(k) % period].add(taps)
@@ -176,9 +176,9 @@ class Operator(abc.ABC):
 class Dense(Operator):
     """A dense layer `y = x @ kernel`, kernel `(c_in, c_out)` as Flax stores it."""
 
-    normalization_keeps_pairs = True
+    _normalization_keeps_pairs = True
 
-    def check_kernel_shape(self, kernel_shape):
+    def _check_kernel_shape(self, kernel_shape):
         ensure(
             len(kernel_shape) == 2 and min(kernel_shape) > 0,
             f"kernel: got shape {tuple(kernel_shape)}, expected (c_in, c_out) for Dense(); reshape it.",
@@ -190,7 +190,7 @@ class Dense(Operator):
     def out_shape(self, kernel_shape):
         return tuple(kernel_shape[1:])
 
-    def axis_contacts(self, kernel_shape):
+    def _axis_contacts(self, kernel_shape):
         return []
 
     def _apply_batch(self, kernel, x, precision, layout):

@@ -46,7 +46,7 @@ class _Conv(Operator):
         groups = int_tuple(self.feature_group_count, 1, "feature_group_count")[0]
         object.__setattr__(self, "feature_group_count", groups)
 
-    def check_kernel_shape(self, kernel_shape):
+    def _check_kernel_shape(self, kernel_shape):
         dims, groups = self.num_axes, self.feature_group_count
         ensure(
             len(kernel_shape) == dims + 2 and min(kernel_shape) > 0,
@@ -61,7 +61,7 @@ class _Conv(Operator):
     def in_shape(self, kernel_shape):
         return (*self.input_shape, kernel_shape[-2] * self.feature_group_count)
 
-    def extents(self, kernel_shape) -> tuple[int, ...]:
+    def _extents(self, kernel_shape) -> tuple[int, ...]:
         """Samples that the dilated taps span on each axis."""
         return tuple((k - 1) * d + 1 for k, d in zip(kernel_shape, self.kernel_dilation, strict=False))
 
@@ -121,26 +121,26 @@ class CircularConv(_Conv):
     def out_shape(self, kernel_shape):
         return (*self.grid, kernel_shape[-1])
 
-    def centre(self, kernel_shape) -> tuple[int, ...]:
+    def _centre(self, kernel_shape) -> tuple[int, ...]:
         """Samples before the output position that the first tap reaches (Flax's centring)."""
-        return tuple((extent - 1) // 2 for extent in self.extents(kernel_shape))
+        return tuple((extent - 1) // 2 for extent in self._extents(kernel_shape))
 
-    def axis_contacts(self, kernel_shape):
+    def _axis_contacts(self, kernel_shape):
         contacts = []
         for j, n in enumerate(self.input_shape):
             outputs = np.arange(self.grid[j])
-            first = outputs * self.strides[j] - self.centre(kernel_shape)[j]
+            first = outputs * self.strides[j] - self._centre(kernel_shape)[j]
             offsets = np.arange(kernel_shape[j]) * self.kernel_dilation[j]
             contacts.append([Contacts(outputs, (first + offset) % n) for offset in offsets])
         return contacts
 
-    def distinct_shape(self, kernel_shape):
+    def _distinct_shape(self, kernel_shape):
         # After this many taps the dilated offsets return to 0 modulo the image.
         periods = (n // math.gcd(n, d) for n, d in zip(self.input_shape, self.kernel_dilation, strict=True))
         return (*(min(k, period) for k, period in zip(kernel_shape, periods, strict=False)), *kernel_shape[-2:])
 
     def _apply_batch(self, kernel, x, precision, layout):
-        extents = self.extents(kernel.shape)
+        extents = self._extents(kernel.shape)
         pads = [((extent - 1) // 2, extent // 2) for extent in extents]
         x = jnp.pad(x, [(0, 0), *pads, (0, 0)], mode="wrap")
         return self._convolve(kernel, x, "VALID", None, precision, layout)
@@ -194,21 +194,21 @@ class ZeroPaddedConv(_Conv):
         object.__setattr__(self, "padding", normal)
 
     @property
-    def dilated_shape(self) -> tuple[int, ...]:
+    def _dilated_shape(self) -> tuple[int, ...]:
         """The image with `input_dilation - 1` zeros between its samples."""
         return tuple((n - 1) * d + 1 for n, d in zip(self.input_shape, self.input_dilation, strict=True))
 
-    def pads(self, kernel_shape) -> tuple[tuple[int, int], ...]:
+    def _pads(self, kernel_shape) -> tuple[tuple[int, int], ...]:
         """The padding as `(low, high)` pairs."""
-        extents = self.extents(kernel_shape)
+        extents = self._extents(kernel_shape)
         if self.padding == "CAUSAL":
             return ((extents[0] - 1, 0),)
         if isinstance(self.padding, str):
             return tuple(lax.padtype_to_pads(self.input_shape, extents, self.strides, self.padding))
         return self.padding
 
-    def check_kernel_shape(self, kernel_shape):
-        super().check_kernel_shape(kernel_shape)
+    def _check_kernel_shape(self, kernel_shape):
+        super()._check_kernel_shape(kernel_shape)
         ensure(
             min(self.out_shape(kernel_shape)) > 0,
             f"kernel: taps {tuple(kernel_shape[: self.num_axes])} leave no output on input_shape={self.input_shape} "
@@ -217,16 +217,16 @@ class ZeroPaddedConv(_Conv):
 
     def out_shape(self, kernel_shape):
         geometry = zip(
-            self.dilated_shape, self.pads(kernel_shape), self.extents(kernel_shape), self.strides, strict=True
+            self._dilated_shape, self._pads(kernel_shape), self._extents(kernel_shape), self.strides, strict=True
         )
         spatial = tuple((n + low + high - extent) // s + 1 for n, (low, high), extent, s in geometry)
         return (*spatial, kernel_shape[-1])
 
-    def axis_contacts(self, kernel_shape):
+    def _axis_contacts(self, kernel_shape):
         contacts = []
-        for j, n in enumerate(self.dilated_shape):
+        for j, n in enumerate(self._dilated_shape):
             outputs = np.arange(self.out_shape(kernel_shape)[j])
-            first = outputs * self.strides[j] - self.pads(kernel_shape)[j][0]
+            first = outputs * self.strides[j] - self._pads(kernel_shape)[j][0]
             axis = []
             for tap in range(kernel_shape[j]):
                 sample = first + tap * self.kernel_dilation[j]
@@ -236,4 +236,4 @@ class ZeroPaddedConv(_Conv):
         return contacts
 
     def _apply_batch(self, kernel, x, precision, layout):
-        return self._convolve(kernel, x, self.pads(kernel.shape), self.input_dilation, precision, layout)
+        return self._convolve(kernel, x, self._pads(kernel.shape), self.input_dilation, precision, layout)

@@ -244,7 +244,7 @@ def _convolution(layer, kernel_shape, shape) -> LayerMap:
         )
         return LayerMap(CircularConv(shape, **options), kernel_shape, kernel_shape)
     op = ZeroPaddedConv(shape, padding=padding, input_dilation=input_dilation, **options)
-    op.check_kernel_shape(kernel_shape)
+    op._check_kernel_shape(kernel_shape)
     return LayerMap(op, kernel_shape, kernel_shape)
 
 
@@ -265,14 +265,14 @@ def _transposed(layer, kernel_shape, shape) -> LayerMap:
     pads = _transposed_pads(padding, extents, strides)
     if not layer.transpose_kernel:
         op = ZeroPaddedConv(shape, padding=pads, input_dilation=strides, kernel_dilation=dilation)
-        op.check_kernel_shape(kernel_shape)
+        op._check_kernel_shape(kernel_shape)
         return LayerMap(op, kernel_shape, kernel_shape)
     outputs = [
         (n - 1) * s + 2 + low + high - e for n, s, e, (low, high) in zip(shape, strides, extents, pads, strict=True)
     ]
     adjoint_pads = tuple((e - 1 - low, e - 1 - high) for e, (low, high) in zip(extents, pads, strict=True))
     op = ZeroPaddedConv(outputs, padding=adjoint_pads, strides=strides, kernel_dilation=dilation)
-    op.check_kernel_shape(kernel_shape)
+    op._check_kernel_shape(kernel_shape)
     return LayerMap(op, kernel_shape, kernel_shape)
 
 

@@ -25,7 +25,7 @@ from jaxsrn.operators.layers import Layers, after, find_kernels, named_kernels, 
 from jaxsrn.projections.spectral_ball import project_spectral_ball
 from jaxsrn.spectra.pair import Pair
 from jaxsrn.spectra.pairs import pair_shapes
-from jaxsrn.spectra.ranks import target_of
+from jaxsrn.spectra.ranks import target_of_fraction
 
 __all__ = [
     "KeepState",
@@ -161,7 +161,7 @@ def in_the_ball(max_norm: Float[Array, ""]) -> Rule:
     """The projection on the kernels with a spectral norm of at most `max_norm`; remembers nothing."""
 
     def begin(op: Operator, kernel_shape, dtype):
-        op.check_not_aliased(kernel_shape)
+        op._check_not_aliased(kernel_shape)
         return ()
 
     def correct(kernels, op: Operator, memories):
@@ -180,12 +180,12 @@ def of_stable_rank(fraction: float) -> Rule:
     """
 
     def begin(op: Operator, kernel_shape, dtype):
-        op.check_not_aliased(kernel_shape)
-        target_of(fraction, kernel_shape, op)
+        op._check_not_aliased(kernel_shape)
+        target_of_fraction(fraction, kernel_shape, op)
         return _no_pair(op, kernel_shape, dtype) if isinstance(op, ZeroPaddedConv) else ()
 
     def correct(kernels, op: Operator, memories):
-        target = jnp.asarray(target_of(fraction, kernels.shape[1:], op), kernels.dtype)
+        target = jnp.asarray(target_of_fraction(fraction, kernels.shape[1:], op), kernels.dtype)
         if isinstance(op, ZeroPaddedConv):
             return _followed(kernels, op, target, memories)
         return jax.vmap(lambda kernel: srnc(kernel, op, target).kernel)(kernels), memories

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -31,30 +32,30 @@ def _map(function, updates, *trees):
     )
 
 
-def _point(leaf) -> Float[Array, "..."]:
-    """The point that a parameter stands for, `x / |x|` over the whole leaf, in float32 or wider."""
+def _point(leaf, axis) -> Float[Array, "..."]:
+    """The points that a parameter stands for, `x / |x|` along the axis, in float32 or wider."""
     leaf = jnp.asarray(leaf)
     ensure(
         jnp.issubdtype(leaf.dtype, jnp.floating),
         f"params: got a leaf of dtype {leaf.dtype}, expected real floating-point ones; leave it out with optax.masked.",
     )
     leaf = leaf.astype(float_dtype(leaf.dtype))
-    return retract(leaf, jnp.zeros_like(leaf), axis=None)
+    return retract(leaf, jnp.zeros_like(leaf), axis=axis)
 
 
-def _points(params):
+def _points(params, axis):
     """The points that the parameters stand for."""
     require_params(params)
-    return jax.tree.map(_point, params)
+    return jax.tree.map(lambda leaf: _point(leaf, axis), params)
 
 
-def _tangent(vector, point):
+def _tangent(vector, point, axis):
     """`vector` projected on the tangent space, in the precision of the point."""
-    return tangent(point, jnp.asarray(vector).astype(point.dtype), axis=None)
+    return tangent(point, jnp.asarray(vector).astype(point.dtype), axis=axis)
 
 
-def on_sphere(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """Makes any optax transformation Riemannian: every leaf stays on its unit sphere, as one point.
+def on_sphere(inner: optax.GradientTransformation, *, axis=None) -> optax.GradientTransformationExtraArgs:
+    """Makes any optax transformation Riemannian: the parameters are points of unit spheres, and stay there.
 
     Each step projects the gradient on the tangent space, `g - <g, x> x`, hands it to `inner`, projects what comes
     back, and retracts, `x' = (x + u) / |x + u|` (Zheng et al. 2025, eqs. 18 and 19, for any `u`). The update is
@@ -73,30 +74,32 @@ def on_sphere(inner: optax.GradientTransformation) -> optax.GradientTransformati
     Args:
       inner: the transformation; its extra arguments are passed through. It sees the projected gradients and the
         normalized parameters, both in float32 or wider.
+      axis: which axes of a leaf make one point, an int or a tuple; the others are a batch of points, each on its own
+        sphere, as `sphere.random(key, (7, 3))` has seven with `axis=-1`. `None`: the whole leaf is one point.
 
     Returns:
       The transformation; its state is that of `inner`. `update` needs `params`.
 
     Raises:
-      ValueError: something else than a transformation; in `init` and `update`, leaves that aren't real floating;
-        in `update`, missing `params` or gradients of other shapes.
+      ValueError: something else than a transformation; in `init` and `update`, leaves that aren't real floating or
+        that lack the axis; in `update`, missing `params` or gradients of other shapes.
     """
     ensure(
         callable(getattr(inner, "init", None)) and callable(getattr(inner, "update", None)),
         f"inner: got {inner!r}, expected an optax.GradientTransformation such as optax.sgd(0.1).",
     )
-    inner = optax.with_extra_args_support(inner)
+    inner, project = optax.with_extra_args_support(inner), functools.partial(_tangent, axis=axis)
 
     def init(params):
-        # Of the points, so that inner's state has the dtype that its updates will have.
-        return inner.init(_points(params))
+        # The points' dtype is that of the updates that inner will see.
+        return inner.init(_points(params, axis))
 
     def move(step, point, leaf):
-        return displacement(retract(point, _tangent(step, point), axis=None), leaf)
+        return displacement(retract(point, project(step, point), axis=axis), leaf)
 
     def update(updates, state, params=None, **extra_args):
-        points = _points(params)
-        steps, state = inner.update(_map(_tangent, updates, points), state, points, **extra_args)
+        points = _points(params, axis)
+        steps, state = inner.update(_map(project, updates, points), state, points, **extra_args)
         return _map(move, steps, points, params), state
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -114,8 +117,8 @@ class SphereSGDState(NamedTuple):
     momentum: Any
 
 
-def sphere_sgd(learning_rate, momentum=None) -> optax.GradientTransformationExtraArgs:
-    """Riemannian gradient descent on the unit sphere, every leaf one point (Zheng et al. 2025, eqs. 17 to 19).
+def sphere_sgd(learning_rate, momentum=None, *, axis=None) -> optax.GradientTransformationExtraArgs:
+    """Riemannian gradient descent on the unit sphere (Zheng et al. 2025, eqs. 17 to 19).
 
     `d` the gradient, `d~ = d - <d, x> x`, `x' = (x - eta d~) / |x - eta d~|`. With momentum, the heavy ball: the
     velocity `m = momentum * m + d~` takes the place of `d~`, and is carried to `x'` by parallel transport, so it
@@ -124,6 +127,7 @@ def sphere_sgd(learning_rate, momentum=None) -> optax.GradientTransformationExtr
     Args:
       learning_rate: `eta`, a number or an optax schedule.
       momentum: the share of the velocity that is kept, a number `>= 0`; `None` for none.
+      axis: which axes of a leaf make one point, as in `on_sphere`.
 
     Returns:
       The transformation; with momentum its state is a `SphereSGDState`. `update` needs `params`.
@@ -132,7 +136,7 @@ def sphere_sgd(learning_rate, momentum=None) -> optax.GradientTransformationExtr
       ValueError: a negative momentum; in `update`, as `on_sphere`.
     """
     if momentum is None:
-        return on_sphere(optax.sgd(learning_rate))
+        return on_sphere(optax.sgd(learning_rate), axis=axis)
     if not isinstance(momentum, jax.core.Tracer):
         ensure(
             np.ndim(momentum) == 0 and bool(momentum >= 0),
@@ -140,20 +144,20 @@ def sphere_sgd(learning_rate, momentum=None) -> optax.GradientTransformationExtr
         )
 
     def accumulate(update, point, velocity):
-        kept = jnp.asarray(momentum).astype(point.dtype) * _tangent(velocity, point)
-        return kept + _tangent(update, point)
+        kept = jnp.asarray(momentum).astype(point.dtype) * _tangent(velocity, point, axis)
+        return kept + _tangent(update, point, axis)
 
     def init(params):
-        velocities = jax.tree.map(jnp.zeros_like, _points(params))
+        velocities = jax.tree.map(jnp.zeros_like, _points(params, axis))
         return SphereSGDState(jnp.zeros((), jnp.int32), velocities)
 
     def update(updates, state, params=None, **extra_args):
         del extra_args
-        points = _points(params)
+        points = _points(params, axis)
         rate = jnp.asarray(learning_rate(state.count) if callable(learning_rate) else learning_rate)
         velocities = _map(accumulate, updates, points, state.momentum)
-        targets = _map(lambda m, x: retract(x, -rate.astype(x.dtype) * m, axis=None), velocities, points)
-        carried = _map(lambda m, x, y: transport(x, y, m, axis=None), velocities, points, targets)
+        targets = _map(lambda m, x: retract(x, -rate.astype(x.dtype) * m, axis=axis), velocities, points)
+        carried = _map(lambda m, x, y: transport(x, y, m, axis=axis), velocities, points, targets)
         # Where an update is missing, the velocity waits.
         carried = jax.tree.map(
             lambda new, old: old if new is None else new, carried, state.momentum, is_leaf=lambda leaf: leaf is None

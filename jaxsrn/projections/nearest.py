@@ -90,11 +90,11 @@ def _circular(op: ZeroPaddedConv, kernel_shape: tuple[int, ...], dtype, tight: b
 
 
 def _smallest_image(op: ZeroPaddedConv, kernel_shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...]:
-    images = op.dilated_shape, op.out_shape(kernel_shape)
+    images = op._dilated_shape, op.out_shape(kernel_shape)
     # The cover of a layer with input dilation alone is that of its adjoint.
     if strides != op.strides:
         images = op.out_shape(kernel_shape), op.input_shape
-    sizes = zip(*images, op.extents(kernel_shape), strides, strict=False)
+    sizes = zip(*images, op._extents(kernel_shape), strides, strict=False)
     return tuple(-(-max(n, s * m, extent) // s) * s for n, m, extent, s in sizes)
 
 

@@ -34,13 +34,13 @@ class ProjectionResult(NamedTuple):
 
     Attributes:
       kernel: `||T(kernel)||_2 <= max_norm` up to the rounding of its dtype.
-      residual: `(||T(kernel) - T(A)||_F - b) / ||T(A)||_F` where `b` is proven: no kernel of the ball is nearer to `A`
-        than `b`. With `t` the relative distance of the kernel, the projection is at most `sqrt(2 t residual)` away.
+      gap: `(||T(kernel) - T(A)||_F - b) / ||T(A)||_F` where `b` is proven: no kernel of the ball is nearer to `A`
+        than `b`. With `t` the relative distance of the kernel, the projection is at most `sqrt(2 t gap)` away.
       num_steps: steps taken, one SVD of all matrices each; 0 for a kernel that is in the ball already.
     """
 
     kernel: Shaped[Array, "..."]
-    residual: Float[Array, "..."]
+    gap: Float[Array, "..."]
     num_steps: Int[Array, "..."]
 
 
@@ -77,7 +77,7 @@ def clip_singular_values(kernel: Kernel, op: Operator, max_norm) -> Shaped[Array
 
 def _checked(kernel, op: Operator, max_norm) -> tuple[jax.Array, jax.Array]:
     kernel = kernel_array(kernel, op)
-    op.check_not_aliased(kernel.shape)
+    op._check_not_aliased(kernel.shape)
     return kernel, positive_scalar(max_norm, "max_norm", float_dtype(kernel.dtype))
 
 
@@ -88,7 +88,7 @@ def _clip_singular_values(kernel, op, max_norm):
     limit = max_norm / scale
     # The stack keeps inner products, so that its adjoint transforms back.
     matrices, largest = smooth_clipped(blocks.stack(a), limit)
-    keep = (largest <= limit) | jnp.asarray(op.tap_counts(kernel.shape) == 0)
+    keep = (largest <= limit) | jnp.asarray(op._tap_counts(kernel.shape) == 0)
     return jnp.where(keep, kernel, (blocks.pull_back(matrices) * scale).astype(kernel.dtype))
 
 
@@ -112,7 +112,7 @@ def project_spectral_ball(
 
     Larger zero-padded layers have no small matrices to split. There the result is an inner approximation: the
     projection, in the layer's own distance, on the ball of the circular layer that covers it (on the padded image),
-    with its radius widened until the layer's own norm is `max_norm`. `residual` is measured against an outer one: the
+    with its radius widened until the layer's own norm is `max_norm`. `gap` is measured against an outer one: the
     layer compressed to plane waves is a circular layer whose taps are tapered by the share of samples that they meet,
     and no kernel of the ball can leave the ball of that one. Both are as far off as the border is wide.
 
@@ -121,13 +121,13 @@ def project_spectral_ball(
       op: its operator.
       max_norm: positive; traced.
       max_steps: static; of each convex problem that is solved.
-      tolerance: the `residual` to stop at, default `eps ** 0.55`; traced. One that is not reached is no failure:
-        `residual` says what was.
+      tolerance: the `gap` to stop at, default `eps ** 0.55`; traced. One that is not reached is no failure:
+        `gap` says what was.
 
     Returns:
       A `ProjectionResult`. Derivatives of the kernel, also in `max_norm`, are those of the projection by its optimality
       conditions: exact up to rounding and the tolerance where it is differentiable (the active singular values stay
-      the active ones), finite and not expanding everywhere. `residual` has derivative 0.
+      the active ones), finite and not expanding everywhere. `gap` has derivative 0.
 
     Raises:
       ValueError: a kernel that does not fit, aliased taps, a `max_norm` or `tolerance` that is not positive.
@@ -150,16 +150,16 @@ def _project_spectral_ball(kernel, op, max_norm, tolerance, max_steps):
     size = jnp.sqrt(jnp.sum(weights * fixed**2))
     if isinstance(op, Dense):
         found = smooth_clipped(a[None], limit)[0][0]
-        residual, num_steps = jnp.where(jnp.isnan(size), size, 0.0), jnp.asarray(1)
+        gap, num_steps = jnp.where(jnp.isnan(size), size, 0.0), jnp.asarray(1)
     else:
         # Nothing is as small as asked where the kernel stays as it is: no step is taken then.
         asked = jnp.where(inside, jnp.inf, tolerance * size)
         solution, nearby = nearest(fixed, op, fixed_limit, own, max_steps, asked)
         found = with_derivative(op, a, limit, nearby.kernel, solution)
-        residual, num_steps = nearby.excess / jnp.where(size == 0, 1.0, size), nearby.num_steps
-    keep = inside | jnp.asarray(op.tap_counts(kernel.shape) == 0)
+        gap, num_steps = nearby.excess / jnp.where(size == 0, 1.0, size), nearby.num_steps
+    keep = inside | jnp.asarray(op._tap_counts(kernel.shape) == 0)
     return ProjectionResult(
         kernel=jnp.where(keep, kernel, (found * scale).astype(kernel.dtype)),
-        residual=jnp.where(inside, 0.0, residual),
+        gap=jnp.where(inside, 0.0, gap),
         num_steps=jnp.where(inside, 0, num_steps),
     )

@@ -38,7 +38,7 @@ def shapes(op: Operator, kernel_shape: tuple[int, ...]) -> Pair:
 
 def gradient(pair: Pair, op: Operator, kernel_shape: tuple[int, ...]) -> Float[Array, "..."]:
     """`grad_K <v, T(K) u>`."""
-    return op.kernel_gradient(kernel_shape, pair.input, pair.output)
+    return op._kernel_gradient(kernel_shape, pair.input, pair.output, precision=_HIGHEST)
 
 
 def images(pair: Pair, op: Operator, kernel_shape: tuple[int, ...]) -> tuple[Float[Array, "..."], Float[Array, "..."]]:

@@ -54,7 +54,7 @@ def rescaled(kernel: Float[Array, "..."], op: Operator) -> tuple[Float[Array, ".
     Squares of very small or large kernels leave the range of the dtype; pairs and stable ranks have no scale. Taps
     that meet no sample have no part in the map: they become 0, but for NaN.
     """
-    return by_largest(kernel * jnp.asarray(op.tap_counts(kernel.shape) > 0, kernel.dtype))
+    return by_largest(kernel * jnp.asarray(op._tap_counts(kernel.shape) > 0, kernel.dtype))
 
 
 def by_largest(kernel: Float[Array, "..."]) -> tuple[Float[Array, "..."], Float[Array, ""]]:

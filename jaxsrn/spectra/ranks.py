@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +15,12 @@ from jaxsrn.spectra.norms import norm_of
 from jaxsrn.spectra.pair import rescaled
 
 __all__ = [
+    "StableRankRange",
+    "largest_functional",
+    "squared_frobenius_norm",
     "stable_rank",
     "stable_rank_range",
+    "target_of_fraction",
 ]
 
 
@@ -62,7 +67,7 @@ def largest_functional(kernel_shape: tuple[int, ...], op: Operator) -> float:
     counts: on each axis the sum of `1 / d_p` over one phase. Every kernel has `srank >= 1 / e*`.
     """
     total = 1.0
-    for axis, contacts in enumerate(op.axis_contacts(op.distinct_shape(kernel_shape))):
+    for axis, contacts in enumerate(op._axis_contacts(op._distinct_shape(kernel_shape))):
         stride, dilation = op.strides[axis], op.input_dilation[axis]
         common = math.gcd(stride, dilation)
         phases: dict[tuple[int, int], float] = {}
@@ -74,8 +79,15 @@ def largest_functional(kernel_shape: tuple[int, ...], op: Operator) -> float:
     return total
 
 
-def stable_rank_range(kernel_shape: tuple[int, ...], op: Operator) -> tuple[float, float]:
-    """The interval of stable ranks that kernels of this shape can have: `(low, high)`, static floats.
+class StableRankRange(NamedTuple):
+    """The stable ranks that kernels of one shape can have, static floats: `low <= srank <= high`."""
+
+    low: float
+    high: float
+
+
+def stable_rank_range(kernel_shape: tuple[int, ...], op: Operator) -> StableRankRange:
+    """The interval of stable ranks that kernels of this shape can have.
 
     Circular convolutions and dense layers: exact, both ends are attained. Circular: `N_out / (most distinct taps in
     one stride phase)` to `N_out min(c_out, c_in * non-empty phases)`. Zero padding: certified, not always attained:
@@ -89,22 +101,33 @@ def stable_rank_range(kernel_shape: tuple[int, ...], op: Operator) -> tuple[floa
     Raises:
       ValueError: a shape that does not fit.
     """
-    op.check_kernel_shape(kernel_shape)
-    contacts = op.axis_contacts(kernel_shape)
+    op._check_kernel_shape(kernel_shape)
+    contacts = op._axis_contacts(kernel_shape)
     samples_in = math.prod(len(set().union(*(tap.inputs.tolist() for tap in axis))) for axis in contacts)
     samples_out = math.prod(len(set().union(*(tap.outputs.tolist() for tap in axis))) for axis in contacts)
     channels_in, channels_out = op.in_shape(kernel_shape)[-1], op.out_shape(kernel_shape)[-1]
     bound = largest_functional(kernel_shape, op)
-    return (max(1.0, 1 / bound) if bound else 0.0), float(min(samples_in * channels_in, samples_out * channels_out))
+    high = float(min(samples_in * channels_in, samples_out * channels_out))
+    return StableRankRange(max(1.0, 1 / bound) if bound else 0.0, high)
 
 
-def target_of(fraction: float, kernel_shape: tuple[int, ...], op: Operator) -> float:
-    """The stable rank that is `fraction` of `min(prod(in_shape), prod(out_shape))` (static).
+def target_of_fraction(fraction: float, kernel_shape: tuple[int, ...], op: Operator) -> float:
+    """A share of the largest stable rank as a target for `srnc` and `srnc_step`.
 
-    Where all kernels have the same stable rank, such as matrices of one row or column, it is that one.
+    The largest stable rank is that of an operator with equal singular values, `min(prod(in_shape), prod(out_shape))`;
+    the share is `c` of Sanyal, Torr, Dokania 2020 and `beta` of Zheng et al. 2025. Where all kernels have the same
+    stable rank, such as matrices of one row or column, the target is that one.
+
+    Args:
+      fraction: static, in (0, 1].
+      kernel_shape: `(c_in, c_out)` or `(*taps, c_in // groups, c_out)`.
+      op: its operator.
+
+    Returns:
+      A static float.
 
     Raises:
-      ValueError: a fraction outside (0, 1], or below what the taps of the kernel allow.
+      ValueError: a shape that does not fit, a fraction outside (0, 1], or below what the taps of the kernel allow.
     """
     ensure(0 < fraction <= 1, f"fraction: got {fraction}, expected a number in (0, 1].")
     largest = min(math.prod(op.in_shape(kernel_shape)), math.prod(op.out_shape(kernel_shape)))

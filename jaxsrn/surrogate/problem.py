@@ -90,7 +90,7 @@ def num_frequencies(op: CircularConv) -> float:
 def checked(kernel, op, target):
     check_circular(op)
     kernel = kernel_array(kernel, op)
-    op.check_not_aliased(kernel.shape)
+    op._check_not_aliased(kernel.shape)
     return kernel, positive_scalar(target, "target", float_dtype(kernel.dtype))
 
 

@@ -115,7 +115,7 @@ def form_eigenvalues(kernel_shape: tuple[int, ...], op: Operator) -> Float[np.nd
 def _waves(kernel_shape: tuple[int, ...], op: Operator) -> np.ndarray:
     """`exp(-i <w_l, p>)`, one row per frequency, one column per tap."""
     check_circular(op)
-    op.check_kernel_shape(kernel_shape)
+    op._check_kernel_shape(kernel_shape)
     ensure(
         kernel_shape[-2:] == (1, 1) and set(op.strides) == {1},
         f"kernel_shape: got {kernel_shape} for {op}, expected one channel, (*taps, 1, 1), and strides 1; with more, "

@@ -33,7 +33,7 @@ def moving_pair(a: Float[Array, "..."], op: Operator, target, pair: Pair) -> Pai
     def residual(op: Operator, vector):
         now = rebuild(vector)
         # A matrix has the pair of its normalized form, and determines it also where that has rank one.
-        kernel = a if op.normalization_keeps_pairs else normalized_with(a, op, target, now)
+        kernel = a if op._normalization_keeps_pairs else normalized_with(a, op, target, now)
         return vector - _real_vector(_aligned(power_step(kernel, op, now), pair))[0]
 
     def tangent_solve(matvec, rhs):

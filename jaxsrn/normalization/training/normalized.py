@@ -32,7 +32,7 @@ def normalized_or_rescaled(
         value = jnp.sum(value_gradient(pair, op, a.shape) * a)
         return a / jnp.where(value == 0, 1.0, value), jnp.asarray(True)
     weights = op.frobenius_weights(a.shape, a.dtype)
-    problem = Problem(a, weights, jnp.where(jnp.isinf(target), 1.0, target), jnp.ones((), a.dtype))
+    problem = Problem(a, weights, target, jnp.ones((), a.dtype))
     direction = functional(pair, op, weights, a.shape)
     value, squared = problem.inner(a, direction), problem.inner(a, a)
     is_low = (squared <= target * value**2) & (value >= 0)

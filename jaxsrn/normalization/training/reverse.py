@@ -12,7 +12,6 @@ import dataclasses
 from collections.abc import Callable
 
 import jax
-from jax import lax
 
 from jaxsrn.operators.base import Operator
 from jaxsrn.operators.convolutions import ZeroPaddedConv
@@ -45,12 +44,12 @@ def _with_pull_back(product: Callable, pull_back: Callable, num_static: int) -> 
 
 def _pull_back_apply(op, precision, arguments, y):
     kernel, x = arguments
-    return op.kernel_gradient(kernel.shape, x, y, precision=precision), op.transpose(kernel, y, precision=precision)
+    return op._kernel_gradient(kernel.shape, x, y, precision=precision), op.transpose(kernel, y, precision=precision)
 
 
 def _pull_back_transpose(op, precision, arguments, x):
     kernel, y = arguments
-    return op.kernel_gradient(kernel.shape, x, y, precision=precision), op.apply(kernel, x, precision=precision)
+    return op._kernel_gradient(kernel.shape, x, y, precision=precision), op.apply(kernel, x, precision=precision)
 
 
 def _pull_back_kernel_gradient(op, precision, kernel_shape, arguments, kernel):
@@ -65,7 +64,7 @@ _transpose = _with_pull_back(
     lambda op, precision, kernel, y: op.transpose(kernel, y, precision=precision), _pull_back_transpose, num_static=2
 )
 _kernel_gradient = _with_pull_back(
-    lambda op, precision, kernel_shape, x, y: op.kernel_gradient(kernel_shape, x, y, precision=precision),
+    lambda op, precision, kernel_shape, x, y: op._kernel_gradient(kernel_shape, x, y, precision=precision),
     _pull_back_kernel_gradient,
     num_static=3,
 )
@@ -81,7 +80,7 @@ class _InReverse(ZeroPaddedConv):
     def transpose(self, kernel, y, *, precision=None):
         return _transpose(self._plain(), precision, kernel, y)
 
-    def kernel_gradient(self, kernel_shape, x, y, *, precision=lax.Precision.HIGHEST):
+    def _kernel_gradient(self, kernel_shape, x, y, *, precision=None):
         return _kernel_gradient(self._plain(), precision, kernel_shape, x, y)
 
     def _plain(self) -> ZeroPaddedConv:

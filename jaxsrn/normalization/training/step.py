@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
@@ -67,7 +66,7 @@ def srnc_state(kernel: Kernel, op: Operator, target, *, norm=1.0, cap: bool = Fa
 
     Returns:
       An `SRNCState`, a constant for derivatives. Its structure depends on static things only: the operator, whether
-      `target` is the number `math.inf`, whether `norm` is `None`, and `cap`.
+      `target` or `norm` is `None`, and `cap`.
 
     Raises:
       ValueError: as `srnc_step`.
@@ -97,8 +96,8 @@ def srnc_step(
 
     Dense layers: Algorithm 2 of Sanyal, Torr, Dokania 2020, with two power steps for its one. Any other layer: Zheng
     et al. 2025, eq. 7, one pass of the iteration of `srnc`, or two where another pair takes over; the power step is
-    one on the kernel normalized with the stored pair, and next to it the pairs that may overtake are kept. With an
-    infinite target so they are for dense layers too, and every layer takes two power steps: far closer than by power
+    one on the kernel normalized with the stored pair, and next to it the pairs that may overtake are kept. Without
+    a target so they are for dense layers too, and every layer takes two power steps: far closer than by power
     iteration alone. Problem (7) is not convex, and what is followed is a local solution: where the kernel's own stable
     rank falls just below the target, a result that meets both constraints may stay for a while although the kernel
     itself would do. Pure, and without randomness: the same kernel and state give the same result, so a caller that
@@ -108,7 +107,7 @@ def srnc_step(
       kernel: `(c_in, c_out)` or `(*taps, c_in // groups, c_out)`.
       state: from `srnc_state`, with the same `op`, `norm` and `cap`, or from the last step.
       op: its operator.
-      target: the stable rank; traced. `math.inf` normalizes the norm alone (aliased taps are fine then).
+      target: the stable rank; traced. `None` normalizes the norm alone (aliased taps are fine then).
       norm: the spectral norm of the result; traced, so it can be learned. `None`: the kernel's own.
       cap: static; only reduce: the smaller of `norm` and the kernel's own norm. With a cap or `None`, a kernel that
         meets norm and target is returned as it is, with the derivative of the identity: zero kernels train.
@@ -129,7 +128,7 @@ def srnc_step(
     """
     kernel, target, norm = _checked(kernel, op, target, norm, cap)
     check_gradient(gradient)
-    is_close = target is None or op.normalization_keeps_pairs
+    is_close = target is None or op._normalization_keeps_pairs
     num_steps = (_CLOSE_STEPS if is_close else 1) if num_steps is None else static_int(num_steps, "num_steps")
     track = track_shapes(op, kernel.shape, _is_watched(op, target))
     expected = SRNCState(track, track if _follows_own(op, target, norm, cap) else None)
@@ -152,27 +151,27 @@ def _checked(kernel, op: Operator, target, norm, cap):
     dtype = float_dtype(kernel.dtype)
     ensure(norm is not None or not cap, "cap: got True with norm=None, expected a norm to stay below; give norm.")
     norm = None if norm is None else positive_scalar(norm, "norm", dtype, or_zero=True)
-    if not isinstance(target, jax.core.Tracer) and np.ndim(target) == 0 and np.isposinf(np.asarray(target, float)):
+    if target is None:
         return kernel, None, norm
-    op.check_not_aliased(kernel.shape)
+    op._check_not_aliased(kernel.shape)
     return kernel, positive_scalar(target, "target", dtype), norm
 
 
 def _follows_own(op: Operator, target, norm, cap) -> bool:
     """Whether the kernel's own norm needs a pair of its own: not where the normalized kernel has the same pair."""
-    return (norm is None or bool(cap)) and target is not None and not op.normalization_keeps_pairs
+    return (norm is None or bool(cap)) and target is not None and not op._normalization_keeps_pairs
 
 
 def _is_watched(op: Operator, target) -> bool:
     """Whether more than the pair itself is followed: Sanyal's algorithm does not."""
-    return target is None or not op.normalization_keeps_pairs
+    return target is None or not op._normalization_keeps_pairs
 
 
 @functools.partial(jax.jit, static_argnames=("follows_own",))
 def _srnc_state(kernel, op, target, follows_own):
     kernel = lax.stop_gradient(kernel.astype(float_dtype(kernel.dtype)))
     a, _ = rescaled(kernel, op)
-    if target is None or op.normalization_keeps_pairs:
+    if target is None or op._normalization_keeps_pairs:
         own = leading_pair(a, op)
         return SRNCState(start_track(a, op, own, _is_watched(op, target)), None)
     problem, own = problem_of(a, op, target)
@@ -228,14 +227,18 @@ def _srnc_step(kernel, state, op, target, norm, cap, gradient, num_steps):
     a, scale = rescaled(kernel.astype(float_dtype(kernel.dtype)), op)
     # A model may have been cast as a whole, its state with it.
     fixed, (track, own) = lax.stop_gradient((a, jax.tree.map(functools.partial(_in_precision_of, a), state)))
+
     # The power step comes first, on this kernel: after a step of an optimizer the stored pair is that of another one.
-    for _ in range(num_steps):
-        track, own = _followed(fixed, op, target, track), None if own is None else follow(fixed, op, own)
+    def advance(_, tracks):
+        track, own = tracks
+        return _followed(fixed, op, target, track), None if own is None else follow(fixed, op, own)
+
+    track, own = lax.fori_loop(0, num_steps, advance, (track, own))
     # Of the norm alone the frozen gradient is the true one.
     pair = track.pair if gradient == "frozen" or target is None else moving_pair(a, op, target, track.pair)
     # The solution is proportional to the norm and does not depend on the scale of the kernel.
     unit_kernel, is_rescaled = normalized_or_rescaled(a, op, target, pair)
-    unchanged = jnp.asarray(op.tap_counts(kernel.shape) == 0)
+    unchanged = jnp.asarray(op._tap_counts(kernel.shape) == 0)
     if norm is None or cap:
         own_norm = scale * frozen_value(a, op, (own or track).pair)
         norm = own_norm if norm is None else jnp.minimum(norm, own_norm)
@@ -254,16 +257,21 @@ def _in_precision_of(kernel: Float[Array, "..."], leaf: jax.Array) -> jax.Array:
 
 def _followed(a: Float[Array, "..."], op: Operator, target, track: Track) -> Track:
     """The track, a step further on the kernel normalized with its pair."""
-    if target is None or op.normalization_keeps_pairs:
+    if target is None or op._normalization_keeps_pairs:
         # The normalized kernel has the same pairs.
         return follow(a, op, track)
 
-    def one_pass(track: Track) -> Track:
-        return follow(normalized_with(a, op, target, track.pair), op, track)
+    def one_pass(state):
+        count, _, track = state
+        new = follow(normalized_with(a, op, target, track.pair), op, track)
+        return count + 1, has_turned(track.pair, new.pair), new
 
-    new = one_pass(track)
-    # Where another pair takes over, the kernel normalized with that one is another kernel, and has yet to be followed.
-    new = lax.cond(has_turned(track.pair, new.pair), one_pass, lambda new: new, new)
+    def unfinished(state):
+        # Where another pair takes over, the kernel normalized with that one is another kernel, yet to be followed.
+        count, turned, _ = state
+        return (count == 0) | ((count == 1) & turned)
+
+    new = lax.while_loop(unfinished, one_pass, (jnp.asarray(0), jnp.asarray(False), track))[2]
     return _without_pair_of_zero(a, new)
 
 

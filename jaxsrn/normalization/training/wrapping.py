@@ -12,7 +12,7 @@ from jaxsrn._tools.checks import ensure, errors_named
 from jaxsrn.normalization.training.step import SRNCState, check_gradient, srnc_state, srnc_step
 from jaxsrn.operators.base import Operator
 from jaxsrn.operators.flax_layers import FlaxLayers, LayerMap, kind_of, layer_map, layer_name
-from jaxsrn.spectra.ranks import target_of
+from jaxsrn.spectra.ranks import target_of_fraction
 
 __all__ = ["CallRecord", "Constraint", "target_for", "trace"]
 
@@ -23,12 +23,12 @@ class Constraint:
 
     Attributes:
       layer_map: the layer's operator, and how its kernel is stored.
-      target: the stable rank; `math.inf` where only the norm is held.
+      target: the stable rank; `None` where only the norm is held.
       cap, gradient: as `jaxsrn.srnc_step`.
     """
 
     layer_map: LayerMap
-    target: float
+    target: float | None
     cap: bool
     gradient: str
 
@@ -48,9 +48,9 @@ class Constraint:
 
 
 def target_for(layer, seen: LayerMap, fraction) -> float:
-    """`target_of` for a layer; errors name it."""
+    """`target_of_fraction` for a layer; errors name it."""
     with errors_named(layer_name(layer)):
-        return target_of(float(fraction), seen.shape, seen.op)
+        return target_of_fraction(float(fraction), seen.shape, seen.op)
 
 
 class CallRecord:

@@ -29,7 +29,7 @@ def gradient(pair: Pair, op: CircularConv, kernel_shape: tuple[int, ...]) -> Flo
 
 def images(pair: Pair, op: CircularConv, kernel_shape: tuple[int, ...]):
     """The plane waves of the pair as real unit vectors, `(input, output)`."""
-    reach = [np.arange(n) + c for n, c in zip(op.input_shape, op.centre(kernel_shape), strict=True)]
+    reach = [np.arange(n) + c for n, c in zip(op.input_shape, op._centre(kernel_shape), strict=True)]
     inputs = wave(op, pair.site, pair.input, reach, op.strides)
     outputs = wave(op, pair.site, pair.output, [np.arange(n) for n in op.grid], (1,) * op.num_axes)
     return unit(inputs), unit(outputs)

@@ -63,7 +63,7 @@ def site_of_images(op: CircularConv, kernel_shape, inputs: Float[Array, "..."], 
     """The site at which two images have most of their energy, and their amplitudes there: `(site, u, v)`."""
     d, groups = op.num_axes, op.feature_group_count
     # wave() counts input positions from the first tap's reach.
-    x = jnp.roll(inputs, op.centre(kernel_shape), axis=range(d))
+    x = jnp.roll(inputs, op._centre(kernel_shape), axis=range(d))
     x = x.reshape((*sum(zip(op.grid, op.strides, strict=True), ()), groups, -1))
     x = x.transpose((*range(0, 2 * d, 2), 2 * d, *range(1, 2 * d, 2), 2 * d + 1))
     spectrum = [jnp.fft.fftn(image, axes=range(d)) for image in (x, outputs.reshape((*op.grid, groups, -1)))]

@@ -21,7 +21,7 @@ __all__ = [
 
 def circular_layer(op: ZeroPaddedConv, kernel_shape, sizes: tuple[int, ...], strides: tuple[int, ...]) -> CircularConv:
     """A circular convolution with the same taps, on an image of at least `sizes` that holds them and whole strides."""
-    sizes = (max(size, extent) for size, extent in zip(sizes, op.extents(kernel_shape), strict=True))
+    sizes = (max(size, extent) for size, extent in zip(sizes, op._extents(kernel_shape), strict=True))
     return CircularConv(
         tuple(-(-n // s) * s for n, s in zip(sizes, strides, strict=True)),
         strides=strides,
@@ -38,7 +38,7 @@ def _window(shape: tuple[int, ...], dtype) -> Float[Array, "... 1"]:
 
 def windowed(pair: Pair, layer: CircularConv, op: ZeroPaddedConv, kernel_shape) -> Pair:
     """The waves of a circular layer with the same taps on the images of a zero-padded one, faded out at the edges."""
-    samples = zip(op.input_shape, op.input_dilation, op.pads(kernel_shape), strict=True)
+    samples = zip(op.input_shape, op.input_dilation, op._pads(kernel_shape), strict=True)
     reach = [np.arange(n) * dilation + low for n, dilation, (low, _) in samples]
     positions = [np.arange(n) for n in op.out_shape(kernel_shape)[:-1]]
     inputs = wave(layer, pair.site, pair.input, reach, op.strides)

@@ -25,7 +25,7 @@ def without_idle_axes(op: ZeroPaddedConv, kernel_shape: tuple[int, ...]) -> Zero
     return dataclasses.replace(
         op,
         input_shape=where(1, op.input_shape),
-        padding=where((0, 0), op.pads(kernel_shape)),
+        padding=where((0, 0), op._pads(kernel_shape)),
         strides=where(1, op.strides),
         input_dilation=where(1, op.input_dilation),
     )
@@ -36,7 +36,7 @@ def _idle_contacts(op: ZeroPaddedConv, kernel_shape: tuple[int, ...]) -> list[tu
 
     An axis is idle where its only tap meets the image. The first of several taps may meet no sample at all.
     """
-    contacts = [(len(axis) == 1, axis[0]) for axis in op.axis_contacts(kernel_shape)]
+    contacts = [(len(axis) == 1, axis[0]) for axis in op._axis_contacts(kernel_shape)]
     return [(int(tap.inputs[0]), int(tap.outputs[0])) if alone and len(tap.inputs) else None for alone, tap in contacts]
 
 

@@ -63,7 +63,7 @@ def circular_starts(kernel: Float[Array, "..."], op: ZeroPaddedConv) -> Starts:
 
 def _circular_model(op: ZeroPaddedConv, kernel_shape) -> tuple[CircularConv, int]:
     """The circular layer whose frequencies are looked at, and how much finer than those of the image they are."""
-    sizes = (tuple(scale * n for n in op.dilated_shape) for scale in (1, _FINER))
+    sizes = (tuple(scale * n for n in op._dilated_shape) for scale in (1, _FINER))
     layer, finer = (circular_layer(op, kernel_shape, size, op.strides) for size in sizes)
     # Sites are counted in 32 bits.
     fine = not is_reduced(layer, kernel_shape) and math.prod(finer.grid) * op.feature_group_count < 2**31
