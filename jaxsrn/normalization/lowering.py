@@ -10,6 +10,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from jaxsrn._tools.checks import Kernel, ensure, float_dtype, kernel_array, positive_scalar, static_int
+from jaxsrn._tools.limits import kernel_tolerance
 from jaxsrn._tools.linalg import safe_sqrt
 from jaxsrn.normalization.closed_form import Problem, closed_form, functional
 from jaxsrn.normalization.iteration import minorise_maximise
@@ -80,7 +81,7 @@ def srnc(
     op._check_not_aliased(kernel.shape)
     dtype = float_dtype(kernel.dtype)
     target = positive_scalar(target, "target", dtype)
-    tolerance = float(jnp.finfo(dtype).eps) ** 0.6 if tolerance is None else tolerance
+    tolerance = kernel_tolerance(dtype) if tolerance is None else tolerance
     tolerance = positive_scalar(tolerance, "tolerance", dtype)
     max_steps = static_int(max_steps, "max_steps")
     ensure(

@@ -9,6 +9,7 @@ these have norm `M`: it is the solution of Zheng et al. 2025, eq. 7, wherever it
 from __future__ import annotations
 
 import functools
+import math
 from typing import NamedTuple
 
 import jax
@@ -16,6 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxsrn._tools.limits import kernel_tolerance, largest_scaling
 from jaxsrn._tools.linalg import safe_sqrt
 from jaxsrn.normalization.closed_form import Problem
 from jaxsrn.operators.base import Operator
@@ -29,8 +31,6 @@ __all__ = [
 ]
 
 _FACTOR = 4.0
-# `tau` at which the limit is taken to be reached, as a power of 1 / eps.
-_LARGEST = 0.25
 _MAX_TRIALS = 60
 # Of the projections, relative to the tolerance of the stable rank.
 _EXACTNESS = 0.1
@@ -109,7 +109,7 @@ def _search(problem: Problem, op: Operator, own: Pair, max_steps: int, tolerance
         within = jnp.where(
             jnp.isfinite(state.high),
             state.high - state.low > 4 * rounding,
-            state.next <= -_LARGEST * jnp.log(rounding) + jnp.log(_FACTOR),
+            state.next <= math.log(_FACTOR * largest_scaling(size.dtype)),
         )
         return (state.count == 0) | (missed & within & (state.count < _MAX_TRIALS))
 
@@ -188,6 +188,6 @@ def _differentiable(problem: Problem, op: Operator, trial: _Trial) -> Float[Arra
         functools.partial(rank_at, problem=lax.stop_gradient(problem)), (trial.tau,), (jnp.ones_like(trial.tau),)
     )
     # Close to the limit no change of `tau` moves the stable rank.
-    moves = slope * trial.tau > jnp.finfo(slope.dtype).eps ** 0.5 * rank
+    moves = slope * trial.tau > kernel_tolerance(slope.dtype) * rank
     shift = (rank_at(trial.tau, problem) - rank) / jnp.where(moves, slope, 1.0)
     return kernel_at(trial.tau - jnp.where(moves, shift, 0.0), problem)

@@ -38,6 +38,8 @@ class Contacts(NamedTuple):
 class Operator(abc.ABC):
     """What `Dense`, `CircularConv` and `ZeroPaddedConv` have in common: the adjoints and the explicit matrix."""
 
+    # Whether only the explicit matrix has all singular values: the map is no matrix itself, and has no symbol.
+    _needs_explicit_matrix = False
     # Whether a kernel keeps its leading pair where its stable rank is lowered: only a matrix does.
     _normalization_keeps_pairs = False
 
@@ -195,3 +197,6 @@ class Dense(Operator):
 
     def _apply_batch(self, kernel, x, precision, layout):
         return jnp.matmul(x, kernel, precision=precision)
+
+    def to_dense(self, kernel):
+        return kernel_array(kernel, self).T

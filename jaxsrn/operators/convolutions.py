@@ -162,6 +162,8 @@ class ZeroPaddedConv(_Conv):
       ValueError: sizes that are not positive integers, or an unknown padding.
     """
 
+    _needs_explicit_matrix = True
+
     input_shape: int | Sequence[int]
     _: dataclasses.KW_ONLY
     padding: str | Sequence[tuple[int, int]] = "SAME"

@@ -16,7 +16,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxsrn._tools.checks import ensure, errors_named, float_dtype, static_int
-from jaxsrn._tools.limits import vector_tolerance
+from jaxsrn._tools.limits import kernel_tolerance, vector_tolerance
 from jaxsrn.normalization.lowering import lowered_with_pair, srnc
 from jaxsrn.normalization.result import SRNResult
 from jaxsrn.operators.base import Operator
@@ -204,7 +204,7 @@ def _followed(kernels, op: Operator, target, pairs: Pair):
     A pair that was feasible for the target is so for every kernel: `e` does not depend on the kernel.
     """
     dtype = kernels.dtype
-    tolerance = jnp.asarray(float(jnp.finfo(dtype).eps) ** 0.6, dtype)
+    tolerance = jnp.asarray(kernel_tolerance(dtype), dtype)
 
     def lowered(kernel, pair):
         result, pair = lowered_with_pair(kernel, op, target, pair, tolerance, True, _MAX_PASSES)

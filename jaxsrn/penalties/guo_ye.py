@@ -14,10 +14,10 @@ from jaxsrn._tools.checks import Kernel, ensure, float_dtype, kernel_array, posi
 from jaxsrn._tools.limits import BOTH_ENDS_SIZE
 from jaxsrn._tools.linalg import end_pairs, unit
 from jaxsrn._tools.subspaces import leading_singular_vectors, random_start
-from jaxsrn.operators.base import Dense, Operator
+from jaxsrn.operators.base import Operator
 from jaxsrn.operators.convolutions import CircularConv
 from jaxsrn.spectra.circular.fourier import half_symbol, site_symbol
-from jaxsrn.spectra.circular.sites import distinct_sites, without_constant_axes
+from jaxsrn.spectra.circular.sites import distinct_sites, same_site, without_constant_axes
 from jaxsrn.spectra.images import as_images, flat_products
 from jaxsrn.spectra.norms import frozen_value
 from jaxsrn.spectra.pair import Pair, matrix_size, rescaled
@@ -87,8 +87,6 @@ def exceeds_output(op: Operator, kernel_shape) -> bool:
 @functools.partial(jax.jit, static_argnums=(1, 3))
 def _extreme(kernel, op, alpha, gram):
     kernel = kernel.astype(float_dtype(kernel.dtype))
-    if isinstance(op, CircularConv):
-        op = without_constant_axes(op, kernel.shape)
     fixed, _ = rescaled(lax.stop_gradient(kernel), op)
     largest, smallest = _extreme_pairs(fixed, op)
     above = frozen_value(kernel, op, largest) ** 2 - alpha
@@ -102,7 +100,7 @@ def _extreme_pairs(kernel: Float[Array, "..."], op: Operator) -> tuple[Pair, Pai
     """The pairs of the largest and of the smallest singular value, of `min(prod(in_shape), prod(out_shape))`."""
     if isinstance(op, CircularConv):
         return _extreme_at_sites(kernel, op)
-    if isinstance(op, Dense) or matrix_size(op, kernel.shape) <= BOTH_ENDS_SIZE:
+    if not op._needs_explicit_matrix or matrix_size(op, kernel.shape) <= BOTH_ENDS_SIZE:
         # Transposed: like a symbol it maps outputs to inputs.
         matrix = op.to_dense(kernel).T[None]
         return tuple(as_images(u[0], v[0], op, kernel.shape) for _, u, v in end_pairs(matrix))
@@ -112,12 +110,13 @@ def _extreme_pairs(kernel: Float[Array, "..."], op: Operator) -> tuple[Pair, Pai
 
 def _extreme_at_sites(kernel, op: CircularConv):
     """Singular values at all sites, vectors at the two that matter."""
-    sites = jnp.asarray(distinct_sites(op)[0])
-    values = jnp.linalg.svd(half_symbol(kernel, op)[sites], compute_uv=False)
+    layer = without_constant_axes(op, kernel.shape)
+    sites = jnp.asarray(distinct_sites(layer)[0])
+    values = jnp.linalg.svd(half_symbol(kernel, layer)[sites], compute_uv=False)
     pairs = []
     for end, site in enumerate((sites[jnp.argmax(values[:, 0])], sites[jnp.argmin(values[:, -1])])):
-        _, u, v = end_pairs(site_symbol(kernel, op, site)[None])[end]
-        pairs.append(Pair(site, u[0], v[0]))
+        _, rows, columns = end_pairs(site_symbol(kernel, layer, site)[None])[end]
+        pairs.append(Pair(same_site(op, layer, site), rows[0], columns[0]))
     return tuple(pairs)
 
 

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Inexact, Int
 
+from jaxsrn._tools.limits import largest_penalty, search_tolerance
 from jaxsrn._tools.linalg import safe_sqrt
 from jaxsrn.projections.clipping import Clipping, MatrixStack, clipped, excess_derivative, overshooting, split
 
@@ -39,11 +40,8 @@ __all__ = [
 _FIRST_PENALTY, _PENALTY_GROWTH = 10.0, 4.0
 # The gradient that ends a round, relative to how far the matrices are from the ball.
 _ROUND_ENDS = 0.5
-# Beyond this power of 1 / eps the multipliers drown in rounding; beyond this number conjugate gradients take too long.
-_LARGEST_POWER, _LARGEST_PENALTY = 0.45, 1e6
 # Steps without a better candidate: rounding is reached. A new round needs some to catch up.
 _PATIENCE = 60
-_DERIVATIVE_POWER = 0.4
 _MAX_INNER = 200
 _SHORTEST_STEP = 1e-3
 
@@ -122,7 +120,6 @@ def begin(kernel: Float[Array, "..."], blocks: MatrixStack, limit: Float[Array, 
     # Multipliers grow with how far the kernel is from the ball, and penalties have to.
     mean_square = jnp.max(jnp.sum(jnp.real(jnp.conj(stack) * stack), axis=(-2, -1))) / min(stack.shape[-2:])
     ratio = jnp.maximum(safe_sqrt(mean_square) / limit, 1.0)
-    largest = min(float(jnp.finfo(kernel.dtype).eps) ** -_LARGEST_POWER, _LARGEST_PENALTY)
     zero = jnp.zeros((), kernel.dtype)
     nothing = DualPoint(kernel, zero, zero, zero + jnp.inf)
     return Iterate(
@@ -133,7 +130,7 @@ def begin(kernel: Float[Array, "..."], blocks: MatrixStack, limit: Float[Array, 
         value=zero + jnp.inf,
         multiplier=jnp.zeros_like(stack),
         penalty=_FIRST_PENALTY * ratio,
-        largest_penalty=largest * ratio,
+        largest_penalty=largest_penalty(kernel.dtype) * ratio,
         best=nothing,
         excess=zero + jnp.inf,
         stalled=jnp.asarray(0),
@@ -150,15 +147,15 @@ def derivative(state: Iterate, blocks: MatrixStack, limit, direction: Float[Arra
     rho = state.penalty.astype(state.multiplier.dtype)
     clipping = split(blocks.stack(state.point) + state.multiplier / rho, limit)
     # The same multipliers at a larger penalty: their singular vectors stay, `(s - c) rho` stays.
-    penalty = jnp.maximum(float(jnp.finfo(direction.dtype).eps) ** -_DERIVATIVE_POWER, state.penalty)
+    penalty = jnp.maximum(largest_penalty(direction.dtype), state.penalty)
     smaller = limit + (clipping.values - limit) * (state.penalty / penalty)
     clipping = clipping._replace(values=jnp.where(clipping.values > limit, smaller, clipping.values))
     product = _hessian(blocks, clipping, penalty)
     weights = jnp.where(blocks.weights == 0, 1.0, blocks.weights)
-    tolerance = float(jnp.finfo(direction.dtype).eps) ** 0.8
+    tolerance = search_tolerance(direction.dtype)
 
     def solution(_, right):
-        return _conjugate_gradients(product, blocks, right / weights, tolerance, 10 * _MAX_INNER)
+        return _newton_solve(product, blocks, right / weights, tolerance, 10 * _MAX_INNER)
 
     # Symmetric in the plain inner product: both modes of differentiation solve the same system.
     return lax.custom_linear_solve(lambda x: weights * product(x), weights * direction, solution, symmetric=True)
@@ -204,22 +201,14 @@ def _hessian(blocks: MatrixStack, clipping: Clipping, penalty) -> Callable:
     return product
 
 
-def _conjugate_gradients(product: Callable, blocks: MatrixStack, right, tolerance, max_steps: int):
-    """Solves `product(x) = right`, symmetric in `<., .>_d`, to a relative residual."""
-    size = blocks.inner(right, right)
-
-    def step(state):
-        x, residual, direction, squared, count = state
-        image = product(direction)
-        length = squared / blocks.inner(direction, image)
-        x, residual = x + length * direction, residual - length * image
-        new = blocks.inner(residual, residual)
-        return x, residual, residual + (new / squared) * direction, new, count + 1
-
-    def more(state):
-        return (state[3] > tolerance**2 * size) & (state[4] < max_steps)
-
-    return lax.while_loop(more, step, (jnp.zeros_like(right), right, right, size, jnp.asarray(0)))[0]
+def _newton_solve(product: Callable, blocks: MatrixStack, right, tolerance, max_steps: int):
+    """Solves `product(x) = right`, symmetric in `<., .>_d`, to a relative residual, by conjugate gradients."""
+    # The kept solver knows the plain inner product alone.
+    root = jnp.sqrt(jnp.where(blocks.weights == 0, 1.0, blocks.weights))
+    solution, _ = jax.scipy.sparse.linalg.cg(
+        lambda x: root * product(x / root), root * right, tol=tolerance, maxiter=max_steps
+    )
+    return solution / root
 
 
 def _advance(state: Iterate, target: Float[Array, "..."], blocks: MatrixStack, limit: Float[Array, ""]) -> Iterate:
@@ -235,7 +224,7 @@ def _advance(state: Iterate, target: Float[Array, "..."], blocks: MatrixStack, l
     steps = accepted & ~ends
     # Not more exact than the end of the round needs.
     wanted = 0.3 * _ROUND_ENDS * found.infeasibility / jnp.where(gradient_norm == 0, 1.0, gradient_norm)
-    direction = _conjugate_gradients(
+    direction = _newton_solve(
         _hessian(blocks, found.clipping, state.penalty),
         blocks,
         jnp.where(steps, -found.gradient, 0.0),

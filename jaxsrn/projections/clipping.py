@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Inexact
 
 from jaxsrn._tools.linalg import matmul
-from jaxsrn.operators.base import Dense, Operator
+from jaxsrn.operators.base import Operator
 from jaxsrn.operators.convolutions import CircularConv
 from jaxsrn.spectra.circular.fourier import half_symbol
 from jaxsrn.spectra.circular.sites import multiplicity, repetitions, without_constant_axes
@@ -67,10 +67,7 @@ def matrix_stack(op: Operator, kernel_shape: tuple[int, ...], dtype) -> MatrixSt
         layer = without_constant_axes(op, kernel_shape)
         counts = repetitions(op, layer) * multiplicity(layer)[:, None, None]
         return MatrixStack(lambda kernel: half_symbol(kernel, layer), jnp.asarray(counts, dtype), weights)
-    one = jnp.ones((1, 1, 1), dtype)
-    if isinstance(op, Dense):
-        return MatrixStack(lambda kernel: kernel[None], one, weights)
-    return MatrixStack(lambda kernel: op.to_dense(kernel)[None], one, weights)
+    return MatrixStack(lambda kernel: op.to_dense(kernel)[None], jnp.ones((1, 1, 1), dtype), weights)
 
 
 class Clipping(NamedTuple):

@@ -68,7 +68,7 @@ class Nearest(NamedTuple):
 
 def is_split(op: Operator, kernel_shape: tuple[int, ...]) -> bool:
     """Whether the layer's own matrices are split."""
-    return not isinstance(op, ZeroPaddedConv) or matrix_size(op, kernel_shape) <= SPLIT_SIZE
+    return not op._needs_explicit_matrix or matrix_size(op, kernel_shape) <= SPLIT_SIZE
 
 
 def _inner_blocks(op: Operator, kernel_shape: tuple[int, ...], dtype) -> MatrixStack:

@@ -11,9 +11,8 @@ from jax import lax
 from jaxtyping import Array, Float, Int, Shaped
 
 from jaxsrn._tools.checks import Kernel, ensure, float_dtype, kernel_array, positive_scalar, static_int
-from jaxsrn._tools.limits import DENSE_SIZE
+from jaxsrn._tools.limits import DENSE_SIZE, gap_tolerance
 from jaxsrn.operators.base import Dense, Operator
-from jaxsrn.operators.convolutions import ZeroPaddedConv
 from jaxsrn.projections.clipping import matrix_stack, smooth_clipped
 from jaxsrn.projections.nearest import nearest, with_derivative
 from jaxsrn.spectra.norms import frozen_value, leading_of
@@ -68,7 +67,7 @@ def clip_singular_values(kernel: Kernel, op: Operator, max_norm) -> Shaped[Array
     kernel, max_norm = _checked(kernel, op, max_norm)
     size = matrix_size(op, kernel.shape)
     ensure(
-        not isinstance(op, ZeroPaddedConv) or size <= DENSE_SIZE,
+        not op._needs_explicit_matrix or size <= DENSE_SIZE,
         f"kernel: the explicit matrix of {op} has {size} entries, expected at most {DENSE_SIZE}; "
         "use project_spectral_ball(kernel, op, max_norm), which never forms it.",
     )
@@ -134,7 +133,7 @@ def project_spectral_ball(
     """
     kernel, max_norm = _checked(kernel, op, max_norm)
     dtype = float_dtype(kernel.dtype)
-    tolerance = float(jnp.finfo(dtype).eps) ** 0.55 if tolerance is None else tolerance
+    tolerance = gap_tolerance(dtype) if tolerance is None else tolerance
     tolerance = positive_scalar(tolerance, "tolerance", dtype)
     return _project_spectral_ball(kernel, op, max_norm, tolerance, static_int(max_steps, "max_steps"))
 

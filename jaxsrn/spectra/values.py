@@ -14,7 +14,7 @@ from jaxtyping import Array, Complex, Float
 from jaxsrn._tools.checks import Kernel, ensure, float_dtype, kernel_array
 from jaxsrn._tools.limits import DENSE_SIZE, vector_tolerance
 from jaxsrn._tools.subspaces import top_singular_vectors
-from jaxsrn.operators.base import Dense, Operator
+from jaxsrn.operators.base import Operator
 from jaxsrn.operators.convolutions import CircularConv
 from jaxsrn.spectra.circular.fourier import half_symbol, symbol_on
 from jaxsrn.spectra.circular.sites import distinct_sites, repetitions, without_constant_axes
@@ -74,7 +74,7 @@ def singular_values(kernel: Kernel, op: Operator) -> Float[Array, " n"]:
     kernel = kernel_array(kernel, op)
     size = matrix_size(op, kernel.shape)
     ensure(
-        isinstance(op, (CircularConv, Dense)) or size <= DENSE_SIZE,
+        not op._needs_explicit_matrix or size <= DENSE_SIZE,
         f"kernel: the explicit matrix of {op} has {size} entries, expected at most {DENSE_SIZE}; "
         "use top_singular_values(kernel, op, k), which never forms it.",
     )
@@ -85,7 +85,7 @@ def singular_values(kernel: Kernel, op: Operator) -> Float[Array, " n"]:
 def _singular_values(kernel, op):
     kernel = kernel.astype(float_dtype(kernel.dtype))
     if not isinstance(op, CircularConv):
-        return jnp.linalg.svd(kernel if isinstance(op, Dense) else op.to_dense(kernel), compute_uv=False)
+        return jnp.linalg.svd(op.to_dense(kernel), compute_uv=False)
     layer = without_constant_axes(op, kernel.shape)
     sites, counts = distinct_sites(layer)
     values = jnp.linalg.svd(half_symbol(kernel, layer)[sites], compute_uv=False)
@@ -129,7 +129,7 @@ def top_singular_values(kernel: Kernel, op: Operator, k: int) -> Float[Array, " 
     integral = isinstance(k, (int, np.integer)) and not isinstance(k, bool)
     ensure(integral and 1 <= k <= n, f"k: got {k!r}, expected an integer from 1 to {n}.")
     size = matrix_size(op, kernel.shape)
-    if isinstance(op, (CircularConv, Dense)) or (5 * k >= n and size <= DENSE_SIZE):
+    if not op._needs_explicit_matrix or (5 * k >= n and size <= DENSE_SIZE):
         return singular_values(kernel, op)[:k]
     return _top_matrix_free(kernel, op, int(k))
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from jaxsrn._tools.limits import kernel_tolerance
 from jaxsrn.normalization.training.normalized import normalized_with
 from jaxsrn.normalization.training.reverse import in_reverse
 from jaxsrn.operators.base import Operator
@@ -70,7 +71,7 @@ def _tangent_solve(matvec, transposed, rhs):
     """`matvec^-1 rhs` by GMRES; 0, which is the frozen gradient, where that does not converge."""
 
     def solve_guarded(matvec, rhs):
-        tolerance = float(jnp.finfo(rhs.dtype).eps) ** 0.6
+        tolerance = kernel_tolerance(rhs.dtype)
         x, _ = jax.scipy.sparse.linalg.gmres(matvec, rhs, tol=tolerance, **_GMRES)
         error = jnp.linalg.norm(matvec(x) - rhs)
         return jnp.where(error <= _ACCEPTED_RESIDUAL * jnp.linalg.norm(rhs), x, 0.0)

@@ -15,6 +15,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from jaxsrn._tools.checks import Kernel, ensure, float_dtype, kernel_array, positive_scalar, static_int
+from jaxsrn._tools.limits import kernel_tolerance
 from jaxsrn.normalization.closed_form import Problem, closed_form, functional, merit
 from jaxsrn.normalization.lowering import problem_of
 from jaxsrn.normalization.starts import survey
@@ -206,7 +207,7 @@ class _Passes(NamedTuple):
 
 def _converged(a: Float[Array, "..."], op: Operator, target, pair: Pair) -> Track:
     """Training steps of a kernel at rest, until the normalized kernel is at rest too."""
-    tolerance = float(jnp.finfo(a.dtype).eps) ** 0.6
+    tolerance = kernel_tolerance(a.dtype)
 
     def one_pass(state: _Passes) -> _Passes:
         track = follow(state.kernel, op, state.track)
