@@ -19,9 +19,9 @@ from jaxsrn.normalization.raising import raised
 from jaxsrn.normalization.result import SRNResult, in_own_scale, measured, proven_gap, ratio
 from jaxsrn.normalization.starts import survey
 from jaxsrn.operators.base import Dense, Operator
-from jaxsrn.spectra.norms import SingularTriplet, check_triplet, frozen_value
+from jaxsrn.spectra.norms import SingularTriplet, check_triplet, frozen_value, leading_of
 from jaxsrn.spectra.pair import Pair, rescaled
-from jaxsrn.spectra.pairs import leading_pair, pair_of_images, pair_shapes
+from jaxsrn.spectra.pairs import pair_of_images, pair_shapes
 
 __all__ = [
     "srnc",
@@ -91,7 +91,8 @@ def srnc(
         _check_initial(initial, op, kernel.shape)
     if isinstance(op, Dense):
         return srn_of_matrix(kernel, target, 1 if keep_norm else 0, bool(raise_rank))
-    return (_srnc_raised if raise_rank else _srnc)(kernel, op, target, initial, tolerance, bool(keep_norm), max_steps)
+    solve = _srnc_raised if raise_rank else _srnc
+    return solve(kernel, op, leading_of(kernel, op), target, initial, tolerance, bool(keep_norm), max_steps)
 
 
 def _check_initial(initial, op: Operator, kernel_shape) -> None:
@@ -107,15 +108,18 @@ def _as_pair(initial: SingularTriplet | Pair, op: Operator, kernel: Float[Array,
     return pair_of_images(initial.right.astype(kernel.dtype), initial.left.astype(kernel.dtype), op, kernel.shape)
 
 
-@functools.partial(jax.jit, static_argnums=(5, 6))
+@functools.partial(jax.jit, static_argnums=(6, 7))
 def _srnc(*args):
     return lowered_with_pair(*args)[0]
 
 
-def lowered_with_pair(kernel, op, target, initial, tolerance, keep_norm, max_steps) -> tuple[SRNResult, Pair]:
-    """`srnc` of checked arguments, and the pair that its kernel was made with: where the next can start."""
+def lowered_with_pair(kernel, op, own, target, initial, tolerance, keep_norm, max_steps) -> tuple[SRNResult, Pair]:
+    """`srnc` of checked arguments, and the pair that its kernel was made with: where the next can start.
+
+    `own` is the leading pair of the kernel.
+    """
     a, scale = rescaled(kernel.astype(float_dtype(kernel.dtype)), op)
-    problem, own = problem_of(a, op, target)
+    problem = problem_of(a, op, target, own)
     result, pair, unchanged = _lowered(problem, op, own, initial, tolerance, keep_norm, max_steps)
     return in_own_scale(result, scale, kernel, op, unchanged), pair
 
@@ -144,10 +148,10 @@ def _lowered(problem: Problem, op: Operator, own: Pair, initial, tolerance, keep
     return result, solution.pair, unchanged
 
 
-@functools.partial(jax.jit, static_argnums=(5, 6))
-def _srnc_raised(kernel, op, target, initial, tolerance, keep_norm, max_steps):
+@functools.partial(jax.jit, static_argnums=(6, 7))
+def _srnc_raised(kernel, op, own, target, initial, tolerance, keep_norm, max_steps):
     a, scale = rescaled(kernel.astype(float_dtype(kernel.dtype)), op)
-    problem, own = problem_of(a, op, target)
+    problem = problem_of(a, op, target, own)
     raises = (target > ratio(problem.inner(a, a), problem.norm**2)) & (problem.norm > 0)
     # Under vmap both branches are computed: nothing may be divided by the norm of a zero kernel.
     guarded = problem._replace(norm=jnp.where(problem.norm == 0, 1.0, problem.norm))
@@ -172,8 +176,6 @@ def _raised(problem: Problem, op: Operator, own: Pair, max_steps: int, tolerance
     return measured(found.kernel, problem, norm, distance, gap, found.num_steps, True, found.feasible)
 
 
-def problem_of(a: Float[Array, "..."], op: Operator, target) -> tuple[Problem, Pair]:
-    """Problem (7) for a kernel, its norm as a function of the kernel, and the leading pair."""
-    own = leading_pair(lax.stop_gradient(a), op)
-    weights = op.frobenius_weights(a.shape, a.dtype)
-    return Problem(a, weights, target, frozen_value(a, op, own)), own
+def problem_of(a: Float[Array, "..."], op: Operator, target, own: Pair) -> Problem:
+    """Problem (7) for a kernel with its leading pair; its norm is a function of the kernel."""
+    return Problem(a, op.frobenius_weights(a.shape, a.dtype), target, frozen_value(a, op, own))

@@ -13,7 +13,7 @@ from jaxsrn.normalization.lowering import problem_of
 from jaxsrn.normalization.result import SRNResult, in_own_scale, measured, ratio
 from jaxsrn.normalization.starts import survey
 from jaxsrn.operators.base import Operator
-from jaxsrn.spectra.norms import frozen_value
+from jaxsrn.spectra.norms import frozen_value, leading_of
 from jaxsrn.spectra.pair import Pair, rescaled
 from jaxsrn.spectra.pairs import leading_pair, value_gradient
 from jaxsrn.spectra.ranks import stable_rank_range
@@ -39,13 +39,14 @@ def srnc_tanay(kernel: Kernel, op: Operator, target) -> SRNResult:
     """
     kernel = kernel_array(kernel, op)
     op._check_not_aliased(kernel.shape)
-    return _srnc_tanay(kernel, op, positive_scalar(target, "target", float_dtype(kernel.dtype)))
+    target = positive_scalar(target, "target", float_dtype(kernel.dtype))
+    return _srnc_tanay(kernel, op, leading_of(kernel, op), target)
 
 
 @jax.jit
-def _srnc_tanay(kernel, op, target):
+def _srnc_tanay(kernel, op, own, target):
     a, scale = rescaled(kernel.astype(float_dtype(kernel.dtype)), op)
-    problem, own = problem_of(a, op, target)
+    problem = problem_of(a, op, target, own)
     first = problem.norm * lax.stop_gradient(value_gradient(own, op, a.shape))
     rest = a - first
     gamma = ratio(safe_sqrt(target - 1) * problem.norm, safe_sqrt(problem.inner(rest, rest)))

@@ -135,15 +135,15 @@ def project_spectral_ball(
     dtype = float_dtype(kernel.dtype)
     tolerance = gap_tolerance(dtype) if tolerance is None else tolerance
     tolerance = positive_scalar(tolerance, "tolerance", dtype)
-    return _project_spectral_ball(kernel, op, max_norm, tolerance, static_int(max_steps, "max_steps"))
+    max_steps = static_int(max_steps, "max_steps")
+    return _project_spectral_ball(kernel, op, leading_of(kernel, op), max_norm, tolerance, max_steps)
 
 
-@functools.partial(jax.jit, static_argnums=(4,))
-def _project_spectral_ball(kernel, op, max_norm, tolerance, max_steps):
+@functools.partial(jax.jit, static_argnums=(5,))
+def _project_spectral_ball(kernel, op, own, max_norm, tolerance, max_steps):
     a, scale = rescaled(kernel.astype(float_dtype(kernel.dtype)), op)
     limit = max_norm / scale
     fixed, fixed_limit = lax.stop_gradient((a, limit))
-    own = leading_of(fixed, op)
     inside = frozen_value(fixed, op, own) <= fixed_limit * (1 + _ROOM * jnp.finfo(a.dtype).eps)
     weights = op.frobenius_weights(a.shape, a.dtype)
     size = jnp.sqrt(jnp.sum(weights * fixed**2))

@@ -82,7 +82,9 @@ def leading_triplet(
     tolerance = None if tolerance is None else positive_scalar(tolerance, "tolerance", dtype)
     if initial is not None:
         check_triplet(initial, op, kernel.shape)
-    return _leading_triplet(kernel, op, initial, tolerance, bool(proven))
+    if initial is None and tolerance is None and proven:
+        return _triplet(kernel, op, leading_of(kernel, op))
+    return _triplet(kernel, op, _searched(kernel, op, initial, tolerance, bool(proven)))
 
 
 def check_triplet(initial: SingularTriplet, op: Operator, kernel_shape) -> None:
@@ -97,11 +99,16 @@ def check_triplet(initial: SingularTriplet, op: Operator, kernel_shape) -> None:
 
 
 @functools.partial(jax.jit, static_argnames="proven")
-def _leading_triplet(kernel, op, initial, tolerance, proven):
+def _searched(kernel, op, initial, tolerance, proven):
+    kernel = lax.stop_gradient(kernel.astype(float_dtype(kernel.dtype)))
+    start = None if initial is None else lax.stop_gradient(initial.right).astype(kernel.dtype)
+    return leading_pair(rescaled(kernel, op)[0], op, tolerance=tolerance, start=start, proven=proven)
+
+
+@jax.jit
+def _triplet(kernel, op, pair):
     kernel = kernel.astype(float_dtype(kernel.dtype))
     fixed, scale = rescaled(lax.stop_gradient(kernel), op)
-    start = None if initial is None else lax.stop_gradient(initial.right).astype(kernel.dtype)
-    pair = leading_pair(fixed, op, tolerance=tolerance, start=start, proven=proven)
     value = frozen_value(kernel, op, pair)
     right, left = (lax.stop_gradient(vector) for vector in pair_images(pair, op, kernel.shape))
     return SingularTriplet(value, left, right, _residual(fixed, op, lax.stop_gradient(value) / scale, left, right))
@@ -136,20 +143,26 @@ def spectral_norm(kernel: Kernel, op: Operator) -> Float[Array, ""]:
     Raises:
       ValueError: a kernel that does not fit.
     """
-    return _spectral_norm(kernel_array(kernel, op), op)
+    kernel = kernel_array(kernel, op)
+    return _value(kernel, op, leading_of(kernel, op))
 
 
 @jax.jit
-def _spectral_norm(kernel, op):
-    kernel = kernel.astype(float_dtype(kernel.dtype))
-    return norm_of(kernel, op)
+def leading_of(kernel: Float[Array, "..."], op: Operator) -> Pair:
+    """The leading pair of a kernel of any scale and dtype, a constant for derivatives.
+
+    Public functions call this stage before what they make of the pair, so that they share its program: one that was
+    called on a shape leaves little to compile to the next.
+    """
+    kernel = lax.stop_gradient(kernel.astype(float_dtype(kernel.dtype)))
+    return leading_pair(rescaled(kernel, op)[0], op)
+
+
+@jax.jit
+def _value(kernel, op, pair):
+    return frozen_value(kernel.astype(float_dtype(kernel.dtype)), op, pair)
 
 
 def norm_of(kernel: Float[Array, "..."], op: Operator) -> Float[Array, ""]:
     """`spectral_norm` of a kernel that is already checked and wide enough."""
     return frozen_value(kernel, op, leading_of(kernel, op))
-
-
-def leading_of(kernel: Float[Array, "..."], op: Operator) -> Pair:
-    """The leading pair of a kernel of any scale, a constant for derivatives."""
-    return leading_pair(rescaled(lax.stop_gradient(kernel), op)[0], op)

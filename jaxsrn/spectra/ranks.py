@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Shaped
 
 from jaxsrn._tools.checks import Kernel, ensure, float_dtype, kernel_array
 from jaxsrn.operators.base import Operator
-from jaxsrn.spectra.norms import norm_of
+from jaxsrn.spectra.norms import frozen_value, leading_of
 from jaxsrn.spectra.pair import rescaled
 
 __all__ = [
@@ -40,13 +40,14 @@ def stable_rank(kernel: Kernel, op: Operator) -> Float[Array, ""]:
     Raises:
       ValueError: a kernel that does not fit.
     """
-    return _stable_rank(kernel_array(kernel, op), op)
+    kernel = kernel_array(kernel, op)
+    return _stable_rank(kernel, op, leading_of(kernel, op))
 
 
 @jax.jit
-def _stable_rank(kernel, op):
+def _stable_rank(kernel, op, pair):
     kernel, _ = rescaled(kernel.astype(float_dtype(kernel.dtype)), op)
-    norm = norm_of(kernel, op)
+    norm = frozen_value(kernel, op, pair)
     # Of the map, not of the kernel: taps can miss the image, and aliased ones can cancel.
     is_zero = norm == 0
     squared_norm = jnp.where(is_zero, 1.0, norm) ** 2

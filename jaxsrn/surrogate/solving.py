@@ -18,7 +18,7 @@ from jaxsrn.normalization.lowering import problem_of
 from jaxsrn.normalization.result import SRNResult, in_own_scale
 from jaxsrn.normalization.tanay import assessed
 from jaxsrn.operators.base import Operator
-from jaxsrn.spectra.norms import norm_of
+from jaxsrn.spectra.norms import leading_of, norm_of
 from jaxsrn.spectra.pair import rescaled
 from jaxsrn.surrogate.descent import State, advance, begin, by_step, geometric, starting_points
 from jaxsrn.surrogate.problem import checked, kernel_at, num_frequencies, objective_at, point_like
@@ -186,7 +186,8 @@ def _descent_arguments(kernel, op, target, alpha, penalty, initial):
 def _prepared(kernel, op, target, schedules, optimizer, num_steps: int, smooth: bool):
     """The problem in the scale of its largest entry, and what a descent needs: the optimizer and `loss(x, step)`."""
     a, scale = rescaled(kernel.astype(float_dtype(kernel.dtype)), op)
-    problem, own = problem_of(a, op, target)
+    own = leading_of(a, op)
+    problem = problem_of(a, op, target, own)
     frozen = lax.stop_gradient(problem)
     level = num_frequencies(op) / frozen.target
     # Both terms of h relative to (N / r)^2.

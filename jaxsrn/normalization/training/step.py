@@ -24,9 +24,9 @@ from jaxsrn.normalization.training.normalized import normalized_or_rescaled, nor
 from jaxsrn.normalization.training.tracking import Track, follow, has_turned, start_track, track_shapes
 from jaxsrn.operators.base import Operator
 from jaxsrn.spectra.circular.fourier import complex_dtype
-from jaxsrn.spectra.norms import frozen_value
+from jaxsrn.spectra.norms import frozen_value, leading_of
 from jaxsrn.spectra.pair import Pair, rescaled
-from jaxsrn.spectra.pairs import leading_pair, power_step
+from jaxsrn.spectra.pairs import power_step
 
 __all__ = [
     "SRNCState",
@@ -73,7 +73,7 @@ def srnc_state(kernel: Kernel, op: Operator, target, *, norm=1.0, cap: bool = Fa
       ValueError: as `srnc_step`.
     """
     kernel, target, _ = _checked(kernel, op, target, norm, cap)
-    return _srnc_state(kernel, op, target, _follows_own(op, target, norm, cap))
+    return _srnc_state(kernel, op, leading_of(kernel, op), target, _follows_own(op, target, norm, cap))
 
 
 def srnc_step(
@@ -169,13 +169,12 @@ def _is_watched(op: Operator, target) -> bool:
 
 
 @functools.partial(jax.jit, static_argnames=("follows_own",))
-def _srnc_state(kernel, op, target, follows_own):
+def _srnc_state(kernel, op, own, target, follows_own):
     kernel = lax.stop_gradient(kernel.astype(float_dtype(kernel.dtype)))
     a, _ = rescaled(kernel, op)
     if target is None or op._normalization_keeps_pairs:
-        own = leading_pair(a, op)
         return SRNCState(start_track(a, op, own, _is_watched(op, target)), None)
-    problem, own = problem_of(a, op, target)
+    problem = problem_of(a, op, target, own)
     unchanged = problem.inner(a, a) <= target * problem.norm**2
     pair = jax.tree.map(lambda a, b: jnp.where(unchanged, a, b), own, _best_start(problem, op, own))
     track = _without_pair_of_zero(a, _converged(a, op, target, pair))
