@@ -1,1 +1,1 @@
-"""What every room uses: checks of arguments, products in full precision, subspaces."""
+"""What every folder uses: checks of arguments, limits, products in full precision, subspaces, proofs by Cholesky."""

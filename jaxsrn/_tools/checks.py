@@ -1,4 +1,4 @@
-"""What every public function asks of its arguments, and in which precision it computes."""
+"""Checks of the arguments of public functions, and the precision in which they compute."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = [
     "static_int",
 ]
 
-# What users pass: any real floating array; `kernel_array` says the rest.
+# Users pass any floating array; `kernel_array` checks what a type cannot say.
 Kernel = Shaped[Array | np.ndarray, "..."]
 
 
@@ -32,7 +32,7 @@ def ensure(condition: bool, message: str) -> None:
 
 @contextlib.contextmanager
 def errors_named(name: str):
-    """Puts a name, as that of a layer, before the message of a `ValueError` raised inside."""
+    """Puts a name, such as a layer's, before the message of a `ValueError` that is raised inside."""
     try:
         yield
     except ValueError as error:
@@ -52,14 +52,14 @@ def int_tuple(value, length: int | None, name: str, minimum: int = 1) -> tuple[i
 
 
 def static_int(value, name: str, minimum: int = 1) -> int:
-    """`value` as an int, checked."""
+    """`value` as an int; raises `ValueError` unless it is an integer of at least `minimum`."""
     integral = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
     ensure(integral and value >= minimum, f"{name}: got {value!r}, expected a static integer >= {minimum}.")
     return int(value)
 
 
 def kernel_array(kernel, op) -> jax.Array:
-    """The kernel as an array, checked against its operator: real, floating, of a shape that `op` takes."""
+    """The kernel as an array; raises `ValueError` unless it is real, floating and of a shape that `op` takes."""
     kernel = jnp.asarray(kernel)
     ensure(
         jnp.issubdtype(kernel.dtype, jnp.floating),
@@ -75,10 +75,11 @@ def float_dtype(dtype) -> jnp.dtype:
 
 
 def positive_scalar(value, name: str, dtype, *, or_zero: bool = False) -> jax.Array:
-    """`value` as a scalar of `dtype`; positive (`or_zero`: not negative) and finite wherever it is concrete."""
+    """`value` as a scalar of `dtype`; a concrete one must be finite and positive (with `or_zero`: not negative)."""
     ensure(jnp.ndim(value) == 0, f"{name}: got shape {jnp.shape(value)}, expected a scalar; use jax.vmap over several.")
     if not isinstance(value, jax.core.Tracer):
-        # NumPy's, as comparing a concrete JAX array while something is traced gives a tracer; as it will be used.
+        # NumPy compares it, since a comparison of JAX arrays gives a tracer while anything is traced. The value is
+        # rounded to `dtype` first, as the computation will see it.
         number = np.asarray(np.asarray(value).astype(dtype), dtype=float)
         ensure(
             bool(np.isfinite(number) and (number > 0 or (or_zero and number == 0))),

@@ -1,4 +1,8 @@
-"""Products in full precision, roots, and the leading and last singular pairs of small matrices, stacked."""
+"""Products in full precision, roots with safe derivatives, and singular pairs of stacks of small matrices.
+
+It wraps `jax.numpy.linalg.svd`, except for Gram iteration (Delattre, Barthelemy, Araujo, Allauzen 2023, "Efficient
+bound of Lipschitz constant for convolutional layers by Gram iteration"), which bounds a norm by products alone.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +25,7 @@ __all__ = [
     "unit",
 ]
 
-# Wherever digits count: the default of TPUs and of some GPUs keeps few of them.
+# The default precision of TPUs and of recent GPUs is below float32, and every certificate would be false in it.
 einsum = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
 matmul = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
 
@@ -31,31 +35,31 @@ def unit(vector: Inexact[Array, "..."]) -> Inexact[Array, "..."]:
     squared = jnp.sum(vector.real**2 + vector.imag**2) if jnp.iscomplexobj(vector) else jnp.sum(vector**2)
     is_zero = squared == 0
     first = jnp.zeros(vector.size, vector.dtype).at[0].set(1).reshape(vector.shape)
-    # The derivative of a norm is 0/0 at zero; here it is that of the constant.
+    # The derivative of a norm is 0/0 at zero; the one taken here is that of the constant first basis vector.
     return jnp.where(is_zero, first, vector / jnp.sqrt(jnp.where(is_zero, 1, squared)).astype(vector.dtype))
 
 
 def safe_sqrt(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """`sqrt(max(x, 0))` with derivative 0 at 0: there the constraint it stands for is not active."""
-    clipped = x <= 0  # false for NaN, which must stay NaN
+    """`sqrt(max(x, 0))` with derivative 0 wherever `x <= 0`: the constraint that it stands for is not active there."""
+    clipped = x <= 0  # NaN compares false, so that it stays NaN.
     return jnp.where(clipped, 0.0, jnp.sqrt(jnp.where(clipped, 1.0, x)))
 
 
 def real_times(spec: str, real: Float[Array, "..."], vectors: Inexact[Array, "..."]) -> Inexact[Array, "..."]:
-    """`einsum` of real coefficients and complex vectors: two real products in place of four, and no complex copy."""
+    """`einsum` of real coefficients and complex vectors, by two real products and without a complex copy."""
     return lax.complex(einsum(spec, real, vectors.real), einsum(spec, real, vectors.imag))
 
 
 def top_pairs(matrices: Inexact[Array, "batch in out"]):
-    """Leading singular values and vectors of a stack: `(values, u, v)` with `u^H A v = value`.
+    """Leading singular values and vectors of a stack of matrices: `(values, u, v)` with `u^H A v = value`.
 
-    The largest entry of `u` is real and positive, so that both vectors are real where the matrix is.
+    The largest entry of `u` is real and positive, so that both vectors are real where the matrix is real.
     """
     return end_pairs(matrices)[0]
 
 
 def end_pairs(matrices: Inexact[Array, "batch in out"]):
-    """`top_pairs`, and the same of the smallest of the `min(in, out)` singular values."""
+    """The pairs of the largest and of the smallest of the `min(in, out)` singular values, each as in `top_pairs`."""
     if min(matrices.shape[-2:]) == 1:
         u, v, values = _pair_of_vector(matrices)
         pair = _real_where_possible(values, u, v)
@@ -65,13 +69,14 @@ def end_pairs(matrices: Inexact[Array, "batch in out"]):
 
 
 def _real_where_possible(values, u, v):
+    """The pairs with both vectors turned by the phase that makes the largest entry of `u` real and positive."""
     largest = jnp.take_along_axis(u, jnp.argmax(jnp.abs(u), axis=-1, keepdims=True), axis=-1)
     turn = jnp.conj(largest) / jnp.abs(largest).astype(u.dtype)
     return values, u * turn, v * turn
 
 
 def _pair_of_vector(matrices):
-    """`top_pairs` of rows or columns, without an SVD."""
+    """The singular pairs `(u, v, values)` of matrices of one row or one column, without an SVD."""
     row = matrices.shape[-2] == 1
     vector = matrices[..., 0, :] if row else matrices[..., 0]
     values = jnp.linalg.norm(vector, axis=-1)
@@ -81,21 +86,24 @@ def _pair_of_vector(matrices):
 
 
 def top_values(matrices: Inexact[Array, "batch in out"]) -> Float[Array, " batch"]:
-    """Largest singular value of each matrix of a stack."""
+    """The largest singular value of each matrix of a stack."""
     if min(matrices.shape[-2:]) == 1:
         return jnp.linalg.norm(matrices, axis=(-2, -1))
     return jnp.linalg.svd(matrices, compute_uv=False)[..., 0]
 
 
 def gram_bound(matrices: Inexact[Array, "batch in out"], num_steps: int) -> Float[Array, ""]:
-    """An upper bound of every singular value of a stack of matrices, by Gram iteration (Delattre et al. 2023)."""
+    """An upper bound of every singular value of a stack of matrices, by Gram iteration (Delattre et al. 2023).
+
+    With `G_0 = A^H A` and `G_t = G_(t-1)^2` it is the largest `||G_t||_F ** (1 / 2 ** (t + 1))` at `t = num_steps`.
+    """
     if matrices.shape[-2] < matrices.shape[-1]:
         matrices = jnp.swapaxes(matrices, -1, -2)
     grams = matmul(jnp.swapaxes(matrices.conj(), -1, -2), matrices)
     norms = _frobenius(grams)
     is_zero, log_bounds = norms == 0, 0.0
     for step in range(num_steps):
-        # Of what the matrices are divided by, the root that the bound takes.
+        # The bound is a root of the norm, so it gets back the same root of every factor that is divided out.
         scale = jnp.where(is_zero, 1.0, norms)
         log_bounds = log_bounds + jnp.log(scale) / 2 ** (step + 1)
         grams = grams / scale[:, None, None].astype(grams.dtype)
@@ -106,4 +114,5 @@ def gram_bound(matrices: Inexact[Array, "batch in out"], num_steps: int) -> Floa
 
 
 def _frobenius(matrices: Inexact[Array, "batch n n"]) -> Float[Array, " batch"]:
+    """The Frobenius norm of each matrix, with derivative 0 at a zero matrix."""
     return safe_sqrt(jnp.sum(jnp.real(matrices * matrices.conj()), axis=(-2, -1)))

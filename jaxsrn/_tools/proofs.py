@@ -1,4 +1,8 @@
-"""Proofs by Cholesky: all eigenvalues of a matrix are below a level where the difference has a factor."""
+"""Proofs by Cholesky factorization that no singular value exceeds a limit.
+
+The eigenvalues of a Hermitian `G` are all below a level exactly where `level I - G` is positive definite, that is where
+it has a Cholesky factor. One factorization costs a small part of an SVD.
+"""
 
 from __future__ import annotations
 
@@ -16,18 +20,24 @@ __all__ = [
 
 
 def rounding(rows: int, dtype) -> float:
-    """What a singular value may be off by, relatively: from the Gram matrix and its factorization."""
+    """The relative error that the Gram matrix and its factorization are allowed to cause in a singular value.
+
+    The root is the growth of independent rounding errors of sums over `rows`; their worst case would grow as `rows`.
+    """
     return 2 * math.sqrt(rows) * float(jnp.finfo(dtype).eps)
 
 
 def squared_limit(rows: int, limits: Float[Array, "..."]) -> Float[Array, "..."]:
     """The squares of limits of singular values, with room for rounding."""
-    # Half of it in terms of the singular value.
+    # The relative error of a square is twice that of the singular value.
     return limits**2 * (1 + 2 * rounding(rows, limits.dtype))
 
 
 def are_below(grams: Inexact[Array, "points groups n n"], levels: Float[Array, " points"]) -> Bool[Array, " points"]:
-    """Whether all eigenvalues are below the levels: the differences have Cholesky factors."""
+    """Whether all eigenvalues of each point's Gram matrices are below its level; false where the level is not positive.
+
+    The test is whether the Cholesky factor of `I - G / level` is finite.
+    """
     scaled = grams / jnp.where(levels > 0, levels, 1)[:, None, None, None].astype(grams.dtype)
     identity = jnp.eye(grams.shape[-1], dtype=grams.dtype)[None, None]
     factor = lax.linalg.cholesky(identity - scaled, symmetrize_input=False)

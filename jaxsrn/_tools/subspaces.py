@@ -1,9 +1,13 @@
-"""Subspaces: orthonormal vectors, the best of a span (Rayleigh, Ritz), subspace iteration, and Lanczos.
+"""Subspaces: orthonormal vectors, the Rayleigh-Ritz step, subspace iteration, and the Lanczos method.
 
-Lanczos here is for `T^T T` with full reorthogonalisation: the Krylov spaces of Golub and Kahan 1965, on one side. Its
-thick restart keeps the leading Ritz vectors (Wu, Simon 2000). `jax.experimental.sparse.linalg.lobpcg_standard` needs a
-matrix of more than five times as many rows as vectors that are asked for, keeps two blocks of vectors in memory where
-nearly equal singular values need more, and cannot give a search up that ends below a known value.
+The Lanczos method here finds the leading singular triplet of a map `T`. It builds an orthonormal basis of the Krylov
+space of `T^T T` with full reorthogonalisation, which is the right-hand side of the bidiagonalization of Golub and Kahan
+1965. A full basis is restarted from its leading Ritz vectors (thick restart, Wu and Simon 2000).
+
+It differs from `jax.experimental.sparse.linalg.lobpcg_standard` in three ways. That function asks for more than five
+rows for each vector, this one takes maps of any size. That one remembers only the current and the last block of
+vectors, this one a basis of many, which nearly equal singular values need. This one can give up a search that is about
+to end below a known value.
 """
 
 from __future__ import annotations
@@ -31,40 +35,44 @@ __all__ = [
     "top_singular_vectors",
 ]
 
-# Ritz vectors carried through a restart resolve the cluster at the top; the rest of the basis is the memory price.
+# The basis holds so many vectors: more of them save steps, and cost memory and reorthogonalisation.
 _BASIS = 20
+# A restart carries so many Ritz vectors: they resolve nearly equal leading values, and leave less room for new vectors.
 _KEPT = 8
-# Steps after which it is seen whether more are needed: a small SVD.
+# The residual is looked at after so many steps: every look takes a small SVD, and late looks take steps in vain.
 _BETWEEN_CHECKS = 4
+# The search ends after so many restarts, converged or not; its residual says which.
 _MAX_RESTARTS = 200
 
 
-# Orthonormal vectors, and the best of their span
+# Orthonormal vectors, and the best vectors of a span
 
 
 def remainder(
     vector: Inexact[Array, " n"], basis: Inexact[Array, "rows n"]
 ) -> tuple[Inexact[Array, " n"], Inexact[Array, " rows"]]:
-    """What orthonormal rows leave of a vector, and its coefficients along them.
+    """The part of a vector that is orthogonal to orthonormal rows, and its coefficients along them.
 
-    What is rounding alone becomes 0: then the vector lies in the span. Rows of zeros take no part.
+    The part is exactly 0 where nothing but rounding is left of the vector. Rows of zeros take no part.
     """
     before, coefficients = jnp.linalg.norm(vector), jnp.zeros(len(basis), vector.dtype)
-    # The first pass leaves rounding errors as large as the cancellation, the second is enough (Giraud et al. 2005).
+    # One pass leaves rounding errors as large as the cancellation, a second is enough (Giraud, Langou, Rozloznik 2005).
     for _ in range(2):
         along = matmul(basis.conj(), vector)
         vector, coefficients = vector - matmul(along, basis), coefficients + along
+    # A few units of rounding are what two passes leave of a vector in the span; 10 of them are no new direction.
     inside = jnp.linalg.norm(vector) <= 10 * jnp.finfo(before.dtype).eps * before
     return jnp.where(inside, 0, vector), coefficients
 
 
 def extended(basis: Inexact[Array, "rows n"], vector: Inexact[Array, " n"]) -> Inexact[Array, "rows+1 n"]:
-    """Orthonormal rows, and the unit vector that another one adds to their span (0 where nothing)."""
+    """Orthonormal rows and one more: the unit vector that `vector` adds to their span, or 0 where it adds nothing."""
     rest = remainder(vector, basis)[0]
     return jnp.concatenate([basis, _unit_or_zero(rest)[None]])
 
 
 def _unit_or_zero(vector: Inexact[Array, " n"]) -> Inexact[Array, " n"]:
+    """`vector` with norm 1, and zero for zero, where `linalg.unit` gives a basis vector."""
     norm = jnp.linalg.norm(vector)
     return vector / jnp.where(norm == 0, 1, norm).astype(vector.dtype)
 
@@ -75,26 +83,27 @@ def orthonormal_rows(vectors: Inexact[Array, "... rows n"]) -> Inexact[Array, ".
 
 
 def subspace_iteration(product: Callable, start: Inexact[Array, "... rows n"], num_steps: int):
-    """Orthonormal rows near the leading eigenvectors of `product`, a symmetric map on rows (block power method)."""
+    """Orthonormal rows near the leading eigenvectors of `product`, a symmetric map on rows (the block power method)."""
     return lax.fori_loop(0, num_steps, lambda _, rows: orthonormal_rows(product(rows)), start)
 
 
 def rayleigh_ritz(projected: Inexact[Array, "... rows rows"]):
     """Eigenvalues, the largest first, and eigenvectors in the rows, of a positive semidefinite matrix.
 
-    The matrix is that of a map on orthonormal vectors: the eigenvectors combine them to the best of their span. The SVD
-    of such a matrix is its eigendecomposition; stacks of `eigh` are no safe ground in jaxlib 0.10.2 (jax issue 39292).
+    The matrix is a map's projection on orthonormal vectors, and its eigenvectors combine these to the best of their
+    span. An SVD takes the place of `eigh`, whose stacks are not safe in jaxlib 0.10.2 (jax issue 39292); for such a
+    matrix it is the eigendecomposition.
     """
     _, values, weights = jnp.linalg.svd(projected)
     return values, weights.conj()
 
 
 def random_start(shape: tuple[int, ...], dtype, seed: int | Int[Array, ""] = 0) -> Float[Array, "..."]:
-    """A fixed Gaussian vector: never orthogonal to a leading vector for reasons of symmetry."""
+    """A fixed Gaussian array, which no symmetry of a map makes orthogonal to a leading vector."""
     return jax.random.normal(jax.random.key(seed), shape, dtype)
 
 
-# Lanczos
+# The Lanczos method
 
 
 class SingularVectors(NamedTuple):
@@ -110,9 +119,9 @@ class SingularVectors(NamedTuple):
 
 
 class _Basis(NamedTuple):
-    """`T^T T V^T = V^T P` for the rows `V` in use, up to the coupling of the last of them to the next row.
+    """A Krylov basis: `T^T T V^T = V^T P` for the rows `V` in use, but for the coupling of the last one to the next.
 
-    All rows take part in every product, as slices would be copied: those not yet in use are zero.
+    All rows take part in every product, since XLA would copy slices; the rows not yet in use are zero.
     """
 
     vectors: Float[Array, "rows in"]
@@ -121,7 +130,7 @@ class _Basis(NamedTuple):
 
 
 class _State(NamedTuple):
-    """The basis, how many of its vectors are there, the leading Ritz pair, and the restarts so far."""
+    """The basis, the number of its vectors in use, the leading Ritz pair, and the number of restarts so far."""
 
     basis: _Basis
     used: Int[Array, ""]
@@ -132,18 +141,18 @@ class _State(NamedTuple):
 
 
 def _extend(gram: Callable, j: Int[Array, ""], basis: _Basis) -> _Basis:
-    """One step: the `j`-th column of the projection and the next vector (0 where nothing is left)."""
+    """One step: column `j` of the projection, and the next vector, which is 0 where the space is exhausted."""
     rest, column = remainder(gram(basis.vectors[j]), basis.vectors)
     projected = basis.projected.at[:, j].set(column).at[j].set(column)
     return _Basis(basis.vectors.at[j + 1].set(_unit_or_zero(rest)), projected, jnp.linalg.norm(rest))
 
 
 def _restarted(basis: _Basis, kept: int) -> _Basis:
-    """The basis rotated to its leading Ritz vectors, ready to go on."""
+    """A thick restart: the basis of the `kept` leading Ritz vectors, followed by the next vector of the full one."""
     values, weights = rayleigh_ritz(basis.projected)
     vectors = jnp.zeros_like(basis.vectors).at[:kept].set(matmul(weights[:kept], basis.vectors))
     projected = jnp.zeros_like(basis.projected).at[jnp.arange(kept), jnp.arange(kept)].set(values[:kept])
-    # The next vector couples with all of those kept, which its own step finds.
+    # The next vector couples with every kept one; its own step computes these couplings.
     return _Basis(vectors.at[kept].set(basis.vectors[-1]), projected, jnp.zeros_like(basis.coupling))
 
 
@@ -160,15 +169,15 @@ def leading_singular_vectors(
 
     Args:
       matvec, rmatvec: the map and its transpose on flat vectors.
-      start: where the Krylov space starts; any non-zero vector that is not orthogonal to the answer.
+      start: the first vector of the Krylov space; any non-zero one that is not orthogonal to the answer.
       out_size: length of an output.
-      tolerance: relative residual at which to stop.
-      first_check: steps before the first look at the residual. By default a whole basis: a start near another
-        singular vector would pass for the leading one earlier.
-      floor: the search is given up where the singular value that it has come near is below. A larger one might
+      tolerance: the relative residual at which the search stops.
+      first_check: steps before the first look at the residual. The default is a whole basis, as a start near another
+        singular vector could pass for the leading one earlier.
+      floor: the search is given up where the singular value that it has come near is below this. A larger value might
         still follow, as it might after the end of any search.
     """
-    # One more than the smaller side: with it the space is always exhausted, and the coupling exactly zero.
+    # A basis of one vector more than the smaller side exhausts the space, and the last coupling is exactly zero.
     size = min(_BASIS, min(start.size, out_size) + 1)
     kept = min(_KEPT, size // 2)
     vectors = jnp.zeros((size + 1, start.size), start.dtype).at[0].set(_unit_or_zero(start))
@@ -184,12 +193,12 @@ def leading_singular_vectors(
         used = jnp.minimum(first + steps, size)
         basis = lax.fori_loop(first, used, extend, basis)
         values, weights = rayleigh_ritz(basis.projected)
-        # `||T^T T v - theta v|| / theta` of the leading Ritz vector.
+        # This is `||T^T T v - theta v|| / theta` for the leading Ritz vector `v` and its Ritz value `theta`.
         residual = basis.coupling * jnp.abs(weights[0, used - 1]) / jnp.where(values[0] == 0, 1.0, values[0])
         return _State(basis, used, jnp.sqrt(values[0]), weights[0], residual, state.restarts + jnp.where(full, 1, 0))
 
     def unfinished(state: _State):
-        # Some singular value is as near to this one as the residual.
+        # Some singular value is as near to this one as the residual says; the search goes on unless that is too low.
         promising = ~(state.value * (1 + state.residual) < floor)
         return (state.residual > tolerance) & promising & (state.restarts < _MAX_RESTARTS)
 
@@ -204,9 +213,9 @@ def leading_singular_vectors(
 def top_singular_vectors(
     matvec: Callable, rmatvec: Callable, in_size: int, out_size: int, k: int, tolerance, dtype
 ) -> tuple[Float[Array, "k in"], Float[Array, "k out"]]:
-    """`k` leading pairs of singular vectors, one after the other: what is found is subtracted from the map.
+    """The `k` leading pairs of singular vectors, each found in the map less the pairs before it (deflation).
 
-    A Krylov space of one vector sees every singular value once; deflation leaves the other copies of a repeated one.
+    The Krylov space of one vector holds each singular value once. Deflation leaves the other copies of a repeated one.
     """
 
     def find(i: Int[Array, ""], found):
