@@ -1,4 +1,4 @@
-"""Which linear map a kernel stands for; what a Flax layer is; the layers of a model by path."""
+"""Operators: which linear map a kernel stands for, which one a Flax layer is, and the layers of a model by path."""
 
 from jaxsrn.operators.base import Dense, Operator
 from jaxsrn.operators.convolutions import CircularConv, ZeroPaddedConv

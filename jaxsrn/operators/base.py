@@ -1,8 +1,8 @@
-"""Layers as linear maps `T(K)` that are linear in their kernel `K`: which map, without its weights.
+"""Operators: which linear map `T(K)` a layer is, apart from its kernel `K`, in which the map is linear too.
 
-An operator says how a kernel acts: `y = op.apply(kernel, x)`. It is a frozen, hashable dataclass of static
-shapes, registered as a pytree node without leaves, so it passes through `jit`, `vmap` and `grad` unannotated.
-Kernels have Flax's layout `(*taps, c_in // groups, c_out)`, inputs are channels last.
+An operator says how a kernel acts, `y = op.apply(kernel, x)`. It is a frozen, hashable dataclass of static shapes,
+registered as a pytree node without leaves, so that it passes through `jit`, `vmap` and `grad` without annotations.
+Kernels have Flax's layout `(*taps, c_in // groups, c_out)`, and channels are the last axis of images.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ __all__ = [
 
 
 class Contacts(NamedTuple):
-    """Along one axis: the output positions at which a tap meets a real input sample, and those samples."""
+    """The output positions along one axis at which a tap meets a real input sample (no padding), and those samples."""
 
     outputs: np.ndarray
     inputs: np.ndarray
 
 
 class Operator(abc.ABC):
-    """What `Dense`, `CircularConv` and `ZeroPaddedConv` have in common: the adjoints and the explicit matrix."""
+    """The base of `Dense`, `CircularConv` and `ZeroPaddedConv`: the adjoints and the explicit matrix."""
 
-    # Whether only the explicit matrix has all singular values: the map is no matrix itself, and has no symbol.
+    # Only the explicit matrix of such a layer has all singular values: it is no matrix itself, and has no symbol.
     _needs_explicit_matrix = False
-    # Whether a kernel keeps its leading pair where its stable rank is lowered: only a matrix does.
+    # A matrix keeps its leading pair when its stable rank is lowered; the kernel of a convolution does not.
     _normalization_keeps_pairs = False
 
     @abc.abstractmethod
@@ -57,7 +57,7 @@ class Operator(abc.ABC):
 
     @abc.abstractmethod
     def _axis_contacts(self, kernel_shape: tuple[int, ...]) -> list[list[Contacts]]:
-        """For every spatial axis and every tap on it, where the tap meets real input samples (static)."""
+        """Where each tap of each spatial axis meets real input samples (static)."""
 
     @abc.abstractmethod
     def _apply_batch(self, kernel, x, precision, layout: Layout):
@@ -69,7 +69,7 @@ class Operator(abc.ABC):
         Args:
           kernel: `(c_in, c_out)` or `(*taps, c_in // groups, c_out)`.
           x: `(*batch, *in_shape)`, any number of batch axes.
-          precision: of the matrix products, as in `jax.lax.conv_general_dilated`; `None` follows Flax's default.
+          precision: that of the products, as in `jax.lax.conv_general_dilated`; `None` is Flax's default.
 
         Returns:
           `(*batch, *out_shape)`.
@@ -113,9 +113,9 @@ class Operator(abc.ABC):
         """`grad_K <y, T(K) x>`: the adjoint in the kernel.
 
         Args:
-          kernel_shape: the kernel's.
+          kernel_shape: the shape of the kernel.
           x, y: `(*batch, *in_shape)` and `(*batch, *out_shape)`, of one dtype; the gradients of a batch are summed.
-          precision: as `apply`.
+          precision: as in `apply`.
 
         Returns:
           An array of `kernel_shape`.
@@ -127,8 +127,8 @@ class Operator(abc.ABC):
         """How often each tap meets a real input sample: `||T(K)||_F^2 = sum(weights * K**2)`.
 
         Returns:
-          `(*taps, 1, 1)` (dense: `(1, 1)`), of `dtype` (default: the default float), broadcasting against the
-          kernel. A zero marks a tap that never meets the image.
+          `(*taps, 1, 1)` (dense: `(1, 1)`) of `dtype`, which is JAX's default float if it is `None`. The weights
+          broadcast against the kernel. A zero marks a tap that never meets the image.
 
         Raises:
           ValueError: taps of a circular convolution that fall on each other (the weights are not diagonal then).
@@ -143,7 +143,7 @@ class Operator(abc.ABC):
         return functools.reduce(np.multiply.outer, counts, np.ones(()))[..., None, None]
 
     def _distinct_shape(self, kernel_shape: tuple[int, ...]) -> tuple[int, ...]:
-        """`kernel_shape` without the taps that fall on others (circular convolutions reaching around the image)."""
+        """`kernel_shape` without taps that fall on others, where a circular convolution reaches around its image."""
         return tuple(kernel_shape)
 
     def _check_not_aliased(self, kernel_shape: tuple[int, ...]) -> None:
@@ -156,7 +156,7 @@ class Operator(abc.ABC):
         )
 
     def wrap(self, kernel: Kernel) -> Shaped[Array, "..."]:
-        """The kernel with taps that fall on each other summed: the same map, up to a translation."""
+        """The kernel in which taps that fall on each other are summed: the same map, up to a translation."""
         for axis, (k, period) in enumerate(zip(kernel.shape, self._distinct_shape(kernel.shape), strict=True)):
             if k > period:
                 taps = jnp.moveaxis(kernel, axis, 0)
@@ -165,7 +165,7 @@ class Operator(abc.ABC):
         return kernel
 
     def to_dense(self, kernel: Kernel) -> Shaped[Array, "out in"]:
-        """The explicit matrix: `to_dense(K) @ x.ravel() == apply(K, x).ravel()`. For tests and small shapes."""
+        """The explicit matrix, for tests and small shapes: `to_dense(K) @ x.ravel() == apply(K, x).ravel()`."""
         kernel = kernel_array(kernel, self)
         in_shape = self.in_shape(kernel.shape)
         size = math.prod(in_shape)
@@ -176,7 +176,7 @@ class Operator(abc.ABC):
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class Dense(Operator):
-    """A dense layer `y = x @ kernel`, kernel `(c_in, c_out)` as Flax stores it."""
+    """A dense layer `y = x @ kernel` with a kernel `(c_in, c_out)`, as Flax stores it."""
 
     _normalization_keeps_pairs = True
 

@@ -1,4 +1,8 @@
-"""Convolutions as operators: circular ones and those with zero padding, equal to Flax's layers."""
+"""Convolutions as operators, circular or with zero padding, equal to Flax's layers element by element.
+
+A tap is one sample of the kernel, a `(c_in // groups, c_out)` matrix. Both classes follow Flax: cross-correlation, with
+channels last.
+"""
 
 from __future__ import annotations
 
@@ -22,10 +26,10 @@ __all__ = [
 
 
 class _Conv(Operator):
-    """Geometry and application shared by both convolutions; the subclasses add their padding."""
+    """The geometry and the application that both convolutions share; the subclasses add their padding."""
 
     def __repr__(self) -> str:
-        """As a call, without the arguments that have their default."""
+        """The operator as a call, without arguments that have their default value."""
         ones = (1,) * self.num_axes
         given = [(f.name, getattr(self, f.name), f.default) for f in dataclasses.fields(self)[1:]]
         options = [f", {name}={value!r}" for name, value, default in given if value not in (default, ones)]
@@ -33,7 +37,7 @@ class _Conv(Operator):
 
     @property
     def num_axes(self) -> int:
-        """Number of spatial axes."""
+        """The number of spatial axes."""
         return len(self.input_shape)
 
     def _normalise(self, *names: str) -> None:
@@ -62,7 +66,7 @@ class _Conv(Operator):
         return (*self.input_shape, kernel_shape[-2] * self.feature_group_count)
 
     def _extents(self, kernel_shape) -> tuple[int, ...]:
-        """Samples that the dilated taps span on each axis."""
+        """The number of samples that the dilated taps span on each axis."""
         return tuple((k - 1) * d + 1 for k, d in zip(kernel_shape, self.kernel_dilation, strict=False))
 
     def _convolve(self, kernel, x, padding, input_dilation, precision, layout: Layout):
@@ -86,8 +90,8 @@ class CircularConv(_Conv):
 
     Args:
       input_shape: the spatial shape, one to three axes.
-      strides, kernel_dilation: an int, or one per axis. Strides must divide the image: only then is the map block
-        circulant (Flax's own layer is not, otherwise).
+      strides, kernel_dilation: an int, or one per axis. Strides must divide the image, as the map is block circulant
+        only then; Flax's own layer takes others, and is not circulant for them.
       feature_group_count: number of groups.
 
     Raises:
@@ -110,19 +114,19 @@ class CircularConv(_Conv):
 
     @property
     def input_dilation(self) -> tuple[int, ...]:
-        """Ones: a circular convolution reads the image as it is."""
+        """Ones, as a circular convolution reads the image as it is."""
         return (1,) * self.num_axes
 
     @property
     def grid(self) -> tuple[int, ...]:
-        """Spatial shape of the output, which is also the grid of frequencies."""
+        """The spatial shape of the output, which is also the number of frequencies along each axis."""
         return tuple(n // s for n, s in zip(self.input_shape, self.strides, strict=True))
 
     def out_shape(self, kernel_shape):
         return (*self.grid, kernel_shape[-1])
 
     def _centre(self, kernel_shape) -> tuple[int, ...]:
-        """Samples before the output position that the first tap reaches (Flax's centring)."""
+        """How many samples before the output position the first tap lies (Flax's centring)."""
         return tuple((extent - 1) // 2 for extent in self._extents(kernel_shape))
 
     def _axis_contacts(self, kernel_shape):
@@ -135,7 +139,7 @@ class CircularConv(_Conv):
         return contacts
 
     def _distinct_shape(self, kernel_shape):
-        # After this many taps the dilated offsets return to 0 modulo the image.
+        # The dilated offsets return to 0 modulo the image after this many taps.
         periods = (n // math.gcd(n, d) for n, d in zip(self.input_shape, self.kernel_dilation, strict=True))
         return (*(min(k, period) for k, period in zip(kernel_shape, periods, strict=False)), *kernel_shape[-2:])
 
@@ -191,7 +195,7 @@ class ZeroPaddedConv(_Conv):
             len(pairs) == self.num_axes and all(np.shape(pair) == (2,) for pair in pairs),
             f"padding: got {self.padding!r}, expected a name or {self.num_axes} (low, high) pairs.",
         )
-        # Negative padding crops, as in lax.
+        # Negative padding is allowed; it crops the image, as in `lax`.
         normal = tuple(int_tuple(pair, 2, "padding", minimum=-(2**31)) for pair in pairs)
         object.__setattr__(self, "padding", normal)
 

@@ -1,7 +1,7 @@
-"""Which operator a Flax layer is: read off the attributes that Linen's and NNX's layers share, without importing Flax.
+"""Which operator a Flax layer is, read off the attributes that Linen's and NNX's layers share, without importing Flax.
 
 A layer is taken for one of Flax's only where it provably computes the same map from its kernel: it is of that very
-class, or of a subclass that changes nothing which the class reads. For any other the caller has to vouch.
+class, or of a subclass that changes nothing that the class reads. The caller has to vouch for any other layer.
 
 A transposed convolution is the adjoint of a convolution with the same kernel (`transpose_kernel=True`), or a
 convolution with input dilation (`transpose_kernel=False`). An adjoint has the same singular values and the same
@@ -30,13 +30,13 @@ __all__ = [
     "layer_name",
 ]
 
-# A layer's fields that are called on its kernel.
+# These fields of a layer hold functions that its kernel goes through.
 _FUNCTIONS = ("promote_dtype", "dot_general", "dot_general_cls", "conv_general_dilated", "conv_general_dilated_cls")
-# Other double-underscored names describe or build a layer, and do not compute.
+# These double-underscored names compute; the others describe or build a layer.
 _COMPUTING = {"__call__", "__getattr__", "__getattribute__", "__setattr__"}
-# Linen writes these into every subclass.
+# Linen itself writes these names into every subclass.
 _LINENS_OWN = {"parent", "name"}
-# What is read off each kind of layer.
+# These fields are read off each kind of layer.
 _READ = {
     "conv": ("mask", "strides", "kernel_dilation", "input_dilation", "feature_group_count", "padding"),
     "conv_transpose": ("mask", "strides", "kernel_dilation", "padding", "transpose_kernel"),
@@ -59,11 +59,11 @@ class LayerMap:
     """A layer's operator, and how its kernel is stored.
 
     Attributes:
-      op: the operator, or that of the adjoint.
-      shape: of the operator's kernel.
-      stored_shape: of the layer's.
-      swapped: whether the two channel axes are exchanged (and no taps are: mirrored taps are the same layer up to a
-        mirrored image).
+      op: the operator of the layer, or of its adjoint.
+      shape: the shape of the operator's kernel.
+      stored_shape: the shape of the layer's kernel.
+      swapped: whether the two channel axes are exchanged. Taps are never mirrored, as mirrored taps are the same layer
+        up to a mirrored image.
     """
 
     op: Operator
@@ -73,7 +73,7 @@ class LayerMap:
 
     @property
     def is_stored_as_is(self) -> bool:
-        """Whether the layer's kernel is the operator's."""
+        """Whether the layer's kernel is the operator's, without a rearrangement."""
         return self.shape == self.stored_shape and not self.swapped
 
     def to_operator(self, kernel: jax.Array) -> jax.Array:
@@ -86,7 +86,7 @@ class LayerMap:
 
 
 def layer_name(layer) -> str:
-    """A layer in an error message: its class and its features."""
+    """The name of a layer in an error message: its class and its features."""
     features = [
         f"{name}={getattr(layer, name)}"
         for name in ("in_features", "out_features", "features", "kernel_size")
@@ -100,9 +100,12 @@ def kind_of(layer, classes: FlaxLayers, vouched: Mapping[type, type | None]) -> 
 
     Args:
       layer: a Linen or NNX layer.
-      classes: those of the layer's library.
-      vouched: `{class: one of the classes}`, what the caller says of layers of other classes; `None` says that they are
-        none of them.
+      classes: the classes of the layer's library.
+      vouched: `{class: one of the classes}`, the maps of other classes as the caller vouches for them; `None` says that
+        layers of a class compute none of the four.
+
+    Returns:
+      The name of the field, or `None` for layers vouched to be none of them.
 
     Raises:
       ValueError: a layer that may compute another map; the message names it.
@@ -132,10 +135,10 @@ def kind_of(layer, classes: FlaxLayers, vouched: Mapping[type, type | None]) -> 
 
 
 def _changed(layer, base: type) -> list[str]:
-    """The names that a subclass gives another code than its base, and that the base's call may read.
+    """The names that the base's call may read and under which a subclass has other code than the base.
 
-    Values are left out: a call and `layer_map` read the same ones off the layer. A field is a value, unless a property
-    stands in its place.
+    Values are left out, because the call and `layer_map` read the same ones off the layer. A field is a value unless a
+    property stands in its place.
     """
     fields = {*inspect.signature(base.__init__).parameters, "kernel", "bias"}
     methods = {name for name in dir(base) if not name.startswith("__")} | _COMPUTING
@@ -154,11 +157,11 @@ def _is_code(attribute) -> bool:
 
 
 def _own_functions(layer, base: type) -> list[str]:
-    """The functions of a layer that are not Flax's, and that its kernel goes through."""
+    """The names of the functions that a layer's kernel goes through and that are not Flax's own."""
     defaults = inspect.signature(base.__init__).parameters
     fields = [name for name in _FUNCTIONS if name in defaults]
     own = [name for name in fields if getattr(layer, name) not in (None, defaults[name].default)]
-    # NNX reads a parameter through its type, or through a hook.
+    # NNX reads a parameter through a method of its type, or through a hook; both can change the kernel.
     kernel = getattr(layer, "kernel", None)
     read = getattr(type(kernel), "get_value", None)
     is_plain = read is None or (read.__module__.startswith("flax.") and not getattr(kernel, "on_get_value", ()))
@@ -170,13 +173,13 @@ def layer_map(layer, kernel_shape: tuple[int, ...], input_shape, kind: str) -> L
 
     Args:
       layer: a Linen or NNX layer.
-      kernel_shape: of its stored kernel.
-      input_shape: spatial shape of its input; needed for convolutions.
+      kernel_shape: the shape of its stored kernel.
+      input_shape: the spatial shape of its input, needed for convolutions.
       kind: a field of `FlaxLayers`.
 
     Raises:
-      ValueError: a layer that is no such map (REFLECT, a mask, batch axes, circular strides that do not divide), or an
-        `input_shape` that is missing or does not fit; the message names the layer.
+      ValueError: a layer that is no such map (REFLECT, a mask, batch axes, circular strides that do not divide the
+        image), or an `input_shape` that is missing or does not fit; the message names the layer.
     """
     with errors_named(layer_name(layer)):
         return _layer_map(layer, tuple(kernel_shape), input_shape, kind)
@@ -204,7 +207,7 @@ def _layer_map(layer, kernel_shape, input_shape, kind) -> LayerMap:
 
 
 def _general(layer, kernel_shape) -> LayerMap:
-    """`LinearGeneral`: the contracted axes first, then the features."""
+    """The map of `LinearGeneral`, a matrix from its contracted axes to its features."""
     ensure(
         not getattr(layer, "batch_axis", None) and not getattr(layer, "batch_dims", None),
         "batch axes: got some, expected none; with them the layer is one matrix for each index.",
@@ -215,12 +218,12 @@ def _general(layer, kernel_shape) -> LayerMap:
 
 
 def _per_axis(value, num_axes: int) -> tuple[int, ...]:
-    """Flax's convention: `None` is 1, an int stands for all axes."""
+    """A tuple with one entry per axis, in Flax's convention that `None` is 1 and an int stands for all axes."""
     return (value or 1,) * num_axes if value is None or isinstance(value, int) else tuple(value)
 
 
 def _padding(layer, num_axes: int):
-    """A name, or `(low, high)` pairs (Flax also takes an int, or an int per axis)."""
+    """The padding as a name or as `(low, high)` pairs, which Flax also takes as an int, or as an int per axis."""
     padding = layer.padding
     if isinstance(padding, str):
         known = ("SAME", "VALID", "CAUSAL", "CIRCULAR")
@@ -254,7 +257,8 @@ def _transposed(layer, kernel_shape, shape) -> LayerMap:
     extents = [(k - 1) * d + 1 for k, d in zip(kernel_shape, dilation, strict=False)]
     padding = _padding(layer, num_axes)
     if padding == "CIRCULAR":
-        # The adjoint reads the larger image; its channels are exchanged where the kernel is stored for this layer.
+        # The operator is the adjoint's, on the larger image. Its channels are exchanged where the kernel is stored as
+        # this layer's own.
         op = CircularConv(
             [n * s for n, s in zip(shape, strides, strict=True)], strides=strides, kernel_dilation=dilation
         )
@@ -277,7 +281,7 @@ def _transposed(layer, kernel_shape, shape) -> LayerMap:
 
 
 def _transposed_pads(padding, extents, strides) -> tuple[tuple[int, int], ...]:
-    """The padding of the dilated image, as `lax.conv_transpose` counts it."""
+    """The `(low, high)` padding of the dilated image, as `lax.conv_transpose` counts it."""
     if not isinstance(padding, str):
         return padding
     pads = []

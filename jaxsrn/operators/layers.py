@@ -1,4 +1,8 @@
-"""Layers of a model by path: the kernels that they name in a tree of parameters, and those of equal shape together."""
+"""Layers of a model by path: the kernels that paths name in a tree of parameters, and stacks of kernels of one shape.
+
+A path is the tuple of plain keys from the root of the tree to the kernel, such as `("conv1", "kernel")`. The kernels of
+a stack share one compiled program.
+"""
 
 from __future__ import annotations
 
@@ -24,12 +28,12 @@ __all__ = [
 ]
 
 Path = tuple[Any, ...]
-# {path: operator}; checked entry by entry.
+# The type is {path: operator}; `find_kernels` checks it entry by entry.
 Layers = Mapping
 
 
 class Stack(NamedTuple):
-    """Kernels of one shape and dtype with one operator, along a new first axis, and their paths."""
+    """Kernels of one operator, shape and dtype along a new first axis, with their paths."""
 
     op: Operator
     paths: list[Path]
@@ -37,24 +41,24 @@ class Stack(NamedTuple):
 
 
 def plain(path) -> Path:
-    """A key path of `jax.tree_util` as plain keys: dictionary keys, indices, attribute names."""
+    """The plain keys of a key path of `jax.tree_util`: dictionary keys, indices, attribute names."""
     return tuple(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key))) for key in path)
 
 
 def _names(path: Path, leaf) -> bool:
-    """Whether a path is that of a leaf, or of the variable that holds it as an attribute."""
+    """Whether a path leads to a leaf, or to the variable that holds the leaf as an attribute."""
     rest = leaf[len(path) :]
     return plain(leaf[: len(path)]) == path and all(isinstance(key, jax.tree_util.GetAttrKey) for key in rest)
 
 
 def find_kernels(layers: Layers, params) -> dict[Path, int]:
-    """Which leaf of `params`, in the order of `jax.tree.leaves`, each path names.
+    """The index, in the order of `jax.tree.leaves(params)`, of the leaf that each path names.
 
-    A path is that of the kernel itself, `("conv1", "kernel")`, also where a Flax variable holds it: those are nodes of
-    their own, the array an attribute of them.
+    A path ends at the kernel's name, `("conv1", "kernel")`, also where the tree has a Flax variable there: the variable
+    is a node of its own, and the array is an attribute of it.
 
     Raises:
-      ValueError: a path that names no leaf or several, a path that is no tuple, or an operator that is none.
+      ValueError: a path that names no leaf or several, a path that is no tuple, or a value that is no operator.
     """
     leaves = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
     found = {}
@@ -72,10 +76,10 @@ def find_kernels(layers: Layers, params) -> dict[Path, int]:
 
 
 def named_kernels(layers: Layers, params) -> dict[Path, Shaped[Array, "..."]]:
-    """The kernels that `layers` names, by path.
+    """The kernels that `layers` names in `params`, by path.
 
     Raises:
-      ValueError: as `find_kernels`, or a kernel that does not fit its operator.
+      ValueError: what `find_kernels` refuses, or a kernel that does not fit its operator.
     """
     leaves = jax.tree.leaves(params)
     kernels = {}
@@ -86,7 +90,7 @@ def named_kernels(layers: Layers, params) -> dict[Path, Shaped[Array, "..."]]:
 
 
 def stacked(layers: Layers, kernels: Mapping) -> list[Stack]:
-    """Kernels by path, those of equal operator, shape and dtype stacked."""
+    """The given kernels, with those of equal operator, shape and dtype stacked."""
     groups: dict[tuple, list[Path]] = {}
     for path, kernel in kernels.items():
         groups.setdefault((layers[path], kernel.shape, kernel.dtype), []).append(path)
@@ -94,15 +98,15 @@ def stacked(layers: Layers, kernels: Mapping) -> list[Stack]:
 
 
 def stacks(layers: Layers, params) -> list[Stack]:
-    """The kernels that `layers` names in `params`, stacked; raises as `named_kernels`."""
+    """The kernels that `layers` names in `params`, stacked; it raises what `named_kernels` raises."""
     return stacked(layers, named_kernels(layers, params))
 
 
 def after(kernels: Shaped[Array, "..."], value: Shaped[Array, ""]) -> Shaped[Array, "..."]:
-    """The same kernels, but not before `value` is known: for stacks that are to be worked on in turn.
+    """The same kernels, but not before `value` is known, for stacks that must be worked on in turn.
 
-    On CPUs jaxlib's batched SVDs can wait for each other forever where several run at once (0.10.2). An optimization
-    barrier binds XLA's passes alone: the compiled program has none, and starts both sides of it as it likes. But XLA
-    does not know that nothing is below minus infinity, and this it cannot compute before `value`.
+    Batched SVDs of jaxlib 0.10.2 can wait for each other forever on CPUs where several run at once. An optimization
+    barrier does not prevent that: it binds XLA's passes alone, and the compiled program has none. The result here does
+    depend on `value`, because XLA does not know that no number is below minus infinity.
     """
     return jnp.where(value < -jnp.inf, 0, kernels)
