@@ -1,4 +1,4 @@
-"""Symbol, singular values, norms and stable ranks of every operator, and the leading pair that they are made of."""
+"""Spectra: symbol, singular values, norms and stable ranks of every operator, and the leading pair behind them."""
 
 from jaxsrn.spectra.norms import SingularTriplet, leading_triplet, spectral_norm
 from jaxsrn.spectra.ranks import StableRankRange, stable_rank, stable_rank_range, target_of_fraction

@@ -1,4 +1,8 @@
-"""The leading pair of a matrix: an SVD, or Lanczos with a proof."""
+"""The leading pair of a matrix: an SVD where the matrix is small, else the Lanczos method with a proof.
+
+The Lanczos method (`_tools/subspaces.py`) finds a singular value at a fraction of the cost of `jnp.linalg.svd`, but
+could miss the largest. One Cholesky factorization of the smaller Gram matrix proves that none is larger.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +24,8 @@ __all__ = ["leading_of_matrix"]
 def leading_of_matrix(matrix: Float[Array, "in out"]) -> Pair:
     """The leading pair of a matrix that maps rows to columns, as a dense kernel does.
 
-    Small matrices take an SVD. Large ones take Lanczos, and one Cholesky factorization that proves its value; they take
-    an SVD only where the proof fails.
+    Small matrices take an SVD. Large ones take the Lanczos method and one Cholesky factorization that proves its value,
+    and an SVD only where the proof fails.
     """
     if not svds_are_dear(1, matrix.shape):
         return _by_svd(matrix)
@@ -33,13 +37,14 @@ def leading_of_matrix(matrix: Float[Array, "in out"]) -> Pair:
 
     def fall_back(state):
         proven, _ = state
-        # What does not change in a loop XLA moves out of it. It does not know that nothing is proven in here.
+        # XLA moves out of a loop what does not depend on its state, so the SVD must depend on `proven`.
         return ~proven, _by_svd(jnp.where(proven, 0, matrix))
 
-    # A loop in place of `lax.cond`, which under `vmap` runs both branches.
+    # The loop stands in place of `lax.cond`, which runs both branches under `vmap`.
     return jax.lax.while_loop(lambda state: ~state[0], fall_back, (proven, pair))[1]
 
 
 def _by_svd(matrix: Float[Array, "in out"]) -> Pair:
+    """The leading pair by an SVD of the whole matrix."""
     _, rows, columns = top_pairs(matrix[None])
     return Pair(jnp.asarray(0), rows[0], columns[0])

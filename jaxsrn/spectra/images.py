@@ -1,6 +1,6 @@
-"""Pairs of vectors or images: dense layers, and convolutions that have no symbol.
+"""Pairs that are stored as vectors or images: dense layers, and convolutions that have no symbol.
 
-What this file says of pairs `circular/pairs.py` says of those at one frequency; `pairs.py` chooses.
+`circular/pairs.py` has the same functions for pairs that are stored at one frequency; `pairs.py` chooses between them.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _HIGHEST = jax.lax.Precision.HIGHEST
 
 
 def shapes(op: Operator, kernel_shape: tuple[int, ...]) -> Pair:
-    """The shapes of a pair's arrays, in their places (static)."""
+    """A `Pair` that holds the shapes of a pair's arrays (static)."""
     return Pair((), op.in_shape(kernel_shape), op.out_shape(kernel_shape))
 
 
@@ -42,23 +42,23 @@ def gradient(pair: Pair, op: Operator, kernel_shape: tuple[int, ...]) -> Float[A
 
 
 def images(pair: Pair, op: Operator, kernel_shape: tuple[int, ...]) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
-    """The two real vectors themselves, `(input, output)`."""
+    """The two real vectors `(input, output)`, which are the pair itself."""
     return pair.input, pair.output
 
 
 def of_images(inputs: Float[Array, "..."], outputs: Float[Array, "..."], op: Operator, kernel_shape) -> Pair:
-    """The pair of two real vectors of any length."""
+    """The pair of two real vectors, which are normalised first."""
     return Pair(jnp.asarray(0), unit(inputs), unit(outputs))
 
 
 def power_step(kernel: Float[Array, "..."], op: Operator, pair: Pair) -> Pair:
-    """The input from the output by the adjoint, the output from that input by the map, both normalised."""
+    """The adjoint turns the output into the new input, the map turns that into the new output; both are normalised."""
     step = unit(op.transpose(kernel, pair.output, precision=_HIGHEST))
     return Pair(pair.site, step, unit(op.apply(kernel, step, precision=_HIGHEST)))
 
 
 def nearby(kernel: Float[Array, "..."], op: Operator, pair: Pair, tolerance) -> Pair:
-    """The leading pair within reach: in the Krylov space that the input starts."""
+    """The leading pair of the Krylov space that starts at the pair's input."""
     return matrix_free(kernel, op, pair.input, tolerance).pair
 
 
@@ -71,7 +71,7 @@ def as_images(inputs: Float[Array, " in"], outputs: Float[Array, " out"], op: Op
 
 
 def flat_products(kernel: Float[Array, "..."], op: Operator):
-    """The map on flat vectors: `(matvec, rmatvec, in_size, out_size)`."""
+    """The map and its adjoint on flat vectors: `(matvec, rmatvec, in_size, out_size)`."""
     in_shape, out_shape = op.in_shape(kernel.shape), op.out_shape(kernel.shape)
 
     def matvec(x):
@@ -84,7 +84,7 @@ def flat_products(kernel: Float[Array, "..."], op: Operator):
 
 
 def matrix_free(kernel, op: Operator, start: Float[Array, "..."], tolerance, **options) -> Found:
-    """Lanczos with the real operator from a given input; options of `leading_singular_vectors`."""
+    """The pair that the Lanczos method finds from a given input; the options are of `leading_singular_vectors`."""
     matvec, rmatvec, _, out_size = flat_products(kernel, op)
     found = leading_singular_vectors(matvec, rmatvec, start.reshape(-1), out_size, tolerance, **options)
     return Found(found.value, as_images(unit(found.input), unit(found.output), op, kernel.shape))

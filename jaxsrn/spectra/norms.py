@@ -1,4 +1,8 @@
-"""The leading singular triplet and the spectral norm of a layer."""
+"""The leading singular triplet and the spectral norm of a layer, with exact derivatives.
+
+`pairs.py` finds the leading pair. The norm is its value as a function of the kernel with the pair held constant, and
+the derivative of that is the derivative of the norm.
+"""
 
 from __future__ import annotations
 
@@ -23,13 +27,13 @@ __all__ = [
 
 
 class SingularTriplet(NamedTuple):
-    """A leading singular triplet of `T(K)`, real.
+    """A real leading singular triplet of `T(K)`.
 
     Attributes:
       value: the singular value.
-      left: unit vector of `out_shape`.
-      right: unit vector of `in_shape`.
-      residual: `max(||T v - value u||, ||T^T u - value v||) / value` as measured (0 for a zero kernel).
+      left: the unit vector `u` among the outputs, of `out_shape`.
+      right: the unit vector `v` among the inputs, of `in_shape`.
+      residual: `max(||T v - value u||, ||T^T u - value v||) / value` as measured, 0 for a zero kernel.
     """
 
     value: Float[Array, "..."]
@@ -39,10 +43,10 @@ class SingularTriplet(NamedTuple):
 
 
 def frozen_value(kernel: Float[Array, "..."], op: Operator, pair: Pair) -> Float[Array, ""]:
-    """`<u, T(K) v>` as a function of `K` alone.
+    """`<output, T(K) input>` of a constant pair, as a function of `K` alone.
 
-    With the leading pair this is the spectral norm and its exact derivative, the outer product of the vectors;
-    where singular values coincide it is one of the subgradients, and finite.
+    Its value at the leading pair is the spectral norm, and its derivative is the exact one of the norm, the outer
+    product of the vectors. Where singular values coincide that is one of the subgradients, and finite.
     """
     gradient = value_gradient(jax.tree.map(lax.stop_gradient, pair), op, kernel.shape)
     return jnp.sum(gradient * kernel)
@@ -53,26 +57,26 @@ def leading_triplet(
 ) -> SingularTriplet:
     """The largest singular value of `T(kernel)` with its two vectors, from a cold start.
 
-    Circular: the leading value of the symbol over all its frequencies, its vectors as plane waves. Dense, and zero
-    padding up to 2**18 entries of the explicit matrix: an SVD, or Lanczos with a proof; layers of one tap on images of
-    any size, too. Larger layers with zero padding: Lanczos with thick restarts on the real operator, from the largest
-    waves of the circular layer, each as long as its value on the torus exceeds what is found; of 32 channels or more
-    in the few that they use most, first.
+    Circular layers: the leading value of the symbol over all its frequencies, with plane waves as vectors. Dense
+    layers, and layers with zero padding of at most 2**18 entries of the explicit matrix or of one tap: an SVD, or the
+    Lanczos method with a proof. Larger layers with zero padding: the Lanczos method with thick restarts (Wu, Simon
+    2000) on the real operator, without a proof. It starts from the largest waves of the circular layer, as many as
+    might exceed what is found. Layers of 32 channels or more are first searched in the few channels that they use most.
 
     Args:
       kernel: `(c_in, c_out)` or `(*taps, c_in // groups, c_out)`.
       op: its operator.
-      initial: an earlier triplet of a similar kernel, where the matrix-free search starts in place of the waves,
-        with a small random part mixed in; it saves most of the steps. Layers that are not searched do not use it:
-        circular and dense ones, with zero padding those that are proven and those with an axis of one tap.
-      tolerance: relative residual at which that search stops; default `eps ** 0.75` of the dtype. Traced. It never
-        takes a proof away, and does nothing where there is no search.
-      proven: static; `False` searches small layers with zero padding too, as it does large ones, without a proof.
-        Circular and dense layers, and those of one tap, keep theirs.
+      initial: an earlier triplet of a similar kernel. The search starts there, with a small random part mixed in, in
+        place of the waves, which saves most of the steps. Layers that are not searched ignore it: circular and dense
+        ones, and with zero padding the proven ones and those with an axis of one tap.
+      tolerance: the relative residual at which that search stops, traced; by default `eps ** 0.75` of the dtype. It
+        never takes a proof away, and does nothing where there is no search.
+      proven: static; with `False` small layers with zero padding are searched as large ones are, without a proof.
+        Circular and dense layers, and those of one tap, keep their proof.
 
     Returns:
-      A `SingularTriplet` in float32 or wider. `value` is differentiable (outer product of the vectors, exact for a
-      simple value, finite always); the vectors are constants.
+      A `SingularTriplet` in float32 or wider. `value` is differentiable: its gradient is the outer product of the
+      vectors, exact for a simple value and always finite. The vectors are constants.
 
     Raises:
       ValueError: a kernel or an `initial` that does not fit, or a bad tolerance.
@@ -88,7 +92,7 @@ def leading_triplet(
 
 
 def check_triplet(initial: SingularTriplet, op: Operator, kernel_shape) -> None:
-    """Raises `ValueError` unless the triplet's vectors fit the operator."""
+    """Raises `ValueError` unless the vectors of the triplet fit the operator."""
     got = (getattr(initial, "left", None), getattr(initial, "right", None))
     expected = op.out_shape(kernel_shape), op.in_shape(kernel_shape)
     ensure(
@@ -115,6 +119,7 @@ def _triplet(kernel, op, pair):
 
 
 def _residual(kernel, op, value, left, right):
+    """The larger miss of the two singular equations, relative to the value; 0 where the value is 0."""
     highest = lax.Precision.HIGHEST
     errors = (
         jnp.linalg.norm(op.apply(kernel, right, precision=highest) - value * left),
@@ -126,12 +131,12 @@ def _residual(kernel, op, value, left, right):
 def spectral_norm(kernel: Kernel, op: Operator) -> Float[Array, ""]:
     """`||T(kernel)||_2`, the largest singular value of exactly this operator.
 
-    Circular: the maximum over all frequencies, guaranteed to rounding: by an SVD at each of them in small layers, in
-    large ones by branch and bound, at a cost that does not depend on the image. Dense: an SVD; of large matrices
-    Lanczos, and a Cholesky factorization that proves it. Zero padding: the same up to 2**18 entries of the explicit
-    matrix, and of one tap; above, Lanczos to a relative residual of `eps ** 0.75`, without a proof. The gradient is the
-    outer product of the leading vectors, held constant: exact for a simple value, finite always (also at zero), in
-    forward and reverse mode.
+    Circular layers: the maximum over all frequencies, guaranteed to rounding. Small layers take an SVD at each
+    frequency (Sedghi, Gupta, Long 2019), large ones branch and bound, whose cost does not depend on the image. Dense
+    layers: an SVD, or for large matrices the Lanczos method with a Cholesky factorization that proves its value. Zero
+    padding: the same as dense layers up to 2**18 entries of the explicit matrix, and for layers of one tap; above, the
+    Lanczos method to a relative residual of `eps ** 0.75`, without a proof. The gradient is the outer product of the
+    leading vectors, held constant: exact for a simple value, always finite (also at zero), in both modes.
 
     Args:
       kernel: `(c_in, c_out)` or `(*taps, c_in // groups, c_out)`.
@@ -164,5 +169,5 @@ def _value(kernel, op, pair):
 
 
 def norm_of(kernel: Float[Array, "..."], op: Operator) -> Float[Array, ""]:
-    """`spectral_norm` of a kernel that is already checked and wide enough."""
+    """`spectral_norm` of a kernel that is already checked, and in float32 or wider."""
     return frozen_value(kernel, op, leading_of(kernel, op))

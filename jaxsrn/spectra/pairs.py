@@ -1,7 +1,8 @@
-"""Singular pairs of every operator: the leading one, and what is made of a pair. One table says what differs by kind.
+"""Singular pairs of every operator: how the leading one is found, and what is computed from a pair.
 
-Everything that optimises over pairs needs the same few things of them, whatever the operator: the leading pair, a
-leading pair near a given one, a power step, the gradient of its value in the kernel, and its two real vectors.
+Whatever optimises over pairs needs few things of them: the leading pair, a leading pair near a given one, a power step,
+the gradient of a pair's value in the kernel, and its two real vectors. One table says how each kind of operator does
+them; the implementations are `images.py` and `circular/pairs.py`.
 """
 
 from __future__ import annotations
@@ -33,7 +34,10 @@ __all__ = [
 
 
 class _Kind(NamedTuple):
-    """How pairs of an operator are stored, and how the leading one is found (options as `leading_pair`)."""
+    """The module that stores pairs of a kind of operator, and the function that finds the leading one.
+
+    The function has the options of `leading_pair`.
+    """
 
     stored: ModuleType
     leading: Callable
@@ -47,20 +51,21 @@ _KINDS = {
 
 
 def _kind(op: Operator) -> _Kind:
+    """The table's entry for the operator, or for the nearest base class that has one."""
     return next(_KINDS[base] for base in type(op).__mro__ if base in _KINDS)
 
 
 def leading_pair(kernel: Float[Array, "..."], op: Operator, *, tolerance=None, start=None, proven: bool = True) -> Pair:
-    """The leading pair of `T(kernel)`, found without any assumption. The kernel's scale must not be extreme.
+    """The leading pair of `T(kernel)`, from a cold start. The kernel's scale must not be extreme (`rescaled`).
 
-    Dense and circular layers have proofs, as have small ones with zero padding, whatever the other arguments; these
-    are for larger layers with zero padding.
+    Dense and circular layers have a proof whatever the options, small layers with zero padding unless `proven=False`.
+    `tolerance` and `start` concern searches alone, which have no proof.
 
     Args:
       kernel, op: the layer.
-      tolerance: relative residual at which a search stops, by default `search_tolerance`.
-      start: an input; the search starts there alone, a fixed random part mixed in.
-      proven: static; `False` has small layers with zero padding searched too, without their proof.
+      tolerance: the relative residual at which a search stops, `search_tolerance` by default.
+      start: an input at which the search starts, with a fixed random part mixed in, in place of its own starts.
+      proven: static; with `False` small layers with zero padding are searched too, without a proof.
     """
     return _kind(op).leading(kernel, op, tolerance=tolerance, start=start, proven=proven)
 
@@ -71,25 +76,25 @@ def nearby(kernel: Float[Array, "..."], op: Operator, pair: Pair, tolerance) -> 
 
 
 def power_step(kernel: Float[Array, "..."], op: Operator, pair: Pair) -> Pair:
-    """One vector from the other by the adjoint, that one back by the map, both normalised; circular: at their site."""
+    """A power step of the pair, one product with the map and one with its adjoint, both results normalised."""
     return _kind(op).stored.power_step(kernel, op, pair)
 
 
 def pair_shapes(op: Operator, kernel_shape: tuple[int, ...]) -> Pair:
-    """The shapes of a pair's arrays, in their places (static)."""
+    """A `Pair` that holds the shapes of a pair's arrays (static)."""
     return _kind(op).stored.shapes(op, kernel_shape)
 
 
 def value_gradient(pair: Pair, op: Operator, kernel_shape: tuple[int, ...]) -> Float[Array, "..."]:
-    """`grad_K <v, T(K) u>`, so that the value of the pair is `sum(gradient * K)` for every kernel of this shape."""
+    """`grad_K <v, T(K) u>`: the value of the pair is `sum(gradient * K)` for every kernel of this shape."""
     return _kind(op).stored.gradient(pair, op, kernel_shape)
 
 
 def pair_images(pair: Pair, op: Operator, kernel_shape: tuple[int, ...]):
-    """The two real unit vectors, `(input, output)`, of `in_shape` and `out_shape`."""
+    """The two real unit vectors `(input, output)`, of `in_shape` and `out_shape`."""
     return _kind(op).stored.images(pair, op, kernel_shape)
 
 
 def pair_of_images(inputs: Float[Array, "..."], outputs: Float[Array, "..."], op: Operator, kernel_shape) -> Pair:
-    """The pair closest to two real vectors: their strongest site (circular), or themselves."""
+    """The pair closest to two real vectors: their amplitudes at their strongest site (circular), or themselves."""
     return _kind(op).stored.of_images(inputs, outputs, op, kernel_shape)

@@ -1,4 +1,8 @@
-"""The stable rank of a layer, and the stable ranks that its kernels can have."""
+"""The stable rank of a layer, and the stable ranks that kernels of its shape can have.
+
+The stable rank `||T||_F^2 / ||T||_2^2` is a soft version of the rank, and at most it (Sanyal, Torr, Dokania 2020,
+Definition 3.1).
+"""
 
 from __future__ import annotations
 
@@ -27,8 +31,8 @@ __all__ = [
 def stable_rank(kernel: Kernel, op: Operator) -> Float[Array, ""]:
     """`srank(T) = ||T||_F^2 / ||T||_2^2` of the layer `T(kernel)`.
 
-    Scale invariant, between 1 and the rank; 0 at the zero kernel. The gradient is exact where the leading singular
-    value is simple, and finite always.
+    It does not depend on the scale, and lies between 1 and the rank; it is 0 at the zero kernel. The gradient is exact
+    where the leading singular value is simple, and always finite.
 
     Args:
       kernel: `(c_in, c_out)` or `(*taps, c_in // groups, c_out)`.
@@ -48,23 +52,24 @@ def stable_rank(kernel: Kernel, op: Operator) -> Float[Array, ""]:
 def _stable_rank(kernel, op, pair):
     kernel, _ = rescaled(kernel.astype(float_dtype(kernel.dtype)), op)
     norm = frozen_value(kernel, op, pair)
-    # Of the map, not of the kernel: taps can miss the image, and aliased ones can cancel.
+    # The map can be zero where the kernel is not: taps can miss the image, and aliased ones can cancel.
     is_zero = norm == 0
     squared_norm = jnp.where(is_zero, 1.0, norm) ** 2
     return jnp.where(is_zero, 0.0, squared_frobenius_norm(kernel, op) / squared_norm)
 
 
 def squared_frobenius_norm(kernel: Kernel, op: Operator) -> Shaped[Array, ""]:
-    """`||T(kernel)||_F^2`, aliased taps summed first."""
+    """`||T(kernel)||_F^2`; taps that fall on each other are summed first."""
     kernel = op.wrap(kernel.astype(float_dtype(kernel.dtype)))
     return jnp.sum(op.frobenius_weights(kernel.shape, kernel.dtype) * kernel**2)
 
 
 def largest_functional(kernel_shape: tuple[int, ...], op: Operator) -> float:
-    """`e*`: no unit `u, v` have `<E, E>_d` above it, `E = grad_K <u, T(K) v> / d` tap by tap (static).
+    """An upper bound `e*` of `<E, E>_d` over unit `u` and `v`, where `E = grad_K <v, T(K) u> / d` tap by tap (static).
 
-    By Cauchy-Schwarz a tap contributes at most `|x|^2 |y|^2 / d_p`, of the input and output samples that it
-    touches. Taps of different phases (strides, input dilation) touch different samples, so the largest phase
+    Here `d_p` is the weight of tap `p` in the Frobenius norm, and `<A, B>_d = sum_p d_p <A_p, B_p>`. By Cauchy and
+    Schwarz a tap contributes at most `|x|^2 |y|^2 / d_p`, where `x` and `y` are the samples of `u` and `v` that it
+    touches. Taps of different phases (strides, input dilation) touch different samples, so that only the largest phase
     counts: on each axis the sum of `1 / d_p` over one phase. Every kernel has `srank >= 1 / e*`.
     """
     total = 1.0
@@ -81,7 +86,7 @@ def largest_functional(kernel_shape: tuple[int, ...], op: Operator) -> float:
 
 
 class StableRankRange(NamedTuple):
-    """The stable ranks that kernels of one shape can have, static floats: `low <= srank <= high`."""
+    """The stable ranks that kernels of one shape can have, `low <= srank <= high`, as static floats."""
 
     low: float
     high: float
@@ -90,10 +95,11 @@ class StableRankRange(NamedTuple):
 def stable_rank_range(kernel_shape: tuple[int, ...], op: Operator) -> StableRankRange:
     """The interval of stable ranks that kernels of this shape can have.
 
-    Circular convolutions and dense layers: exact, both ends are attained. Circular: `N_out / (most distinct taps in
-    one stride phase)` to `N_out min(c_out, c_in * non-empty phases)`. Zero padding: certified, not always attained:
-    `max(1, 1 / e*)` from below, `e*` the sum of `1 / d_p` over the taps (of one phase), and from above the number of
-    input or output samples that the taps reach, times channels.
+    The ends are attained by circular convolutions and dense layers. Those of a circular convolution are `N_out / (most
+    distinct taps in one stride phase)` and `N_out min(c_out, c_in * non-empty phases)`, with `N_out` output positions.
+    The ends for zero padding are certified, but not always attained: `max(1, 1 / e*)`, with `e*` the sum over the taps
+    of one phase of one over the number of samples that a tap meets, and the smaller number of input or output samples
+    that the taps reach, times channels.
 
     Args:
       kernel_shape: `(c_in, c_out)` or `(*taps, c_in // groups, c_out)`.
@@ -113,11 +119,11 @@ def stable_rank_range(kernel_shape: tuple[int, ...], op: Operator) -> StableRank
 
 
 def target_of_fraction(fraction: float, kernel_shape: tuple[int, ...], op: Operator) -> float:
-    """A share of the largest stable rank as a target for `srnc` and `srnc_step`.
+    """A share of the largest stable rank, as a target for `srnc` and `srnc_step`.
 
-    The largest stable rank is that of an operator with equal singular values, `min(prod(in_shape), prod(out_shape))`;
-    the share is `c` of Sanyal, Torr, Dokania 2020 and `beta` of Zheng et al. 2025. Where all kernels have the same
-    stable rank, such as matrices of one row or column, the target is that one.
+    The largest stable rank is that of an operator with equal singular values, `min(prod(in_shape), prod(out_shape))`.
+    The share is `c` of Sanyal, Torr, Dokania 2020 and `beta` of Zheng et al. 2025. Where all kernels have the same
+    stable rank, as matrices of one row or column have, that is the target.
 
     Args:
       fraction: static, in (0, 1].
@@ -128,14 +134,14 @@ def target_of_fraction(fraction: float, kernel_shape: tuple[int, ...], op: Opera
       A static float.
 
     Raises:
-      ValueError: a shape that does not fit, a fraction outside (0, 1], or below what the taps of the kernel allow.
+      ValueError: a shape that does not fit, or a fraction outside (0, 1] or below what the taps of the kernel allow.
     """
     ensure(0 < fraction <= 1, f"fraction: got {fraction}, expected a number in (0, 1].")
     largest = min(math.prod(op.in_shape(kernel_shape)), math.prod(op.out_shape(kernel_shape)))
     low, high = stable_rank_range(kernel_shape, op)
     if low == high:
         return low
-    # Rounding must not forbid the end of the interval.
+    # The slack keeps the lower end itself allowed in spite of rounding.
     ensure(
         fraction * largest >= low * (1 - 1e-6),
         f"fraction: got {fraction}, expected at least {low / largest:.6g}: with its taps the stable rank of {op} is at "

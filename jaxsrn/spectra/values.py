@@ -1,4 +1,8 @@
-"""Singular values of layers: the symbol of a circular convolution, all singular values, the largest few."""
+"""Singular values of a layer: the symbol of a circular convolution, all singular values, and the largest few.
+
+The symbol block-diagonalises a circular layer (Sedghi, Gupta, Long 2019). Layers with zero padding have no symbol:
+all their values take an SVD of the explicit matrix, a few of them the Lanczos method with deflation.
+"""
 
 from __future__ import annotations
 
@@ -39,8 +43,9 @@ def symbol(kernel: Kernel, op: Operator) -> Complex[Array, "..."]:
       op: a `CircularConv`.
 
     Returns:
-      `(*grid, phases * c_in, c_out)`, with groups `(*grid, groups, phases * c_in // groups, c_out // groups)`,
-      complex; `grid = input_shape / strides`, `phases = prod(strides)` (polyphase; the phase is the slower index).
+      `(*grid, phases * c_in, c_out)`, or with groups `(*grid, groups, phases * c_in // groups, c_out // groups)`;
+      complex. Here `grid = input_shape / strides`, and `phases = prod(strides)` counts the residues of a tap modulo the
+      strides (polyphase), of which each has its own input channels; the phase is the slower index.
 
     Raises:
       ValueError: another operator, or a kernel that does not fit.
@@ -61,8 +66,9 @@ def _symbol(kernel, op):
 def singular_values(kernel: Kernel, op: Operator) -> Float[Array, " n"]:
     """All `min(prod(in_shape), prod(out_shape))` singular values of `T(kernel)`, descending.
 
-    Circular convolutions: from the symbol, half of the frequencies (Sedghi et al. 2019). Dense: an SVD. Zero
-    padding: an SVD of the explicit matrix, up to 2**24 entries. Differentiable, finite where values coincide.
+    Circular convolutions take SVDs of the symbol at half of the frequencies (Sedghi et al. 2019), dense layers an SVD,
+    layers with zero padding an SVD of the explicit matrix, up to 2**24 entries. The values are differentiable, and the
+    derivatives are finite where values coincide.
 
     Args:
       kernel: `(c_in, c_out)` or `(*taps, c_in // groups, c_out)`.
@@ -96,9 +102,9 @@ def _singular_values(kernel, op):
 
 @jax.custom_jvp
 def _descending(values: Float[Array, " k"]) -> Float[Array, " k"]:
-    """Nonnegative values, the largest first; NaN before it, so that it never passes for a plausible one.
+    """Nonnegative values in descending order, NaN first, so that NaN is never taken for the smallest value.
 
-    As integers, which have the same order: XLA sorts those several times as fast on CPUs.
+    The values are sorted as integers, which have the same order and which XLA sorts faster on CPUs.
     """
     integers = lax.bitcast_convert_type(jnp.abs(values), jnp.dtype(f"int{8 * values.dtype.itemsize}"))
     return lax.bitcast_convert_type(jnp.sort(integers)[::-1], values.dtype)
@@ -112,9 +118,9 @@ def _descending_jvp(primals, tangents):
 def top_singular_values(kernel: Kernel, op: Operator, k: int) -> Float[Array, " k"]:
     """The `k` largest singular values of `T(kernel)`, descending, with multiplicity.
 
-    Circular and dense layers: from `singular_values`. Zero padding: Lanczos with deflation, matrix-free;
-    from the explicit matrix where a large part of a small one is asked for. The gradient holds the singular vectors
-    constant, which is exact for simple values.
+    Circular and dense layers take the first of `singular_values`, and so do layers with zero padding where a fifth or
+    more of the values of a small matrix is asked for. Other layers with zero padding take the Lanczos method with
+    deflation, matrix-free. The gradient holds the singular vectors constant, which is exact for simple values.
 
     Args:
       kernel: `(c_in, c_out)` or `(*taps, c_in // groups, c_out)`.
