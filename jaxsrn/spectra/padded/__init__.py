@@ -1,1 +1,1 @@
-"""Zero padding: the search for the leading pair of a layer that has no symbol."""
+"""Zero padding: the leading pair of a layer that has no symbol, proven where it is small, else searched for."""

@@ -1,4 +1,7 @@
-"""Waves of a circular layer with the same taps, as images of a layer with zero padding."""
+"""The circular layer with the taps of a zero-padded one, and its plane waves as images of the latter.
+
+Away from the edges both layers do the same, so the largest waves of the circular layer are near the leading vectors.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,10 @@ __all__ = [
 
 
 def circular_layer(op: ZeroPaddedConv, kernel_shape, sizes: tuple[int, ...], strides: tuple[int, ...]) -> CircularConv:
-    """A circular convolution with the same taps, on an image of at least `sizes` that holds them and whole strides."""
+    """The circular convolution with the same taps, on the smallest image of at least `sizes` and of whole strides.
+
+    The image holds at least the extent of the taps, so that none of them falls on another.
+    """
     sizes = (max(size, extent) for size, extent in zip(sizes, op._extents(kernel_shape), strict=True))
     return CircularConv(
         tuple(-(-n // s) * s for n, s in zip(sizes, strides, strict=True)),
@@ -31,13 +37,13 @@ def circular_layer(op: ZeroPaddedConv, kernel_shape, sizes: tuple[int, ...], str
 
 
 def _window(shape: tuple[int, ...], dtype) -> Float[Array, "... 1"]:
-    """A half sine on each axis: what the leading vectors of a zero-padded convolution look like."""
+    """A half sine on each axis, the envelope that leading vectors of zero-padded convolutions tend to have."""
     axes = [np.sin(np.pi * (np.arange(n) + 0.5) / n) for n in shape]
     return jnp.asarray(functools.reduce(np.multiply.outer, axes)[..., None], dtype)
 
 
 def windowed(pair: Pair, layer: CircularConv, op: ZeroPaddedConv, kernel_shape) -> Pair:
-    """The waves of a circular layer with the same taps on the images of a zero-padded one, faded out at the edges."""
+    """A pair of the circular layer as images of the zero-padded one, faded out at the edges and normalised."""
     samples = zip(op.input_shape, op.input_dilation, op._pads(kernel_shape), strict=True)
     reach = [np.arange(n) * dilation + low for n, dilation, (low, _) in samples]
     positions = [np.arange(n) for n in op.out_shape(kernel_shape)[:-1]]

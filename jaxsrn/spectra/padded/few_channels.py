@@ -1,4 +1,8 @@
-"""Wide layers with zero padding: the search in the few channels that their images use."""
+"""Wide layers with zero padding: the search in the few channels that the leading images use.
+
+Most products are with a narrow layer between a few directions of the channels, and only the last are with the whole
+layer. The directions are leading singular vectors of images, by subspace iteration (`_tools/subspaces.py`).
+"""
 
 from __future__ import annotations
 
@@ -21,45 +25,47 @@ __all__ = [
     "through_few_channels",
 ]
 
-# Layers of so many channels are searched in so few of them first, or in that share of the smaller number.
+# Layers of so many channels are searched in `_FEW_CHANNELS` directions first, or in the smaller number of channels over
+# `_FEW_OF` if that is more. More directions cost larger products, fewer leave more steps to the whole layer.
 MANY_CHANNELS, _FEW_CHANNELS, _FEW_OF = 32, 16, 16
-# Lanczos steps that a start near a singular vector takes at least.
+# A start near a singular vector takes so many Lanczos steps at least; it is as good as converged.
 _WARM_STEPS = 2
-# Steps of subspace iteration for the channels: each squares the ratio of what is kept to what is lost.
+# Subspace iteration for the channels takes so many steps. Each step weights a direction by its energy in the images.
 _CHANNEL_STEPS = 2
 
 
 class _Narrow(NamedTuple):
-    """The layer between the channels that some images use most, and the directions that these are."""
+    """The narrow layer between the directions of the channels that given images use most, and these directions."""
 
     kernel: Float[Array, "..."]
     ins: Float[Array, "c_in few"]
     outs: Float[Array, "c_out few"]
 
     def inside(self, images: Float[Array, "..."]) -> Float[Array, "..."]:
-        """Inputs of the layer as those of the narrow one."""
+        """Input images of the whole layer, projected to inputs of the narrow one."""
         return einsum("...i,ia->...a", images, self.ins)
 
     def outside(self, pair: Pair) -> Pair:
-        """A pair of the narrow layer as one of the layer."""
+        """A pair of the narrow layer as a pair of the whole one."""
         sides = (pair.input, self.ins), (pair.output, self.outs)
         inputs, outputs = (einsum("...a,ia->...i", *side) for side in sides)
         return pair._replace(input=inputs, output=outputs)
 
 
 def through_few_channels(kernel, op: ZeroPaddedConv, starts: Starts, noise, tolerance) -> Pair:
-    """The leading pair of a layer of many channels, whose images use few of them.
+    """The leading pair of a layer of many channels whose leading images use few of them.
 
-    On all images whose channels lie in a subspace the layer is a narrow one, which has nearly all of the nearly equal
-    singular values that make the search long: they differ in space. A power step of the whole layer leads to the
-    subspaces of inputs and outputs, and what is left to Lanczos is far from the leading value.
+    Restricted to images whose channels lie in a subspace, the layer is a narrow one. The nearly equal singular values
+    that make a search long differ in space and not in channels, so the narrow layer has nearly all of them. Power steps
+    of the whole layer find the subspaces of inputs and outputs. The values left to the search in the whole layer are
+    far from the leading one.
     """
     narrow = _narrowed(kernel, *_power_steps(kernel, op, starts, noise))
     waves, noise = (narrow.inside(images) for images in (starts.waves, noise))
     waves = jax.vmap(two_phases)(waves[:, 0], waves[:, 1])
     first = narrow.outside(from_waves(narrow.kernel, op, starts._replace(waves=waves), unit(noise), tolerance).pair)
     back, image = _power_step(kernel, op, first.input)
-    # Room for the pair itself and for where it leads: what follows is no worse.
+    # The directions hold the pair itself and its power step, so that the second pair is no worse.
     sides = ((first.input, back), (first.output, image))
     narrow = _narrowed(kernel, *(jnp.stack([unit(image) for image in side]) for side in sides))
     start = narrow.inside(first.input)
@@ -69,7 +75,7 @@ def through_few_channels(kernel, op: ZeroPaddedConv, starts: Starts, noise, tole
         _, pair = state
         return True, matrix_free(kernel, op, pair.input, tolerance, first_check=_WARM_STEPS).pair
 
-    # A loop in place of `lax.cond`, which under `vmap` runs both branches.
+    # The loop stands in place of `lax.cond`, which runs both branches under `vmap`.
     finished = _residual(first.input, back, image) <= tolerance
     return jax.lax.while_loop(lambda state: ~state[0], finish, (finished, second))[1]
 
@@ -81,7 +87,7 @@ def _power_step(kernel, op: ZeroPaddedConv, image: Float[Array, "..."]):
 
 
 def _residual(image: Float[Array, "..."], back: Float[Array, "..."], output: Float[Array, "..."]) -> Float[Array, ""]:
-    """`||T^T T image - value^2 image|| / value^2` of a unit image with its power step."""
+    """`||T^T T image - value^2 image|| / value^2` for a unit image, from its power step."""
     squared = jnp.sum(output**2)
     return jnp.linalg.norm((back - squared * image).reshape(-1)) / jnp.where(squared == 0, 1.0, squared)
 
@@ -89,7 +95,7 @@ def _residual(image: Float[Array, "..."], back: Float[Array, "..."], output: Flo
 def _power_steps(kernel, op: ZeroPaddedConv, starts: Starts, noise):
     """Power steps of every wave whose limit exceeds the first wave's norm; the other rows are zero.
 
-    The waves take noise with them, for the sake of channels that they do not use.
+    Noise is added to every wave, for the sake of channels that the waves do not use.
     """
     first = _power_step(kernel, op, starts.waves[0, 0] + NOISE * noise)
     count = jnp.sum(starts.limits > jnp.linalg.norm(first[1]))
@@ -103,6 +109,7 @@ def _power_steps(kernel, op: ZeroPaddedConv, starts: Starts, noise):
 
 
 def _narrowed(kernel: Float[Array, "..."], inputs: Float[Array, "..."], outputs: Float[Array, "..."]) -> _Narrow:
+    """The layer between the directions of the channels that the given inputs and outputs use most."""
     few = max(_FEW_CHANNELS, min(kernel.shape[-2:]) // _FEW_OF)
     ins, outs = _channel_directions(inputs, few), _channel_directions(outputs, few)
     return _Narrow(einsum("...io,ia,ob->...ab", kernel, ins, outs), ins, outs)

@@ -1,4 +1,8 @@
-"""The search with zero padding from given waves: Lanczos with the real operator. No proof."""
+"""The search with zero padding from given waves: the Lanczos method with the real operator, without a proof.
+
+Each wave is searched as long as its limit exceeds the best value found. A wave has two phases, which only the edges of
+the image tell apart, so that a search may have to be repeated from both.
+"""
 
 from __future__ import annotations
 
@@ -19,22 +23,24 @@ __all__ = [
     "from_waves",
 ]
 
-# Norm of the random part of a cold start, relative to the wave: other waves may be as large, and all take part.
+# The norm of the random part of a cold start, relative to the wave. Other waves may be as large, and all of them have
+# to take part; a larger part wastes the wave.
 NOISE = 0.1
-# Share of the second phase of a wave in what is found, relative to the first, below which the search is repeated from
-# both: with less in the start it may have ended at the wrong one.
+# The share of the second phase in what is found, relative to the first, below which the search is repeated from both:
+# with less of it in the start the search may have ended at the wrong phase. A larger share costs more second searches.
 _SHARE = 0.35
-# Relative difference of the norms of two phases beyond which they are no rivals: the noise has enough of both.
+# The relative difference of two phases' norms beyond which they are no rivals, as the noise then has enough of both.
 _RIVALS = 0.05
-# Samples up to which phases are told apart (their norms differ as the window's coefficients at the doubled frequency
-# do, by about `samples ** -3`), and the difference, as a share of the tolerance, beyond which they are on more samples.
+# Phases of images of at most so many samples are always told apart, those of larger images if their norms differ by
+# more than this share of the tolerance. The norms differ as the window's Fourier coefficients at the doubled frequency
+# do, by about `samples ** -3`.
 _FEW_SAMPLES, _SAME = 512, 0.05
-# Lanczos steps that a cold start takes at least: with that much noise it is not near a singular vector.
+# A cold start takes so many Lanczos steps at least: with that much noise it is not near a singular vector before.
 _COLD_STEPS = 10
 
 
 class _Search(NamedTuple):
-    """Where a search starts, what it found, how often there was one, and whether there has to be another."""
+    """A search: its start, what it found, how many were made so far, and whether another has to follow."""
 
     start: Float[Array, "..."]
     found: Found
@@ -43,10 +49,10 @@ class _Search(NamedTuple):
 
 
 def _from_wave(kernel, op: ZeroPaddedConv, waves: Float[Array, "2 ..."], noise, tolerance, floor) -> Found:
-    """Lanczos with the real operator from a wave of the circular layer; given up where it seems to end below `floor`.
+    """What the Lanczos method finds from one wave; it is given up where it seems to end below `floor`.
 
-    The edges tell two phases of the wave apart, but often by less than 1e-4 of their norms. A start with next to
-    nothing of one of them ends at the other: the search is repeated from both.
+    Two phases of the wave have nearly equal norms, as only the edges tell them apart. A start with next to nothing of
+    one of them ends at the other, and the search is repeated from both.
     """
     images = op.apply(kernel, waves, precision=jax.lax.Precision.HIGHEST)
     norms = jnp.linalg.norm(images.reshape((2, -1)), axis=1)
@@ -66,14 +72,14 @@ def _from_wave(kernel, op: ZeroPaddedConv, waves: Float[Array, "2 ..."], noise, 
 
 
 def _nothing(kernel: Float[Array, "..."], op: ZeroPaddedConv) -> Found:
-    """In place of what is not yet found."""
+    """A zero pair of value 0, the state of a search before it has found anything."""
     shapes = op.in_shape(kernel.shape), op.out_shape(kernel.shape)
     pair = Pair(jnp.asarray(0), *(jnp.zeros(shape, kernel.dtype) for shape in shapes))
     return Found(jnp.zeros((), kernel.dtype), pair)
 
 
 def from_waves(kernel, op: ZeroPaddedConv, starts: Starts, noise, tolerance) -> Found:
-    """The best that is found from several waves, the largest first, as long as one might exceed what is found."""
+    """The best that is found from the waves, the largest first, until no limit exceeds it."""
 
     def unfinished(state):
         k, best = state

@@ -1,4 +1,8 @@
-"""Axes of one tap: the layer does the same to each sample along them, so one sample stands for all."""
+"""Idle axes: those of a single tap, along which the layer does the same to every sample.
+
+One sample along each idle axis stands for all, so the leading pair is that of a smaller layer, and its images are zero
+on every other sample.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +20,7 @@ __all__ = [
 
 
 def without_idle_axes(op: ZeroPaddedConv, kernel_shape: tuple[int, ...]) -> ZeroPaddedConv:
-    """The layer on a single sample along axes of one tap: it does the same to each of them, wherever it meets any."""
+    """The layer with a single sample along each idle axis; its norm is the same."""
     contacts = _idle_contacts(op, kernel_shape)
 
     def where(alone, otherwise):
@@ -34,14 +38,14 @@ def without_idle_axes(op: ZeroPaddedConv, kernel_shape: tuple[int, ...]) -> Zero
 def _idle_contacts(op: ZeroPaddedConv, kernel_shape: tuple[int, ...]) -> list[tuple[int, int] | None]:
     """The first input and output sample that the tap of each idle axis joins; `None` for the other axes.
 
-    An axis is idle where its only tap meets the image. The first of several taps may meet no sample at all.
+    An axis is idle if it has one tap and the tap meets the image. On other axes the first tap may meet no sample.
     """
     contacts = [(len(axis) == 1, axis[0]) for axis in op._axis_contacts(kernel_shape)]
     return [(int(tap.inputs[0]), int(tap.outputs[0])) if alone and len(tap.inputs) else None for alone, tap in contacts]
 
 
 def at_first_contact(pair: Pair, op: ZeroPaddedConv, kernel_shape: tuple[int, ...]) -> Pair:
-    """A pair of the layer without idle axes on the images of the layer: zero but where a tap first meets a sample."""
+    """A pair of the layer without idle axes in images of the whole layer: at the first contacts, and zero elsewhere."""
     contacts = _idle_contacts(op, kernel_shape)
 
     def placed(image, shape, side):

@@ -1,4 +1,8 @@
-"""The leading pair of a layer with zero padding: a matrix with a proof where it is small, else a search."""
+"""The leading pair of a layer with zero padding: proven by its matrix where that is small, else a search.
+
+The search is the Lanczos method (`_tools/subspaces.py`) from waves of a circular layer with the same taps. It ends at a
+small residual, which proves a singular value but not that none is larger.
+"""
 
 from __future__ import annotations
 
@@ -20,15 +24,15 @@ from jaxsrn.spectra.pair import Pair, matrix_size
 
 __all__ = ["leading_of_padded", "search"]
 
-# Norm of the random part that is mixed into a given start, relative to it: a start that happens to be another singular
-# vector cannot trap the search.
+# A random part of this relative norm is mixed into a given start. Without it a start that happens to be another
+# singular vector would trap the search; a larger part would cost the steps that the start saves.
 _WARM_NOISE = 1e-3
 
 
 def leading_of_padded(
     kernel: Float[Array, "..."], op: ZeroPaddedConv, *, tolerance=None, start=None, proven: bool = True
 ) -> Pair:
-    """The leading pair; the arguments are those of `pairs.leading_pair`."""
+    """The leading pair of a layer with zero padding; the arguments are those of `pairs.leading_pair`."""
     small = without_idle_axes(op, kernel.shape)
     if small.input_shape != op.input_shape:
         pair = leading_of_padded(kernel, small, tolerance=tolerance, proven=proven)
@@ -45,7 +49,7 @@ def leading_of_padded(
 
 
 def search(kernel: Float[Array, "..."], op: ZeroPaddedConv, tolerance) -> Pair:
-    """The leading pair, to a relative residual; without a proof that no other singular value is larger."""
+    """The leading pair from a cold start, to a relative residual, without a proof that no singular value is larger."""
     noise = unit(random_start(op.in_shape(kernel.shape), kernel.dtype))
     starts = circular_starts(kernel, op)
     if op.feature_group_count == 1 and min(kernel.shape[-2:]) >= MANY_CHANNELS:

@@ -1,4 +1,8 @@
-"""Where the search with zero padding starts: the largest waves of the circular layer, faded out at the edges."""
+"""The starts of the search with zero padding: the largest plane waves of the circular layer, faded out at the edges.
+
+A frequency is worth a start where the largest singular value of the symbol has a local maximum (a peak, see
+`circular/peaks.py`).
+"""
 
 from __future__ import annotations
 
@@ -23,17 +27,18 @@ __all__ = [
     "two_phases",
 ]
 
-# Waves from which a search may start.
+# A search may start from so many waves: more of them find more rivals of the largest one, and take longer to look for.
 _MOST_STARTS = 4
-# How much finer than those of the image the frequencies are among which waves are looked for.
+# The frequencies are so many times as fine as the image's. A wave that is half a step off runs out of phase at the
+# edges; an eighth of a step is left. Finer grids have more frequencies to prove low.
 _FINER = 4
 
 
 class Starts(NamedTuple):
-    """Where to search: waves of the circular layer in two phases, faded out at the edges, and what each can reach.
+    """Waves of the circular layer, each in two phases and faded out at the edges, and their limits.
 
-    The norms of images in which a wave dominates are taken to be at most its limit, the largest singular value of the
-    symbol around its frequency as far as climbing finds it.
+    A limit is the largest singular value of the symbol around the wave's frequency, as far as climbing finds it. A
+    singular value whose vectors this wave dominates is taken to be at most the limit.
     """
 
     limits: Float[Array, " starts"]
@@ -43,7 +48,7 @@ class Starts(NamedTuple):
 def circular_starts(kernel: Float[Array, "..."], op: ZeroPaddedConv) -> Starts:
     """The largest waves of the circular layer, which are near the leading input.
 
-    Nothing binds their frequencies to the grid of the image: half a step off, a wave runs out of phase at the edges.
+    Their frequencies are of a finer grid than the image's, as nothing binds a zero-padded layer to the latter.
     """
     layer, finer = _circular_model(op, kernel.shape)
     limits, pairs = peaks(kernel, layer, _MOST_STARTS, finer)
@@ -52,7 +57,7 @@ def circular_starts(kernel: Float[Array, "..."], op: ZeroPaddedConv) -> Starts:
         return windowed(pair._replace(input=turn * pair.input), layer, op, kernel.shape).input
 
     def phases(pair: Pair):
-        # The phase with the larger real part first: where the symbol is real there is no other.
+        # The phase with the larger real part comes first, since a real symbol has no other.
         angle = jnp.angle(jnp.sum(pair.input**2)) / 2
         turn = jax.lax.complex(jnp.cos(angle), -jnp.sin(angle))
         return two_phases(image(pair, turn), image(pair, 1j * turn))
@@ -62,15 +67,15 @@ def circular_starts(kernel: Float[Array, "..."], op: ZeroPaddedConv) -> Starts:
 
 
 def _circular_model(op: ZeroPaddedConv, kernel_shape) -> tuple[CircularConv, int]:
-    """The circular layer whose frequencies are looked at, and how much finer than those of the image they are."""
+    """The circular layer whose frequencies are looked at, and how many times as fine as the image's they are."""
     sizes = (tuple(scale * n for n in op._dilated_shape) for scale in (1, _FINER))
     layer, finer = (circular_layer(op, kernel_shape, size, op.strides) for size in sizes)
-    # Sites are counted in 32 bits.
+    # Kernels that are reduced on the image's grid (`grams.py`) would not be on a finer one. Sites must fit in 32 bits.
     fine = not is_reduced(layer, kernel_shape) and math.prod(finer.grid) * op.feature_group_count < 2**31
     return (finer, _FINER) if fine else (layer, 1)
 
 
 def two_phases(wave: Float[Array, "..."], turned: Float[Array, "..."]) -> Float[Array, "2 ..."]:
-    """An orthonormal basis of both."""
+    """An orthonormal basis of the span of two phases of a wave, the first one normalised."""
     wave = unit(wave)
     return jnp.stack([wave, unit(turned - jnp.sum(wave * turned) * wave)])
