@@ -1,7 +1,8 @@
-"""The symbols whose suprema bound a layer, as tensors of coefficients, and norms of their matrices.
+"""The tensors of coefficients that the bounds read in place of an image, and the norms of stacks of matrices.
 
-The symbol of every layer, strided ones after the polyphase split, is `S(w) = sum_t exp(-i <w, t>) C_t` over a box of
-terms `t`; its supremum over all `w` bounds the layer at every image size, circular or zero-padded.
+The symbol of every layer is a trigonometric polynomial `S(w) = sum_t exp(-i <w, t>) C_t`, its terms `t` a rectangle of
+integers. Strided layers have this form after the polyphase split. The supremum of `||S(w)||` over all frequencies `w`
+bounds the layer at every image size, circular or zero-padded (`covers.py`).
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ __all__ = [
 
 
 def tensors(kernel: Float[Array, "..."], op: Operator) -> list[Float[Array, "..."]]:
-    """The coefficients `(groups, *terms, rows, columns)` of symbols whose suprema bound the layer."""
+    """One tensor of coefficients `(groups, *terms, rows, columns)` per cover: the supremum of each bounds the layer."""
     if isinstance(op, Dense):
         return [kernel[None]]
     return [_tensor(k, cover) for k, cover in covers(kernel, op, False)]
@@ -53,7 +54,7 @@ def num_terms(tensor: Float[Array, "..."]) -> int:
 def smallest_over_covers(
     bound, kernel: Float[Array, "..."], op: Operator, *, guaranteed: bool = False
 ) -> Float[Array, ""]:
-    """The smallest of the bounds by the tensors of a layer; where `guaranteed`, with room for rounding."""
+    """The smallest value of `bound` on the tensors of a layer; `guaranteed` adds room for rounding."""
     kernel, scale = rescaled(kernel.astype(float_dtype(kernel.dtype)), op)
     value = functools.reduce(jnp.minimum, [bound(tensor) for tensor in tensors(kernel, op)])
     if guaranteed:
@@ -62,7 +63,7 @@ def smallest_over_covers(
 
 
 def _leading_vectors(matrix: Float[Array, "rows columns"], num_steps: int | None):
-    """Unit vectors of the rows and of the columns near the leading ones: proven, or after some power steps."""
+    """Unit vectors on the rows and on the columns: the leading pair (`num_steps=None`), or what power steps find."""
     if num_steps is None:
         pair = leading_of_matrix(matrix)
         return pair.input, pair.output
@@ -71,17 +72,17 @@ def _leading_vectors(matrix: Float[Array, "rows columns"], num_steps: int | None
         row = unit(matmul(matrix, pair[1]))
         return row, unit(matmul(row, matrix))
 
-    # The same numbers in every dtype: what few steps find depends on them.
+    # The start is drawn in float32 for every dtype, because the result of few steps depends on it.
     start = unit(random_start((matrix.shape[1],), jnp.float32).astype(matrix.dtype))
     return lax.fori_loop(0, num_steps, step, (jnp.zeros(matrix.shape[0], matrix.dtype), start))
 
 
 def matrix_norm(matrices: Float[Array, "groups rows columns"], num_steps: int | None = None) -> Float[Array, ""]:
-    """The largest spectral norm of a stack of matrices, its vectors held constant."""
+    """The largest spectral norm of a stack of matrices; its derivative holds the singular vectors constant."""
     rows, columns = jax.vmap(lambda matrix: _leading_vectors(matrix, num_steps))(lax.stop_gradient(matrices))
     return largest_form(rows, matrices, columns)
 
 
 def largest_form(rows, matrices: Float[Array, "groups rows columns"], columns) -> Float[Array, ""]:
-    """The largest `u^T A v` of a stack."""
+    """The largest `u^T A v` over a stack, with `u` the row vector and `v` the column vector of each matrix."""
     return jnp.max(einsum("gi,gio,go->g", rows, matrices, columns))

@@ -1,4 +1,7 @@
-"""Bounds from Frobenius norms and absolute values of the kernel's entries."""
+"""Bounds that need no spectral norm of the symbol: its Frobenius norm, and the absolute values of the kernel's entries.
+
+Sources: LipBound (Araujo et al. 2021), and Propositions 6 and 11 of Sedghi, Gupta, Long 2019, the second corrected.
+"""
 
 from __future__ import annotations
 
@@ -28,11 +31,11 @@ __all__ = [
 def lip_bound(kernel: Kernel, op: Operator, *, oversampling: int = 8) -> Float[Array, ""]:
     """LipBound, the largest Frobenius norm of the symbol, from a grid: a guaranteed upper bound of the spectral norm.
 
-    Araujo et al. 2021, as in their code: `max_w ||S(w)||_F` over a grid of `m` angles per axis, over `1 - d / m` (two
-    axes of degree `d`; in general the product over the axes of `sqrt(1 - d_j / m_j)`), bounds all frequencies, hence
-    every image size, circular or zero-padded. It exceeds the norm by up to the root of the number of channels. The
-    factor is sufficient where `m >= 2 d`, as here; that of `certified` is smaller. Zero padding: of the circular
-    layers that cover it. The cost does not depend on the channels but for one Gram matrix of the taps.
+    Araujo et al. 2021, as in their code: `max_w ||S(w)||_F` over a grid of `m_j` angles on axis `j`, divided by
+    `prod_j sqrt(1 - d_j / m_j)` with `d_j` the degree (`1 - d / m` for two equal axes). It bounds all frequencies and
+    with them every image size, circular or zero-padded. It exceeds the norm by up to the root of the number of
+    channels. The factor is sufficient because `m_j >= 2 d_j`; the factor of `certified` is smaller. A zero-padded layer
+    is bounded by its covers. The channels enter the cost only through one Gram matrix of the taps.
 
     Args:
       kernel: `(c_in, c_out)` or `(*taps, c_in // groups, c_out)`.
@@ -68,16 +71,17 @@ def _lip_bound(kernel, op, oversampling):
 def l1(kernel: Kernel, op: Operator) -> Float[Array, ""]:
     """`sum |K|` over the taps that meet the image: a guaranteed upper bound of the norm, the loosest and cheapest.
 
-    Sedghi, Gupta, Long 2019, Proposition 6 (one channel) and the right end of Proposition 11 (several). Equal to the
-    norm of a circular convolution with one channel, stride 1 and a non-negative kernel (Proposition 7); never below
-    `channel_l1`.
+    Sedghi, Gupta, Long 2019, Proposition 6 (one channel) and the right end of Proposition 11 (several). It equals the
+    norm of a circular convolution with one channel, stride 1 and a non-negative kernel (Proposition 7). It is never
+    below `channel_l1`.
 
     Args:
       kernel: `(c_in, c_out)` or `(*taps, c_in // groups, c_out)`.
       op: its operator.
 
     Returns:
-      A scalar in float32 or wider, widened for rounding; NaN where the kernel has one. The gradient is the sign.
+      A scalar in float32 or wider, widened for rounding; NaN where the kernel has one. Its gradient is the sign of
+      each entry.
 
     Raises:
       ValueError: a kernel that does not fit.
@@ -93,22 +97,22 @@ def _l1(kernel, op):
 def channel_l1(kernel: Kernel, op: Operator) -> Float[Array, ""]:
     """`||B||_2` of the channel matrix `B_cd = sum_p |K_cdp|`: a guaranteed upper bound of the spectral norm.
 
-    Instead of Proposition 11 of Sedghi, Gupta, Long 2019, whose middle term `sqrt(sum_c max_d B_cd^2)` is no bound: a
-    1x1 kernel that is the 2x2 matrix of ones has norm 2, the formula gives 1.414. Every entry of `S(w)` is at most
-    that of `B`, so `||S(w)|| <= ||B||_2`, and
+    It replaces Proposition 11 of Sedghi, Gupta, Long 2019, whose middle term `sqrt(sum_c max_d B_cd^2)` is no bound: a
+    1x1 kernel that is the 2x2 matrix of ones has norm 2, where the formula gives `sqrt(2)`. No entry of `S(w)` exceeds
+    the entry of `B` in absolute value, so `||S(w)|| <= ||B||_2`, and
 
         ||B||_2 <= sqrt(||B||_1 ||B||_inf),     ||B||_2 <= ||B||_F <= sum |K| = l1.
 
-    For one channel it is Proposition 6. It is the norm where all entries are non-negative (circular, stride 1).
-    Strides: `B` of the polyphase kernel. Groups: the largest. Dense layers: the norm of `|K|`.
+    With one channel it is Proposition 6. It is the norm where all entries are non-negative (circular, stride 1). A
+    strided layer takes `B` of its polyphase kernel, a grouped one its largest group, a dense one the norm of `|K|`.
 
     Args:
       kernel: `(c_in, c_out)` or `(*taps, c_in // groups, c_out)`.
       op: its operator.
 
     Returns:
-      A scalar in float32 or wider, widened for rounding; NaN where the kernel has one. The gradient holds the singular
-      vectors of `B` constant: finite always.
+      A scalar in float32 or wider, widened for rounding; NaN where the kernel has one. Its gradient holds the singular
+      vectors of `B` constant and is always finite.
 
     Raises:
       ValueError: a kernel that does not fit.
@@ -120,7 +124,7 @@ def channel_l1(kernel: Kernel, op: Operator) -> Float[Array, ""]:
 def _channel_l1(kernel, op):
     def bound(tensor):
         matrices = jnp.sum(jnp.abs(tensor), axis=range(1, tensor.ndim - 2))
-        # With a proof, as a bound must not be found from below.
+        # The norm of `B` is proven: power steps would give a bound that is too small.
         pairs = jax.vmap(leading_of_matrix)(lax.stop_gradient(matrices))
         return largest_form(pairs.input, matrices, pairs.output)
 

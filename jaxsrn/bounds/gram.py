@@ -1,4 +1,9 @@
-"""Gram iteration: a guaranteed upper bound by repeated squaring (Delattre et al. 2023)."""
+"""Gram iteration: a guaranteed upper bound of the spectral norm by repeated squaring (Delattre et al. 2023).
+
+The squarings are matrix products alone. Branch and bound (`certified`) also gives a lower end, by SVDs and proofs. The
+factor between the frequencies of a coarse grid is the cosine of `grid_certificate.py`, which is smaller than the usual
+`1 / (1 - d / m)` with the degree `d` and `m` angles.
+"""
 
 from __future__ import annotations
 
@@ -26,15 +31,15 @@ __all__ = [
 def gram_iteration(kernel: Kernel, op: Operator, *, num_steps: int = 6, oversampling: int = 8) -> Float[Array, ""]:
     """A guaranteed upper bound of the spectral norm by repeated squaring of the symbol's Gram matrices.
 
-    Delattre et al. 2023: `G_0 = S^H S`, `G <- G^H G`, rescaled; `||G_t||_F^(1/2^(t+1))` bounds the singular values of
-    `S` from above at every `t`, and converges quadratically to the largest where that is simple; `k` equal ones leave
-    a factor `k^(1/2^(t+2))`. Here on the layer's own frequencies where they are few, else on a coarse grid over the
-    cosines, which bounds all frequencies at once. Zero padding: of the circular layers that cover it.
+    Delattre et al. 2023: `G_0 = S^H S`, `G <- G^H G`, rescaled. The number `||G_t||_F^(1/2^(t+1))` bounds the singular
+    values of `S` from above at every `t`. It converges quadratically to the largest one where that is simple; `k` equal
+    ones leave a factor `k^(1/2^(t+2))`. The symbol is taken on the layer's own frequencies where they are few, else on
+    a coarse grid whose factor bounds all frequencies at once. A zero-padded layer is bounded by its covers.
 
     Args:
       kernel: `(c_in, c_out)` or `(*taps, c_in // groups, c_out)`.
       op: its operator.
-      num_steps: static; squarings.
+      num_steps: static; the number of squarings.
       oversampling: static; angles per degree and axis of the coarse grid.
 
     Returns:
@@ -61,7 +66,7 @@ def _gram_iteration(kernel, op, num_steps, oversampling):
 
 
 def _squared_symbol(kernel: Float[Array, "..."], op: CircularConv, num_steps: int, oversampling: int):
-    """On the layer's own grid, or on a coarse one for all frequencies where that is smaller."""
+    """The bound on the layer's own grid, or on a coarse grid for all frequencies where that one is smaller."""
     coarse = for_any_size(op, kernel.shape, oversampling)
     if math.prod(coarse.grid) >= math.prod(op.grid):
         return gram_bound(half_symbol(kernel, op), num_steps)

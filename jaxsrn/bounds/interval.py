@@ -1,9 +1,10 @@
-"""Bounds of the spectral norm of a layer: a certified interval, Gram iteration, and what reads the kernel alone.
+"""The certified interval: two numbers that are guaranteed to hold the spectral norm of a layer between them.
 
-Zero padding is bounded through circular layers that **cover** it: the zero-padded map is a circular one on the padded
-image, restricted to some inputs and outputs, which can only lower the norm. A coarse grid of frequencies bounds the
-supremum over all, and with it every image size: a symbol of degree `d` is at most `1 / cos(pi d / (2 m))` times its
-maximum over `m` equispaced angles per axis (M. Riesz).
+The lower end is a value that the map attains. The upper end of a circular layer is the proof by branch and bound, the
+upper end of a zero-padded one that of its covers (`covers.py`). For all image sizes at once a grid bounds the supremum
+over all frequencies: a symbol of degree `d` is at most `1 / cos(pi d / (2 m))` times its maximum over `m` equispaced
+angles per axis (M. Riesz; `grid_certificate.py`). `spectral_norm` gives one number instead, with zero padding proven
+only for small layers.
 """
 
 from __future__ import annotations
@@ -32,32 +33,29 @@ __all__ = [
     "certified",
 ]
 
-# How the lower end is searched with zero padding: to this relative residual (its error is the square), and without a
-# proof, as every Rayleigh quotient is a lower end.
+# The search for the lower end with zero padding. Every Rayleigh quotient is a lower end, so no proof is needed. The
+# error of the value is about the square of the residual, 1e-5: far less than the covers lose at the upper end.
 _LOWER_END = {"tolerance": 3e-3, "proven": False}
-
-
-# The interval
 
 
 def certified(kernel: Kernel, op: Operator, *, resolution: float = 0.01, any_size: bool = False) -> NormInterval:
     """An interval that is guaranteed to hold the spectral norm of `T(kernel)`.
 
-    Circular: from below the value of a frequency, from above the proof by branch and bound that no other one exceeds
-    it by more than `resolution`. Dense: as `spectral_norm`. Zero padding: from below a Rayleigh quotient of the real
-    operator (Lanczos), from above the circular layers that cover it. The ends are widened for rounding. The cost does
-    not depend on the size of the image, but for the Lanczos steps of zero padding.
+    The lower end of a circular layer is the norm at one frequency; its upper end is the proof by branch and bound that
+    no other frequency exceeds it by more than `resolution`. The lower end of a zero-padded layer is a Rayleigh quotient
+    of the map itself (Lanczos); its upper end is the norm of a cover (`covers.py`). Both ends of a dense layer are its
+    `spectral_norm`. All ends are widened for rounding. The cost depends on the image only through Lanczos.
 
     With zero padding the width is what the covers lose, most on small images; it does not shrink with `resolution`. The
-    upper end, of one image size, is not above `tensor_norm` where that has converged, but for rounding: it bounds the
-    covers, too.
+    upper end at one image size does not exceed a converged `tensor_norm`, up to rounding, because `tensor_norm` bounds
+    the covers too.
 
     Args:
       kernel: `(c_in, c_out)` or `(*taps, c_in // groups, c_out)`.
       op: its operator.
       resolution: static; the relative width of the interval that is good enough (circular).
-      any_size: static; an interval for the layers of **all** image sizes at once: from above the supremum of the
-        symbol over all frequencies, from below frequency 0 (circular), or the smallest norm of a tap (zero padding).
+      any_size: static; an interval for the layers of **all** image sizes at once. The upper end bounds the symbol at
+        all frequencies; the lower end is the norm at frequency 0 (circular) or the smallest tap's norm (zero padding).
 
     Returns:
       A `NormInterval` in float32 or wider; NaN where the kernel has one. The ends' gradients hold the singular
@@ -77,14 +75,14 @@ def certified(kernel: Kernel, op: Operator, *, resolution: float = 0.01, any_siz
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
 def _certified(kernel, op, resolution, any_size):
     kernel = kernel.astype(float_dtype(kernel.dtype))
-    # At any size, taps that miss this image meet others.
+    # A tap that misses this image meets larger ones, so `rescaled`, which drops it, serves one size alone.
     kernel, scale = by_largest(kernel) if any_size else rescaled(kernel, op)
     if isinstance(op, Dense):
         interval = _frozen_leading(kernel, op)
         interval = NormInterval(interval, interval)
     else:
         covered = covers(kernel, op, any_size)
-        # Covers that are exact are never looser than the bounds that read the kernel alone.
+        # The norms of covers are exact, so that the upper end is never looser than bounds that read the kernel alone.
         resolution = resolution if isinstance(op, CircularConv) else 0.0
         found = [_of_circular(k, cover, resolution) for k, cover in covered]
         above = [overshoot(cover, k.shape) if any_size else 1.0 for k, cover in covered]
@@ -99,7 +97,7 @@ def _certified(kernel, op, resolution, any_size):
 
 
 def _of_circular(kernel: Float[Array, "..."], op: CircularConv, resolution: float) -> NormInterval:
-    # What the proof leaves open and the room for rounding are the width together.
+    # The width is the excess that the proof leaves open and the room for rounding together.
     allowed = max(resolution - 3 * slack_of(kernel), 0.0)
     pair, excess = leading_wave(lax.stop_gradient(kernel), op, allowed)
     value = frozen_value(kernel, op, pair)
@@ -111,7 +109,11 @@ def _frozen_leading(kernel: Float[Array, "..."], op: Operator, **options) -> Flo
 
 
 def _lower_at_any_size(kernel: Float[Array, "..."], op: Operator) -> Float[Array, ""]:
-    """Every circular grid has frequency 0; a zero-padded layer that connects any two samples does it by a tap."""
+    """A number that no layer of these taps has a norm below, at any image size.
+
+    Every circular grid has frequency 0. A zero-padded layer that connects two samples does so by one tap, and the norm
+    is at least that of this block.
+    """
     if isinstance(op, CircularConv):
         at_zero = jnp.arange(op.feature_group_count)
         return jnp.max(site_pairs(kernel, op, at_zero)[0])
@@ -123,9 +125,9 @@ def _lower_at_any_size(kernel: Float[Array, "..."], op: Operator) -> Float[Array
 
 
 def _always_connects(op: ZeroPaddedConv, kernel_shape: tuple[int, ...]) -> bool:
-    """Whether at every image size some tap meets a sample (static): dilated taps may all miss a small image."""
+    """Whether some tap meets a sample at every image size (static). Dilated taps may all miss a small image."""
     for axis, extent in enumerate(op._extents(kernel_shape)):
-        # Windows of a whole period of strides inside the image: from there on nothing new happens.
+        # A larger image only repeats a whole period of strides inside it.
         for n in range(1, extent + op.strides[axis] * op.input_dilation[axis] + 1):
             sizes = (*op.input_shape[:axis], n, *op.input_shape[axis + 1 :])
             layer = dataclasses.replace(op, input_shape=sizes)

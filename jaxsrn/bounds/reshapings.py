@@ -1,9 +1,9 @@
-"""Bounds of the spectral norm that read the kernel as a tensor or as a matrix, and never look at the image.
+"""The bound by the kernel's reshapings to matrices, the fantastic four (Singla, Feizi 2021).
 
-The symbol of every layer, strided ones after the polyphase split, is `S(w) = sum_t exp(-i <w, t>) C_t` over a box of
-terms `t`; its supremum over all `w` bounds the layer at every image size, circular or zero-padded. `exp(-i <w, t>)`
-is a product of one unimodular factor per axis. Letting other vectors of the same length take its place gives the
-tensor norm, and forgetting more of its structure the norms of reshapings: each is larger than the one before.
+The symbol is `S(w) = sum_t exp(-i <w, t>) C_t` (`coefficients.py`), and `exp(-i <w, t>)` is a product of one vector of
+unimodular entries per axis. The tensor norm (`tensor.py`) lets any vector of the same length take the place of each. A
+reshaping lets the vectors of several axes merge into one of any form, so its bound is never smaller than the tensor
+norm's. It is the norm of a matrix, which can be computed to rounding.
 """
 
 from __future__ import annotations
@@ -24,20 +24,18 @@ __all__ = [
     "fantastic_four",
 ]
 
-# Norms of reshapings
-
 
 def fantastic_four(kernel: Kernel, op: Operator, *, num_steps: int | None = None) -> Float[Array, ""]:
     """F4, `sqrt(q)` times the smallest spectral norm of the kernel's reshapings to a matrix: an upper bound.
 
-    Singla, Feizi 2021: for two axes the four matrices `c_in x c_out h w`, `c_in h x c_out w`, `c_in w x c_out h` and
-    `c_in h w x c_out`; in general `2^axes`. It bounds the spectral norm at every image size, with circular and with
-    zero padding, and is never below the exact tensor norm. Strides: of the polyphase kernel. Groups: the largest.
-    Dense layers and 1x1 kernels: the spectral norm itself.
+    Singla, Feizi 2021. Two axes have four matrices, `c_in x c_out h w`, `c_in h x c_out w`, `c_in w x c_out h` and
+    `c_in h w x c_out`; in general there are `2^axes`, and `q` is the number of taps. The bound holds at every image
+    size, with circular and with zero padding, and is never below the exact tensor norm. A strided layer is bounded by
+    its polyphase kernel, a grouped one by its largest group. Dense layers and 1x1 kernels give the norm itself.
 
-    By default the norms are computed to rounding, by SVDs or Lanczos, and the bound is **guaranteed** as far as
-    Lanczos from a random start is. With `num_steps` they come from so many steps of the power method, as published:
-    then it is an **estimate from below** of the bound, which can be below the spectral norm.
+    By default the norms are computed to rounding, by SVDs or by Lanczos with a proof, and the bound is **guaranteed**
+    up to that rounding. With `num_steps` they come from that number of power steps, as published: the result is then an
+    **estimate from below** of the bound, and can be below the spectral norm.
 
     Args:
       kernel: `(c_in, c_out)` or `(*taps, c_in // groups, c_out)`.
@@ -65,9 +63,9 @@ def _fantastic_four(kernel, op, num_steps):
 
 
 def _reshapings(tensor: Float[Array, "..."]) -> list[Float[Array, "groups rows columns"]]:
-    """All matrices with the rows and some axes of the taps on one side, the columns and the others on the other."""
+    """Every matrix that has the rows and some tap axes on one side, and the columns and the other axes on the other."""
     *taps, rows, columns = range(1, tensor.ndim)
-    # An axis of one tap is on both sides at once.
+    # An axis of one tap gives the same matrix on either side.
     axes = [axis for axis in taps if tensor.shape[axis] > 1]
     single = [axis for axis in taps if tensor.shape[axis] == 1]
     matrices = []

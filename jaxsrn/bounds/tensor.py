@@ -1,4 +1,12 @@
-"""The tensor norm: the kernel as a tensor, its vectors on each axis free of each other (Grishina et al. 2024)."""
+"""The tensor norm of a kernel, an upper bound of the spectral norm, by the higher-order power method.
+
+The symbol is the kernel contracted with one wave per tap axis. The tensor norm lets any complex unit vector take the
+place of a wave (Grishina, Gorbunov, Rakhuba 2024). The higher-order power method (De Lathauwer, De Moor, Vandewalle
+2000) improves one vector at a time while it holds all others; each update is exact, so the value never falls. The
+published method takes one step per vector and sweep. The method here takes two on the channels and two on the taps,
+because a contraction with all taps costs more than they do, and runs several starts side by side. A matrix has a global
+method (`leading_singular_vectors` in `_tools/subspaces.py`); a tensor of higher order has none.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +30,8 @@ __all__ = [
     "tensor_norm",
 ]
 
-# Power steps on the channels for each contraction with all taps, which costs as much as `taps` such steps.
+# Steps on the channels, and on the taps, in each sweep. The contraction of the kernel with all taps costs as much as
+# `taps` steps on the channels, so a second step is cheap. More steps would solve a part whose other vectors still move.
 _CHANNEL_STEPS = 2
 _TAP_STEPS = 2
 
@@ -35,19 +44,19 @@ def tensor_norm(kernel: Kernel, op: Operator, *, num_starts: int = 8, num_steps:
 
         ||K||_sigma <= sup_w ||S(w)|| <= sqrt(q) ||K||_sigma,       q = number of taps,
 
-    so TN bounds the spectral norm at every image size, with circular and with zero padding. Strides: of the polyphase
-    kernel, whose taps are counted (and filled up with zeros) on each axis by itself. Groups: the largest. Dense layers
-    and 1x1 kernels: the spectral norm itself.
+    so TN bounds the spectral norm at every image size, with circular and with zero padding. A strided layer is bounded
+    by its polyphase kernel, whose taps are counted (and filled up with zeros) on each axis separately. A grouped layer
+    takes its largest group. Dense layers and 1x1 kernels give the spectral norm itself.
 
     **Not a guarantee**: the power method can stop at a local maximum, where TN is too small and may even be below the
-    spectral norm. Each start is a plane wave on the taps (the first one constant), so what it finds is at least what
-    power steps find at that frequency. Use `certified` where the bound must hold.
+    spectral norm. Each start is a plane wave on the taps (the first one constant), so its value is at least what power
+    steps reach at that frequency. Use `certified` where the bound must hold.
 
     Args:
       kernel: `(c_in, c_out)` or `(*taps, c_in // groups, c_out)`.
       op: its operator.
-      num_starts: static; the best one counts.
-      num_steps: static; at most so many sweeps over all vectors. They stop where nothing changes any more.
+      num_starts: static; starts of the power method, the best of which counts.
+      num_steps: static; the most sweeps over all vectors. They stop when no value grows by more than rounding.
 
     Returns:
       A scalar in float32 or wider; NaN where the kernel has one. The gradient is the outer product of the maximising
@@ -72,40 +81,43 @@ def _tensor_norm(kernel, op, num_starts, num_steps):
 
 
 def _rank_one(tensor: Float[Array, "..."], num_starts: int, num_steps: int) -> Float[Array, "..."]:
-    """The real part of the best rank-one tensor of norm 1 found: `sum(result * tensor)` is the tensor's norm."""
+    """The real part of the best rank-one tensor of norm 1; its inner product with the tensor is the norm found."""
     terms, channels = tensor.shape[:-2], tensor.shape[-2:]
     flat = tensor.reshape((-1, *channels))
     waves = _plane_waves(terms, num_starts, tensor.dtype)
-    right = random_start((2, num_starts, channels[1]), jnp.float32).astype(tensor.dtype)
-    right = jax.vmap(unit)(lax.complex(right[0], right[1]))
+    # The start is drawn in float32 for every dtype, because the local maximum that it leads to depends on it.
+    column = random_start((2, num_starts, channels[1]), jnp.float32).astype(tensor.dtype)
+    column = jax.vmap(unit)(lax.complex(column[0], column[1]))
 
     def sweep(state):
-        factors, right, _, values, count = state
-        left, right = _channel_vectors(_on_taps(flat, _outer(factors)), right)
-        on_channels = _on_channels(flat, left, right)
+        factors, column, _, values, count = state
+        row, column = _channel_vectors(_on_taps(flat, _outer(factors)), column)
+        on_channels = _on_channels(flat, row, column)
         factors = _tap_vectors(on_channels.reshape((-1, *terms)), factors)
         new = jnp.abs(jnp.sum(on_channels * _outer(factors), axis=-1))
-        return factors, right, values, new, count + 1
+        return factors, column, values, new, count + 1
 
     def unfinished(state):
         _, _, before, values, count = state
+        # A growth of a few roundings is noise: the values are sums of many products.
         moves = values - before > 10 * jnp.finfo(values.dtype).eps * values
         return (count < num_steps) & ((count < 2) | jnp.any(moves))
 
     zeros = jnp.zeros(num_starts, tensor.dtype)
-    factors, right, *_ = lax.while_loop(unfinished, sweep, (waves, right, zeros, zeros, jnp.asarray(0)))
+    factors, column, *_ = lax.while_loop(unfinished, sweep, (waves, column, zeros, zeros, jnp.asarray(0)))
     taps = _outer(factors)
     matrices = _on_taps(flat, taps)
-    left, right = _channel_vectors(matrices, right)
-    values = einsum("sio,si,so->s", matrices, left, right)
+    row, column = _channel_vectors(matrices, column)
+    values = einsum("sio,si,so->s", matrices, row, column)
     best = jnp.argmax(jnp.abs(values))
     size = jnp.abs(values[best])
+    # This phase makes the value real, so that the real part of the tensor carries all of it.
     turn = jnp.where(size == 0, 1.0, jnp.conj(values[best]) / jnp.where(size == 0, 1.0, size).astype(values.dtype))
-    return jnp.real(einsum("q,i,o->qio", turn * taps[best], left[best], right[best])).reshape(tensor.shape)
+    return jnp.real(einsum("q,i,o->qio", turn * taps[best], row[best], column[best])).reshape(tensor.shape)
 
 
 def _plane_waves(terms: tuple[int, ...], num_starts: int, dtype) -> list[Complex[Array, "starts _"]]:
-    """Unit vectors on the axes' taps: `exp(i w t)` at frequency 0, then at fixed random ones."""
+    """One unit vector `exp(i w t)` per tap axis and start: frequency 0 first, then fixed random frequencies."""
     angles = np.random.default_rng(0).uniform(0, 2 * np.pi, (num_starts, len(terms)))
     angles[0] = 0
     waves = (
@@ -115,7 +127,7 @@ def _plane_waves(terms: tuple[int, ...], num_starts: int, dtype) -> list[Complex
 
 
 def _outer(factors: list[Complex[Array, "starts _"]]) -> Complex[Array, "starts taps"]:
-    """The products of the axes' vectors, on all taps."""
+    """The outer product of the axes' vectors, flat over all taps."""
     flat = factors[0]
     for factor in factors[1:]:
         flat = (flat[:, :, None] * factor[:, None, :]).reshape((flat.shape[0], -1))
@@ -123,27 +135,27 @@ def _outer(factors: list[Complex[Array, "starts _"]]) -> Complex[Array, "starts 
 
 
 def _on_taps(flat: Float[Array, "taps rows columns"], taps: Complex[Array, "starts taps"]):
-    """The matrices `sum_t taps_t C_t`; as products of real matrices, twice as fast as complex ones."""
+    """The matrices `sum_t taps_t C_t`. The kernel is real, so two real products do the work of a complex one."""
     parts = einsum("psq,qio->psio", jnp.stack([taps.real, taps.imag]), flat)
     return lax.complex(parts[0], parts[1])
 
 
-def _on_channels(flat: Float[Array, "taps rows columns"], left, right) -> Complex[Array, "starts taps"]:
-    """The values `sum_io C_tio u_i v_o` on the taps."""
-    parts = einsum("qio,pso->psqi", flat, jnp.stack([right.real, right.imag]))
-    return einsum("sqi,si->sq", lax.complex(parts[0], parts[1]), left)
+def _on_channels(flat: Float[Array, "taps rows columns"], row, column) -> Complex[Array, "starts taps"]:
+    """The value `sum_io C_tio u_i v_o` of each tap `t`, with `u` the row vector and `v` the column vector."""
+    parts = einsum("qio,pso->psqi", flat, jnp.stack([column.real, column.imag]))
+    return einsum("sqi,si->sq", lax.complex(parts[0], parts[1]), row)
 
 
-def _channel_vectors(matrices: Complex[Array, "starts rows columns"], right: Complex[Array, "starts columns"]):
-    """Power steps towards the unit vectors of the largest `|sum_io A_io u_i v_o|`."""
+def _channel_vectors(matrices: Complex[Array, "starts rows columns"], column: Complex[Array, "starts columns"]):
+    """Power steps towards the unit vectors `(u, v)` that maximise `|sum_io A_io u_i v_o|`."""
     for _ in range(_CHANNEL_STEPS):
-        left = jax.vmap(unit)(jnp.conj(einsum("sio,so->si", matrices, right)))
-        right = jax.vmap(unit)(jnp.conj(einsum("sio,si->so", matrices, left)))
-    return left, right
+        row = jax.vmap(unit)(jnp.conj(einsum("sio,so->si", matrices, column)))
+        column = jax.vmap(unit)(jnp.conj(einsum("sio,si->so", matrices, row)))
+    return row, column
 
 
 def _tap_vectors(values: Complex[Array, "..."], factors: list[Complex[Array, "starts _"]]):
-    """Alternating steps towards the unit vectors of the largest `|sum_t A_t x_t1 y_t2 ...|`."""
+    """Alternating steps, one axis at a time, towards the unit vectors that maximise `|sum_t A_t x_t1 y_t2 ...|`."""
     letters = "hwd"[: len(factors)]
     factors = list(factors)
     for _ in range(_TAP_STEPS if len(factors) > 1 else 1):
