@@ -1,8 +1,8 @@
 """Singular values, norms and stable rank of layers, convolutions above all.
 
-Every function has the form `f(kernel, op, *, options)`: the kernel in Flax's layout, and the operator that says
-which linear map it stands for. The modules `bounds`, `optim`, `penalties`, `sphere` and
-`surrogate` are imported when first used.
+Every function of a layer has the form `f(kernel, op, *, options)`: the kernel is in Flax's layout, and the operator
+says which linear map it stands for. The modules `bounds`, `optim`, `penalties`, `sphere` and `surrogate` are imported
+when they are first used; `jaxsrn.nnx` and `jaxsrn.linen`, the wrappers for Flax, are imported by name.
 """
 
 import importlib

@@ -1,4 +1,4 @@
-"""Stable rank normalization: of a matrix, of any layer exactly, and the original approximation."""
+"""Stable rank normalization of a matrix (`srn`), of any layer exactly (`srnc`), and as once proposed (`srnc_tanay`)."""
 
 from jaxsrn.normalization.lowering import srnc
 from jaxsrn.normalization.matrices import srn

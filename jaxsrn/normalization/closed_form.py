@@ -1,11 +1,13 @@
-"""Exact stable rank normalization of any linear layer (Zheng et al. 2025, eq. 7): the closed form and its iteration.
+"""The closed form, for one singular pair, of exact stable rank normalization of any layer (Zheng et al. 2025, eq. 7).
 
-    minimise ||T(K) - T(A)||_F   subject to   srank(T(K)) = r,   ||T(K)||_2 = M.
+    minimise ||T(K) - T(A)||_F   subject to   srank(T(K)) = r,   ||T(K)||_2 = M.                              (7)
 
-In `<A, B>_d = sum_p d_p <A_p, B_p>`, the inner product of `T(A)` and `T(B)`, the constraints are `||K||_d^2 = r M^2`
-and `max <K, E>_d = M` over the functionals `E = grad_K <u, T(K) v> / d` of unit pairs. For one pair the constraint
-is linear and the optimum has a closed form; taking the leading pair of that optimum and repeating is a
-minorise-maximise iteration, so the distance never grows. It stops at `||T(K)||_2 = M`.
+The inner product of `T(A)` and `T(B)` is `<A, B>_d = sum_p d_p <A_p, B_p>`, where `d_p` counts the outputs at which tap
+`p` meets the image (`Operator.frobenius_weights`). The constraints are `||K||_d^2 = r M^2` and `max <K, E>_d = M` over
+the functionals `E = grad_K <v, T(K) u> / d` of unit pairs `(u, v)`. One pair alone makes the second constraint linear,
+and the optimum lies in the span of `A` and `E`. For a matrix it is the solution of Sanyal et al. 2020 (Theorem 1 with
+`k = 1`); otherwise `iteration.py` finds the pair. Zheng et al. pose (7) and descend on a surrogate of it
+(`surrogate/`); the closed form is this library's own.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ __all__ = [
 
 
 class Problem(NamedTuple):
-    """Data of (7): the kernel `A`, the Frobenius weights `d`, the target `r`, the norm `M`."""
+    """The data of (7): the kernel `A`, the Frobenius weights `d`, the target `r` and the norm `M`."""
 
     kernel: Float[Array, "..."]
     weights: Float[Array, "..."]
@@ -44,7 +46,7 @@ class Problem(NamedTuple):
 
 
 class Candidate(NamedTuple):
-    """The optimum for one pair: `squared_distance` to `A` where feasible, and the functional's `e = <E, E>_d`."""
+    """The optimum for one pair, its squared distance from `A`, and `functional_norm = <E, E>_d` of the pair."""
 
     kernel: Float[Array, "..."]
     feasible: Bool[Array, "..."]
@@ -53,7 +55,7 @@ class Candidate(NamedTuple):
 
 
 def functional(pair: Pair, op: Operator, weights: Float[Array, "..."], kernel_shape) -> Float[Array, "..."]:
-    """`E`: `<K, E>_d = <u, T(K) v>` for every kernel; 0 at taps that meet no sample."""
+    """`E`, with `<K, E>_d = <v, T(K) u>` for every kernel `K`; it is 0 at taps that meet no sample."""
     plain = value_gradient(pair, op, kernel_shape)
     return jnp.where(weights == 0, 0.0, plain / jnp.where(weights == 0, 1.0, weights))
 
@@ -61,24 +63,25 @@ def functional(pair: Pair, op: Operator, weights: Float[Array, "..."], kernel_sh
 def squared_distance(e, m, target, norm, squared_frobenius):
     """Squared distance of the closed form from `A`, by `e = <E, E>_d` and `m = <A, E>_d`.
 
-    `(rho - |A_perp|)^2 + (M - m)^2 / e` with `A_perp` the part of `A` orthogonal to `E`, and `rho` its new length.
-    Free of the cancellation in `r M^2 + a - 2 <K, A>_d`. Decreasing in `e` and in `m` wherever `r <= srank(A)`.
+    It is `(rho - |A_perp|)^2 + (M - m)^2 / e`, where `A_perp` is the part of `A` orthogonal to `E`, and `rho` its new
+    length. The form `r M^2 + a - 2 <K, A>_d` would lose digits to cancellation. The distance decreases in `e` and in
+    `m` wherever `r <= srank(A)`.
     """
     radius = norm * safe_sqrt(target - 1 / e)
     return (radius - safe_sqrt(squared_frobenius - m**2 / e)) ** 2 + (norm - m) ** 2 / e
 
 
 def is_feasible(e, target):
-    """`e >= 1 / r`, up to rounding: only then `||K||_d^2 = r M^2` and `<K, E>_d = M` can hold together."""
+    """Whether `||K||_d^2 = r M^2` and `<K, E>_d = M` can hold together: `e >= 1 / r`, up to rounding."""
     return e * target >= 1 - 16 * jnp.finfo(target.dtype).eps
 
 
 def closed_form(problem: Problem, direction: Float[Array, "..."]) -> Candidate:
-    """The kernel closest to `A` with `||K||_d^2 = r M^2` and `<K, E>_d = M`, `E = direction`.
+    """The kernel closest to `A` with `||K||_d^2 = r M^2` and `<K, E>_d = M`, where `E = direction`.
 
-    `K = (M / e) E + rho A_perp / |A_perp|`, `rho = M sqrt(r - 1/e)`: the same point of `span(A, E)` as
-    `alpha A + beta E`, written so that both constraints hold to rounding also where `A` is nearly parallel to `E`.
-    Infeasible: the part along `A_perp` vanishes, which leaves the smallest stable rank that this pair allows.
+    It is `K = (M / e) E + rho A_perp / |A_perp|` with `rho = M sqrt(r - 1/e)`. The form `alpha A + beta E` of the same
+    point would miss both constraints by more than rounding where `A` is nearly parallel to `E`. Where the target is
+    infeasible the part along `A_perp` vanishes, which leaves the smallest stable rank that this pair allows.
     """
     e = problem.inner(direction, direction)
     e = jnp.where(e == 0, 1.0, e)
@@ -92,7 +95,7 @@ def closed_form(problem: Problem, direction: Float[Array, "..."]) -> Candidate:
 
 
 def merit(candidate: Candidate):
-    """Sort key, smaller is better: feasible ones by distance, before infeasible ones by stable rank `1 / e`."""
+    """A sort key, smaller is better: feasible candidates by distance, then infeasible ones by stable rank `1 / e`."""
     return jnp.where(candidate.feasible, 0, 1), jnp.where(
         candidate.feasible, candidate.squared_distance, 1 / candidate.functional_norm
     )

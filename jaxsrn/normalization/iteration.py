@@ -1,7 +1,11 @@
-"""The minorise-maximise iteration of the closed form, and its acceleration.
+"""The minorise-maximise iteration that solves Zheng et al. 2025, eq. 7, by closed forms, and its acceleration.
 
-For one pair the constraint is linear and the optimum has a closed form (`closed_form.py`); taking the leading pair of
-that optimum and repeating never lets the distance grow. It stops at `||T(K)||_2 = M`.
+A pass takes the closed form of one pair (`closed_form.py`), and then the leading pair of the kernel that this gives.
+The functional of a pair minorises the norm, and equals it at the kernel whose leading pair it is. So no pass lets the
+distance grow, and the passes stop where `||T(K)||_2 = M`. Zheng et al. descend on a surrogate instead (`surrogate/`).
+
+The passes converge linearly, and Anderson's method accelerates them (Walker, Ni 2011). JAX has no routine for it. This
+one measures residuals in `<., .>_d`, adds a ridge to the small system, and starts anew where a pass gains nothing.
 """
 
 from __future__ import annotations
@@ -26,12 +30,14 @@ __all__ = [
     "minorise_maximise",
 ]
 
+# Earlier passes that the acceleration remembers: more save passes, and make each of them dearer.
 _ANDERSON_DEPTH = 3
+# A guard of the loop: every round but the last has found a larger singular value somewhere else.
 _MAX_ROUNDS = 10
 
 
 class Fixpoint(NamedTuple):
-    """The best kernel found, with the pair that made it, its own leading pair, and the passes that it took."""
+    """The best kernel found, with the pair that made it, its own leading pair and norm, and the passes taken."""
 
     candidate: Candidate
     pair: Pair
@@ -41,7 +47,7 @@ class Fixpoint(NamedTuple):
 
 
 class _Anderson(NamedTuple):
-    """Differences of the last iterates and of their residuals (rows), and the last of each."""
+    """Differences of the last iterates and of their residuals, one a row; the last iterate and its residual."""
 
     steps: Float[Array, "depth ..."]
     residuals: Float[Array, "depth ..."]
@@ -56,7 +62,10 @@ def _anderson_start(kernel: Float[Array, "..."]) -> _Anderson:
 
 
 def _anderson(memory: _Anderson, weights, point, residual) -> tuple[_Anderson, Float[Array, "..."]]:
-    """The next point of the fixed-point iteration `x -> x + residual(x)` (Walker, Ni 2011)."""
+    """The memory with one more iterate, and the next point of the iteration `x -> x + residual(x)`.
+
+    Walker, Ni 2011: the step is that of the combination of the remembered residuals which is smallest.
+    """
     # Shifting the rows costs less under vmap than writing one of them.
     first = memory.count == 0
     steps, residuals = (
@@ -66,7 +75,7 @@ def _anderson(memory: _Anderson, weights, point, residual) -> tuple[_Anderson, F
     flat = residuals.reshape((_ANDERSON_DEPTH, -1))
     weighted = (residuals * weights[None]).reshape((_ANDERSON_DEPTH, -1))
     gram = matmul(weighted, flat.T)
-    # Empty rows, and differences that no longer carry information, must not blow up the coefficients.
+    # Without the ridge, rows that are empty or that hold only rounding errors would blow up the coefficients.
     ridge = 10 * jnp.finfo(point.dtype).eps * jnp.trace(gram)
     gram = gram + jnp.where(ridge == 0, 1.0, ridge) * jnp.eye(_ANDERSON_DEPTH, dtype=point.dtype)
     coefficients = jnp.linalg.solve(gram, matmul(weighted, residual.reshape(-1)))
@@ -75,7 +84,7 @@ def _anderson(memory: _Anderson, weights, point, residual) -> tuple[_Anderson, F
 
 
 class _Ascent(NamedTuple):
-    """Where the next pass starts, the best candidate so far with its pair, and the memory of the acceleration."""
+    """The kernel where the next pass starts, the best candidate so far with its pair, and the memory."""
 
     point: Float[Array, "..."]
     best: Candidate
@@ -86,11 +95,11 @@ class _Ascent(NamedTuple):
 
 
 def _ascend(problem: Problem, op: Operator, start: Pair, max_steps: int | Int[Array, ""], tolerance) -> _Ascent:
-    """Minorise-maximise passes from one pair, Anderson accelerated, to a relative change of the kernel.
+    """Accelerated passes from one pair, until the kernel changes by no more than `tolerance`, relative to its size.
 
-    Every candidate is the closed form of a true unit pair, whatever point that pair was taken from: both guarantees
-    of the plain iteration hold for accelerated ones. A pass that gains nothing is undone and repeated plainly from
-    the best kernel; a plain one can fail to gain only at the end.
+    Every candidate is the closed form of a true unit pair, whatever point that pair was taken from. So a feasible one
+    has `||K||_d^2 = r M^2` and `||T(K)||_2 >= M`, with or without acceleration. A pass that gains nothing is undone and
+    repeated plainly from the best kernel. A plain pass fails to gain only at the end.
     """
     shape, weights = problem.kernel.shape, problem.weights
     scale = problem.inner(problem.kernel, problem.kernel)
@@ -115,14 +124,14 @@ def _ascend(problem: Problem, op: Operator, start: Pair, max_steps: int | Int[Ar
 
 
 def _gains(new: Candidate, old: Candidate, scale) -> Bool[Array, ""]:
-    """Whether `new` is better than `old` by more than rounding, `scale` that of the squared distances."""
+    """Whether `new` is better than `old` by more than rounding; `scale` is the size of squared distances."""
     (new_class, new_value), (old_class, old_value) = merit(new), merit(old)
     rounding = 4 * jnp.finfo(scale.dtype).eps * jnp.where(old.feasible, scale, old_value)
     return (new_class < old_class) | ((new_class == old_class) & (new_value < old_value - rounding))
 
 
 class _Rounds(NamedTuple):
-    """Starts of the next round, and what the last one found."""
+    """The starts of the next round, and what the last round found."""
 
     starts: Pair
     solution: Fixpoint
@@ -130,10 +139,10 @@ class _Rounds(NamedTuple):
 
 
 def minorise_maximise(problem: Problem, op: Operator, starts: Pair, max_steps: int, tolerance) -> Fixpoint:
-    """The best of the iterations from several starts, checked against the leading pair of the whole operator.
+    """The best kernel that the passes from several starts end at, its norm checked over the whole operator.
 
-    The passes follow one pair (one frequency, one Krylov space). Where the kernel they end at is larger elsewhere
-    than `M`, its leading pair is a better start and the passes go on from there.
+    Passes follow one pair, and see one frequency or one Krylov space. Where another pair of the kernel at their end has
+    a value above `M`, a new round of passes starts from the kernel's leading pair.
     """
     norm_tolerance = vector_tolerance(problem.weights.dtype)
 
@@ -145,7 +154,7 @@ def minorise_maximise(problem: Problem, op: Operator, starts: Pair, max_steps: i
         leading = _larger(end.best.kernel, op, end.pair, leading_pair(end.best.kernel, op))
         norm = frozen_value(end.best.kernel, op, leading)
         solution = Fixpoint(end.best, end.pair, leading, norm, state.solution.num_steps + end.num_steps)
-        # All starts alike: a second copy of the passes for one start would double the compilation.
+        # All starts are the same from here on: passes from a single start would be compiled a second time.
         starts = jax.tree.map(lambda many, one: jnp.broadcast_to(one, many.shape), state.starts, leading)
         return _Rounds(starts, solution, state.count + 1)
 
@@ -158,7 +167,7 @@ def minorise_maximise(problem: Problem, op: Operator, starts: Pair, max_steps: i
 
 
 def _larger(kernel: Float[Array, "..."], op: Operator, known: Pair, found: Pair) -> Pair:
-    """Of two pairs the one with the larger value: a search without a proof may miss what is known."""
+    """The pair with the larger value: a search without a proof may miss the pair that is known."""
     is_larger = frozen_value(kernel, op, found) >= frozen_value(kernel, op, known)
     return jax.tree.map(lambda a, b: jnp.where(is_larger, a, b), found, known)
 

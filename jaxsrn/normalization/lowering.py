@@ -1,4 +1,8 @@
-"""Stable rank normalization: of a matrix (Sanyal et al. 2020), and of any layer, exactly (Zheng et al. 2025, eq. 7)."""
+"""`srnc`, exact stable rank normalization of any layer (Zheng et al. 2025, eq. 7): what it takes, solves and returns.
+
+Targets below the stable rank are met by `iteration.py` from the starts of `starts.py`, targets above it by
+`raising.py`, and those of matrices by `matrices.py`.
+"""
 
 from __future__ import annotations
 
@@ -27,8 +31,6 @@ __all__ = [
     "srnc",
 ]
 
-# Any layer
-
 
 def srnc(
     kernel: Kernel,
@@ -44,35 +46,35 @@ def srnc(
     """The kernel closest to `kernel`, of the same support, whose layer has stable rank `target` and the same norm.
 
     Solves Zheng et al. 2025, eq. 7: minimise `||T(K) - T(A)||_F` subject to `srank(T(K)) = target` and
-    `||T(K)||_2 = ||T(A)||_2`, by a closed form per singular pair inside a minorise-maximise iteration. Circular
-    convolutions: all frequencies and phases are scanned, which is the global solution with one channel; otherwise
-    the best few are followed, and `gap` says how far from optimal the result can be at most. Zero padding: several
-    starts. Dense: `srn`, with one value preserved (`keep_norm`) or none. Where `stable_rank <= target` the kernel is
-    returned unchanged; taps that never meet a sample of the image always are.
+    `||T(K)||_2 = ||T(A)||_2`, by a closed form per singular pair inside a minorise-maximise iteration. For circular
+    convolutions it scans all frequencies and phases. With one channel the best of them is the global solution; with
+    more, the best few are followed, and `gap` says how far from optimal the result can be at most. With zero padding it
+    takes several starts. For dense layers it is `srn`, with one value preserved (`keep_norm`) or none. A kernel with
+    `stable_rank <= target` is returned unchanged, and so are taps that never meet a sample of the image.
 
-    With `raise_rank` a target above the stable rank is met too, keeping the norm: `K = P(tau A)`, with `P` the
-    projection on the kernels of norm at most `||T(A)||_2`, at the `tau` that gives the stable rank. That is a convex
-    problem, globally solved (`gap` by its duality gap), up to the stable rank `r_inf` of the limit `tau -> infinity`.
-    A target beyond it is infeasible here, and the result is that of the largest `tau` tried, about `eps ** -0.25`: its
-    `stable_rank` is reached, and stands for the limit `r_inf`, from which rounding at so large a `tau` keeps it up to
-    two percent in float64. (Kernels with a larger stable rank can exist: `surrogate.solve` looks for them.)
+    With `raise_rank` a target above the stable rank is met too, and the norm is kept. The solution is `K = P(tau A)`,
+    with `P` the projection on the kernels of norm at most `||T(A)||_2`, at the `tau` that gives the stable rank. That
+    is a convex problem, globally solved (`gap` by its duality gap), up to the stable rank `r_inf` of the limit
+    `tau -> infinity`. A target beyond it is infeasible here. The result is then that of the largest `tau` tried, about
+    `eps ** -0.25`, and its `stable_rank` stands for `r_inf`, near which rounding at so large a `tau` leaves it. Kernels
+    with a larger stable rank can exist: `surrogate.solve` looks for them.
 
     Args:
       kernel: `(c_in, c_out)` or `(*taps, c_in // groups, c_out)`.
       op: its operator.
-      target: the stable rank wanted; traced. See `stable_rank_range` for what is possible.
-      keep_norm: static; `False` drops the constraint on the norm: the closest kernel with `srank = target`.
-      raise_rank: static; also meet a target above the stable rank.
-      max_steps: static; passes of the iteration; raising: SVDs of all matrices in one projection.
-      tolerance: relative change of the kernel in a pass at which to stop, default `eps ** 0.6`; traced. The
-        constraints are met to about its square. Raising: the relative error of the stable rank.
-      initial: where to start, in place of the scan: a singular triplet, in training that of the last result; or the
-        compact pair of a training state, `state.normalized.pair` of `srnc_state`. Raising does not use it.
+      target: the stable rank wanted; traced. `stable_rank_range` says what is possible.
+      keep_norm: static. `False` drops the constraint on the norm, for the closest kernel with `srank = target`.
+      raise_rank: static. Whether to meet a target above the stable rank too.
+      max_steps: static. The most passes of the iteration; when raising, the most SVDs of all matrices in a projection.
+      tolerance: the relative change of the kernel in a pass at which to stop, by default `eps ** 0.6`; traced. The
+        constraints are met to about its square. When raising it is the relative error of the stable rank.
+      initial: where to start, in place of the scan: a singular triplet, such as that of the last result in training, or
+        the compact pair `state.normalized.pair` of `srnc_state`. Raising does not use it.
 
     Returns:
-      An `SRNResult`. Infeasible or not converged: said there, by `feasible` and `residual`. Derivatives hold the
-      singular vectors constant: exact for the scalars, a surrogate for the kernel. Of a raised convolution they are
-      those of `project_spectral_ball`, with the stable rank held.
+      An `SRNResult`, whose `feasible` and `residual` say where the target is infeasible or the passes ran out.
+      Derivatives hold the singular vectors constant: they are exact for the scalars and a surrogate for the kernel. A
+      raised convolution has those of `project_spectral_ball`, with the stable rank held.
 
     Raises:
       ValueError: a kernel, target or `initial` that does not fit, aliased taps, raising without `keep_norm`.
@@ -114,7 +116,7 @@ def _srnc(*args):
 
 
 def lowered_with_pair(kernel, op, own, target, initial, tolerance, keep_norm, max_steps) -> tuple[SRNResult, Pair]:
-    """`srnc` of checked arguments, and the pair that its kernel was made with: where the next can start.
+    """`srnc` for checked arguments, and the pair that its kernel was made with, from which a next call can start.
 
     `own` is the leading pair of the kernel.
     """
@@ -125,14 +127,14 @@ def lowered_with_pair(kernel, op, own, target, initial, tolerance, keep_norm, ma
 
 
 def _lowered(problem: Problem, op: Operator, own: Pair, initial, tolerance, keep_norm: bool, max_steps: int):
-    """The solution, the pair that it was made with, and whether the kernel is unchanged."""
+    """The solution of (7), the pair that it was made with, and whether the kernel is unchanged."""
     a = problem.kernel
     frozen, tolerance = lax.stop_gradient((problem, tolerance))
     starts, bound = survey(frozen, op, own)
     if initial is not None:
         starts = jax.tree.map(lambda leaf: leaf[None], _as_pair(lax.stop_gradient(initial), op, a))
     solution = lax.stop_gradient(minorise_maximise(frozen, op, starts, max_steps, tolerance))
-    # The closed form once more, now as a function of the kernel: what derivatives see.
+    # Derivatives see the closed form as a function of the kernel, and nothing of the iteration.
     direction = lax.stop_gradient(functional(solution.pair, op, frozen.weights, a.shape))
     lowered = closed_form(problem, direction).kernel
     if not keep_norm:
@@ -153,7 +155,7 @@ def _srnc_raised(kernel, op, own, target, initial, tolerance, keep_norm, max_ste
     a, scale = rescaled(kernel.astype(float_dtype(kernel.dtype)), op)
     problem = problem_of(a, op, target, own)
     raises = (target > ratio(problem.inner(a, a), problem.norm**2)) & (problem.norm > 0)
-    # Under vmap both branches are computed: nothing may be divided by the norm of a zero kernel.
+    # Under vmap both branches are computed, so nothing may be divided by the norm of a zero kernel.
     guarded = problem._replace(norm=jnp.where(problem.norm == 0, 1.0, problem.norm))
 
     def lower() -> SRNResult:

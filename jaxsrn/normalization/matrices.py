@@ -1,4 +1,8 @@
-"""Stable rank normalization of a matrix (Sanyal, Torr, Dokania 2020)."""
+"""`srn`, stable rank normalization of a matrix by one SVD (Sanyal, Torr, Dokania 2020, Theorem 1), and raising.
+
+A matrix keeps its singular vectors, so the problem is one of its singular values and has a closed form. Raising is
+beyond the paper.
+"""
 
 from __future__ import annotations
 
@@ -25,22 +29,23 @@ def srn(matrix: Kernel, target, *, num_preserved: int = 1, raise_rank: bool = Fa
     """The matrix closest to `matrix` with stable rank `target` and its `num_preserved` leading singular values.
 
     Sanyal, Torr, Dokania 2020, Theorem 1: with `S1` the leading `max(1, k)` terms of the SVD and `S2` the rest, the
-    optimum is `g1 S1 + g2 S2`. `k = 1` is the closest that keeps the spectral norm, `k = 0` the closest of all (its
-    spectral norm grows). A `num_preserved` too large for the target keeps the largest feasible one, as their
-    Algorithm 1; the result says which. Where `stable_rank <= target` the matrix is returned unchanged.
+    optimum is `g1 S1 + g2 S2`. The closest matrix that keeps the spectral norm is that of `k = 1`; the closest of all,
+    whose spectral norm is larger, is that of `k = 0`. Where `num_preserved` is too large for the target, the largest
+    feasible one is taken, as in their Algorithm 1; the result says which. A matrix with `stable_rank <= target` is
+    returned unchanged.
 
-    With `raise_rank` a target above the stable rank is met too, keeping the spectral norm: the closest matrix is
+    With `raise_rank` a target above the stable rank is met too, and the spectral norm is kept. The closest matrix is
     `U min(tau S, s_1) V^T` (a convex problem), filled up along null directions where the rank does not suffice.
 
     Args:
       matrix: `(c_in, c_out)`.
       target: the stable rank wanted, at least 1; traced.
       num_preserved: `k >= 0`; static.
-      raise_rank: static.
+      raise_rank: static. Whether to meet a target above the stable rank too.
 
     Returns:
       An `SRNResult`, with `gap = 0`. A target below 1, or above `min(c_in, c_out)` when raising, is infeasible.
-      Derivatives hold the singular vectors constant: exact for the scalars, a surrogate for the matrix.
+      Derivatives hold the singular vectors constant: they are exact for the scalars and a surrogate for the matrix.
 
     Raises:
       ValueError: a matrix of the wrong rank or dtype, a bad target, a negative `num_preserved`.
@@ -85,7 +90,7 @@ def srn_of_matrix(matrix, target, num_preserved, raise_rank):
 
 
 def _lowered_values(s: Float[Array, " n"], target, num_preserved: int):
-    """Theorem 1 on the singular values: `(new values, number preserved)`."""
+    """Theorem 1 for the singular values: `(new values, number preserved)`."""
     squares = s**2
     head = jnp.cumsum(squares)
     tail = jnp.cumsum(squares[::-1])[::-1]
@@ -95,8 +100,8 @@ def _lowered_values(s: Float[Array, " n"], target, num_preserved: int):
         g1 = (1 + root * ratio(s2, s1)) / jnp.maximum(target, 1)
         g2 = g1 * root * ratio(s1, s2)
         return jnp.where(jnp.arange(len(s)) == 0, g1, g2) * s, jnp.asarray(0)
-    # Feasible iff the leading k alone do not exceed the target; k = 1 always is the last resort.
-    # Rounding must not decide where the two are equal.
+    # A number k is feasible where the leading k values alone do not exceed the target; where none is, k = 1 is taken.
+    # The room keeps rounding from deciding where the two are equal.
     room = 1 + 16 * jnp.finfo(s.dtype).eps
     fits = head[: min(num_preserved, len(s))] <= target * squares[0] * room
     k = jnp.maximum(jnp.sum(fits), 1)
@@ -107,10 +112,10 @@ def _lowered_values(s: Float[Array, " n"], target, num_preserved: int):
 
 
 def _raised_values(s: Float[Array, " n"], target):
-    """`min(tau s, s_1)` with `sum = target s_1^2`; null values are filled evenly where `tau` alone cannot reach it."""
+    """`min(tau s, s_1)` of squared norm `target s_1^2`; null values are filled evenly where no `tau` suffices."""
     largest, n = s[0], len(s)
     tail = jnp.append(jnp.cumsum((s**2)[::-1])[::-1], 0.0)
-    # With the first j values clipped, the others carry (target - j) s_1^2; the right j clips just those that exceed.
+    # Where the first j values are clipped, the others carry (target - j) s_1^2. The right j clips just those above s_1.
     j = jnp.arange(1, n + 1, dtype=s.dtype)
     tau = jnp.where(tail[1:] > 0, safe_sqrt(ratio((target - j) * largest**2, tail[1:])), jnp.inf)
     following = jnp.append(s[1:], 0.0)

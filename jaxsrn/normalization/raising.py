@@ -1,9 +1,13 @@
-"""Raising the stable rank of a convolution, as far as that is a convex problem.
+"""Raising the stable rank of a convolution, as far as that is a convex problem: projections of multiples of the kernel.
 
-With `C` the kernels of the same support with `||T(K)||_2 <= M`, the kernel of `C` with `||T(K)||_F^2 <= r M^2` that has
-the largest `<K, A>_d` is the projection of `tau A` on `C`, at the `tau >= 1` where the second constraint is met. All of
-these have norm `M`: it is the solution of Zheng et al. 2025, eq. 7, wherever its stable rank is reached. It grows with
-`tau` up to a limit `r_inf`; what lies beyond is not convex.
+Let `C` be the kernels of the same support with `||T(K)||_2 <= M`. Among those with `||T(K)||_F^2 <= r M^2`, the one
+with the largest `<K, A>_d` is the projection of `tau A` on `C`, at the `tau >= 1` where the second constraint is met.
+These projections all have norm `M`, so this one solves Zheng et al. 2025, eq. 7, for a target `r` above the stable
+rank. The stable rank grows with `tau` up to a limit `r_inf`; beyond it the problem is not convex, and `surrogate/` is
+the tool.
+
+The `tau` is found by false position in its logarithm (the Illinois rule), for which JAX has no routine. A projection is
+far dearer than all else here, so every trial counts.
 """
 
 from __future__ import annotations
@@ -30,14 +34,17 @@ __all__ = [
     "raised",
 ]
 
+# Growth of `tau` until the target is passed: a larger factor leaves a wider bracket, a smaller one takes more trials.
 _FACTOR = 4.0
+# A guard of the loop: false position in a bracket that rounding has spoilt need not end.
 _MAX_TRIALS = 60
-# Of the projections, relative to the tolerance of the stable rank.
+# The error of the projections relative to the tolerance of the stable rank: a larger one makes the stable rank jump
+# from trial to trial, a smaller one takes more SVDs.
 _EXACTNESS = 0.1
 
 
 class Raised(NamedTuple):
-    """The kernel, its leading pair, a proven bound of the squared distance, the steps, whether the target was met."""
+    """The kernel, its leading pair, a proven bound of the squared distance, the steps, and whether it is feasible."""
 
     kernel: Float[Array, "..."]
     leading: Pair
@@ -47,7 +54,7 @@ class Raised(NamedTuple):
 
 
 class _Trial(NamedTuple):
-    """The projection at one `tau`; its kernel, scaled to the norm exactly, and the stable rank."""
+    """The projection at one `tau`, its kernel scaled to the norm exactly, and that kernel's stable rank."""
 
     tau: Float[Array, ""]
     solution: SolvedBall
@@ -57,9 +64,11 @@ class _Trial(NamedTuple):
 
 
 class _State(NamedTuple):
-    """The next `tau` with its bracket (logarithms), how the ranks there miss the target, and the trials.
+    """The search for `tau`.
 
-    `low_miss` and `high_miss` are halved where the other end moves twice (the Illinois rule).
+    `next`, `low` and `high` are logarithms: of the next `tau`, and of the two ends of its bracket. `low_miss` and
+    `high_miss` are how far the stable ranks at the ends lie above the target; one of them is halved where the other end
+    moves twice in a row (the Illinois rule). `best` is the best trial so far.
     """
 
     next: Float[Array, ""]
@@ -74,9 +83,10 @@ class _State(NamedTuple):
 
 
 def raised(problem: Problem, op: Operator, own: Pair, max_steps: int, tolerance: Float[Array, ""]) -> Raised:
-    """Projections of `tau A`, to a relative error `tolerance` of the stable rank; `own` is the leading pair of `A`.
+    """The projection of `tau A` whose stable rank is the target, to a relative error of `tolerance`.
 
-    The derivative of the kernel is that of the projection, with `tau` moving so that the stable rank stays.
+    `own` is the leading pair of `A`. The derivative of the kernel is that of the projection, where `tau` moves so that
+    the stable rank stays.
     """
     frozen, tolerance = lax.stop_gradient((problem, tolerance))
     state = lax.stop_gradient(_search(frozen, op, own, max_steps, tolerance))
@@ -89,14 +99,14 @@ def raised(problem: Problem, op: Operator, own: Pair, max_steps: int, tolerance:
 
 def _search(problem: Problem, op: Operator, own: Pair, max_steps: int, tolerance) -> _State:
     size = safe_sqrt(problem.inner(problem.kernel, problem.kernel))
-    # The stable rank is only as smooth in tau as the projections are exact.
+    # The stable rank is as smooth in tau as the projections are exact, and not more.
     largest_excess = jnp.maximum(_EXACTNESS * tolerance, 100 * jnp.finfo(size.dtype).eps) * size
 
     def step(state: _State) -> _State:
         tau = jnp.exp(state.next)
         trial = _try(problem, op, own, tau, max_steps, largest_excess)
         closer = ~(jnp.abs(trial.rank - problem.target) >= jnp.abs(state.best.rank - problem.target))
-        # On the way to the limit the last one counts.
+        # On the way to the limit the last trial counts, whether it is closer or not.
         better = closer | jnp.isinf(state.high)
         best = jax.tree.map(lambda new, old: jnp.where(better, new, old), trial, state.best)
         bracket = _narrowed(state, trial.rank - problem.target)
@@ -117,7 +127,7 @@ def _search(problem: Problem, op: Operator, own: Pair, max_steps: int, tolerance
 
 
 def _begin(problem: Problem, op: Operator, own: Pair) -> _State:
-    """Before the first trial, which is at the first `tau` above 1, where the kernel is itself."""
+    """The state before the first trial: the bracket is open above and starts at `tau = 1`, the kernel itself."""
     zero = jnp.zeros_like(problem.norm)
     rank = problem.inner(problem.kernel, problem.kernel) / problem.norm**2
     infinite = zero + jnp.inf
@@ -143,7 +153,7 @@ def _try(problem: Problem, op: Operator, own: Pair, tau, max_steps: int, largest
 
 
 def _narrowed(state: _State, miss: Float[Array, ""]) -> _State:
-    """The bracket after a trial at `next`, and the next `tau`: larger while there is no upper end, then secants."""
+    """The bracket after a trial at `next`, and the next `tau`: larger while the bracket is open, then a secant's."""
     below = miss < 0
     first = jnp.isinf(state.high)
     low, low_miss = jnp.where(below, state.next, state.low), jnp.where(below, miss, state.low_miss)
@@ -153,6 +163,7 @@ def _narrowed(state: _State, miss: Float[Array, ""]) -> _State:
     high_miss = jnp.where(again & below, high_miss / 2, high_miss)
     open_end = jnp.isinf(high)
     drop = jnp.where(open_end, 1.0, high_miss - low_miss)
+    # A trial at an end of the bracket would not narrow it.
     secant = jnp.clip(-low_miss / jnp.where(drop == 0, 1.0, drop), 0.02, 0.98)
     inside = low + secant * (jnp.where(open_end, low, high) - low)
     following = jnp.where(open_end, state.next + jnp.log(_FACTOR), inside)
@@ -160,10 +171,10 @@ def _narrowed(state: _State, miss: Float[Array, ""]) -> _State:
 
 
 def _squared_bound(problem: Problem, trial: _Trial) -> Float[Array, ""]:
-    """No kernel that meets the constraints is nearer to `A`.
+    """A squared distance from `A` that no kernel beats which meets both constraints.
 
-    `1/2 ||K - tau A||^2` is at least that of the trial less its gap, for every `K` of the ball: with `||K||_d^2` known
-    this bounds `<K, A>_d` from above.
+    For every `K` of the ball, `1/2 ||K - tau A||^2` is at least that of the trial less the trial's gap. The constraints
+    say what `||K||_d^2` is, so this bounds `<K, A>_d` from above.
     """
     kernel, norm = trial.found.kernel, problem.norm
     change = kernel - problem.kernel
@@ -187,7 +198,7 @@ def _differentiable(problem: Problem, op: Operator, trial: _Trial) -> Float[Arra
     rank, slope = jax.jvp(
         functools.partial(rank_at, problem=lax.stop_gradient(problem)), (trial.tau,), (jnp.ones_like(trial.tau),)
     )
-    # Close to the limit no change of `tau` moves the stable rank.
+    # Close to the limit no change of `tau` moves the stable rank, and it cannot be held by one.
     moves = slope * trial.tau > kernel_tolerance(slope.dtype) * rank
     shift = (rank_at(trial.tau, problem) - rank) / jnp.where(moves, slope, 1.0)
     return kernel_at(trial.tau - jnp.where(moves, shift, 0.0), problem)

@@ -1,4 +1,4 @@
-"""What every normalization returns, and how it is measured."""
+"""`SRNResult`, what every normalization returns, and how its numbers are measured."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = [
 
 
 class SRNResult(NamedTuple):
-    """A kernel of prescribed stable rank, and what is known of it.
+    """A kernel of prescribed stable rank, and what is known about it.
 
     The numbers are those of the solution in float32 or wider, before the kernel is rounded to a narrower dtype.
 
@@ -30,15 +30,16 @@ class SRNResult(NamedTuple):
       stable_rank: its stable rank.
       spectral_norm: its spectral norm.
       distance: `||T(K) - T(A)||_F / ||T(A)||_F`.
-      gap: `distance - gap` is a proven lower bound on the distance of every kernel that meets the constraints
-        (equal to `distance`, which proves nothing, where none was found); with zero padding above 2**18 entries of
-        the explicit matrix as far as the kernel's norm, which is searched without a proof, is right.
-      residual: the larger of `|stable_rank / target - 1|` and `|spectral_norm / M - 1|`, over the constraints asked;
-        of a kernel returned unchanged, how far its stable rank is below the target.
-      num_steps: minorise-maximise passes taken; 0 for matrices.
+      gap: `distance - gap` is a proven lower bound on the distance of every kernel that meets the constraints. Where no
+        bound was found `gap` equals `distance`, which proves nothing. With zero padding above 2**18 entries of the
+        explicit matrix the bound relies on the kernel's norm, which is searched without a proof.
+      residual: the larger of `|stable_rank / target - 1|` and `|spectral_norm / M - 1|`, over the constraints asked
+        for. A kernel that is returned unchanged has in it how far its stable rank is below the target.
+      num_steps: minorise-maximise passes taken, or steps of the projections when raising, or of the descent
+        (`surrogate.solve`); 0 for matrices.
       num_preserved: leading singular values kept.
-      feasible: whether the constraints can hold together where the search ended; how far they do says `residual`. If
-        not, the kernel has the lowest (raising: the highest) stable rank found.
+      feasible: whether the constraints can hold together where the search ended; `residual` says how far they do. If
+        not, the kernel has the lowest stable rank found, or the highest when raising.
     """
 
     kernel: Shaped[Array, "..."]
@@ -53,24 +54,25 @@ class SRNResult(NamedTuple):
 
 
 def ratio(numerator, denominator):
-    """`numerator / denominator`, 0 where the denominator is 0."""
+    """`numerator / denominator`, and 0 where the denominator is 0."""
     zero = denominator == 0
     return jnp.where(zero, 0.0, numerator / jnp.where(zero, 1.0, denominator))
 
 
 def deviation(value, wanted):
-    """`|value / wanted - 1|`, 0 where nothing is wanted of a zero kernel."""
+    """`|value / wanted - 1|`, and 0 where `wanted` is 0, as it is for zero kernels."""
     return jnp.where(wanted == 0, 0.0, jnp.abs(ratio(value, wanted) - 1))
 
 
 def in_own_scale(result: SRNResult, scale, kernel: Shaped[Array, "..."], op: Operator, unchanged) -> SRNResult:
-    """The result for the kernel in its own scale and dtype; what is unchanged, to the last bit."""
+    """The result with the kernel in its own scale and dtype; what is unchanged stays so to the last bit."""
     keep = unchanged | jnp.asarray(op._tap_counts(kernel.shape) == 0)
     own = jnp.where(keep, kernel, (result.kernel * scale).astype(kernel.dtype))
     return result._replace(kernel=own, spectral_norm=result.spectral_norm * scale)
 
 
 def measured(result, problem, norm, distance, gap, num_steps, keep_norm, feasible) -> SRNResult:
+    """The result for a kernel whose norm is known: its stable rank, and how far it misses the constraints."""
     rank = ratio(problem.inner(result, result), norm**2)
     wanted = jnp.where(problem.norm == 0, 0.0, problem.target)
     residual = deviation(rank, wanted)
@@ -90,11 +92,11 @@ def measured(result, problem, norm, distance, gap, num_steps, keep_norm, feasibl
 
 
 def proven_gap(problem: Problem, bound, distance, keep_norm: bool, feasible, unchanged):
-    """How much closer than `distance` (relative) a feasible kernel could be at most."""
+    """How much closer than `distance` (relative) a feasible kernel could be at most; `bound` is a squared distance."""
     squared = problem.inner(problem.kernel, problem.kernel)
     bound = jnp.maximum(bound, 0)
     if not keep_norm:
-        # In terms of the angle to `A`: the distance from `A` to the ray is `|A| sin`.
+        # Without the norm any multiple of `K` will do: the closest is `|A| sin` of the angle between `A` and `K` away.
         radius, size = problem.norm * safe_sqrt(problem.target), safe_sqrt(squared)
         versine = ratio(jnp.maximum(bound - (size - radius) ** 2, 0), 2 * radius * size)
         bound = squared * versine * (2 - versine)

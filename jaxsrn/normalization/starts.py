@@ -1,7 +1,11 @@
-"""Where the iteration starts, and what is provably out of its reach.
+"""The pairs that the iteration starts from, and a distance that provably no kernel beats.
 
-At a pair, the distance of the closed form decreases in `e = <E, E>_d` and in `m = <A, E>_d` (for targets below the
-stable rank of `A`). Bounds on both bound every feasible kernel; the pairs that come closest to them are the starts.
+The distance of a pair's closed form decreases in `e = <E, E>_d` and in `m = <A, E>_d`, for targets below the stable
+rank of `A`. Upper bounds of both give a lower bound of the distance of every feasible kernel. The pairs that come
+closest to it are the starts. For circular convolutions this is branch and bound over the sites (frequency, group; see
+`spectra/circular/sites.py`) and the phase of a pair: the sites are sorted by a bound that needs no SVD, and the scan
+ends where that bound exceeds the best distance found. `spectra/circular/branch_and_bound.py` bounds the norm instead.
+Zheng et al. 2025 take random starts on the sphere.
 """
 
 from __future__ import annotations
@@ -29,32 +33,38 @@ __all__ = [
     "survey",
 ]
 
+# Pairs that are followed to the end: more are surer to lead to the best stationary point, and each takes its time.
 _NUM_STARTS = 4
-# Frequencies whose vectors are computed at a time, best bound first.
+# Sites whose vectors are computed at a time: many share the overhead of an SVD, few stop the scan earlier. With one
+# channel per site there is no SVD, and each phase is searched to the end.
 _SCAN_CHUNK = 16
 _CHEAP_CHUNK = 4
+# Phases that are compared at first, how often the search zooms in, and the phases that are compared in each zoom. A
+# zoom keeps 2 of the 5 intervals between its phases: the last is (2 / 15) (2 / 5)^12 = 2e-6 of the first.
 _NUM_PHASES = 16
 _PHASE_ZOOMS = 12
 _ZOOM_PHASES = 6
+# The largest image of the circular model, per axis. The model only says where to start, so its cost need not grow with
+# the true image.
 _MODEL_SIZE = 32
 
 
 class _Reach(NamedTuple):
-    """What no pair of a site can exceed: its `e`, and a lower bound of its squared distance."""
+    """Bounds of all pairs of a site: the largest `e`, and a squared distance that none of them is below."""
 
     largest: Float[Array, " sites"]
     bounds: Float[Array, " sites"]
 
 
 def _squared_bounds(problem: Problem, largest, values):
-    """Lower bounds of the squared distance from upper bounds of `e` and `m`; infinite where nothing is feasible."""
+    """Lower bounds of the squared distance by upper bounds of `e` and `m`; infinite where no kernel is feasible."""
     squared = problem.inner(problem.kernel, problem.kernel)
     bounds = squared_distance(largest, values, problem.target, problem.norm, squared)
     return jnp.where(is_feasible(largest, problem.target), bounds, jnp.inf)
 
 
 def _reach(problem: Problem, op: CircularConv) -> _Reach:
-    """Without an SVD: a singular value is at most the norm of the operator, and the Frobenius norm of its symbol."""
+    """Bounds without an SVD: a singular value is at most the operator's norm, and its symbol's Frobenius norm."""
     counts, sums = squared_phase_sums(op, problem.kernel.shape)
     largest = jnp.asarray(np.max(counts + np.abs(sums), axis=-1) / (2 * np.prod(op.grid)), problem.norm.dtype)
     sizes = jnp.linalg.norm(half_symbol(problem.kernel, op), axis=(-2, -1))
@@ -62,7 +72,7 @@ def _reach(problem: Problem, op: CircularConv) -> _Reach:
 
 
 class Survey(NamedTuple):
-    """Pairs to start from (stacked), and a squared distance that no feasible kernel can beat.
+    """A stack of pairs to start from, and a squared distance that no feasible kernel beats.
 
     The bound is infinite where provably no kernel is feasible.
     """
@@ -72,7 +82,7 @@ class Survey(NamedTuple):
 
 
 class _Scan(NamedTuple):
-    """The best sites so far, the lowest bound of all seen; `position` counts chunks of the sorted sites."""
+    """The best sites so far, the lowest bound of those seen, and how many chunks of the sorted sites these are."""
 
     scores: Float[Array, " starts"]
     sites: Int[Array, " starts"]
@@ -81,10 +91,11 @@ class _Scan(NamedTuple):
 
 
 def _phase_scores(problem: Problem, op: CircularConv, values, pairs: Pair, num_zooms: int):
-    """The best phase `theta` of each pair `(u, e^{i theta} v)`: `(scores, theta)`.
+    """The best phase `theta` of each pair `(u, e^{i theta} v)`: `(scores, theta)`, the scores squared distances.
 
-    `m = sigma cos(theta)` and `e = (Q + Re(e^{2 i theta} c)) / (2 N)`. Both the distance's decrease in `e` and in
-    `m` point into the interval between 0 and the maximiser of `e`: only it is searched, zooming in on the best.
+    A pair has `m = sigma cos(theta)` and `e = (Q + Re(e^{2 i theta} c)) / (2 N)`. The distance decreases in both, `m`
+    is largest at 0, and so the best phase lies between 0 and the maximiser of `e`. That interval is searched on a grid
+    of phases, again and again around its best one.
     """
     counts, sums = squared_phase_sums(op, problem.kernel.shape)
     by_phase = pairs.input.reshape((len(values), counts.size, -1))
@@ -103,7 +114,7 @@ def _phase_scores(problem: Problem, op: CircularConv, values, pairs: Pair, num_z
         return jnp.where(feasible, distance, jnp.inf)
 
     def search(ends, num_phases: int):
-        """The best of equidistant phases: `(score, phase, the interval between its neighbours)`."""
+        """The best of several equidistant phases: `(score, phase, the interval between its neighbours)`."""
         grid = jnp.linspace(0.0, 1.0, num_phases, dtype=values.dtype)[None]
         theta = ends[0][:, None] + (ends[1] - ends[0])[:, None] * grid
         scores = score(theta)
@@ -123,16 +134,15 @@ def _turn(pairs: Pair, theta) -> Pair:
 
 
 def _survey_circular(problem: Problem, op: CircularConv) -> Survey:
-    """The best few sites with their best phases, by the closed form on `A`'s own leading pairs.
+    """The best few sites with their best phases, by the closed form for the leading pair of `A` at each site.
 
     Sites are taken in the order of a bound that needs no SVD, until it exceeds the best distance found: all others
-    are provably worse. With one channel per site, site and phase are all there is to a pair, so what the scan finds is
-    the global solution and its own lower bound. If no pair is feasible, the real frequencies with the largest
+    are provably worse. With one channel per site a pair is a site and a phase, so what the scan finds is the global
+    solution and its own lower bound. If no pair is feasible, the starts are the real frequencies with the largest
     singular values: they allow the smallest stable rank there is.
     """
     reach = _reach(problem, op)
     num_sites = len(reach.bounds)
-    # One input and one output per site: site and phase are all there is. The scan is the solution and the certificate.
     one_channel = site_shape(op, problem.kernel.shape) == (1, 1)
     scan_zooms = _PHASE_ZOOMS if one_channel else 0
     chunk, kept = (_CHEAP_CHUNK, 1) if one_channel else (_SCAN_CHUNK, _NUM_STARTS)
@@ -172,17 +182,17 @@ def _survey_circular(problem: Problem, op: CircularConv) -> Survey:
 def _image_starts(problem: Problem, op: ZeroPaddedConv, own: Pair) -> Pair:
     """The kernel's own leading pair, and the best pairs of the circular model, windowed to the image.
 
-    The model's target stands as high above its smallest stable rank as the target does above this operator's.
+    The circular model is the circular layer with the same kernel on an image of about the same size. Its target is the
+    multiple of its smallest stable rank that the target is of this operator's.
     """
     shape = problem.kernel.shape
-    # Its frequencies are only where to start, so it need not be as large as the true image.
     sizes = tuple(min(n, _MODEL_SIZE) for n in op._dilated_shape)
     model = circular_layer(op, shape, sizes, op.strides)
     norm = jnp.max(top_values(half_symbol(problem.kernel, model)))
     weights = model.frobenius_weights(shape, norm.dtype)
     ratio = largest_functional(shape, op) / largest_functional(shape, model)
     squared = jnp.sum(weights * problem.kernel**2)
-    # Against rounding, and so that the model has something to lower.
+    # A target at the model's own stable rank or above it would leave nothing to lower.
     highest = 0.95 * squared / jnp.where(norm == 0, 1.0, norm) ** 2
     target = jnp.minimum(problem.target * ratio, highest)
     waves = _survey_circular(Problem(problem.kernel, weights, target, norm), model).starts
@@ -192,9 +202,9 @@ def _image_starts(problem: Problem, op: ZeroPaddedConv, own: Pair) -> Pair:
 
 
 def survey(problem: Problem, op: Operator, own: Pair) -> Survey:
-    """Pairs to start from, and the bound; `own` is the leading pair of `A`.
+    """The pairs to start from, and the bound of all kernels; `own` is the leading pair of `A`.
 
-    The bound takes `e` and `m` at their largest: per frequency for circular convolutions, `e*` and `M` otherwise.
+    The bound takes `e` and `m` at their largest: at every site for circular convolutions, `e*` and `M` otherwise.
     """
     if isinstance(op, CircularConv):
         return _survey_circular(problem, op)

@@ -1,4 +1,4 @@
-"""The original SRN-C (Tanay et al. 2022), kept to show what it misses; and the judgement of any candidate."""
+"""The original SRN-C (Tanay et al. 2022), kept to show what it misses, and the assessment of any candidate for (7)."""
 
 from __future__ import annotations
 
@@ -26,16 +26,17 @@ __all__ = [
 def srnc_tanay(kernel: Kernel, op: Operator, target) -> SRNResult:
     """The original SRN-C (Tanay et al. 2022; Zheng et al. 2025, eq. 5-6), kept to show what it misses.
 
-    `a1 + gamma (a - a1)` with `a1 = sigma grad_K <u, T(K) v>` and `gamma = sqrt(target - 1) sigma / ||T(a - a1)||_F`,
-    by analogy with the dense case, where `T(a1)` would be the leading rank-one term. For a convolution it is not: the
-    direction is right and the length is wrong, so both the stable rank and the norm are missed, by `residual`.
+    The result is `a1 + gamma (a - a1)` with `a1 = sigma grad_K <v, T(K) u>` of the leading pair `(u, v)` and
+    `gamma = sqrt(target - 1) sigma / ||T(a - a1)||_F`, by analogy with the dense case, where `T(a1)` is the leading
+    rank-one term. For a convolution the direction of `a1` is right and its length is wrong, so that both the stable
+    rank and the norm are missed; `residual` says by how much.
 
     Args, errors: as `srnc`. A kernel with `stable_rank <= target` is returned unchanged.
 
     Returns:
-      An `SRNResult`; `distance - gap` is the same proven bound as `srnc`'s for the true problem, so `gap` is negative
-      where the constraints are missed on the near side. `feasible` says whether the target is in
-      `stable_rank_range`, not that it was met.
+      An `SRNResult`. Its `distance - gap` is the proven bound that `srnc` has for the true problem, so `gap` is
+      negative where a kernel that misses the constraints is closer than any that meets them. `feasible` says whether
+      the target is in `stable_rank_range`, not that it was met.
     """
     kernel = kernel_array(kernel, op)
     op._check_not_aliased(kernel.shape)
@@ -56,14 +57,14 @@ def _srnc_tanay(kernel, op, own, target):
 
 
 def assessed(candidate, problem: Problem, own: Pair, op: Operator, num_steps) -> SRNResult:
-    """What is known of a candidate for (7), whoever found it; `own` is the leading pair of the original kernel."""
+    """What is known about a candidate for (7), whoever found it; `own` is the leading pair of the original kernel."""
     leading = leading_pair(lax.stop_gradient(candidate), op)
     change, squared = candidate - problem.kernel, problem.inner(problem.kernel, problem.kernel)
     distance = ratio(safe_sqrt(problem.inner(change, change)), safe_sqrt(squared))
     low, high = stable_rank_range(candidate.shape, op)
     feasible = (problem.target >= low) & (problem.target <= high)
     bound = ratio(safe_sqrt(survey(lax.stop_gradient(problem), op, own).bound), safe_sqrt(squared))
-    # The bound is one for targets below the stable rank of the original.
+    # The bound is proven for targets below the stable rank of the original alone.
     proves = jnp.isfinite(bound) & (problem.target < ratio(squared, problem.norm**2))
     gap = jnp.where(proves, distance - bound, distance)
     norm = frozen_value(candidate, op, leading)

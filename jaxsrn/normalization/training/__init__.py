@@ -1,4 +1,4 @@
-"""Stable rank normalization while the kernel changes: one cheap pass a training step."""
+"""Stable rank normalization in training, while the kernel changes: one cheap pass a step."""
 
 from jaxsrn.normalization.training.step import SRNCState, srnc_state, srnc_step
 

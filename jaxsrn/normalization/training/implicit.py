@@ -1,4 +1,9 @@
-"""The true gradient of a training step: the derivative of the converged pair by the implicit function theorem."""
+"""The true gradient of a training step: the derivative of the converged pair by the implicit function theorem.
+
+A converged pair is a fixed point of the training step at rest, so its derivative solves a linear system whose products
+are derivatives of one step. The system is solved by the kept `jax.scipy.sparse.linalg.gmres`, inside `lax.custom_root`
+and `lax.custom_linear_solve`, which give both modes. The frozen gradient leaves this derivative out.
+"""
 
 from __future__ import annotations
 
@@ -21,19 +26,22 @@ __all__ = [
     "moving_pair",
 ]
 
-# The linear system of the true gradient: Krylov vectors, restarts, a stop in the midst of a restart (some tens of
-# vectors are enough), and the relative residual that is accepted.
+# A restart forgets what 40 Krylov vectors have found, and more of them take memory; 20 restarts guard the loop. The
+# method "incremental" stops in the midst of a restart, where "batched" always completes it.
 _GMRES = {"atol": 0.0, "restart": 40, "maxiter": 20, "solve_method": "incremental"}
+# Relative residual up to which a solution is used. It is the error of the gradient where the system is well posed; near
+# a singular system, where the two leading values meet, the frozen gradient takes over.
 _ACCEPTED_RESIDUAL = 1e-3
 
 
 def moving_pair(a: Float[Array, "..."], op: Operator, target, pair: Pair) -> Pair:
-    """The pair as a function of the kernel: the fixed point of power steps on the kernel normalized with the pair."""
+    """The pair as a function of the kernel: a fixed point of the power step on the kernel normalized with the pair."""
     fixed, rebuild = _real_vector(pair)
 
     def residual(op: Operator, vector):
         now = rebuild(vector)
-        # A matrix has the pair of its normalized form, and determines it also where that has rank one.
+        # A matrix has the same pair as its normalized form. It determines the pair where that form, of rank one, does
+        # not.
         kernel = a if op._normalization_keeps_pairs else normalized_with(a, op, target, now)
         return vector - _real_vector(_aligned(power_step(kernel, op, now), pair))[0]
 
@@ -45,7 +53,7 @@ def moving_pair(a: Float[Array, "..."], op: Operator, target, pair: Pair) -> Pai
 
 
 def _real_vector(pair: Pair):
-    """The pair's vectors as one real vector, and the way back."""
+    """The pair's vectors as one real vector, and the function that rebuilds the pair from it."""
     shapes, is_complex = (pair.input.shape, pair.output.shape), jnp.iscomplexobj(pair.input)
     parts = [part for v in pair[1:] for part in ((v.real, v.imag) if is_complex else (v,))]
 
@@ -60,7 +68,7 @@ def _real_vector(pair: Pair):
 
 
 def _aligned(pair: Pair, reference: Pair) -> Pair:
-    """The same pair with the phase of the reference: one phase for both vectors changes nothing."""
+    """The pair in the phase of the reference: a common phase of both vectors leaves it the same pair."""
     overlap = jnp.vdot(pair.output, reference.output, precision=lax.Precision.HIGHEST)
     size = jnp.sqrt(jnp.where(overlap == 0, 1.0, overlap.real**2 + overlap.imag**2))
     phase = jnp.where(overlap == 0, 1.0, overlap / size.astype(overlap.dtype))
@@ -68,7 +76,7 @@ def _aligned(pair: Pair, reference: Pair) -> Pair:
 
 
 def _tangent_solve(matvec, transposed, rhs):
-    """`matvec^-1 rhs` by GMRES; 0, which is the frozen gradient, where that does not converge."""
+    """`matvec^-1 rhs` by GMRES; where that does not converge it is 0, which makes the gradient the frozen one."""
 
     def solve_guarded(matvec, rhs):
         tolerance = kernel_tolerance(rhs.dtype)

@@ -1,4 +1,4 @@
-"""The kernel normalized with one pair: the closed form with norm 1, as a function of the kernel and of the pair."""
+"""The kernel normalized with a given pair: the closed form with norm 1, a function of the kernel and of the pair."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ __all__ = [
 
 
 def normalized_with(a: Float[Array, "..."], op: Operator, target, pair: Pair) -> Float[Array, "..."]:
-    """The closed form for one pair, with norm 1: a function of the kernel and of the pair."""
+    """The closed form for one pair, with norm 1."""
     return normalized_or_rescaled(a, op, target, pair)[0]
 
 
 def normalized_or_rescaled(
     a: Float[Array, "..."], op: Operator, target, pair: Pair
 ) -> tuple[Float[Array, "..."], Bool[Array, ""]]:
-    """The closed form for one pair, with norm 1, and whether it is the kernel itself up to its scale.
+    """The closed form for one pair, with norm 1, and whether it is only the kernel rescaled.
 
-    It is where no stable rank is asked for, and where the kernel's own is not above the target.
+    The kernel is only rescaled where `target` is `None`, and where its own stable rank is not above the target.
     """
     if target is None:
         value = jnp.sum(value_gradient(pair, op, a.shape) * a)

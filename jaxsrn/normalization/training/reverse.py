@@ -1,9 +1,9 @@
-"""The derivatives of an operator's products as products of the same operator, for reverse mode alone.
+"""Reverse mode for an operator's products in which the derivatives are products of the same operator.
 
-JAX transposes convolutions, and what it makes of those that are adjoints already is out of the layout in which XLA is
-fast (`operators/convolution.py`). Apply, transpose and kernel gradient are three sides of one trilinear form
-`<y, T(K) x>`, so that each has the other two as its derivatives. JAX has no such rule for both modes: these have no
-forward mode.
+JAX differentiates a convolution by transposing it. The transpose of a convolution that is an adjoint already is not in
+the layout in which XLA is fast (`operators/layouts.py`). The products `apply`, `transpose` and `_kernel_gradient` are
+the three derivatives of one trilinear form `<y, T(K) x>`, so each has the other two as its derivatives, and the rules
+here use those. `jax.custom_vjp` gives them no forward mode.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ __all__ = [
 
 
 def in_reverse(op: Operator) -> Operator:
-    """The same operator with these rules, for reverse mode alone. Of zero padding: no other works on images."""
+    """The same operator with these rules. Operators without zero padding stay: their pairs are not images."""
     if not isinstance(op, ZeroPaddedConv):
         return op
     return _InReverse(**_arguments(op))
@@ -33,9 +33,9 @@ def _arguments(op: ZeroPaddedConv) -> dict:
 
 
 def _with_pull_back(product: Callable, pull_back: Callable, num_static: int) -> Callable:
-    """A product of two arrays, after static arguments, with its rule for reverse mode.
+    """A product of two arrays, which follow `num_static` static arguments, with its rule for reverse mode.
 
-    The forward pass is the bare product: what is left of the rule then has a forward mode, as second derivatives need.
+    Its forward pass is the bare product, which has a forward mode, as second derivatives need.
     """
     rule = jax.custom_vjp(product, nondiff_argnums=tuple(range(num_static)))
     rule.defvjp(lambda *args: (product(*args), args[-2:]), pull_back)
@@ -72,7 +72,7 @@ _kernel_gradient = _with_pull_back(
 
 @jax.tree_util.register_static
 class _InReverse(ZeroPaddedConv):
-    """The layer whose products have these rules."""
+    """The operator whose products have the rules of this file."""
 
     def apply(self, kernel, x, *, precision=None):
         return _apply(self._plain(), precision, kernel, x)

@@ -1,7 +1,8 @@
-"""Stable rank normalization while the kernel changes: one cheap pass a training step.
+"""`srnc_step` and its state: stable rank normalization while the kernel changes, one cheap pass a training step.
 
-The closed form needs the leading pair of the kernel that it returns. Here that pair is carried from one
-step to the next, as spectral normalization carries its vectors, and takes a power step each time.
+The closed form (`closed_form.py`) needs the leading pair of the kernel that it returns. Here that pair is carried from
+one step to the next, as spectral normalization carries its vectors, and takes a power step each time (Sanyal et al.
+2020, Algorithm 2, for matrices). `srnc` iterates to the end instead, from several starts.
 """
 
 from __future__ import annotations
@@ -36,19 +37,21 @@ __all__ = [
 ]
 
 _GRADIENTS = ("frozen", "implicit")
+# Passes after which the starts are compared: more are surer to pick the best one, and every start takes them.
 _START_PASSES = 10
+# A guard of the loop, the same as the default of `srnc`.
 _MAX_PASSES = 500
-# Power steps where the leading singular values may lie close together, and one lags: of matrices, and for the norm
-# alone, where no stable rank is lowered.
+# Power steps of matrices, and for the norm alone, where no stable rank is lowered: the leading singular values may lie
+# close together there, and one step lags. `benchmarks/training.py --only left` shows what two steps leave.
 _CLOSE_STEPS = 2
 
 
 class SRNCState(NamedTuple):
-    """What `srnc_step` carries: a pytree of small arrays (zero padding: four images, eight where `own` is kept).
+    """What `srnc_step` carries: a pytree of small arrays (with zero padding four images, or eight where `own` is kept).
 
     Attributes:
-      normalized: the leading pair of the normalized kernel (dense: of the kernel, which has the same).
-      own: the leading pair of the kernel itself, where its norm is asked for; else `None`.
+      normalized: the track (`tracking.py`) of the normalized kernel's leading pair. A dense kernel has the same pair.
+      own: the track of the kernel's own leading pair, where the kernel's norm is asked for; else `None`.
     """
 
     normalized: Track
@@ -58,19 +61,19 @@ class SRNCState(NamedTuple):
 def srnc_state(kernel: Kernel, op: Operator, target, *, norm=1.0, cap: bool = False) -> SRNCState:
     """The state that `srnc_step` starts from, already converged: its first step satisfies the constraints.
 
-    The starts are those of `srnc` (for circular convolutions the scan over frequencies and phases); the best after a
-    few passes is followed to the end by training steps of the kernel at rest. Zero padding takes time in proportion
-    to the image: a few hundred forwards of one.
+    The starts are those of `srnc` (for circular convolutions the scan over frequencies and phases). The best of them
+    after a few passes is followed to the end by training steps of the kernel at rest. With zero padding the time is
+    proportional to the size of the image.
 
     Args:
-      kernel, op, target, norm, cap: as `srnc_step`.
+      kernel, op, target, norm, cap: as for `srnc_step`.
 
     Returns:
       An `SRNCState`, a constant for derivatives. Its structure depends on static things only: the operator, whether
       `target` or `norm` is `None`, and `cap`.
 
     Raises:
-      ValueError: as `srnc_step`.
+      ValueError: as `srnc_step` does.
     """
     kernel, target, _ = _checked(kernel, op, target, norm, cap)
     return _srnc_state(kernel, op, leading_of(kernel, op), target, _follows_own(op, target, norm, cap))
@@ -89,39 +92,40 @@ def srnc_step(
 ):
     """Stable rank normalization in training: `(normalized kernel, new state)`, at the cost of a few images.
 
-    First a warm power step from the pair of the state; then, with the pair `(u, v)` that it leads to, the kernel
-    closest to `kernel` with `||T(K)||_F^2 = target * norm^2` and `<u, T(K) v> = norm` (`srnc`'s closed form). Both
-    constraints hold where the pair is the leading one, and it follows the kernel as that changes. Where the kernel's
-    own stable rank is not above the target it is only rescaled to the norm. Where the pair allows no such kernel
-    (an infeasible target) it is the one of the lowest stable rank for that pair.
+    A warm power step leads from the pair of the state to a pair `(u, v)`. The result is the kernel closest to `kernel`
+    with `||T(K)||_F^2 = target * norm^2` and `<v, T(K) u> = norm`, by the closed form of `srnc`. Both constraints hold
+    where the pair is the leading one of the result, and the pair follows the kernel as that changes. A kernel whose own
+    stable rank is not above the target is only rescaled to the norm. Where the pair allows no such kernel (an
+    infeasible target), the result has the lowest stable rank for that pair.
 
-    Dense layers: Algorithm 2 of Sanyal, Torr, Dokania 2020, with two power steps for its one. Any other layer: Zheng
-    et al. 2025, eq. 7, one pass of the iteration of `srnc`, or two where another pair takes over; the power step is
-    one on the kernel normalized with the stored pair, and next to it the pairs that may overtake are kept. Without
-    a target so they are for dense layers too, and every layer takes two power steps: far closer than by power
-    iteration alone. Problem (7) is not convex, and what is followed is a local solution: where the kernel's own stable
-    rank falls just below the target, a result that meets both constraints may stay for a while although the kernel
-    itself would do. Pure, and without randomness: the same kernel and state give the same result, so a caller that
-    keeps the old state has read only.
+    Dense layers take Algorithm 2 of Sanyal, Torr, Dokania 2020, with two power steps for its one. Any other layer takes
+    a pass of the iteration of `srnc` for Zheng et al. 2025, eq. 7, or two where another pair takes over. Its power step
+    is one on the kernel normalized with the stored pair, and its state also has vectors that may overtake that pair.
+    Without a target every layer takes two power steps, and the state of dense layers has such vectors too.
+
+    Problem (7) is not convex, and the step follows a local solution. Where the kernel's own stable rank falls just
+    below the target, a result that meets both constraints may stay for a while although the kernel itself would do. The
+    function is pure and has no randomness: a caller that keeps the old state has only read it.
 
     Args:
       kernel: `(c_in, c_out)` or `(*taps, c_in // groups, c_out)`.
       state: from `srnc_state`, with the same `op`, `norm` and `cap`, or from the last step.
       op: its operator.
-      target: the stable rank; traced. `None` normalizes the norm alone (aliased taps are fine then).
-      norm: the spectral norm of the result; traced, so it can be learned. `None`: the kernel's own.
-      cap: static; only reduce: the smaller of `norm` and the kernel's own norm. With a cap or `None`, a kernel that
-        meets norm and target is returned as it is, with the derivative of the identity: zero kernels train.
-      gradient: static. `"frozen"`: the singular vectors are constants, as in every spectral normalization; exact for
-        the norm, not for the kernel (it leaves out how the vectors turn). `"implicit"`: the derivative of the
-        converged step by the implicit function theorem, at the cost of a linear system in the vectors, some tens of
-        further power steps; the frozen one where that system is singular (the two leading values meet).
-      num_steps: static; power steps of the pair before the kernel is normalized with it. By default two for dense
-        layers and for the norm alone, whose leading singular values may lie close together, otherwise one.
+      target: the stable rank; traced. `None` normalizes the norm alone, which allows aliased taps.
+      norm: the spectral norm of the result; traced, so that it can be learned. `None` keeps the kernel's own.
+      cap: static. Whether the norm is only reduced, to the smaller of `norm` and the kernel's own. With a cap, or with
+        `norm=None`, a kernel that meets norm and target is returned as it is, with the derivative of the identity, so
+        that zero kernels train.
+      gradient: static. `"frozen"` holds the singular vectors constant, as every spectral normalization does: it is
+        exact for the norm, and for the kernel it leaves out how the vectors turn. `"implicit"` is the derivative of the
+        converged step by the implicit function theorem. It takes a linear system in the vectors, each product a further
+        power step, and is the frozen one where that system is singular (the two leading values meet).
+      num_steps: static. Power steps of the pair before the kernel is normalized with it. The default is two for dense
+        layers and for the norm alone, whose leading singular values may lie close together, and otherwise one.
 
     Returns:
-      The kernel, in its dtype (taps that meet no sample as they were), and the new state. Derivatives go through
-      the kernel and through `norm`; the state is constant.
+      The kernel in its dtype, with taps that meet no sample as they were, and the new state. Derivatives go through the
+      kernel and through `norm`; the state is constant.
 
     Raises:
       ValueError: a kernel, target, norm, gradient or number of steps that does not fit; a state of another layer;
@@ -142,7 +146,7 @@ def srnc_step(
 
 
 def check_gradient(gradient: str) -> None:
-    """Raises `ValueError` for anything but the name of a gradient."""
+    """Raises `ValueError` unless `gradient` is the name of one."""
     ensure(gradient in _GRADIENTS, f"gradient: got {gradient!r}, expected one of {_GRADIENTS}.")
 
 
@@ -159,12 +163,12 @@ def _checked(kernel, op: Operator, target, norm, cap):
 
 
 def _follows_own(op: Operator, target, norm, cap) -> bool:
-    """Whether the kernel's own norm needs a pair of its own: not where the normalized kernel has the same pair."""
+    """Whether the state has a track of the kernel's own norm: not where the normalized kernel has the same pair."""
     return (norm is None or bool(cap)) and target is not None and not op._normalization_keeps_pairs
 
 
 def _is_watched(op: Operator, target) -> bool:
-    """Whether more than the pair itself is followed: Sanyal's algorithm does not."""
+    """Whether tracks have a watch (`tracking.py`): Sanyal's algorithm carries one vector alone."""
     return target is None or not op._normalization_keeps_pairs
 
 
@@ -182,7 +186,7 @@ def _srnc_state(kernel, op, own, target, follows_own):
 
 
 def _best_start(problem: Problem, op: Operator, own: Pair) -> Pair:
-    """Of the starts that `srnc` would follow to the end, the one that is best after a few passes."""
+    """The start of `srnc` that is the best one after a few passes, where `srnc` would follow all to the end."""
 
     def climb(pair: Pair):
         def one_pass(_, pair):
@@ -205,7 +209,7 @@ class _Passes(NamedTuple):
 
 
 def _converged(a: Float[Array, "..."], op: Operator, target, pair: Pair) -> Track:
-    """Training steps of a kernel at rest, until the normalized kernel is at rest too."""
+    """The track after training steps of a kernel at rest, until the normalized kernel is at rest too."""
     tolerance = kernel_tolerance(a.dtype)
 
     def one_pass(state: _Passes) -> _Passes:
@@ -225,16 +229,16 @@ def _converged(a: Float[Array, "..."], op: Operator, target, pair: Pair) -> Trac
 @functools.partial(jax.jit, static_argnames=("cap", "gradient", "num_steps"))
 def _srnc_step(kernel, state, op, target, norm, cap, gradient, num_steps):
     a, scale = rescaled(kernel.astype(float_dtype(kernel.dtype)), op)
-    # A model may have been cast as a whole, its state with it.
+    # A model may have been cast as a whole, and its state with it.
     fixed, (track, own) = lax.stop_gradient((a, jax.tree.map(functools.partial(_in_precision_of, a), state)))
 
-    # The power step comes first, on this kernel: after a step of an optimizer the stored pair is that of another one.
+    # The power step comes first, on this kernel: the stored pair is that of the kernel before the optimizer's step.
     def advance(_, tracks):
         track, own = tracks
         return _followed(fixed, op, target, track), None if own is None else follow(fixed, op, own)
 
     track, own = lax.fori_loop(0, num_steps, advance, (track, own))
-    # Of the norm alone the frozen gradient is the true one.
+    # Where the norm alone is asked for, the frozen gradient is the true one.
     pair = track.pair if gradient == "frozen" or target is None else moving_pair(a, op, target, track.pair)
     # The solution is proportional to the norm and does not depend on the scale of the kernel.
     unit_kernel, is_rescaled = normalized_or_rescaled(a, op, target, pair)
@@ -256,9 +260,9 @@ def _in_precision_of(kernel: Float[Array, "..."], leaf: jax.Array) -> jax.Array:
 
 
 def _followed(a: Float[Array, "..."], op: Operator, target, track: Track) -> Track:
-    """The track, a step further on the kernel normalized with its pair."""
+    """The track after a step on the kernel normalized with its pair."""
     if target is None or op._normalization_keeps_pairs:
-        # The normalized kernel has the same pairs.
+        # The normalized kernel has the same pairs as the kernel itself.
         return follow(a, op, track)
 
     def one_pass(state):
@@ -267,7 +271,7 @@ def _followed(a: Float[Array, "..."], op: Operator, target, track: Track) -> Tra
         return count + 1, has_turned(track.pair, new.pair), new
 
     def unfinished(state):
-        # Where another pair takes over, the kernel normalized with that one is another kernel, yet to be followed.
+        # Where another pair takes over, the kernel normalized with that pair is another one, which no step has seen.
         count, turned, _ = state
         return (count == 0) | ((count == 1) & turned)
 
@@ -278,8 +282,8 @@ def _followed(a: Float[Array, "..."], op: Operator, target, track: Track) -> Tra
 def _without_pair_of_zero(a: Float[Array, "..."], track: Track) -> Track:
     """The track with a pair of zeros where the kernel is zero.
 
-    A zero kernel has no leading pair, and from an arbitrary one the next kernel would be led to a poor local solution.
-    From zeros the closed form is that kernel itself, up to its scale: the pair starts as the kernel's own.
+    A zero kernel has no leading pair, and an arbitrary one would lead the next kernel to a poor local solution. With a
+    pair of zeros the closed form is the next kernel itself, up to its scale, so the pair starts as that kernel's own.
     """
     is_zero = jnp.all(a == 0)
     return track._replace(pair=jax.tree.map(lambda leaf: jnp.where(is_zero, jnp.zeros_like(leaf), leaf), track.pair))

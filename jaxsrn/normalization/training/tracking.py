@@ -1,7 +1,10 @@
-"""Leading singular pairs that follow a kernel while it changes: one cheap warm step after the other.
+"""Tracks: leading singular pairs that follow a kernel while it changes, by one cheap warm step after the other.
 
-A pair that is not watched takes power steps alone. Otherwise what may overtake it is kept beside it, and the best of
-all takes its place: other frequencies of a circular layer, the next singular vectors of any other one.
+A **track** is a pair and, where it has one, its **watch**: the vectors that may overtake the pair. Without a watch the
+pair takes power steps alone, as in spectral normalization (Miyato et al. 2018; `flax.nnx.SpectralNorm`), and is late
+where another singular value becomes the largest. With a watch, the best of the pair and the watched vectors takes its
+place. A circular layer is watched at other frequencies of the torus (`watched_torus.py`), any other layer in its next
+singular vectors (`watched_images.py`).
 """
 
 from __future__ import annotations
@@ -19,7 +22,8 @@ from jaxsrn.spectra.pairs import pair_shapes, power_step
 
 __all__ = ["Track", "follow", "has_turned", "start_track", "track_shapes"]
 
-# Overlap of the inputs of one pair before and after a step; those of different pairs are orthogonal.
+# Overlap above which the inputs before and after a step are taken for those of one pair. Different pairs have
+# orthogonal inputs, with overlap 0; a pair that moves with its kernel stays near 1.
 _SAME_OVERLAP = 0.9
 
 
@@ -28,8 +32,9 @@ class Track(NamedTuple):
 
     Attributes:
       pair: the leading pair.
-      watch: what may overtake it. Circular: unit outputs of the symbol, `(watched frequencies, groups, c_out //
-        groups)`. Others: inputs of the runners-up, `(2, *in_shape)`. `None`: the pair takes power steps alone.
+      watch: what may overtake it. Circular layers have unit outputs of the symbol, of shape `(watched frequencies,
+        groups, c_out // groups)`; others have the inputs of the runners-up, `(2, *in_shape)`. `None` has the pair take
+        power steps alone.
     """
 
     pair: Pair
@@ -37,7 +42,7 @@ class Track(NamedTuple):
 
 
 def _watched(op: Operator):
-    """The room that knows what may overtake a pair of this kind of operator."""
+    """The file for what may overtake a pair of this kind of operator."""
     return watched_torus if isinstance(op, CircularConv) else watched_images
 
 
@@ -47,12 +52,12 @@ def start_track(kernel: Float[Array, "..."], op: Operator, pair: Pair, is_watche
 
 
 def track_shapes(op: Operator, kernel_shape: tuple[int, ...], is_watched: bool) -> Track:
-    """The shapes of a track's arrays, in their places (static)."""
+    """A track with the shapes of its arrays in their places (static)."""
     return Track(pair_shapes(op, kernel_shape), _watched(op).watch_shape(op, kernel_shape) if is_watched else None)
 
 
 def follow(kernel: Float[Array, "..."], op: Operator, track: Track) -> Track:
-    """One step closer to the leading pair of `T(kernel)`: its value does not decrease."""
+    """The track one step closer to the leading pair of `T(kernel)`; the value of its pair does not decrease."""
     if track.watch is None:
         return Track(power_step(kernel, op, track.pair), None)
     return Track(*_watched(op).follow(kernel, op, *track))

@@ -1,8 +1,10 @@
-"""What may overtake the leading pair of a matrix or of a layer with zero padding: the runners-up, a few vectors.
+"""The watch of a matrix, or of a layer with zero padding: the **runners-up**, the inputs of the next singular pairs.
 
 Singular values of images lie close together, and cross. One vector alone, however many steps it takes, is late to turn
-into another; here the next ones are at hand. `watched_torus.py` does this for circular convolutions; `tracking.py`
-chooses.
+into another; the runners-up are at hand. A step takes power steps of the first two inputs and the best pairs of the
+space that they and all inputs span (Rayleigh, Ritz). `jax.experimental.sparse.linalg.lobpcg_standard` iterates to
+convergence from where it starts, and needs more than five times as many rows as vectors; here one step is wanted, for
+matrices of any size. `watched_torus.py` is the counterpart for circular convolutions, and `tracking.py` chooses.
 """
 
 from __future__ import annotations
@@ -20,15 +22,16 @@ from jaxsrn.spectra.pair import Pair
 
 __all__ = ["begin", "follow", "watch_shape"]
 
-# Vectors kept beside the leading one, and of how many a power step is taken.
+# Vectors kept beside the leading one, and inputs of which a power step is taken. More see more crossings; a runner-up
+# costs one product a step, an input with a power step two more.
 _RUNNERS_UP = 2
 _EXPANDED = 2
-# Steps from a random start until the runners-up are near enough to be of use.
+# Steps from a random start until the runners-up are near enough to be of use; they need not be exact.
 _COLD_STEPS = 30
 
 
 def watch_shape(op: Operator, kernel_shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Inputs of the runners-up (static)."""
+    """The shape of the watch, the inputs of the runners-up (static)."""
     return (_RUNNERS_UP, *op.in_shape(kernel_shape))
 
 
@@ -48,13 +51,13 @@ def follow(kernel: Float[Array, "..."], op: Operator, pair: Pair, watch: Float[A
     shape, highest = pair.input.shape, lax.Precision.HIGHEST
 
     def forward(vectors):
-        # Outputs stay images: where a kernel is split over its output channels so are they, flat ones could not be.
+        # Outputs stay images: a kernel may be sharded over its output channels, and images can be sharded with it.
         return op.apply(kernel, vectors.reshape((-1, *shape)), precision=highest)
 
     def backward(images):
         return op.transpose(kernel, images, precision=highest).reshape((len(images), -1))
 
-    # Orthonormal but for rounding, which the choice of the largest below would amplify from step to step.
+    # The vectors come in orthonormal up to rounding, which the choice of the largest would amplify from step to step.
     kept = _all_extended(unit(pair.input.reshape((1, -1))), watch.reshape((_RUNNERS_UP, -1)))
     images = forward(kept)
     basis = _all_extended(kept, backward(images[:_EXPANDED]))
@@ -67,5 +70,5 @@ def follow(kernel: Float[Array, "..."], op: Operator, pair: Pair, watch: Float[A
 
 
 def _all_extended(basis: Float[Array, "j n"], vectors: Float[Array, "k n"]) -> Float[Array, "j+k n"]:
-    """The basis, and what each of the vectors adds to it (0 where nothing)."""
+    """The basis with what each of the vectors adds to it, which is 0 where that is nothing."""
     return functools.reduce(extended, vectors, basis)

@@ -1,4 +1,4 @@
-"""What the NNX and the Linen wrappers share: what a layer is held to, and which map a layer called in a model is."""
+"""What the NNX and the Linen wrappers share: the constraint of a layer, and the map of each layer in a model."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ __all__ = ["CallRecord", "Constraint", "target_for", "trace"]
 
 @dataclasses.dataclass(frozen=True)
 class Constraint:
-    """What a wrapper holds its layer to; static. Kernels are the layer's, in its layout.
+    """What a wrapper holds its layer to; static. Its methods take and return kernels in the layer's own layout.
 
     Attributes:
       layer_map: the layer's operator, and how its kernel is stored.
       target: the stable rank; `None` where only the norm is held.
-      cap, gradient: as `jaxsrn.srnc_step`.
+      cap, gradient: as for `jaxsrn.srnc_step`.
     """
 
     layer_map: LayerMap
@@ -33,14 +33,14 @@ class Constraint:
     gradient: str
 
     def start(self, layer, kernel: jax.Array, norm) -> SRNCState:
-        """The converged state; errors name the layer."""
+        """The converged state for a kernel; errors name the layer."""
         with errors_named(layer_name(layer)):
             check_gradient(self.gradient)
             op, raw = self.layer_map.op, self.layer_map.to_operator(kernel)
             return srnc_state(raw, op, self.target, norm=norm, cap=self.cap)
 
     def step(self, kernel: jax.Array, state: SRNCState, norm) -> tuple[jax.Array, SRNCState]:
-        """The normalized kernel by the state, and the next state."""
+        """The kernel normalized by the state, and the next state."""
         op, raw = self.layer_map.op, self.layer_map.to_operator(kernel)
         options = {"norm": norm, "cap": self.cap, "gradient": self.gradient}
         normalized, state = srnc_step(raw, state, op, self.target, **options)
@@ -48,17 +48,17 @@ class Constraint:
 
 
 def target_for(layer, seen: LayerMap, fraction) -> float:
-    """`target_of_fraction` for a layer; errors name it."""
+    """`target_of_fraction` for a layer; errors name the layer."""
     with errors_named(layer_name(layer)):
         return target_of_fraction(float(fraction), seen.shape, seen.op)
 
 
 class CallRecord:
-    """Which map every layer of a model is, by the path of its kernel, noted while the model is traced.
+    """The map of every layer of a model, by the path of its kernel, noted while the model is traced.
 
     Attributes:
       found: `{path of the kernel: map}`.
-      classes, computes: as `kind_of`.
+      classes, computes: as for `kind_of`.
     """
 
     def __init__(self, classes: FlaxLayers, computes: Mapping[type, type | None]):
@@ -70,10 +70,10 @@ class CallRecord:
         return isinstance(module, (*self.classes, *self.computes))
 
     def note(self, path: tuple, layer: Any, kernel_shape: tuple[int, ...], x) -> None:
-        """Notes a layer that is called on `x`.
+        """Notes the map of a layer that is called on `x`.
 
         Raises:
-          ValueError: a layer that is no operator, or was called with another image size; the message names it.
+          ValueError: a layer that is no operator, or that was called with another image size; the message names it.
         """
         with errors_named(".".join(map(str, path[:-1])) or type(layer).__name__):
             kind = kind_of(layer, self.classes, self.computes)
@@ -85,12 +85,12 @@ class CallRecord:
             ensure(known == seen, f"called as {known.op} and as {seen.op}, expected one image size.")
 
     def operators(self) -> dict[tuple, Operator]:
-        """The operators of the layers whose kernel is stored as theirs."""
+        """The operators of the layers that store their kernel in the operator's shape."""
         return {path: seen.op for path, seen in self.found.items() if seen.is_stored_as_is}
 
 
 def trace(function: Callable[..., Any], *args, **options) -> None:
-    """Calls a function on the shapes of its arguments; what has no shape, such as a flag, is passed on as it is."""
+    """Calls a function on the shapes of its arguments; an argument without a shape, as a flag, is passed as it is."""
     leaves, treedef = jax.tree.flatten((args, options))
     is_array = [hasattr(leaf, "shape") for leaf in leaves]
 
