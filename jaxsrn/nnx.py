@@ -1,10 +1,11 @@
-"""Flax NNX: layers whose stable rank and spectral norm are constrained while they train.
+"""The wrappers for Flax NNX: layers whose stable rank and spectral norm are constrained while they train.
 
     import jaxsrn.nnx as jnnx
 
     self.conv = jnnx.StableRankNorm(nnx.Conv(3, 16, (3, 3), rngs=rngs), 0.5, input_shape=(32, 32), rngs=rngs)
 
-The wrappers hold no mathematics: every forward calls `jaxsrn.srnc_step` on the layer's kernel.
+The wrappers hold no mathematics: every forward calls `jaxsrn.srnc_step` on the layer's kernel. `jaxsrn.linen` is the
+same for Flax Linen.
 """
 
 from __future__ import annotations
@@ -36,11 +37,11 @@ _LAYERS = FlaxLayers(nnx.Conv, nnx.ConvTranspose, nnx.Linear, nnx.LinearGeneral)
 
 
 class StableRankState(nnx.Variable):
-    """What a wrapper carries from step to step, one a wrapper, at its attribute `state`: no parameter, no gradient.
+    """What a wrapper carries from step to step, in its attribute `state`: it is no parameter and has no gradient.
 
-    Its value is the `jaxsrn.SRNCState`, float32 or wider: read it with `get_value()`. In `jaxsrn.linen` it is the same,
-    in the collection `"stable_rank"`. To restore a checkpoint, give the state of such a model as the target, as for
-    every structure that is no plain dictionary.
+    Its value is a `jaxsrn.SRNCState` in float32 or wider, which `get_value()` reads. In `jaxsrn.linen` it is in the
+    collection `"stable_rank"`. A checkpoint is restored with the state of such a model as the target, as every
+    structure is that is no plain dictionary.
     """
 
 
@@ -57,19 +58,19 @@ class _Normalized(nnx.Module):
 
     @property
     def operator(self) -> Operator:
-        """The operator at which norm and stable rank are meant (of a transposed layer, maybe that of its adjoint)."""
+        """The operator whose norm and stable rank are held; a transposed layer may have the operator of its adjoint."""
         return self.constraint.layer_map.op
 
     def _norm(self):
-        # The sign of a learned gain means nothing: a norm has none.
+        # A norm has no sign, so that of a learned gain is dropped.
         return jnp.abs(self.norm[...]) if isinstance(self.norm, nnx.Variable) else self.norm
 
     def _step(self):
-        """The normalized kernel in the layer's layout, by the stored state, and the next state."""
+        """The kernel normalized by the stored state, in the layer's layout, and the next state."""
         return self.constraint.step(self.layer.kernel[...], self.state.get_value(), self._norm())
 
     def set_view(self, use_running_average: bool | None = None) -> None:
-        """For `nnx.view`, as that of batch normalization: with `True` forwards only read."""
+        """What `nnx.view` calls, as it does for batch normalization: with `True` forwards only read."""
         if use_running_average is not None:
             self.use_running_average = use_running_average
 
@@ -77,10 +78,10 @@ class _Normalized(nnx.Module):
         """The layer with its normalized kernel.
 
         Args:
-          x: the layer's input, of any spatial shape: the weights are those of `input_shape`.
-          update_stats: whether to store the stepped state afterwards. Without it, and after `model.eval()`, the
-            forward only reads: any number of them see the same weights.
-          **options: of the layer itself, such as `out_sharding`.
+          x: the layer's input, of any spatial shape; the weights are those for `input_shape`.
+          update_stats: whether to store the stepped state afterwards. Without it, and after `model.eval()`, a forward
+            only reads, so that any number of forwards see the same weights.
+          **options: options of the layer itself, such as `out_sharding`.
         """
         kernel, state = self._step()
         if update_stats and not self.use_running_average:
@@ -100,27 +101,29 @@ class StableRankNorm(_Normalized):
     """A layer with prescribed stable rank and spectral norm, those of the whole map, padding and strides included.
 
     Every forward uses the closest kernel with `||T||_2 = norm` and stable rank `fraction * min(prod(in), prod(out))`,
-    by `jaxsrn.srnc_step`: Sanyal, Torr, Dokania 2020, Algorithm 2 (two power steps), for dense layers,
-    Zheng et al. 2025, eq. 7, for convolutions. The raw kernel stays the parameter and is never overwritten. A layer
+    by `jaxsrn.srnc_step`: for dense layers that is Algorithm 2 of Sanyal, Torr, Dokania 2020 (with two power steps),
+    for convolutions Zheng et al. 2025, eq. 7. The raw kernel stays the parameter and is never overwritten. A layer
     whose own stable rank is below the target keeps it. The state is converged from the start.
 
     Args:
       layer: `nnx.Conv`, `nnx.ConvTranspose`, `nnx.Linear` or `nnx.LinearGeneral`, or a subclass that changes neither
         the call nor the parameter.
-      fraction: in (0, 1], of the largest stable rank that the layer's shapes allow (Sanyal's `c`, Zheng's `beta`).
-      input_shape: spatial shape of the layer's input at which norm and stable rank are meant; needed for convolutions.
-      norm: the spectral norm; `None` keeps the layer's own; an `nnx.Param` is a gain that is learned with the rest.
-      cap: only reduce the norm: the smaller of `norm` and the layer's own.
-      gradient: `"frozen"` or `"implicit"`, see `jaxsrn.srnc_step`.
-      computes: where `layer` is of another class, or computes by functions of its own: the class above whose map it
-        computes with its parameter `kernel` as it is. You vouch for that; norm and stable rank are then those of that
-        map.
-      rngs: not needed (the start is not random); taken so that it can be written like every Flax layer.
+      fraction: the share, in (0, 1], of the largest stable rank that the layer's shapes allow (Sanyal's `c`, Zheng's
+        `beta`).
+      input_shape: the spatial shape of the layer's input for which norm and stable rank are held; needed for
+        convolutions.
+      norm: the spectral norm. `None` keeps the layer's own; an `nnx.Param` is a gain that is learned with the rest.
+      cap: whether the norm is only reduced, to the smaller of `norm` and the layer's own.
+      gradient: `"frozen"` or `"implicit"`, as for `jaxsrn.srnc_step`.
+      computes: the class above whose map `layer` computes with its parameter `kernel` as it is, where `layer` is of
+        another class, or computes by functions of its own. You vouch for that; norm and stable rank are then those of
+        that map.
+      rngs: not needed, as the start is not random; taken so that the wrapper can be written like every Flax layer.
 
     Raises:
-      ValueError: naming the layer: no kernel, a layer whose map may be another (`nnx.LoRALinear`), no `input_shape`, a
-        fraction outside (0, 1] or below what its taps allow, REFLECT, a mask, circular strides that do not divide the
-        image.
+      ValueError: no kernel, a layer whose map may be another (`nnx.LoRALinear`), no `input_shape`, a fraction outside
+        (0, 1] or below what the layer's taps allow, REFLECT, a mask, circular strides that do not divide the image; the
+        message names the layer.
     """
 
     def __init__(
@@ -142,11 +145,11 @@ class StableRankNorm(_Normalized):
 class SpectralNorm(_Normalized):
     """A layer with prescribed spectral norm: that of the whole linear map, not of the kernel flattened to a matrix.
 
-    As `StableRankNorm` without a target for the stable rank: the kernel is only rescaled, after two power
-    steps of `jaxsrn.srnc_step`. The raw kernel stays the parameter and is never overwritten; the state is converged
-    from the start, and follows the layer by frequency power iteration (circular) or power steps of a few images.
+    It is `StableRankNorm` without a target for the stable rank: the kernel is only rescaled, after two power steps of
+    `jaxsrn.srnc_step`. The raw kernel stays the parameter and is never overwritten. The state is converged from the
+    start, and follows the layer by frequency power iteration (circular) or by power steps of a few images.
 
-    Args, errors: as `StableRankNorm`. The gradient is exact with either choice.
+    Args, errors: as for `StableRankNorm`. The gradient is exact with either choice.
     """
 
     def __init__(
@@ -174,7 +177,7 @@ def _map_of(layer, input_shape, computes) -> LayerMap:
 
 
 def _with_kernel(layer: nnx.Module, kernel: jax.Array) -> nnx.Module:
-    """A copy of the layer with another kernel: the layer itself is not touched."""
+    """A copy of the layer with another kernel; the layer itself is not touched."""
     graphdef, state = nnx.split(layer)
     state["kernel"] = state["kernel"].replace(kernel)
     return nnx.merge(graphdef, state, copy=True)
@@ -193,7 +196,7 @@ def refresh(model: nnx.Module) -> None:
 def fold(model: nnx.Module) -> nnx.Module:
     """The plain Flax model with the very weights that a reading forward of `model` uses.
 
-    Pure and differentiable: inside a loss, fold once and unroll a recurrence over the result.
+    The function is pure and differentiable: inside a loss, fold once and unroll a recurrence over the result.
 
     Args:
       model: any module; its wrappers become the layers that they wrap.
@@ -239,20 +242,20 @@ def constrain(model: nnx.Module, wrap: Callable[[tuple, nnx.Module], nnx.Module]
 def layer_operators(
     model: nnx.Module, *inputs, computes: Mapping[type, type | None] = MappingProxyType({}), **options
 ) -> Mapping[tuple, Operator]:
-    """Which operator every layer of a model is, by tracing the model on the shapes of its inputs.
+    """The operator of every layer of a model, found by tracing the model on the shapes of its inputs.
 
     Args:
       model: any module. Wrapped layers appear with the operator of their wrapper.
-      *inputs: as for `model(*inputs, **options)`; arrays or `jax.ShapeDtypeStruct`s, and whatever else the model takes
+      *inputs: as for `model(*inputs, **options)`: arrays or `jax.ShapeDtypeStruct`s, and whatever else the model takes
         (a flag `train`), which is passed on as it is.
-      computes: `{class: class of Flax}`: whose map the layers of another class compute (as the wrappers' option), or
-        `None` to leave them out.
+      computes: `{class: class of Flax}`, the class whose map the layers of another class compute (as the option of the
+        wrappers), or `None` to leave these layers out.
       **options: keyword arguments of `model`, passed on as the inputs are.
 
     Returns:
-      `{path to the kernel: operator}`, the paths as `nnx.to_flat_state` names them. Left out: layers that the inputs
-      do not reach, and those whose kernel is stored in another shape than the operator's (`nnx.LinearGeneral` of
-      several axes, a circular `nnx.ConvTranspose` with strides and `transpose_kernel=False`).
+      `{path to the kernel: operator}`, the paths as `nnx.to_flat_state` names them. It leaves out layers that the
+      inputs do not reach, and layers that store their kernel in another shape than the operator's (`nnx.LinearGeneral`
+      of several axes, a circular `nnx.ConvTranspose` with strides and `transpose_kernel=False`).
 
     Raises:
       ValueError: a layer called with images of different sizes, one that is no operator, or one whose map may be
@@ -276,13 +279,13 @@ def layer_operators(
 
 
 class _Recorder(nnx.Module):
-    """Stands in for a layer while its model is traced, and notes which map it is."""
+    """Stands in for a layer while its model is traced, and notes the map of the layer."""
 
     def __init__(self, layer: nnx.Module, path: tuple, calls: CallRecord):
         self.layer, self.path, self.calls = layer, nnx.static(path), nnx.static(calls)
 
     def __getattr__(self, name: str):
-        # Only called for what the stand-in does not have: the layer's own attributes.
+        # Python calls this only for what the stand-in does not have: the layer's own attributes.
         if name.startswith("_") or name == "layer":
             raise AttributeError(name)
         return getattr(self.layer, name)
@@ -293,15 +296,15 @@ class _Recorder(nnx.Module):
 
 
 def _rewritten(node, change: Callable[[tuple, Any], Any], path: tuple = (), memo: dict | None = None):
-    """The node with every part `p` replaced by `change(path, p)`; what was replaced is not entered.
+    """The node with every part replaced by `change(path, part)`; a part that is replaced is not entered.
 
-    In place, but for tuples.
+    Parts are replaced in place, except in tuples.
     """
     memo = {} if memo is None else memo
     if id(node) in memo:
         return memo[id(node)][0]
     new = change(path, node)
-    # The original is kept, so that its id is not given to another one.
+    # The memo keeps the original, so that Python gives its id to no other object.
     memo[id(node)] = new, node
     if new is not node:
         return new

@@ -1,4 +1,4 @@
-"""Flax Linen: layers whose stable rank and spectral norm are constrained while they train.
+"""The wrappers for Flax Linen: layers whose stable rank and spectral norm are constrained while they train.
 
     import jaxsrn.linen as jlinen
 
@@ -7,7 +7,7 @@
     variables = model.init(key, x)
     y, changed = model.apply(variables, x, mutable=["stable_rank"])
 
-The twin of `jaxsrn.nnx`, with the same numbers. The wrappers hold no mathematics: every forward calls
+They are those of `jaxsrn.nnx`, with the same numbers. The wrappers hold no mathematics: every forward calls
 `jaxsrn.srnc_step` on the layer's kernel.
 """
 

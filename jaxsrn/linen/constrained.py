@@ -1,4 +1,8 @@
-"""What `jaxsrn.linen.constrain` makes: a module that hands another one parameters whose kernels are normalized."""
+"""`Constrained`, the module that `jaxsrn.linen.constrain` makes: it hands another one parameters of normalized kernels.
+
+Modules of Linen are descriptions, and most have no layers before they are called. So nothing in a model can be replaced
+by a wrapper beforehand, as `jaxsrn.nnx.constrain` does; the layers are found in a trace of a call (`Survey`).
+"""
 
 from __future__ import annotations
 
@@ -35,18 +39,18 @@ _CONSTRAINED = "constrained"
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """The arguments of `constrain`."""
+    """The arguments of one `constrain`: which layers are wrapped, and in what."""
 
     wrap: Callable[[tuple, nn.Module], nn.Module]
     where: Any
 
     def matches(self, path: tuple, layer: nn.Module) -> bool:
-        """Whether the rule is for a layer."""
+        """Whether the rule wraps a layer at a path."""
         return nnx.filterlib.to_predicate(self.where)(path, layer)
 
 
 class _Wrapped(NamedTuple):
-    """What a rule says of a layer: its state without arrays, and its norm; the layer itself for messages."""
+    """What a rule says about a layer: its state without arrays and its norm; the layer itself is for messages."""
 
     rule: Rule
     layer: nn.Module
@@ -54,7 +58,7 @@ class _Wrapped(NamedTuple):
     norm: Any
 
     def start(self, raw: jax.Array, norm) -> StableRankState:
-        """The converged state, of every layer of a stack."""
+        """The converged state, for every layer of a stack."""
 
         def one(raw, norm):
             return self.blank.replace(value=self.blank.constraint.start(self.layer, raw, norm))
@@ -63,7 +67,7 @@ class _Wrapped(NamedTuple):
 
 
 class Constrained(nn.Module):
-    """A module whose call sees normalized kernels; it has the module's scope, so that paths stay."""
+    """A module around another one, whose call sees normalized kernels. They share a scope, so that paths stay."""
 
     module: nn.Module
     rules: tuple[Rule, ...]
@@ -74,7 +78,7 @@ class Constrained(nn.Module):
     @nn.compact
     def __call__(self, *args, **options):
         if self.is_initializing():
-            # Only the module itself knows how its parameters begin.
+            # Only the module itself can initialise its parameters.
             self.module(*args, **options)
         wrapped = {} if self.has_variable(COLLECTION, _CONSTRAINED) else self._wrapped(args, options)
         if any(one.blank.norm == LEARNED for one in wrapped.values()) and self.is_initializing():
@@ -93,7 +97,7 @@ class Constrained(nn.Module):
 
     @nn.nowrap
     def layer_maps(self) -> dict[tuple, LayerMap]:
-        """The maps of the layers that are held, by the paths of their kernels from the root of all."""
+        """The maps of the wrapped layers, by the paths of their kernels from the root of the whole model."""
         states = flatten_dict({_CONSTRAINED: self.get_variable(COLLECTION, _CONSTRAINED)})
         return {
             (*self.path, *state.layer_path(path[:-1]), "kernel"): state.constraint.layer_map
@@ -102,7 +106,7 @@ class Constrained(nn.Module):
 
     @nn.nowrap
     def _wrapped(self, args, options) -> dict[tuple, _Wrapped]:
-        """What the rules say of each layer, by tracing a copy of the module."""
+        """What the rules say about each layer, found by tracing a copy of the module."""
         found: dict[tuple, _Wrapped] = {}
         copy, _ = self.module.unbind()
 
@@ -146,7 +150,7 @@ class Constrained(nn.Module):
 
 
 class Survey(nn.Module):
-    """Calls a module and notes what the rules say of its layers; traced, and thrown away."""
+    """Calls a module and notes what the rules say about its layers. It is traced once and thrown away."""
 
     module: nn.Module
     rules: tuple[Rule, ...]
@@ -183,5 +187,5 @@ class Survey(nn.Module):
                 wrapper.kind()
                 ensure(kernel is not None, "it has no parameter 'kernel'.")
                 blank = wrapper.described(jnp.shape(nn.meta.unbox(kernel)))
-            # The state is under the layer's path and one name more.
+            # The path of the state is that of the layer with one more name in front.
             self.note(path, _Wrapped(rule, layer, blank.replace(layer=(len(path) + 1, path)), wrapper.norm))

@@ -1,4 +1,4 @@
-"""Whole models of Flax Linen: every matching layer wrapped, stepped or folded, and which operators the layers are."""
+"""Whole models of Flax Linen: their layers wrapped, stepped or folded, and the operators of the layers."""
 
 from __future__ import annotations
 
@@ -36,20 +36,20 @@ def constrain(module: nn.Module, wrap: Callable[[tuple, nn.Module], nn.Module], 
 
     Modules of Linen are descriptions, and most have no layers before they are called. So the result is a module around
     `module` that, when it is called, hands it parameters whose kernels are normalized. The state of a layer is stepped
-    once a call, also where the layer is used several times in it. Paths of the parameters stay those of `module`;
-    states, and learned norms among the parameters, are under `"constrained"`. Methods other than `__call__` read the
-    weights by `fold`.
+    once a call, even where the call uses the layer several times. Paths of the parameters stay those of `module`;
+    states, and learned norms among the parameters, are under `"constrained"`. The weights for methods other than
+    `__call__` are those of `fold`.
 
     Args:
       module: any module; layers inside wrappers, or inside constrained modules, are left alone.
       wrap: `(path, layer) -> wrapper`, the path as `flax.traverse_util.flatten_dict(variables["params"])` names it. It
-        is asked where the states are born: in `init`, or in the first `apply` with `"stable_rank"` missing and mutable.
-        Layers that this call does not reach stay as they are.
+        is called where the states start: in `init`, or in the first `apply` with `"stable_rank"` missing and mutable.
+        Layers that this `init` or `apply` does not reach stay as they are.
       where: which layers: an NNX filter, as a type, a tuple of types, or a predicate `(path, layer) -> bool`.
 
     Returns:
-      A module with the call of `module`, for `init`, `apply`, `refresh`, `fold` and `layer_operators`. In `apply` the
-      states are stepped where the collection `"stable_rank"` is mutable.
+      A module that is called as `module` is, for `init`, `apply`, `refresh`, `fold` and `layer_operators`. In `apply`
+      the states are stepped where the collection `"stable_rank"` is mutable.
 
     Raises:
       ValueError: when called: nothing matches, or what `wrap` raises, with the path.
@@ -62,12 +62,12 @@ def constrain(module: nn.Module, wrap: Callable[[tuple, nn.Module], nn.Module], 
 def fold(module: nn.Module, variables: Mapping) -> dict:
     """The variables of the plain model, with the very weights that a reading forward of `module` uses.
 
-    Pure and differentiable: inside a loss, fold once and unroll a recurrence over the result.
+    The function is pure and differentiable: inside a loss, fold once and unroll a recurrence over the result.
 
-    Paths: where a wrapper holds its layer (`.../wrapper/layer/kernel`: made in `setup`, or outside of any module), the
-    layer takes the wrapper's place (`.../wrapper/kernel`), as it does where the plain model is written without the
-    wrapper. In a compact method Flax makes the layer a neighbour of its wrapper (`.../Conv_0/kernel`), so there it
-    keeps its path. Learned norms and the collection `"stable_rank"` are gone; all else stays.
+    A layer that its wrapper holds (`.../wrapper/layer/kernel`: made in `setup`, or outside of any module) takes the
+    wrapper's place (`.../wrapper/kernel`), where the plain model without the wrapper has it. In a compact method Flax
+    makes the layer a neighbour of its wrapper (`.../Conv_0/kernel`), so there it keeps its path. Learned norms and the
+    collection `"stable_rank"` are dropped; all else stays.
 
     Args:
       module: the model with wrappers.
@@ -94,16 +94,16 @@ def fold(module: nn.Module, variables: Mapping) -> dict:
 def refresh(module: nn.Module, variables: Mapping) -> dict:
     """The variables after one step of the state of every wrapper in `module`, without a forward.
 
-    Pure: as `jaxsrn.nnx.refresh`, but that the new variables are returned.
+    The function is pure: it returns the new variables, where `jaxsrn.nnx.refresh` changes the model.
 
-    Args, errors: as `fold`, and a layer may have several wrappers.
+    Args, errors: as for `fold`, except that a layer may have several wrappers.
     """
     states = {wrapper: state for wrapper, (_, _, state) in stepped(module, variables).items()}
     return {**variables, COLLECTION: nested(states, "state")}
 
 
 def _replaced(path: tuple, places: Mapping[tuple, tuple]) -> tuple:
-    """A path in the plain model."""
+    """The path in the plain model of what is at a path in the wrapped one; `places` is where the layers go."""
     return next((places[path[:n]] + path[n:] for n in range(len(path)) if path[:n] in places), path)
 
 
@@ -114,22 +114,22 @@ def layer_operators(
     computes: Mapping[type, type | None] = MappingProxyType({}),
     **options,
 ) -> Mapping[tuple, Operator]:
-    """Which operator every layer of a model is, by tracing the model on the shapes of its inputs.
+    """The operator of every layer of a model, found by tracing the model on the shapes of its inputs.
 
     Args:
       module: any module. Wrapped layers appear with the operator of their wrapper.
-      variables: of `init`, or their shapes.
-      *inputs: as for `module.apply(variables, *inputs, **options)`; arrays or `jax.ShapeDtypeStruct`s, and whatever
+      variables: those that `init` returns, or their shapes.
+      *inputs: as for `module.apply(variables, *inputs, **options)`: arrays or `jax.ShapeDtypeStruct`s, and whatever
         else the module takes (a flag `train`), which is passed on as it is.
-      computes: `{class: class of Flax}`: whose map the layers of another class compute (as the wrappers' option), or
-        `None` to leave them out.
+      computes: `{class: class of Flax}`, the class whose map the layers of another class compute (as the option of the
+        wrappers), or `None` to leave these layers out.
       **options: keyword arguments of `module.apply`, passed on as the inputs are.
 
     Returns:
-      `{path to the kernel: operator}`, the paths as `flax.traverse_util.flatten_dict(variables["params"])` names them;
-      for layers stacked by `nn.vmap` or `nn.scan`, that of one of them. Left out: layers that the inputs do not reach,
-      and those whose kernel is stored in another shape than the operator's (`nn.DenseGeneral` of several axes, a
-      circular `nn.ConvTranspose` with strides and `transpose_kernel=False`).
+      `{path to the kernel: operator}`, the paths as `flax.traverse_util.flatten_dict(variables["params"])` names them.
+      Layers stacked by `nn.vmap` or `nn.scan` have the operator of one of them. It leaves out layers that the inputs do
+      not reach, and layers that store their kernel in another shape than the operator's (`nn.DenseGeneral` of several
+      axes, a circular `nn.ConvTranspose` with strides and `transpose_kernel=False`).
 
     Raises:
       ValueError: a layer called with images of different sizes, one that is no operator, or one whose map may be

@@ -1,4 +1,4 @@
-"""The wrappers of `jaxsrn.linen`, the state that they carry, and its steps outside of any forward."""
+"""The wrappers of `jaxsrn.linen`, the state that they carry, and the steps of that state outside of a forward."""
 
 from __future__ import annotations
 
@@ -35,24 +35,24 @@ __all__ = [
 
 COLLECTION = "stable_rank"
 LAYERS = FlaxLayers(nn.Conv, nn.ConvTranspose, nn.Dense, nn.DenseGeneral)
-# In place of the norm of a wrapper that learns it.
+# This stands in a state for the norm of a wrapper that learns it.
 LEARNED = "learned"
 _traces = itertools.count()
 
 
 @struct.dataclass
 class StableRankState:
-    """What a wrapper carries from step to step, one a wrapper, its variable `state` in the collection `"stable_rank"`.
+    """What a wrapper carries from step to step, its variable `state` in the collection `"stable_rank"`.
 
-    Its value is the `jaxsrn.SRNCState`, as in `jaxsrn.nnx`. Beside it there are static fields: modules of Linen are
-    descriptions, so `fold` and `refresh` find the layer and its constraint here. To restore a checkpoint, give the
-    variables of `init` as the target (with Orbax as the item), as for every structure that is no plain dictionary.
+    Its value is a `jaxsrn.SRNCState`, as in `jaxsrn.nnx`. The other fields are static: modules of Linen are
+    descriptions, so `fold` and `refresh` find the layer and its constraint here. A checkpoint is restored with the
+    variables of `init` as the target (with Orbax as the item), as every structure is that is no plain dictionary.
 
     Attributes:
-      value: the `jaxsrn.SRNCState`, float32 or wider.
+      value: the `jaxsrn.SRNCState`, in float32 or wider.
       constraint: what the layer is held to.
-      norm: the norm where it is fixed, `None` for the layer's own, `"learned"` for a parameter.
-      layer: where the layer's parameters are: how many levels above the wrapper, and the names from there.
+      norm: the norm where it is fixed, `None` for the layer's own, or `"learned"` for a parameter.
+      layer: where the layer's parameters are: the levels up from the wrapper, and the names down from there.
     """
 
     value: Any
@@ -61,12 +61,12 @@ class StableRankState:
     layer: tuple[int, tuple[str, ...]] = struct.field(pytree_node=False)
 
     def layer_path(self, wrapper: tuple) -> tuple:
-        """The path of the layer whose wrapper is at the given one."""
+        """The path of the layer whose wrapper is at the path `wrapper`."""
         levels, names = self.layer
         return (*wrapper[: len(wrapper) - levels], *names)
 
     def step(self, kernel: jax.Array, norm) -> tuple[jax.Array, StableRankState]:
-        """The normalized kernel by this state, and the next state."""
+        """The kernel normalized by this state, and the next state."""
         kernel, value = self.constraint.step(kernel, self.value, norm)
         return kernel, self.replace(value=value)
 
@@ -86,14 +86,14 @@ class Normalized(nn.Module):
         """The layer with its normalized kernel.
 
         Args:
-          x: the layer's input, of any spatial shape: the weights are those of `input_shape`.
+          x: the layer's input, of any spatial shape; the weights are those for `input_shape`.
           update_stats: whether to store the stepped state afterwards, where the collection `"stable_rank"` is mutable.
-            Without it the forward only reads: any number of them see the same weights.
-          **options: of the layer itself.
+            Without it a forward only reads, so that any number of forwards see the same weights.
+          **options: options of the layer itself.
         """
         self.kind()
         if not self.layer.has_variable("params", "kernel"):
-            # In `init`: only the layer itself knows how its parameters begin.
+            # This is `init`, and only the layer itself can initialise its parameters.
             self.layer(x, **options)
         raw = _raw_kernel(self.layer)
         norm = self._norm(float_dtype(raw.dtype))
@@ -108,19 +108,19 @@ class Normalized(nn.Module):
 
     @nn.nowrap
     def kind(self) -> str:
-        """Which of Flax's maps the layer computes; raises where that is not known."""
+        """The kind of map that the layer computes; raises `ValueError` where that is not known."""
         return kind_of(self.layer, LAYERS, {} if self.computes is None else {type(self.layer): self.computes})
 
     @nn.nowrap
     def _norm(self, dtype):
         if not callable(self.norm):
             return self.norm
-        # The sign of a learned gain means nothing: a norm has none.
+        # A norm has no sign, so that of a learned gain is dropped.
         return jnp.abs(self.param("norm", self.norm, (), dtype))
 
     @nn.nowrap
     def described(self, kernel_shape) -> StableRankState:
-        """The state without its arrays, for a kernel of a shape."""
+        """The state for a kernel of this shape, without its arrays."""
         seen = layer_map(self.layer, kernel_shape, self.input_shape, self.kind())
         constraint = Constraint(seen, self._target(seen), bool(self.cap), self.gradient)
         norm = self.norm if self.norm is None else LEARNED if callable(self.norm) else float(self.norm)
@@ -142,29 +142,31 @@ class StableRankNorm(Normalized):
     """A layer with prescribed stable rank and spectral norm, those of the whole map, padding and strides included.
 
     Every forward uses the closest kernel with `||T||_2 = norm` and stable rank `fraction * min(prod(in), prod(out))`,
-    by `jaxsrn.srnc_step`: Sanyal, Torr, Dokania 2020, Algorithm 2 (two power steps), for dense layers,
-    Zheng et al. 2025, eq. 7, for convolutions. The raw kernel stays the parameter, in `"params"`, and is never
+    by `jaxsrn.srnc_step`: for dense layers that is Algorithm 2 of Sanyal, Torr, Dokania 2020 (with two power steps),
+    for convolutions Zheng et al. 2025, eq. 7. The raw kernel stays the parameter, in `"params"`, and is never
     overwritten. A layer whose own stable rank is below the target keeps it. The state, in the collection
-    `"stable_rank"`, is converged from `init` on; where it is missing and mutable it is born then, converged as well
-    (around weights trained without it).
+    `"stable_rank"`, is converged from `init` on. Where `apply` has the collection mutable but no state in it, as around
+    weights trained without the wrapper, the state starts there, converged as well.
 
     Args:
       layer: `nn.Conv`, `nn.ConvTranspose`, `nn.Dense` or `nn.DenseGeneral`, or a subclass that changes neither the call
         nor the parameter.
-      fraction: in (0, 1], of the largest stable rank that the layer's shapes allow (Sanyal's `c`, Zheng's `beta`).
-      input_shape: spatial shape of the layer's input at which norm and stable rank are meant; needed for convolutions.
-      norm: the spectral norm; `None` keeps the layer's own; an initializer, such as `nn.initializers.ones`, is that of
-        a gain that is learned with the rest, the parameter `"norm"` of the wrapper.
-      cap: only reduce the norm: the smaller of `norm` and the layer's own.
-      gradient: `"frozen"` or `"implicit"`, see `jaxsrn.srnc_step`.
-      computes: where `layer` is of another class, or computes by functions of its own: the class above whose map it
-        computes with its parameter `kernel` as it is. You vouch for that; norm and stable rank are then those of that
-        map.
+      fraction: the share, in (0, 1], of the largest stable rank that the layer's shapes allow (Sanyal's `c`, Zheng's
+        `beta`).
+      input_shape: the spatial shape of the layer's input for which norm and stable rank are held; needed for
+        convolutions.
+      norm: the spectral norm. `None` keeps the layer's own; an initializer, such as `nn.initializers.ones`, makes it a
+        gain that is learned with the rest, the parameter `"norm"` of the wrapper.
+      cap: whether the norm is only reduced, to the smaller of `norm` and the layer's own.
+      gradient: `"frozen"` or `"implicit"`, as for `jaxsrn.srnc_step`.
+      computes: the class above whose map `layer` computes with its parameter `kernel` as it is, where `layer` is of
+        another class, or computes by functions of its own. You vouch for that; norm and stable rank are then those of
+        that map.
 
     Raises:
-      ValueError: when called, naming the layer: another layer or one whose map may be another, no `input_shape`, a
-        fraction outside (0, 1] or below what its taps allow, REFLECT, a mask, circular strides that do not divide the
-        image; a state that was made for another constraint.
+      ValueError: when called: another layer or one whose map may be another, no `input_shape`, a fraction outside
+        (0, 1] or below what the layer's taps allow, REFLECT, a mask, circular strides that do not divide the image, a
+        state that was made for another constraint; the message names the layer.
     """
 
     fraction: Any
@@ -177,11 +179,11 @@ class StableRankNorm(Normalized):
 class SpectralNorm(Normalized):
     """A layer with prescribed spectral norm: that of the whole linear map, not of the kernel flattened to a matrix.
 
-    As `StableRankNorm` without a target for the stable rank: the kernel is only rescaled, after two power steps of
-    `jaxsrn.srnc_step`. The raw kernel stays the parameter and is never overwritten; the state is converged from `init`
-    on, and follows the layer by frequency power iteration (circular) or power steps of a few images.
+    It is `StableRankNorm` without a target for the stable rank: the kernel is only rescaled, after two power steps of
+    `jaxsrn.srnc_step`. The raw kernel stays the parameter and is never overwritten. The state is converged from `init`
+    on, and follows the layer by frequency power iteration (circular) or by power steps of a few images.
 
-    Args, errors: as `StableRankNorm`. The gradient is exact with either choice.
+    Args, errors: as for `StableRankNorm`. The gradient is exact with either choice.
     """
 
     @nn.nowrap
@@ -215,7 +217,7 @@ def _with_kernel(variables: Mapping, kernel: jax.Array) -> dict:
 
 
 def stepped(module: nn.Module, variables: Mapping) -> dict[tuple, tuple[tuple, Any, StableRankState]]:
-    """`{path of a wrapper: (path of its layer, normalized kernel, next state)}`."""
+    """One step of all wrappers: `{path of a wrapper: (path of its layer, normalized kernel, next state)}`."""
     states, params = flatten_dict(variables.get(COLLECTION, {})), flatten_dict(variables["params"])
     ensure(
         bool(states),
@@ -234,7 +236,7 @@ def stepped(module: nn.Module, variables: Mapping) -> dict[tuple, tuple[tuple, A
 
 
 def _stepped_kernel(kernel, state: StableRankState, norm) -> tuple[Any, StableRankState]:
-    """The kernel of a reading forward, boxed as it was, and the next state; for layers that are stacked, of all."""
+    """The kernel of a reading forward, boxed as it was, and the next state; a stack of layers is stepped at once."""
     raw = jnp.asarray(nn.meta.unbox(kernel))
     axes = stacked_axes(raw, state)
     ensure(
@@ -247,7 +249,7 @@ def _stepped_kernel(kernel, state: StableRankState, norm) -> tuple[Any, StableRa
 
 
 def stacked_axes(raw: jax.Array, state: StableRankState) -> int:
-    """How many axes of layers stand before those of a kernel."""
+    """How many axes of stacked layers stand before those of a kernel."""
     shape = state.constraint.layer_map.stored_shape
     axes = raw.ndim - len(shape)
     ensure(
@@ -258,7 +260,7 @@ def stacked_axes(raw: jax.Array, state: StableRankState) -> int:
 
 
 def over_stack(function, axes: int, norm, others: tuple[int, ...]):
-    """`function(kernel, norm, ...)` over the layers of a stack, a learned norm without its sign."""
+    """`function(kernel, norm, ...)` mapped over the layers of a stack; a learned norm loses its sign."""
     is_learned = norm == LEARNED
 
     def one(raw, norm, *rest):
@@ -270,7 +272,7 @@ def over_stack(function, axes: int, norm, others: tuple[int, ...]):
 
 
 def nested(leaves: Mapping[tuple, Any], name: str) -> dict:
-    """`{path: leaf}` as nested dictionaries, the leaf under a name."""
+    """`{path: leaf}` as nested dictionaries, with each leaf under `name` at its path."""
     return unflatten_dict({(*path, name): leaf for path, leaf in leaves.items()})
 
 
@@ -282,8 +284,8 @@ def written(layer: tuple, module: nn.Module) -> str:
 def trace_keys() -> dict[str, jax.Array]:
     """Keys for a trace that sees every call of a layer.
 
-    Dropout and its like ask for a key; its value does not matter there. A key of a new name makes `nn.jit` trace again:
-    from its cache it would call no layer.
+    Dropout and its like ask for a key, whose value does not matter in a trace. A key of a new name makes `nn.jit` trace
+    again; from its cache it would call no layer.
     """
     key = jax.random.key(0)
     return {"params": key, f"trace_{next(_traces)}": key}
