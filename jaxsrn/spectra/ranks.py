@@ -95,8 +95,8 @@ class StableRankRange(NamedTuple):
 def stable_rank_range(kernel_shape: tuple[int, ...], op: Operator) -> StableRankRange:
     """The interval of stable ranks that kernels of this shape can have.
 
-    The ends are attained by circular convolutions and dense layers. Those of a circular convolution are `N_out / (most
-    distinct taps in one stride phase)` and `N_out min(c_out, c_in * non-empty phases)`, with `N_out` output positions.
+    Circular convolutions and dense layers attain both ends. A circular convolution has the ends `N_out / (most distinct
+    taps in one stride phase)` and `N_out min(c_out, c_in * non-empty phases)`, with `N_out` output positions.
     The ends for zero padding are certified, but not always attained: `max(1, 1 / e*)`, with `e*` the sum over the taps
     of one phase of one over the number of samples that a tap meets, and the smaller number of input or output samples
     that the taps reach, times channels.

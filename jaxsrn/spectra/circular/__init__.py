@@ -1,1 +1,1 @@
-"""Circular convolutions: the torus of frequencies, its grids, and where the symbol is largest."""
+"""Circular convolutions: the torus of frequencies, the symbol on it, and the frequency where the symbol is largest."""

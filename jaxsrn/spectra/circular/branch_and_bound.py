@@ -1,15 +1,16 @@
-"""Where a symbol is largest over all its frequencies, without an SVD at each: branch and bound, guaranteed.
+"""Branch and bound: the largest singular value of a symbol over its grid, guaranteed, without an SVD at each frequency.
 
-For a unit vector `x`, `||S(w) x||^2` is a trigonometric polynomial of degree `d_j` in the angle of axis `j`. With `U`
-the supremum of all singular values, `arccos(||S(w) x|| / U)` therefore changes by at most `1/2 sum_j d_j |dw_j|`
-(Bernstein, Szegoe). If the grid's maximum `L` is in a block of frequencies, then at the block's centre, at most `phi`
-away in that measure,
+For a unit vector `x`, `||S(w) x||^2` is a trigonometric polynomial of degree `d_j` in the angle of axis `j`. Let `U` be
+the supremum of all singular values. By the inequality of Bernstein and Szegoe `arccos(||S(w) x|| / U)` then changes by
+at most `1/2 sum_j d_j |dw_j|`. If the grid's maximum `L` is in a box of frequencies, the box's centre is at most `phi`
+away from it in that measure, so that
 
-    sigma_max(S(centre)) >= L cos(phi) - sqrt(U^2 - L^2) sin(phi),    U <= L / prod_j cos(pi d_j / (2 n_j)),
+    sigma_max(S(centre)) >= L cos(phi) - sqrt(U^2 - L^2) sin(phi),    U <= L / prod_j cos(pi d_j / (2 n_j)).
 
-the latter by M. Riesz. A block whose centre is below that cannot hold a frequency larger than the best one known: one
-Cholesky factorization of its Gram matrix tells. The other blocks are split, down to single frequencies. How many are
-looked at depends on the taps and on how flat the spectrum is, not on the size of the image.
+The bound of `U` is `grid_certificate.py`. A box whose centre is below the first bound for the best value known cannot
+hold a larger one, and one Cholesky factorization of the centre's Gram matrix proves that. The other boxes are split,
+down to single frequencies. How many are looked at depends on the taps and on how flat the spectrum is, not on the size
+of the image. SVDs at all frequencies (Sedghi, Gupta, Long 2019) give the same number at a cost that does.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ __all__ = [
 
 
 class _Proof(NamedTuple):
-    """Boxes still to look at (a stack, the finest on top), and the best pair so far."""
+    """A stack of boxes still to look at, with the finest on top, and the best pair so far."""
 
     corners: Int[Array, "capacity axes"]
     levels: Int[Array, " capacity"]
@@ -50,17 +51,17 @@ class _Proof(NamedTuple):
 def branch_and_bound(kernel: Float[Array, "..."], op: CircularConv, excess: float = 0.0) -> Pair:
     """The pair of the largest singular value of the whole grid, up to a relative `2 sqrt(channels) eps`.
 
-    With `excess` it is one whose value no other one exceeds by more than that share. The kernel's scale must not be
-    extreme.
+    With `excess` no other singular value exceeds that of the pair by more than this share. The kernel's scale must not
+    be extreme (`pair.rescaled`).
     """
     poly, blocks = gram_polynomial(kernel, op), boxes_of(op, kernel.shape)
     return at_site(highest_peak(poly, op, blocks, estimates(poly, op, blocks), excess), op, kernel.shape)
 
 
 def highest_peak(poly: GramPolynomial, op: CircularConv, blocks: Boxes, known: Estimates, excess: float) -> Peak:
-    """From a good lower bound, with the proof that nothing is larger."""
+    """The highest peak of the grid: the best that climbing finds, and the proof that nothing is larger by `excess`."""
     best, chunk = best_climb(poly, op, blocks, known), chunk_of(poly)
-    # Of each level at most one chunk's children wait at a time, as the finest are taken first.
+    # At most one chunk's children wait on each level at a time, as the finest boxes are taken first.
     capacity = len(blocks.corners) + (len(blocks.sizes) * 2**op.num_axes + 1) * chunk
     stack = jnp.zeros((capacity, op.num_axes), best.index.dtype), jnp.zeros(capacity, jnp.int32), jnp.asarray(0)
     high = ~(known.bounds <= (1 + excess) * best.value * float(blocks.factors[0]))
@@ -71,7 +72,7 @@ def highest_peak(poly: GramPolynomial, op: CircularConv, blocks: Boxes, known: E
 
 
 def _push(proof: _Proof, corners, levels, keep: Bool[Array, " boxes"]) -> _Proof:
-    """Puts the boxes to keep on the stack, in their order."""
+    """Puts the boxes that are to be kept on the stack, in their order."""
     place = jnp.where(keep, proof.size + jnp.cumsum(keep) - 1, len(proof.levels))
     return proof._replace(
         corners=proof.corners.at[place].set(corners, mode="drop"),
@@ -81,7 +82,7 @@ def _push(proof: _Proof, corners, levels, keep: Bool[Array, " boxes"]) -> _Proof
 
 
 def _look(poly: GramPolynomial, op: CircularConv, blocks: Boxes, chunk: int, excess: float, proof: _Proof) -> _Proof:
-    """Takes boxes from the stack, discards those proven to be low, and puts back the parts of the others."""
+    """Takes a chunk of boxes from the stack, discards those proven low, and puts back the parts of the others."""
     bottom = jnp.maximum(proof.size - chunk, 0)
     corners = lax.dynamic_slice_in_dim(proof.corners, bottom, chunk)
     levels = lax.dynamic_slice_in_dim(proof.levels, bottom, chunk)
@@ -97,7 +98,7 @@ def _look(poly: GramPolynomial, op: CircularConv, blocks: Boxes, chunk: int, exc
 
 
 def _are_low(poly: GramPolynomial, op: CircularConv, blocks: Boxes, corners, levels, limit) -> Bool[Array, " boxes"]:
-    """Whether boxes are proven to hold nothing above the limit, up to rounding."""
+    """Whether each box is proven to hold nothing above the limit, up to rounding."""
     sizes, factors = jnp.asarray(blocks.sizes)[levels], jnp.asarray(blocks.factors, poly.even.dtype)[levels]
     limits = jnp.where(factors > 0, limit * factors, 0)
     grams = grams_at(poly, op, doubled_centres(corners, sizes, blocks.ends))
@@ -107,7 +108,10 @@ def _are_low(poly: GramPolynomial, op: CircularConv, blocks: Boxes, corners, lev
 def _largest_of(
     poly: GramPolynomial, op: CircularConv, excess: float, indices, among: Bool[Array, " chunk"], known: Peak
 ) -> Peak:
-    """The largest of the known pair and those at single frequencies, one after the other: they are few."""
+    """The largest of the known pair and the pairs at single frequencies, which are looked at one after the other.
+
+    They are few, as most frequencies were discarded in larger boxes.
+    """
 
     def examine(index, known: Peak) -> Peak:
         values, rows, columns = top_pairs(symbol_at(poly, op, index, poly.coefficients))
@@ -119,7 +123,7 @@ def _largest_of(
     def step(state):
         among, known = state
         k = jnp.argmax(among)
-        # A reduced Gram matrix says little, and what has been found since may be higher.
+        # The reduced Gram matrix proves little, and the best pair may have become larger since.
         level = squared_limit(poly.coefficients.shape[-2], (1 + excess) * known.value)
         low = are_below(whole_grams(poly, op, indices[k])[None], level[None])[0]
         return among.at[k].set(False), lax.cond(low, lambda: known, lambda: examine(indices[k], known))
@@ -128,7 +132,7 @@ def _largest_of(
 
 
 def _split(blocks: Boxes, corners, levels):
-    """The boxes of the next level in each box, `(boxes, parts, axes)`, and which of them there are."""
+    """The corners of the parts of each box on the next level, `(boxes, parts, axes)`, and which of them exist."""
     sizes = jnp.asarray(blocks.sizes)
     own, next_ = sizes[levels], sizes[jnp.minimum(levels + 1, len(sizes) - 1)]
     halves = np.array(list(itertools.product((0, 1), repeat=corners.shape[-1])))

@@ -1,4 +1,11 @@
-"""Frequencies where a symbol is large: block by block the centre's value by power steps, then uphill. No proof."""
+"""Climbing: frequencies where the symbol is large, found from estimates at the centres of boxes, without a proof.
+
+Power steps estimate the largest singular value at the centre of each of the coarsest boxes. Climbing starts at the
+largest estimates and alternates between two maximisations of `|u^H S(w) v|`: over `w` near the current frequency, with
+`u` and `v` fixed, and over `u` and `v` by power steps, with `w` fixed. It ends at a **peak**: a frequency whose largest
+singular value is a local maximum, with its pair. Power iteration of the whole layer (Ryu et al. 2019) works on images;
+each step here works on one small matrix. `branch_and_bound.py` adds the proof.
+"""
 
 from __future__ import annotations
 
@@ -42,12 +49,14 @@ __all__ = [
     "most_promising",
 ]
 
+# An estimate takes so many power steps. A wrong one costs a worse place to climb from, and never the proof.
 _POWER_STEPS = 8
+# So many climbers start from the largest estimates: more of them find the highest peak more often, at a price each.
 NUM_CLIMBERS = 8
 
 
 class Peak(NamedTuple):
-    """A frequency, the group, unit vectors of its symbol, and their value.
+    """A frequency, a group, two unit vectors of its symbol, and their value.
 
     The symbol may be transposed (`grams.py`), so that the vectors are named by its rows and columns.
     """
@@ -60,12 +69,15 @@ class Peak(NamedTuple):
 
 
 def chunk_of(poly: GramPolynomial) -> int:
-    """How many frequencies are worked on at a time."""
+    """The number of frequencies that are worked on at a time."""
     return int(np.clip(CHUNK // math.prod(poly.even.shape[1:]), 4, 512))
 
 
 class Estimates(NamedTuple):
-    """At the centres of the coarsest blocks, of every group: values and right vectors; and bounds of each block's."""
+    """Values and column vectors of every group at the centres of the coarsest boxes, and upper bounds there.
+
+    The bounds are of the largest singular value of all groups.
+    """
 
     values: Float[Array, "boxes groups"]
     vectors: Complex[Array, "boxes groups kept"]
@@ -73,7 +85,7 @@ class Estimates(NamedTuple):
 
 
 def estimates(poly: GramPolynomial, op: CircularConv, blocks: Boxes) -> Estimates:
-    """Power steps, and an upper bound of the largest singular value."""
+    """The estimates, by power steps from one start, and the upper bounds, by Frobenius norms of the Gram matrices."""
     chunk = chunk_of(poly)
     count, columns = len(blocks.corners), poly.even.shape[-1]
     padded = np.resize(blocks.corners, (-count % chunk + count, op.num_axes))
@@ -86,7 +98,7 @@ def estimates(poly: GramPolynomial, op: CircularConv, blocks: Boxes) -> Estimate
         bounds = jnp.sqrt(jnp.max(jnp.linalg.norm(grams, axis=(-2, -1)), axis=-1) + poly.loss)
         vectors = jnp.broadcast_to(start, (*grams.shape[:-1], 2))
         for _ in range(_POWER_STEPS):
-            # Real and imaginary parts side by side: the matrices are read once, and by faster products.
+            # Real and imaginary parts stand side by side, so that each matrix is read once, by faster products.
             even, odd = (einsum("pgij,pgjc->pgic", part, vectors) for part in (grams.real, grams.imag))
             vectors = jnp.stack([even[..., 0] - odd[..., 1], even[..., 1] + odd[..., 0]], axis=-1)
             values = jnp.linalg.norm(vectors, axis=(-2, -1), keepdims=True)
@@ -99,9 +111,10 @@ def estimates(poly: GramPolynomial, op: CircularConv, blocks: Boxes) -> Estimate
 
 
 def _uphill(poly: GramPolynomial, op: CircularConv, blocks: Boxes, index, group, column) -> Peak:
-    """Uphill from one frequency: vectors fixed, the best frequency around; frequency fixed, power steps."""
-    # Of a single group no climber takes a copy.
+    """Where climbing leads from one frequency: the steps over frequencies halve from half a box to one index."""
+    # A static index of the only group spares each climber a copy of the coefficients.
     coefficients = poly.coefficients[group if len(poly.coefficients) > 1 else 0]
+    # Two neighbours on each side reach over small dips. Three power steps let the vectors follow the frequency.
     around = np.array(list(itertools.product((-2, -1, 0, 1, 2), repeat=op.num_axes)))
     grid, halvings = np.array(op.grid), int(np.max(blocks.sizes)).bit_length()
 
@@ -124,7 +137,7 @@ def _uphill(poly: GramPolynomial, op: CircularConv, blocks: Boxes, index, group,
 
 
 def climbs(poly: GramPolynomial, op: CircularConv, blocks: Boxes, known: Estimates, chosen) -> Peak:
-    """Where climbing leads from some of the estimates: a stack of peaks at frequencies of the half grid."""
+    """Where climbing leads from the chosen estimates: a stack of peaks at frequencies of the half grid."""
     box, group = jnp.unravel_index(chosen.astype(int), known.values.shape)
     starts = jnp.asarray(doubled_centres(blocks.corners, blocks.sizes[:1], blocks.ends) // 2)[box]
     if len(blocks.sizes) > 1:
@@ -141,14 +154,15 @@ def climbs(poly: GramPolynomial, op: CircularConv, blocks: Boxes, known: Estimat
 
 
 def most_promising(known: Estimates, count: int) -> Int[Array, " chosen"]:
-    """Which estimates are the largest."""
+    """The flat indices of the largest estimates."""
     return lax.top_k(known.values.reshape(-1), min(count, known.values.size))[1]
 
 
 def _own_opposites(op: CircularConv, blocks: Boxes) -> tuple[np.ndarray, np.ndarray]:
-    """The frequencies that are their own opposites, or nearly so, and their coarsest blocks (static).
+    """The frequencies that are their own opposites, or nearly so, and their coarsest boxes (static).
 
-    A real kernel has the same singular values at opposite frequencies: here they are stationary, and often highest.
+    A real kernel has the same singular values at opposite frequencies. They are therefore stationary at these
+    frequencies, and often highest.
     """
     indices = np.array(list(itertools.product(*((0, n // 2) if n > 1 else (0,) for n in op.grid))))
     shape = -(-blocks.ends // blocks.sizes[0])
@@ -156,8 +170,8 @@ def _own_opposites(op: CircularConv, blocks: Boxes) -> tuple[np.ndarray, np.ndar
 
 
 def best_climb(poly: GramPolynomial, op: CircularConv, blocks: Boxes, known: Estimates) -> Peak:
-    """The best frequency of the half grid that climbing reaches from the most promising blocks, with its pair."""
-    # Where every frequency was estimated there is nowhere to climb to.
+    """The best frequency of the half grid that climbing reaches from the most promising boxes, and its leading pair."""
+    # There is nowhere to climb to where every frequency was estimated.
     chosen = most_promising(known, NUM_CLIMBERS if len(blocks.sizes) > 1 else 1)
     peaks = climbs(poly, op, blocks, known, chosen)
     best = jax.tree.map(lambda leaf: leaf[jnp.argmax(peaks.value)], peaks)
@@ -165,7 +179,7 @@ def best_climb(poly: GramPolynomial, op: CircularConv, blocks: Boxes, known: Est
 
 
 def _polished(poly: GramPolynomial, op: CircularConv, index, group, column) -> Peak:
-    """The leading pair of the symbol of one frequency and group, by Lanczos from a vector near it."""
+    """The leading pair of the symbol at one frequency and group, by the Lanczos method from a vector near it."""
     symbol = symbol_at(poly, op, index, poly.coefficients[group])
 
     def complex_of(x):
@@ -186,6 +200,6 @@ def _polished(poly: GramPolynomial, op: CircularConv, index, group, column) -> P
 
 
 def at_site(peak: Peak, op: CircularConv, kernel_shape: tuple[int, ...]) -> Pair:
-    """The peak as a pair: rows and columns of a transposed symbol are its outputs and inputs."""
+    """The peak as a pair; the rows of a transposed symbol are its outputs, and the columns its inputs."""
     sides = (peak.column.conj(), peak.row.conj()) if is_transposed(op, kernel_shape) else (peak.row, peak.column)
     return Pair(site_at(op, peak.index, peak.group), *sides)

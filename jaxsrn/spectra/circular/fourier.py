@@ -1,9 +1,9 @@
-"""The symbol of a circular convolution, and singular pairs that live at one frequency of it.
+"""The symbol of a circular convolution: one small matrix per frequency, with the singular values of the layer.
 
-`S(w) = sum_p K_p exp(-i <w, p>)` (Sedghi, Gupta, Long 2019), one `c_in x c_out` matrix per frequency. Strides are
-polyphase: the taps split by their residue modulo the stride into that many more input channels, on the coarser
-output grid. Groups are a direct sum. A **site** is the flat index of one (frequency, group) of the half grid: the
-kernel is real, `S(-w) = conj(S(w))`, so half of the last axis suffices.
+`S(w) = sum_p K_p exp(-i <w, p>)` is a `c_in x c_out` matrix at each frequency `w` (Sedghi, Gupta, Long 2019, Theorem
+8). Strides are polyphase: taps are sorted by their residue modulo the stride, their **phase**, and each phase has input
+channels of its own, on the coarser grid of the output. Groups are a direct sum. Small DFT matrices, one for each axis,
+take the place of the padded FFT, as taps are few. `sites.py` defines grids and sites.
 """
 
 from __future__ import annotations
@@ -48,36 +48,36 @@ def complex_dtype(dtype) -> jnp.dtype:
 
 
 def polyphase(op: CircularConv, kernel_shape: tuple[int, ...]) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Per axis, how many strides each tap lies into its phase, `(taps,)`, and which phase that is, `(phases, taps)`."""
+    """Per axis, the offset of each tap in whole strides, `(taps,)`, and which phase it is in, `(phases, taps)`."""
     offsets = [np.arange(kernel_shape[j]) * op.kernel_dilation[j] for j in range(op.num_axes)]
     pairs = zip(offsets, op.strides, strict=True)
     return [(offset // s, offset % s == np.arange(s)[:, None]) for offset, s in pairs]
 
 
 def axis_exponents(op: CircularConv, kernel_shape: tuple[int, ...]) -> list[np.ndarray]:
-    """Per axis the distinct exponents of the symbol, in strides."""
+    """Per axis, the distinct exponents of the symbol, which are tap offsets in whole strides."""
     return [np.unique(exponent) for exponent, _ in polyphase(op, kernel_shape)]
 
 
 def axis_waves(n: int, exponents: np.ndarray) -> np.ndarray:
     """`exp(-i w t)` at the `n` frequencies of an axis, `(n, exponents)`."""
-    # Reducing the integer angle first keeps full precision on large grids.
+    # The integer angle is reduced first, which keeps full precision on large grids.
     return np.exp(-2j * np.pi * (np.outer(np.arange(n), exponents) % n) / n)
 
 
 def dft_rows(op: CircularConv, kernel_shape: tuple[int, ...]) -> list[np.ndarray]:
-    """Per axis `(grid, phases, taps)`: `exp(-i w t)` where the tap lies `t` strides into that phase, else 0."""
+    """Per axis, `(grid, phases, taps)`: `exp(-i w t)` where a tap of that phase has offset `t` in strides, else 0."""
     pairs = zip(op.grid, polyphase(op, kernel_shape), strict=True)
     return [axis_waves(n, exponent)[:, None, :] * in_phase for n, (exponent, in_phase) in pairs]
 
 
 def grouped(kernel: Float[Array, "..."], op: CircularConv | ZeroPaddedConv) -> Float[Array, "..."]:
-    """`(*taps, c_in // groups, groups, c_out // groups)`."""
+    """The kernel with an axis for groups, `(*taps, c_in // groups, groups, c_out // groups)`."""
     return kernel.reshape((*kernel.shape[:-1], op.feature_group_count, -1))
 
 
 def _contract(kernel, op: CircularConv, rows: list[np.ndarray], dtype) -> Shaped[Array, "..."]:
-    """The taps of each axis contracted with `(points, phases, taps)`.
+    """The kernel with the taps of each axis contracted with that axis's `(points, phases, taps)`.
 
     Returns:
       `(*points, groups, phases * c_in // groups, c_out // groups)`.
@@ -90,7 +90,7 @@ def _contract(kernel, op: CircularConv, rows: list[np.ndarray], dtype) -> Shaped
 
 
 def symbol_on(kernel: Float[Array, "..."], op: CircularConv, grid: tuple[int, ...]) -> Complex[Array, "..."]:
-    """The symbol `(*grid, groups, phases * c_in // groups, c_out // groups)` at the first frequencies per axis."""
+    """The symbol `(*grid, groups, phases * c_in // groups, c_out // groups)` at the first `grid` frequencies."""
     rows = [row[:m] for row, m in zip(dft_rows(op, kernel.shape), grid, strict=True)]
     return _contract(kernel, op, rows, complex_dtype(kernel.dtype))
 
@@ -105,7 +105,7 @@ def polynomial(kernel: Float[Array, "..."], op: CircularConv) -> tuple[Float[Arr
     taps = grouped(kernel, op)
     taps = taps.reshape((-1, *taps.shape[op.num_axes :]))
     exponents = axis_exponents(op, kernel.shape)
-    # Which tap is in which phase of a term, if any: axis by axis.
+    # Each axis refines which tap, if any, is in which phase of a term.
     which = np.zeros((1, 1), int)
     for size, (exponent, in_phase), distinct in zip(
         kernel.shape[: op.num_axes], polyphase(op, kernel.shape), exponents, strict=True
@@ -114,7 +114,7 @@ def polynomial(kernel: Float[Array, "..."], op: CircularConv) -> tuple[Float[Arr
         tap = np.where(here.any(axis=-1), here.argmax(axis=-1), len(taps))
         which = which[:, None, :, None] * size + tap[None, :, None, :]
         which = which.reshape((-1, which.shape[-2] * which.shape[-1]))
-    # (terms, phases, in, groups, out)
+    # The axes are now (terms, phases, in, groups, out).
     coefficients = jnp.take(taps, jnp.asarray(which), axis=0, mode="fill", fill_value=0)
     coefficients = jnp.moveaxis(coefficients, -2, 0)
     coefficients = coefficients.reshape((*coefficients.shape[:2], -1, coefficients.shape[-1]))
@@ -122,22 +122,23 @@ def polynomial(kernel: Float[Array, "..."], op: CircularConv) -> tuple[Float[Arr
 
 
 def half_symbol(kernel: Float[Array, "..."], op: CircularConv) -> Complex[Array, "sites in out"]:
-    """The symbol at every site."""
+    """The symbol at every site of the half grid."""
     out = symbol_on(kernel, op, half_grid(op))
     return out.reshape((-1, *out.shape[-2:]))
 
 
 def site_shape(op: CircularConv, kernel_shape) -> tuple[int, int]:
-    """Rows and columns of the symbol at a site: `(phases * c_in // groups, c_out // groups)`."""
+    """The shape of the symbol at a site, `(phases * c_in // groups, c_out // groups)`."""
     return math.prod(op.strides) * kernel_shape[-2], kernel_shape[-1] // op.feature_group_count
 
 
 def site_rows(op: CircularConv, kernel_shape, index, dtype) -> list[Complex[Array, "phases taps"]]:
+    """Per axis, the row of `dft_rows` at one frequency."""
     return [jnp.asarray(row, dtype)[i] for row, i in zip(dft_rows(op, kernel_shape), index, strict=True)]
 
 
 def site_symbol(kernel: Float[Array, "..."], op: CircularConv, site: Int[Array, ""]) -> Complex[Array, "in out"]:
-    """`S(w)` of one group, `(phases * c_in // groups, c_out // groups)`."""
+    """The symbol at one site, `(phases * c_in // groups, c_out // groups)`."""
     d, dtype = op.num_axes, complex_dtype(kernel.dtype)
     index, group = locate(op, site)
     taps = jnp.take(grouped(kernel, op), group, axis=-2).astype(dtype)
@@ -147,14 +148,15 @@ def site_symbol(kernel: Float[Array, "..."], op: CircularConv, site: Int[Array, 
 
 
 def squared_phase_sums(op: CircularConv, kernel_shape) -> tuple[np.ndarray, np.ndarray]:
-    """The taps of each phase and, per site, the sum of their squared phase factors `exp(-2i <w, t>)`.
+    """The number of taps of each phase and, per site, the sum of their squared phase factors `exp(-2i <w, t>)`.
 
-    Returns `(counts, sums)`: counts `(phases,)`, and sums `(sites, phases)`.
+    Returns:
+      `(counts, sums)`, of shapes `(phases,)` and `(sites, phases)`.
     """
     rows = [row[:m] for row, m in zip(dft_rows(op, kernel_shape), half_grid(op), strict=True)]
     counts = functools.reduce(np.multiply.outer, [np.sum(np.abs(row[0]) ** 2, axis=-1) for row in rows])
     sums = functools.reduce(np.multiply.outer, [np.sum(row**2, axis=-1) for row in rows])
-    # Axes arrive as (freq, phase, freq, phase, ...); sites first, then phases.
+    # The outer product has axes (frequency, phase, frequency, phase, ...); frequencies come first from here on.
     d = op.num_axes
     sums = sums.transpose((*range(0, 2 * d, 2), *range(1, 2 * d, 2))).reshape((-1, counts.size))
     return counts.reshape(-1), np.repeat(sums, op.feature_group_count, axis=0)

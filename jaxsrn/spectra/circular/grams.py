@@ -1,11 +1,13 @@
 """The symbol of a circular convolution and its Gram matrices `S^H S` at any angle, from the kernel's autocorrelation.
 
-Wide kernels are **reduced** where the frequencies are few: with `Q` an orthonormal basis of their leading directions
-and `P` the projection on the others,
+A matrix product per pair of taps is done once, and each Gram matrix is then a sum of a few given matrices.
 
-    sigma_max(S(w))^2 <= sigma_max(S(w) Q)^2 + loss,    loss = terms * ||P (sum_t C_t^T C_t) P||_2 >= ||S(w) P||_2^2
+Wide kernels are **reduced** where the frequencies are few. Let `Q` be an orthonormal basis of their leading directions
+and `P` the projection on the others. By Cauchy and Schwarz
 
-by Cauchy and Schwarz, so that the small `Q^T S^H S Q` already tell of most frequencies that they are low.
+    sigma_max(S(w))^2 <= sigma_max(S(w) Q)^2 + loss,    loss = terms * ||P (sum_t C_t^T C_t) P||_2 >= ||S(w) P||_2^2,
+
+so that the small matrices `Q^T S^H S Q` suffice to prove that most frequencies are low.
 """
 
 from __future__ import annotations
@@ -37,26 +39,29 @@ __all__ = [
     "with_all_directions",
 ]
 
-# Entries of matrices that are worked on at a time.
+# So many entries of matrices are worked on at a time. Larger chunks take more memory, and look at boxes that an earlier
+# chunk would have shown to be low; smaller ones cost more rounds of the loop.
 CHUNK = 2**18
-# Kernels of so many columns are reduced, to bases of so many entries: the wider, the fewer directions tell enough.
+# Kernels of at least so many columns are reduced, to bases of so many entries. More directions make the Gram matrices
+# larger, fewer make the loss larger; the wider the kernel, the fewer directions are enough.
 _WIDE, _BASIS_ENTRIES = 256, 3 * 2**14
-# Steps of subspace iteration that the basis takes: enough to tell leading directions from the others.
+# Subspace iteration takes so many steps for the basis: they tell leading directions from others. Any basis is valid.
 _BASIS_STEPS = 3
 
 
 class GramPolynomial(NamedTuple):
-    """The symbol of every group, and the Gram matrix of its leading directions.
+    """The symbol of every group, and the Gram matrix of its leading directions, as trigonometric polynomials.
 
-    The shorter side is the columns; of equal ones the inputs, which trained kernels use less evenly.
+    The columns are the shorter side of the symbol, or the inputs if both are equal, as trained kernels use inputs less
+    evenly.
 
     Attributes:
       coefficients: `S(w) = sum_t exp(-i <w, t>) C_t`, `(groups, terms, rows, columns)`.
       exponents: the `t`, `(terms, axes)`; static.
-      basis: the `Q` of each group; `None` where all directions are kept.
-      loss: what the other directions can add to the square of a singular value.
+      basis: `Q` of each group, or `None` where all directions are kept.
+      loss: an upper bound of what the other directions add to the square of a singular value.
       even, odd: `Q^T S^H S Q = sum_l cos<w, l> even_l + i sin<w, l> odd_l`, `(lags, groups, kept, kept)`.
-      lags: the `l`, `(lags, axes)`, one of each pair `+-l`; static.
+      lags: the `l`, `(lags, axes)`, one of each opposite pair; static.
     """
 
     coefficients: Float[Array, "groups terms rows columns"]
@@ -69,20 +74,23 @@ class GramPolynomial(NamedTuple):
 
 
 def is_transposed(op: CircularConv, kernel_shape: tuple[int, ...]) -> bool:
-    """Whether rows and columns of the symbol are exchanged."""
+    """Whether the rows of the polynomial's symbol are outputs and its columns inputs, against those of `fourier.py`."""
     rows, columns = site_shape(op, kernel_shape)
     return rows <= columns
 
 
 def is_reduced(op: CircularConv, kernel_shape: tuple[int, ...]) -> bool:
-    """Whether the kernel is wide, and its frequencies so few that a whole Gram matrix at each would not cost much."""
+    """Whether the kernel is wide, and its frequencies so few that a whole Gram matrix at each would not cost much.
+
+    The limit is three frequencies for each product of the whole autocorrelation, which has one for each pair of terms.
+    """
     terms = math.prod(kernel_shape[: op.num_axes])
     few = math.prod(half_grid(op)) <= 3 * terms * (terms + 1) // 2
     return few and min(site_shape(op, kernel_shape)) >= _WIDE
 
 
 def gram_polynomial(kernel: Float[Array, "..."], op: CircularConv) -> GramPolynomial:
-    """The polynomial of a kernel, reduced where that pays."""
+    """The polynomials of a kernel, reduced where that pays."""
     coefficients, exponents = polynomial(kernel, op)
     if is_transposed(op, kernel.shape):
         coefficients = coefficients.mT
@@ -94,7 +102,7 @@ def gram_polynomial(kernel: Float[Array, "..."], op: CircularConv) -> GramPolyno
 
 
 def _leading_directions(coefficients: Float[Array, "groups terms rows columns"]):
-    """The basis of each group by subspace iteration from a fixed start, and the loss of the worst."""
+    """The basis of each group, by subspace iteration from a fixed start, and the largest loss of all groups."""
     groups, terms, _, columns = coefficients.shape
     stacked = coefficients.reshape((groups, -1, columns))
     energy = matmul(stacked.mT, stacked)
@@ -103,23 +111,23 @@ def _leading_directions(coefficients: Float[Array, "groups terms rows columns"])
     basis = subspace_iteration(lambda rows: matmul(rows, energy), start, _BASIS_STEPS).mT
     rest = energy - matmul(basis, matmul(basis.mT, energy))
     rest = rest - matmul(matmul(rest, basis), basis.mT)
-    # What the projections leave of rounding.
+    # The projections leave rounding errors of a few units, which the loss has to cover.
     slack = 4 * jnp.finfo(energy.dtype).eps * jnp.linalg.norm(energy, axis=(-2, -1))
     return basis, terms * (gram_bound(rest, 4) + jnp.max(slack))
 
 
 def _autocorrelation(coefficients: Float[Array, "groups terms rows columns"], exponents: np.ndarray):
-    """`(even, odd, lags)` of the Gram matrices: sums over the pairs of terms that lie a lag apart."""
+    """`(even, odd, lags)` of the Gram matrices: sums over the pairs of terms that lie one lag apart."""
     groups, terms, rows, columns = coefficients.shape
     differences = exponents[None] - exponents[:, None]
-    # In lexicographic order the last of these is 0, and the later half of all follows by symmetry.
+    # The lags are in lexicographic order, symmetric about 0 in the middle; the later half determines the earlier.
     lags, which = np.unique(differences.reshape((-1, exponents.shape[-1])), axis=0, return_inverse=True)
     which = which.reshape((terms, terms))
     half = len(lags) // 2
     side_by_side = jnp.swapaxes(coefficients, 1, 2).reshape((groups, rows, terms * columns))
 
     def add(sums, term):
-        """One term with all others: a single large product."""
+        """Adds the products of one term with all others, by a single large product."""
         products = matmul(term[0].mT, side_by_side).reshape((groups, columns, terms, columns))
         return sums.at[term[1]].add(jnp.moveaxis(products, 2, 0)), None
 
@@ -130,7 +138,7 @@ def _autocorrelation(coefficients: Float[Array, "groups terms rows columns"], ex
 
 
 def _phases(doubled: Int[Array, "points axes"], exponents: np.ndarray, op: CircularConv, dtype):
-    """`<w, t>` at half-integer indices, `(points, exponents)`; reduced as integers, which keeps full precision."""
+    """`<w, t>` at halves of the doubled indices, `(points, exponents)`, reduced as integers to keep full precision."""
     angles = jnp.zeros((len(doubled), len(exponents)), dtype)
     for axis, n in enumerate(op.grid):
         turns = times_modulo(doubled[:, axis, None] % (2 * n), exponents[None, :, axis], 2 * n)
@@ -139,7 +147,7 @@ def _phases(doubled: Int[Array, "points axes"], exponents: np.ndarray, op: Circu
 
 
 def grams_at(poly: GramPolynomial, op: CircularConv, doubled) -> Complex[Array, "points groups kept kept"]:
-    """`Q^T S^H S Q` of every group."""
+    """`Q^T S^H S Q` of every group at halves of the doubled indices (`boxes.py` has centres between frequencies)."""
     angles = _phases(doubled, poly.lags, op, poly.even.dtype)
     parts = (
         einsum("pl,lgij->pgij", wave, part)
@@ -149,26 +157,26 @@ def grams_at(poly: GramPolynomial, op: CircularConv, doubled) -> Complex[Array, 
 
 
 def waves_at(poly: GramPolynomial, op: CircularConv, doubled) -> Complex[Array, "points terms"]:
-    """`exp(-i <w, t>)` of every term."""
+    """`exp(-i <w, t>)` of every term at halves of the doubled indices."""
     angles = _phases(doubled, poly.exponents, op, poly.even.dtype)
     return lax.complex(jnp.cos(angles), -jnp.sin(angles))
 
 
 def symbol_at(poly: GramPolynomial, op: CircularConv, index, coefficients: Float[Array, "... terms rows columns"]):
-    """At one frequency, of the given coefficients: of all groups, or of one."""
+    """The symbol at one frequency of the given coefficients, those of all groups or of one."""
     waves = waves_at(poly, op, 2 * index[None])[0]
     real, imag = (einsum("t,...trc->...rc", part, coefficients) for part in (waves.real, waves.imag))
     return lax.complex(real, imag)
 
 
 def whole_grams(poly: GramPolynomial, op: CircularConv, index) -> Complex[Array, "groups columns columns"]:
-    """`S^H S` of every group at one frequency, with all directions."""
+    """`S^H S` of every group at one frequency, not reduced."""
     symbol = symbol_at(poly, op, index, poly.coefficients)
     cross = matmul(symbol.real.mT, symbol.imag)
     stacked = jnp.concatenate([symbol.real, symbol.imag], axis=-2)
     return lax.complex(matmul(stacked.mT, stacked), cross - cross.mT)
 
 
-def with_all_directions(poly: GramPolynomial, group: Int[Array, ""], right: Complex[Array, " kept"]):
-    """A right vector of a group in the columns of its coefficients."""
-    return right if poly.basis is None else real_times("ck,k->c", poly.basis[group], right)
+def with_all_directions(poly: GramPolynomial, group: Int[Array, ""], column: Complex[Array, " kept"]):
+    """A vector of the leading directions of a group as a vector of all its columns."""
+    return column if poly.basis is None else real_times("ck,k->c", poly.basis[group], column)

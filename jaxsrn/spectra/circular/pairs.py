@@ -1,4 +1,7 @@
-"""Pairs at one site of the torus: what `images.py` says of images, for circular convolutions."""
+"""Pairs that are stored at one site of the torus, those of circular convolutions.
+
+`spectra/images.py` has the same functions for all other operators; `spectra/pairs.py` chooses between them.
+"""
 
 from __future__ import annotations
 
@@ -17,18 +20,18 @@ __all__ = ["gradient", "images", "nearby", "of_images", "power_step", "shapes", 
 
 
 def shapes(op: CircularConv, kernel_shape: tuple[int, ...]) -> Pair:
-    """The shapes of a pair's arrays, in their places (static)."""
+    """A `Pair` that holds the shapes of a pair's arrays (static)."""
     rows, columns = site_shape(op, kernel_shape)
     return Pair((), (rows,), (columns,))
 
 
 def gradient(pair: Pair, op: CircularConv, kernel_shape: tuple[int, ...]) -> Float[Array, "..."]:
-    """`grad_K Re(u^H S_K(w) v)`."""
+    """`grad_K Re(u^H S_K(w) v)` of the pair's amplitudes `u` and `v`."""
     return site_gradient(op, kernel_shape, pair.site, pair.input, pair.output)
 
 
 def images(pair: Pair, op: CircularConv, kernel_shape: tuple[int, ...]):
-    """The plane waves of the pair as real unit vectors, `(input, output)`."""
+    """The plane waves of the pair as real unit vectors `(input, output)`."""
     reach = [np.arange(n) + c for n, c in zip(op.input_shape, op._centre(kernel_shape), strict=True)]
     inputs = wave(op, pair.site, pair.input, reach, op.strides)
     outputs = wave(op, pair.site, pair.output, [np.arange(n) for n in op.grid], (1,) * op.num_axes)
@@ -42,19 +45,19 @@ def of_images(inputs: Float[Array, "..."], outputs: Float[Array, "..."], op: Cir
 
 
 def power_step(kernel: Float[Array, "..."], op: CircularConv, pair: Pair) -> Pair:
-    """The output from the input by the adjoint of the symbol, that input back from it, both normalised."""
+    """The adjoint of the symbol turns the input into the new output, the symbol turns that into the new input."""
     symbol = site_symbol(kernel, op, pair.site)
     step = unit(einsum("rc,r->c", jnp.conj(symbol), pair.input))
     return Pair(pair.site, unit(einsum("rc,c->r", symbol, step)), step)
 
 
 def nearby(kernel: Float[Array, "..."], op: CircularConv, pair: Pair, tolerance) -> Pair:
-    """The leading pair within reach: at the same site, to rounding whatever the tolerance."""
+    """The leading pair at the same site, by an SVD, so that `tolerance` is not needed."""
     return first_of(site_pairs(kernel, op, pair.site[None])[1])
 
 
 def site_pairs(kernel, op: CircularConv, sites: Int[Array, " k"]) -> tuple[Float[Array, " k"], Pair]:
-    """The leading pairs at the given sites, with their singular values."""
+    """The leading singular values and pairs at the given sites."""
     matrices = jax.vmap(site_symbol, (None, None, 0))(kernel, op, sites)
     values, rows, columns = top_pairs(matrices)
     return values, Pair(sites, rows, columns)

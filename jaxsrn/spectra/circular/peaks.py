@@ -1,4 +1,8 @@
-"""Peaks of the symbol beside the highest one."""
+"""Peaks of the symbol: the highest one, with a proof, and others as far as climbing finds them.
+
+A peak is a frequency where the largest singular value of the symbol has a local maximum (`climbing.py`). The search
+with zero padding starts from several of them.
+"""
 
 from __future__ import annotations
 
@@ -24,9 +28,9 @@ __all__ = [
 def peaks(
     kernel: Float[Array, "..."], op: CircularConv, count: int, radius: int
 ) -> tuple[Float[Array, " peaks"], Pair]:
-    """The largest singular value of the whole grid, and other local maxima as far as climbing finds them.
+    """The largest singular value of the whole grid, and other peaks as far as climbing finds them.
 
-    Frequencies within `radius` indices of a better one are none of their own.
+    A frequency within `radius` indices of a higher one, or of its opposite, is no peak of its own.
 
     Returns:
       `(values, pairs)`, stacks of at most `count`, the largest first; values are 0 where fewer were found.
@@ -41,15 +45,16 @@ def peaks(
 def other_peaks(
     poly: GramPolynomial, op: CircularConv, blocks: Boxes, known: Estimates, highest: Peak, count: int, radius: int
 ) -> Peak:
-    """A stack of the highest and of other local maxima, as far as climbing finds them, the larger ones first.
+    """A stack of the highest peak and of others, as far as climbing finds them, the larger ones first.
 
-    Frequencies within `radius` indices of a better one, or of its opposite, are none of their own: their value is 0.
+    A frequency within `radius` indices of a higher one, or of its opposite, is no peak of its own. Where fewer peaks
+    than `count` are found, the values of the rest are 0.
     """
-    # Where every frequency was estimated kernels are wide, as a rule, and each climb is dear.
+    # The kernels of which every frequency was estimated are wide, as a rule, so that each climb is dear.
     dear = len(blocks.sizes) == 1
     chosen = _estimated_peaks(known, blocks, op, count, radius) if dear else most_promising(known, 2 * NUM_CLIMBERS)
     found = climbs(poly, op, blocks, known, chosen)
-    # Of equal values the first is taken: nothing found is above the highest, but for rounding.
+    # The highest comes first and wins among equal values, so values that exceed it by rounding are cut to it.
     found = found._replace(value=jnp.minimum(found.value, highest.value))
     found = jax.tree.map(lambda first, rest: jnp.concatenate([first[None], rest]), highest, found)
     chosen, values = _largest_apart(found.value, found.index, found.group, op, count, radius)
@@ -57,15 +62,15 @@ def other_peaks(
 
 
 def _estimated_peaks(known: Estimates, blocks: Boxes, op: CircularConv, count: int, radius: int):
-    """Which estimates at single frequencies are the largest, none near a larger one of its group."""
+    """The flat indices of the largest estimates at single frequencies, none near a larger one of its group."""
     boxes, groups = np.indices(known.values.shape).reshape((2, -1))
     return _largest_apart(known.values.reshape(-1), jnp.asarray(blocks.corners[boxes]), groups, op, count, radius)[0]
 
 
 def _largest_apart(values: Float[Array, " n"], indices, groups, op: CircularConv, count: int, radius: int):
-    """The largest values at frequencies of groups, none near a larger one or its opposite: which, and what they are.
+    """The indices of the largest values, and the values; none is near a larger one of its group, or its opposite.
 
-    Where fewer are left than asked for, the rest are 0.
+    Where fewer than `count` are left, the rest of the values are 0.
     """
     grid, groups = np.array(op.grid)[None], jnp.asarray(groups)
 

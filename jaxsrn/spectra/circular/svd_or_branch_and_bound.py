@@ -1,4 +1,8 @@
-"""The leading pair of a circular layer over all sites: by SVDs or branch and bound, whichever takes less."""
+"""The leading pair of a circular layer over all sites: by SVDs or by branch and bound, whichever takes less.
+
+An SVD at every site is the way of Sedghi, Gupta, Long 2019. A layer whose kernel has one tap has the same symbol
+everywhere, and is a matrix.
+"""
 
 from __future__ import annotations
 
@@ -24,10 +28,10 @@ __all__ = [
 
 
 def leading_wave(kernel: Float[Array, "..."], op: CircularConv, excess: float = 0.0) -> tuple[Pair, float]:
-    """The leading pair over all sites: by branch and bound, or SVDs where they take less.
+    """The leading pair over all sites, by SVDs or by branch and bound up to the allowed `excess`.
 
     Returns:
-      `(pair, excess)`: no singular value exceeds that of the pair by more than that share; at most what was allowed.
+      `(pair, excess)`: no singular value exceeds that of the pair by more than this share, 0 for SVDs.
     """
     if math.prod(kernel.shape[:-2]) == op.feature_group_count == 1:
         return _constant_wave(kernel, op), 0.0
@@ -42,7 +46,7 @@ def leading_wave(kernel: Float[Array, "..."], op: CircularConv, excess: float = 
 
 
 def _constant_wave(kernel: Float[Array, "..."], op: CircularConv) -> Pair:
-    """That of a single tap: its symbol is one matrix everywhere, in the first phase."""
+    """The leading pair of a kernel of one tap, whose symbol is one matrix at all sites, in the first phase."""
     pair = leading_of_matrix(kernel.reshape(kernel.shape[-2:]))
     rows, _ = site_shape(op, kernel.shape)
     inputs = jnp.pad(pair.input, (0, rows - pair.input.size))
@@ -51,6 +55,6 @@ def _constant_wave(kernel: Float[Array, "..."], op: CircularConv) -> Pair:
 
 
 def branch_and_bound_pays(kernel_shape: tuple[int, ...], op: CircularConv) -> bool:
-    """Whether an SVD at every site would take longer; static."""
+    """Whether branch and bound takes less than an SVD at every site (static)."""
     sites = math.prod(half_grid(op)) * op.feature_group_count
     return svds_are_dear(sites, site_shape(op, kernel_shape))

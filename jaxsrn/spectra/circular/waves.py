@@ -1,4 +1,8 @@
-"""Plane waves: the images of a pair that lives at one site, and the functional `K -> Re(u^H S_K(w) v)`."""
+"""Plane waves: the images of a singular pair at one site, and the gradient of its value in the kernel.
+
+A pair at frequency `w` has complex amplitudes `u` of the input channels (times phases) and `v` of the output channels.
+Its images are `Re(u exp(i <w, m>))` and `Re(v exp(i <w, m>))`, its value is `Re(u^H S(w) v)`.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +25,7 @@ __all__ = [
 
 
 def site_gradient(op: CircularConv, kernel_shape, site, u: Complex[Array, " in"], v: Complex[Array, " out"]):
-    """`grad_K Re(u^H S_K(w) v)`, of shape `kernel_shape`: the functional of the unit pair `(u, v)` at a site."""
+    """`grad_K Re(u^H S_K(w) v)` of a unit pair `(u, v)` at a site, of shape `kernel_shape`."""
     d, groups = op.num_axes, op.feature_group_count
     index, group = locate(op, site)
     axes = ",".join(p + t for p, t in zip(PHASE_AXES[:d], TAP_AXES[:d], strict=True))
@@ -37,11 +41,10 @@ def wave(op: CircularConv, site: Int[Array, ""], vector: Complex[Array, " c"], p
     """The real image `Re(vector exp(i <w, m>))` of one site, at given positions.
 
     Args:
-      op, site: where the wave lives.
-      vector: amplitudes `(phases * c // groups,)` of the group's channels; one phase for outputs.
-      positions: per axis, static integer positions `t`; position `t` is `t // stride` steps into phase
-        `t % stride`.
-      strides: `op.strides` for inputs (positions counted from the first tap's reach), ones for outputs.
+      op, site: the frequency and the group of the wave.
+      vector: amplitudes `(phases * c // groups,)` of the group's channels; outputs have one phase.
+      positions: per axis, static integer positions `t`; position `t` is `t // stride` steps into phase `t % stride`.
+      strides: `op.strides` for inputs, whose positions are counted from the first tap of output 0; ones for outputs.
 
     Returns:
       `(*positions, c)`, not normalised.
@@ -60,9 +63,9 @@ def wave(op: CircularConv, site: Int[Array, ""], vector: Complex[Array, " c"], p
 
 
 def site_of_images(op: CircularConv, kernel_shape, inputs: Float[Array, "..."], outputs: Float[Array, "..."]):
-    """The site at which two images have most of their energy, and their amplitudes there: `(site, u, v)`."""
+    """The site where the norms of two images' amplitudes have the largest product, and these: `(site, u, v)`."""
     d, groups = op.num_axes, op.feature_group_count
-    # wave() counts input positions from the first tap's reach.
+    # The roll makes position 0 that of the first tap of output 0, as in `wave`.
     x = jnp.roll(inputs, op._centre(kernel_shape), axis=range(d))
     x = x.reshape((*sum(zip(op.grid, op.strides, strict=True), ()), groups, -1))
     x = x.transpose((*range(0, 2 * d, 2), 2 * d, *range(1, 2 * d, 2), 2 * d + 1))
