@@ -30,7 +30,6 @@ __all__ = [
     "orthonormal_rows",
     "random_start",
     "rayleigh_ritz",
-    "remainder",
     "subspace_iteration",
     "top_singular_vectors",
 ]
@@ -48,27 +47,29 @@ _MAX_RESTARTS = 200
 # Orthonormal vectors, and the best vectors of a span
 
 
-def remainder(
-    vector: Inexact[Array, " n"], basis: Inexact[Array, "rows n"]
-) -> tuple[Inexact[Array, " n"], Inexact[Array, " rows"]]:
-    """The part of a vector that is orthogonal to orthonormal rows, and its coefficients along them.
-
-    The part is exactly 0 where nothing but rounding is left of the vector. Rows of zeros take no part.
-    """
-    before, coefficients = jnp.linalg.norm(vector), jnp.zeros(len(basis), vector.dtype)
-    # One pass leaves rounding errors as large as the cancellation, a second is enough (Giraud, Langou, Rozloznik 2005).
-    for _ in range(2):
-        along = matmul(basis.conj(), vector)
-        vector, coefficients = vector - matmul(along, basis), coefficients + along
-    # A few units of rounding are what two passes leave of a vector in the span; 10 of them are no new direction.
-    inside = jnp.linalg.norm(vector) <= 10 * jnp.finfo(before.dtype).eps * before
-    return jnp.where(inside, 0, vector), coefficients
-
-
 def extended(basis: Inexact[Array, "rows n"], vector: Inexact[Array, " n"]) -> Inexact[Array, "rows+1 n"]:
-    """Orthonormal rows and one more: the unit vector that `vector` adds to their span, or 0 where it adds nothing."""
-    rest = remainder(vector, basis)[0]
-    return jnp.concatenate([basis, _unit_or_zero(rest)[None]])
+    """Orthonormal rows and one more: the unit vector that `vector` adds to their span, or 0 where it adds nothing.
+
+    Rows of zeros take no part.
+    """
+    # One pass leaves rounding errors as large as the cancellation, a second is enough (Giraud, Langou, Rozloznik 2005).
+    rest = _projected_out(_projected_out(vector, basis)[0], basis)[0]
+    return jnp.concatenate([basis, _unit_or_zero(_without_rounding(rest, vector))[None]])
+
+
+def _projected_out(vector: Inexact[Array, " n"], basis: Inexact[Array, "rows n"]):
+    """One pass: the vector without its parts along orthonormal rows, and its coefficients along them."""
+    along = matmul(basis.conj(), vector)
+    return vector - matmul(along, basis), along
+
+
+def _without_rounding(rest: Inexact[Array, " n"], vector: Inexact[Array, " n"]) -> Inexact[Array, " n"]:
+    """What two passes leave of a vector, and exactly 0 where that is rounding: the vector lies in the span.
+
+    A few units of rounding are left then; 10 of them are no new direction.
+    """
+    before = jnp.linalg.norm(vector)
+    return jnp.where(jnp.linalg.norm(rest) <= 10 * jnp.finfo(before.dtype).eps * before, 0, rest)
 
 
 def _unit_or_zero(vector: Inexact[Array, " n"]) -> Inexact[Array, " n"]:
@@ -142,9 +143,15 @@ class _State(NamedTuple):
 
 def _extend(gram: Callable, j: Int[Array, ""], basis: _Basis) -> _Basis:
     """One step: column `j` of the projection, and the next vector, which is 0 where the space is exhausted."""
-    rest, column = remainder(gram(basis.vectors[j]), basis.vectors)
+    vectors = basis.vectors
+    image = gram(vectors[j])
+    # The three-term recurrence is the first pass; a pass with all rows would read the whole basis once more.
+    own = matmul(vectors[j], image)
+    rest, others = _projected_out(image - own * vectors[j] - basis.coupling * vectors[j - 1], vectors)
+    rest = _without_rounding(rest, image)
+    column = others.at[j].add(own).at[j - 1].add(basis.coupling)
     projected = basis.projected.at[:, j].set(column).at[j].set(column)
-    return _Basis(basis.vectors.at[j + 1].set(_unit_or_zero(rest)), projected, jnp.linalg.norm(rest))
+    return _Basis(vectors.at[j + 1].set(_unit_or_zero(rest)), projected, jnp.linalg.norm(rest))
 
 
 def _restarted(basis: _Basis, kept: int) -> _Basis:

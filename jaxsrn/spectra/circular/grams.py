@@ -106,7 +106,7 @@ def _leading_directions(coefficients: Float[Array, "groups terms rows columns"])
     groups, terms, _, columns = coefficients.shape
     stacked = coefficients.reshape((groups, -1, columns))
     energy = matmul(stacked.mT, stacked)
-    start = random_start((1, min(columns // 2, _BASIS_ENTRIES // columns), columns), energy.dtype)
+    start = random_start((1, columns, min(columns // 2, _BASIS_ENTRIES // columns)), energy.dtype).mT
     start = jnp.broadcast_to(start, (groups, *start.shape[1:]))
     basis = subspace_iteration(lambda rows: matmul(rows, energy), start, _BASIS_STEPS).mT
     rest = energy - matmul(basis, matmul(basis.mT, energy))

@@ -118,5 +118,5 @@ def _narrowed(kernel: Float[Array, "..."], inputs: Float[Array, "..."], outputs:
 def _channel_directions(images: Float[Array, "... c"], few: int) -> Float[Array, "c {few}"]:
     """An orthonormal basis of the channels that the images use most, by subspace iteration."""
     rows = images.reshape((-1, images.shape[-1]))
-    start = random_start((few, images.shape[-1]), images.dtype)
+    start = random_start((images.shape[-1], few), images.dtype).T
     return subspace_iteration(lambda basis: matmul(matmul(basis, rows.T), rows), start, _CHANNEL_STEPS).T
