@@ -1,16 +1,21 @@
 """The nearest kernel of the spectral ball, by an augmented Lagrangian with semismooth Newton steps.
 
-    minimise  1/2 ||K - A||_d^2   subject to   ||S_b(K)||_2 <= c  for every matrix of the stack `S(K)`.
+The problem is convex. With `S(K)` the stack of matrices that carries the layer (`clipping.py`) and `c` the limit it is
 
-With `X` the stack clipped at `c` and multipliers `Y` the dual is smooth but for a nuclear norm: `K = A - S^* Y`, value
-`1/2 ||A||^2 - 1/2 ||A - S^* Y||^2 - c ||Y||_*`. Dykstra's algorithm is its proximal gradient method, and slow: taps
-that reach few samples make neighbouring frequencies nearly the same constraint. Here every round minimises
+    minimise  1/2 ||K - A||_d^2   subject to   ||S_b(K)||_2 <= c  for every matrix of the stack.
+
+The method is that of Zhao, Sun, Toh 2010 for semidefinite programs, here on singular values. A round minimises
 
     1/2 ||K - A||_d^2 + rho/2 dist(S(K) + Y / rho, ball)^2
 
-over the kernel alone, whose generalised Hessian `I + rho S^* D S` (Sun, Sun, Toh 2010 for the method) is solved by
-conjugate gradients without any further SVD, and then takes `Y = rho (Z - clip Z)`, `Z = S(K) + Y / rho`. One SVD of the
-stack a step; the duality gap is exact, so every step knows how far from optimal it can be at most.
+over the kernel, with multipliers `Y` and a penalty `rho`. A Newton step solves with the generalised Hessian
+`I + rho S^* D S`, where `D` is a derivative of `Z - clip Z`, by conjugate gradients, which need no SVD. The round ends
+with `Y = rho (Z - clip Z)` at `Z = S(K) + Y / rho`. Each step takes one SVD of the stack.
+
+The dual of the problem has the value `1/2 ||A||^2 - 1/2 ||A - S^* Y||^2 - c ||Y||_*` at `Y`, with the kernel
+`K = A - S^* Y`. It is computed in every step and bounds the distance from the optimum. Dykstra's algorithm is the
+proximal gradient method of this dual. It is slow, because neighbouring frequencies are nearly the same constraint where
+a kernel has few taps (`python benchmarks/projections.py`).
 """
 
 from __future__ import annotations
@@ -37,12 +42,18 @@ __all__ = [
     "minimise",
 ]
 
+# The penalty of the first round and its growth per round. A larger penalty takes fewer rounds, each with a Hessian of
+# larger condition number and so with more conjugate gradients.
 _FIRST_PENALTY, _PENALTY_GROWTH = 10.0, 4.0
-# The gradient that ends a round, relative to how far the matrices are from the ball.
+# The gradient that ends a round, relative to how far the matrices are from the ball. This distance is the change of the
+# multipliers over the penalty. A smaller share takes more steps per round, a larger one more rounds.
 _ROUND_ENDS = 0.5
-# Steps without a better candidate: rounding is reached. A new round needs some to catch up.
+# Steps without a better candidate after which rounding is taken to be reached. A new round needs some steps before it
+# is better than the last one, and this number has to exceed them.
 _PATIENCE = 60
+# Conjugate gradients in one Newton step. A step that they cut short is still a descent direction.
 _MAX_INNER = 200
+# A step that has been halved to less than this is taken as it is, and ends the round: ten halvings, an SVD each.
 _SHORTEST_STEP = 1e-3
 
 
@@ -50,10 +61,10 @@ class DualPoint(NamedTuple):
     """The kernel `A - S^* Y` of a multiplier `Y`, and the two parts of its duality gap.
 
     Attributes:
-      kernel: `K = A - S^* Y`; it may leave the ball.
+      kernel: `K = A - S^* Y`; it may lie outside the ball.
       slack: `c ||Y||_* - <S(K), Y>`.
       support: `<S(K), Y>`.
-      bound: of the norm of the whole stack, from above.
+      bound: an upper bound of the largest norm in the stack `S(K)`.
     """
 
     kernel: Float[Array, "..."]
@@ -65,7 +76,19 @@ class DualPoint(NamedTuple):
 class Iterate(NamedTuple):
     """Where the next step is tried, and the best dual point so far.
 
-    `excess`: how much farther from `A` than the projection its kernel, scaled into the ball, can be at most.
+    Attributes:
+      point: the kernel that the last accepted step led to.
+      direction: the Newton direction from there.
+      length: the share of `direction` to try next; 0 at the start of a round.
+      slope: the derivative of the augmented Lagrangian along `direction`.
+      value: the augmented Lagrangian at `point`; infinite at the start of a round, which accepts its first point.
+      multiplier: `Y`.
+      penalty: `rho`.
+      largest_penalty: the limit of its growth.
+      best: the dual point of the smallest excess.
+      excess: how much farther from `A` than the projection the kernel of `best`, scaled into the ball, can be at most.
+      stalled: steps since `best` was found.
+      num_steps: steps taken, one SVD of the stack each.
     """
 
     point: Float[Array, "..."]
@@ -83,7 +106,10 @@ class Iterate(NamedTuple):
 
 
 class _Pass(NamedTuple):
-    """The augmented Lagrangian at a kernel, the multiplier that it leads to, and how far the stack is from the ball."""
+    """The augmented Lagrangian at a kernel, the multiplier that it leads to, and how far the stack is from the ball.
+
+    `candidate` is the dual point of this multiplier.
+    """
 
     value: Float[Array, ""]
     gradient: Float[Array, "..."]
@@ -94,9 +120,10 @@ class _Pass(NamedTuple):
 
 
 def duality_gap(blocks: MatrixStack, candidate: DualPoint, factor: Float[Array, ""]) -> Float[Array, ""]:
-    """How far above the minimum the kernel times `factor` can be at most, if that is in the ball.
+    """How far the objective of `K' = factor K` can be above the minimum, provided that `K'` is in the ball.
 
-    `1/2 ||K' - K||^2 + c ||Y||_* - <S(K'), Y>` with `K' = factor K`: the duality gap without its cancellation.
+    The gap is written as `1/2 ||K' - K||^2 + c ||Y||_* - <S(K'), Y>`, whose terms do not cancel as the primal and the
+    dual value do.
     """
     squared = blocks.inner(candidate.kernel, candidate.kernel)
     return 0.5 * (1 - factor) ** 2 * squared + candidate.slack + (1 - factor) * candidate.support
@@ -105,7 +132,7 @@ def duality_gap(blocks: MatrixStack, candidate: DualPoint, factor: Float[Array, 
 def distance_and_excess(
     target: Float[Array, "..."], blocks: MatrixStack, candidate: DualPoint, factor: Float[Array, ""]
 ):
-    """The distance from `A` of the kernel times `factor`, and how much farther than the projection that can be."""
+    """The distance of `factor K` from `A`, and how much larger than the distance of the projection it can be."""
     change = factor * candidate.kernel - target
     squared = blocks.inner(change, change)
     twice_gap = 2 * duality_gap(blocks, candidate, factor)
@@ -115,9 +142,9 @@ def distance_and_excess(
 
 
 def begin(kernel: Float[Array, "..."], blocks: MatrixStack, limit: Float[Array, ""]) -> Iterate:
-    """From the kernel itself, without multipliers."""
+    """The state before the first step: the kernel itself, without multipliers."""
     stack = blocks.stack(kernel)
-    # Multipliers grow with how far the kernel is from the ball, and penalties have to.
+    # The multipliers grow with the distance of the kernel from the ball, so the penalties grow with it too.
     mean_square = jnp.max(jnp.sum(jnp.real(jnp.conj(stack) * stack), axis=(-2, -1))) / min(stack.shape[-2:])
     ratio = jnp.maximum(safe_sqrt(mean_square) / limit, 1.0)
     zero = jnp.zeros((), kernel.dtype)
@@ -141,12 +168,12 @@ def begin(kernel: Float[Array, "..."], blocks: MatrixStack, limit: Float[Array, 
 def derivative(state: Iterate, blocks: MatrixStack, limit, direction: Float[Array, "..."]) -> Float[Array, "..."]:
     """The derivative of the last round's solution in `A` along `direction`, its multipliers and penalty held constant.
 
-    The inverse of the generalised Hessian: the derivative of the projection up to `O(1 / rho)`, symmetric, with
-    eigenvalues in (0, 1].
+    It is the inverse of the generalised Hessian: symmetric, with eigenvalues in (0, 1], and the derivative of the
+    projection up to `O(1 / rho)`.
     """
     rho = state.penalty.astype(state.multiplier.dtype)
     clipping = split(blocks.stack(state.point) + state.multiplier / rho, limit)
-    # The same multipliers at a larger penalty: their singular vectors stay, `(s - c) rho` stays.
+    # A larger penalty keeps the multipliers where their singular vectors and `(s - c) rho` stay the same.
     penalty = jnp.maximum(largest_penalty(direction.dtype), state.penalty)
     smaller = limit + (clipping.values - limit) * (state.penalty / penalty)
     clipping = clipping._replace(values=jnp.where(clipping.values > limit, smaller, clipping.values))
@@ -157,12 +184,12 @@ def derivative(state: Iterate, blocks: MatrixStack, limit, direction: Float[Arra
     def solution(_, right):
         return _newton_solve(product, blocks, right / weights, tolerance, 10 * _MAX_INNER)
 
-    # Symmetric in the plain inner product: both modes of differentiation solve the same system.
+    # The weighted system is symmetric in the plain inner product, so both modes of differentiation solve the same one.
     return lax.custom_linear_solve(lambda x: weights * product(x), weights * direction, solution, symmetric=True)
 
 
 def minimise(state: Iterate, target, blocks: MatrixStack, limit, max_steps: int, largest_excess) -> Iterate:
-    """Steps until the excess is as small as asked, `max_steps` in all."""
+    """Steps until the excess is at most `largest_excess`, progress ends, or `max_steps` are taken in all."""
 
     def unfinished(state: Iterate) -> Bool[Array, ""]:
         more = (state.num_steps < max_steps) & (state.stalled < _PATIENCE)
@@ -172,7 +199,7 @@ def minimise(state: Iterate, target, blocks: MatrixStack, limit, max_steps: int,
 
 
 def _evaluate(kernel, target, blocks: MatrixStack, limit, multiplier, penalty) -> _Pass:
-    """One SVD of the stack at `kernel`; `target` is `A`."""
+    """The augmented Lagrangian at `kernel`, by one SVD of the stack; `target` is `A`."""
     rho = penalty.astype(multiplier.dtype)
     stack = blocks.stack(kernel)
     clipping = split(stack + multiplier / rho, limit)
@@ -194,6 +221,8 @@ def _evaluate(kernel, target, blocks: MatrixStack, limit, multiplier, penalty) -
 
 
 def _hessian(blocks: MatrixStack, clipping: Clipping, penalty) -> Callable:
+    """The generalised Hessian of the augmented Lagrangian, as a map on kernels."""
+
     def product(direction):
         inner = excess_derivative(clipping, blocks.stack(direction))
         return direction + penalty * blocks.pull_back(inner)
@@ -212,17 +241,19 @@ def _newton_solve(product: Callable, blocks: MatrixStack, right, tolerance, max_
 
 
 def _advance(state: Iterate, target: Float[Array, "..."], blocks: MatrixStack, limit: Float[Array, ""]) -> Iterate:
-    """One SVD of the stack: a Newton step, a shorter one, or new multipliers."""
+    """One step, with one SVD of the stack: a Newton step, a shorter step, or new multipliers."""
     point = state.point + state.length * state.direction
     found = _evaluate(point, target, blocks, limit, state.multiplier, state.penalty)
     room = 100 * jnp.finfo(point.dtype).eps * jnp.abs(state.value)
+    # Armijo's condition with its usual small share of the slope; `room` keeps rounding from refusing good steps.
     too_long = found.value > state.value + 1e-4 * state.length * state.slope + room
     accepted = ~too_long | (state.length < _SHORTEST_STEP)
     gradient_norm = safe_sqrt(blocks.inner(found.gradient, found.gradient))
-    # A step that had to be cut to nothing ends the round too.
+    # A step that was cut to the shortest length and still is too long ends the round too.
     ends = accepted & ((gradient_norm <= _ROUND_ENDS * found.infeasibility) | too_long)
     steps = accepted & ~ends
-    # Not more exact than the end of the round needs.
+    # The Newton step is solved as exactly as the end of the round needs, with a margin of 0.3. The limits keep it near
+    # the Newton direction (0.1), and keep conjugate gradients from refining a model that holds nearby alone (1e-3).
     wanted = 0.3 * _ROUND_ENDS * found.infeasibility / jnp.where(gradient_norm == 0, 1.0, gradient_norm)
     direction = _newton_solve(
         _hessian(blocks, found.clipping, state.penalty),
@@ -234,7 +265,8 @@ def _advance(state: Iterate, target: Float[Array, "..."], blocks: MatrixStack, l
     grown = jnp.minimum(_PENALTY_GROWTH * state.penalty, state.largest_penalty)
     factor = jnp.minimum(limit / found.candidate.bound, 1.0)
     _, excess_found = distance_and_excess(target, blocks, found.candidate, factor)
-    better = ~(excess_found >= state.excess)  # NaN must get through
+    # NaN compares as false, and must reach the result.
+    better = ~(excess_found >= state.excess)
     return Iterate(
         point=jnp.where(accepted, point, state.point),
         direction=jnp.where(accepted, direction, state.direction),

@@ -1,7 +1,10 @@
 """A layer as a stack of matrices that carries its norm, and the clipping of their singular values.
 
-The map `S` from kernels to stacks keeps inner products, `<K, L>_d = sum_b counts_b Re <S_b(K), S_b(L)>` (Parseval):
-the symbol at half of the frequencies (circular), the matrix itself (dense), the explicit matrix (zero padding).
+The stack of a circular layer is its symbol at half of the frequencies; the stack of a dense or zero-padded layer is its
+one matrix. The map `S` from kernels to stacks keeps inner products (Parseval),
+`<K, L>_d = sum_b counts_b Re <S_b(K), S_b(L)>`, with the weighted inner product `<K, L>_d = sum_p d_p <K_p, L_p>` of
+kernels, where `d_p` counts the outputs that tap `p` meets. Clipping replaces each singular value `s` by `min(s, c)`:
+the nearest stack in the spectral ball (Sedghi, Gupta, Long 2019, Clip_OperatorNorm; Sanyal et al. 2020, Algorithm 3).
 """
 
 from __future__ import annotations
@@ -35,9 +38,9 @@ class MatrixStack(NamedTuple):
     """The map from kernels to stacks of matrices, with its two inner products.
 
     Attributes:
-      stack: `S`, a linear function of the kernel: `(batch, rows, columns)`.
-      counts: how many matrices of the whole operator each of the stack stands for, `(batch, 1, 1)`.
-      weights: `d`, of the kernel's shape; 0 at taps without effect.
+      stack: `S`, a linear function from the kernel to `(batch, rows, columns)`.
+      counts: how many matrices of the whole operator each matrix of the stack stands for, `(batch, 1, 1)`.
+      weights: `d`, of the kernel's shape; 0 at taps that meet no sample.
     """
 
     stack: Callable
@@ -61,7 +64,7 @@ class MatrixStack(NamedTuple):
 
 
 def matrix_stack(op: Operator, kernel_shape: tuple[int, ...], dtype) -> MatrixStack:
-    """The stack of an operator whose taps do not fall on each other."""
+    """The stack of an operator without aliased taps: those that fall on each other on the image."""
     weights = jnp.broadcast_to(op.frobenius_weights(kernel_shape, dtype), kernel_shape)
     if isinstance(op, CircularConv):
         layer = without_constant_axes(op, kernel_shape)
@@ -73,34 +76,34 @@ def matrix_stack(op: Operator, kernel_shape: tuple[int, ...], dtype) -> MatrixSt
 class Clipping(NamedTuple):
     """The SVD of a stack, and the limit that its singular values are clipped to."""
 
-    left: Inexact[Array, "batch rows k"]
+    rows: Inexact[Array, "batch rows k"]
     values: Float[Array, "batch k"]
-    right: Inexact[Array, "batch k columns"]
+    columns: Inexact[Array, "batch k columns"]
     limit: Float[Array, ""]
 
 
 def split(matrices: Inexact[Array, "batch rows columns"], limit: Float[Array, ""]) -> Clipping:
-    """The SVD that clipping at `limit` is made of."""
-    left, values, right = jnp.linalg.svd(matrices, full_matrices=False)
-    return Clipping(left, values, right, limit)
+    """The SVD of the stack, to be clipped at `limit`."""
+    rows, values, columns = jnp.linalg.svd(matrices, full_matrices=False)
+    return Clipping(rows, values, columns, limit)
 
 
 def clipped(clipping: Clipping) -> Inexact[Array, "batch rows columns"]:
-    """The nearest stack with singular values of at most the limit."""
+    """The nearest stack whose singular values are at most the limit."""
     return _assemble(clipping, jnp.minimum(clipping.values, clipping.limit))
 
 
 def overshooting(clipping: Clipping) -> Inexact[Array, "batch rows columns"]:
-    """What clipping takes away."""
+    """The part that clipping takes away: `g(s) = max(s - c, 0)` in place of every singular value `s`."""
     return _assemble(clipping, jnp.maximum(clipping.values - clipping.limit, 0.0))
 
 
 @jax.custom_jvp
 def smooth_clipped(matrices: Inexact[Array, "batch rows columns"], limit: Float[Array, ""]):
-    """`clipped` of the matrices themselves, with its derivative in both arguments; and the largest singular value.
+    """The clipped stack with its derivative in both arguments, and the largest singular value as a constant.
 
-    Not what is left when the excess is subtracted: of a norm far above the limit that would be rounding. The largest
-    value is a constant for derivatives.
+    The stack is assembled from the clipped values. Subtracting the overshooting part from a stack far above the limit
+    would leave rounding alone.
     """
     clipping = split(matrices, limit)
     return clipped(clipping), jnp.max(clipping.values)
@@ -109,7 +112,7 @@ def smooth_clipped(matrices: Inexact[Array, "batch rows columns"], limit: Float[
 @smooth_clipped.defjvp
 def _smooth_clipped_jvp(primals, tangents):
     clipping = split(*primals)
-    # Raising the limit raises every value above it.
+    # A higher limit raises every value that is above it.
     above = (clipping.values > clipping.limit).astype(clipping.values.dtype)
     tangent = tangents[0] - excess_derivative(clipping, tangents[0])
     tangent = tangent + tangents[1].astype(tangent.dtype) * _assemble(clipping, above)
@@ -118,15 +121,16 @@ def _smooth_clipped_jvp(primals, tangents):
 
 
 def _assemble(clipping: Clipping, values):
-    return matmul(clipping.left * values[:, None, :].astype(clipping.left.dtype), clipping.right)
+    return matmul(clipping.rows * values[:, None, :].astype(clipping.rows.dtype), clipping.columns)
 
 
 def excess_derivative(clipping: Clipping, direction: Inexact[Array, "..."]) -> Inexact[Array, "..."]:
-    """The derivative of `excess` in the matrices: a symmetric map with eigenvalues in [0, 1].
+    """The derivative of `overshooting` in the matrices along `direction`: a symmetric map with eigenvalues in [0, 1].
 
-    With `M = U^H H V` it is `U (a o sym(M) + b o skew(M)) V^H`, where `a` holds the divided differences of
-    `g(s) = max(s - c, 0)` and `b = (g_i + g_j) / (s_i + s_j)`; the rest of `H` beside a rectangular matrix' shorter
-    side is scaled by `g_i / s_i`. Where values coincide it is one of the generalised derivatives, and finite.
+    With `M = U^H H V` of the direction `H` it is `U (a o sym(M) + b o skew(M)) V^H`, where `a` holds the divided
+    differences of `g(s) = max(s - c, 0)` and `b = (g_i + g_j) / (s_i + s_j)`. The part of `H` outside the span of the
+    singular vectors, which a rectangular matrix has on its longer side, is scaled by `g_i / s_i`. Where singular values
+    coincide the result is one of the generalised derivatives, and finite.
     """
     u, s, vh, limit = clipping
     uh, v = _adjoint(u), _adjoint(vh)
@@ -144,7 +148,7 @@ def excess_derivative(clipping: Clipping, direction: Inexact[Array, "..."]) -> I
 
 
 def _divided_differences(s, gains, limit):
-    """`(g_i - g_j) / (s_i - s_j)` and `(g_i + g_j) / (s_i + s_j)`."""
+    """`(g_i - g_j) / (s_i - s_j)` and `(g_i + g_j) / (s_i + s_j)`, each without a division by zero."""
     high, low = jnp.maximum(s[:, :, None], s[:, None, :]), jnp.minimum(s[:, :, None], s[:, None, :])
     across = (high - limit) / jnp.where(high > low, high - low, 1.0)
     differences = jnp.where(low > limit, 1.0, jnp.where(high > limit, across, 0.0))

@@ -1,17 +1,18 @@
 """The nearest kernel in the spectral ball of any layer, with a proven lower bound on the distance.
 
-Where the layer's own matrices are small enough to split, by the convex problem itself. Larger zero-padded layers stand
-between two circular ones that share their distance:
+A layer whose own matrices are small is solved by the convex problem itself (`augmented_lagrangian.py`). The ball of a
+larger zero-padded layer stands between the balls of two circular layers, in the same distance:
 
-- The layer is the restriction of a circular one on the padded image, its **cover**: in the cover's ball a kernel is in
-  the layer's. Its radius is widened until the layer's own norm is met.
-- Let `C(Y)` be the circular map with symbol `Y` on a grid of `N_c` samples that holds the image, and `R C(Y) E` its
-  part on the image. Restricting cannot raise a nuclear norm, and tap `p` of a zero-padded layer meets `d_p` samples, so
+- The inner ball is that of the cover (`bounds/covers.py`): a kernel in the cover's ball is in the layer's. Its radius
+  is widened until the layer's own norm is the limit.
+- The outer ball is that of the tapered layer. Let `C(Y)` be the circular map with symbol `Y` on a grid of `N_c` samples
+  that holds the image, and `R C(Y) E` its part on the image. Restricting cannot raise a nuclear norm, and tap `p` of a
+  zero-padded layer meets `d_p` samples, so
 
       c sum_w ||Y(w)||_*  >=  c ||R C(Y) E||_*  >=  <R C(Y) E, T(K)>  =  sum_w <Y(w), S_{(d / N_c) K}(w)>
 
-  for every `K` of the layer's ball: the **tapered** kernel `(d / N_c) K` is in the ball of the circular layer on the
-  image. The distance to that larger set is a lower bound.
+  for every `K` of the layer's ball. The **tapered** kernel `(d / N_c) K` is therefore in the ball of the circular layer
+  on the image, and the distance to that larger set is a lower bound.
 """
 
 from __future__ import annotations
@@ -45,19 +46,23 @@ __all__ = [
     "with_derivative",
 ]
 
-# Radii of the cover that are tried; the last misses the norm by little.
+# Radii of the cover that are tried, each a convex problem of its own. A radius that misses the limit costs distance,
+# not feasibility: the last kernel is scaled into the ball.
 _NUM_RADII = 6
 
 
 class SolvedBall(NamedTuple):
-    """The solved problem of the ball that the kernel is from (the layer's own or its cover's), and its radius."""
+    """The last iterate of the ball that was solved (the layer's own or its cover's), and the radius of that ball."""
 
     iterate: Iterate
     radius: Float[Array, ""]
 
 
 class Nearest(NamedTuple):
-    """A kernel of the ball with its leading pair, how far it is from the target, and how much less that could be."""
+    """A kernel of the ball with its leading pair.
+
+    `distance` is its distance from the target, and `excess` how much larger that can be than the least one.
+    """
 
     kernel: Float[Array, "..."]
     leading: Pair
@@ -67,7 +72,7 @@ class Nearest(NamedTuple):
 
 
 def is_split(op: Operator, kernel_shape: tuple[int, ...]) -> bool:
-    """Whether the layer's own matrices are split."""
+    """Whether the layer's own matrices are small enough for an SVD in every step."""
     return not op._needs_explicit_matrix or matrix_size(op, kernel_shape) <= SPLIT_SIZE
 
 
@@ -78,7 +83,10 @@ def _inner_blocks(op: Operator, kernel_shape: tuple[int, ...], dtype) -> MatrixS
 
 
 def _circular(op: ZeroPaddedConv, kernel_shape: tuple[int, ...], dtype, tight: bool) -> MatrixStack:
-    """The stack of the cover; `tight`: tapered, on the smallest image that holds the layer's and keeps taps apart."""
+    """The stack of the cover.
+
+    With `tight` it is the stack of the tapered layer, on the smallest image that holds the layer's and separates taps.
+    """
     weights = jnp.broadcast_to(op.frobenius_weights(kernel_shape, dtype), kernel_shape)
     example, cover = covers(jnp.zeros(kernel_shape, dtype), op, False)[0]
     taper = jnp.ones_like(weights)
@@ -91,7 +99,7 @@ def _circular(op: ZeroPaddedConv, kernel_shape: tuple[int, ...], dtype, tight: b
 
 def _smallest_image(op: ZeroPaddedConv, kernel_shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...]:
     images = op._dilated_shape, op.out_shape(kernel_shape)
-    # The cover of a layer with input dilation alone is that of its adjoint.
+    # A layer with input dilation alone has the cover of its adjoint, whose images change sides.
     if strides != op.strides:
         images = op.out_shape(kernel_shape), op.input_shape
     sizes = zip(*images, op._extents(kernel_shape), strides, strict=False)
@@ -101,7 +109,7 @@ def _smallest_image(op: ZeroPaddedConv, kernel_shape: tuple[int, ...], strides: 
 def not_yet(
     target: Float[Array, "..."], op: Operator, limit: Float[Array, ""], own: Pair
 ) -> tuple[SolvedBall, Nearest]:
-    """What `nearest` returns, before anything is solved: the state of a loop whose body is its only copy."""
+    """A placeholder for what `nearest` returns: a loop that starts from it compiles `nearest` once, in its body."""
     zero = jnp.zeros_like(limit)
     blocks = _inner_blocks(op, target.shape, target.dtype)
     return SolvedBall(begin(target, blocks, limit), limit), Nearest(target, own, zero, zero, jnp.asarray(0))
@@ -110,9 +118,10 @@ def not_yet(
 def nearest(
     target: Float[Array, "..."], op: Operator, limit: Float[Array, ""], own: Pair, max_steps: int, largest_excess
 ) -> tuple[SolvedBall, Nearest]:
-    """The kernel, proven to be no farther than it must by more than `largest_excess` unless the steps run out.
+    """The nearest kernel in the ball of radius `limit`, its distance at most `largest_excess` above the least one.
 
-    `own` is the leading pair of the target.
+    `own` is the leading pair of the target. Where `max_steps` run out, or the layer is too large to split, the excess
+    may be larger; it is in the result.
     """
     shape, dtype = target.shape, target.dtype
     blocks = _inner_blocks(op, shape, dtype)
@@ -138,12 +147,12 @@ def nearest(
 
 
 def _from_scratch(target, blocks: MatrixStack, radius, max_steps: int, largest_excess) -> Iterate:
-    """Without the multipliers of another radius or target: penalties that fit those make it slower, not faster."""
+    """The solved ball, started without multipliers: those of another radius need penalties that make it slower."""
     return minimise(begin(target, blocks, radius), target, blocks, radius, max_steps, largest_excess)
 
 
 def _into_ball(kernel, norm, target, blocks: MatrixStack, limit) -> Float[Array, ""]:
-    """What to multiply the kernel, of known norm, with: the multiple nearest to the target that is in the ball."""
+    """The factor that takes a kernel of known norm to its multiple in the ball that is nearest to the target."""
     squared = blocks.inner(kernel, kernel)
     zero = (norm == 0) | (squared == 0)
     nearest_multiple = blocks.inner(kernel, target) / jnp.where(zero, 1.0, squared)
@@ -151,7 +160,7 @@ def _into_ball(kernel, norm, target, blocks: MatrixStack, limit) -> Float[Array,
 
 
 class _Widened(NamedTuple):
-    """The projection on the cover's ball, the norm and the leading pair of its kernel, and the radius to try next."""
+    """The projection on the cover's ball, the layer's norm and leading pair at its kernel, and the next radius."""
 
     solution: SolvedBall
     norm: Float[Array, ""]
@@ -161,15 +170,16 @@ class _Widened(NamedTuple):
 
 
 def _widened(solve: Callable, begun: Iterate, op: Operator, limit: Float[Array, ""], own: Pair) -> _Widened:
-    """The projection on the cover's ball of the radius at which the layer's own norm is the limit; all steps taken.
+    """The projection on the cover's ball whose radius makes the layer's own norm the limit, with all steps taken.
 
-    `begun` is the problem before its first step: the loop starts from it, so that its body is the only copy.
+    The loop starts from `begun`, the problem before its first step, so that the program holds `solve` once.
     """
 
     def try_radius(_, state: _Widened) -> _Widened:
         found = solve(state.radius)
         leading = leading_of(found.best.kernel, op)
         norm = frozen_value(found.best.kernel, op, leading)
+        # The radius is scaled as if the norm were proportional to it.
         radius = jnp.where(norm == 0, state.radius, state.radius * limit / jnp.where(norm == 0, 1.0, norm))
         return _Widened(SolvedBall(found, state.radius), norm, leading, radius, state.num_steps + found.num_steps)
 
@@ -179,7 +189,7 @@ def _widened(solve: Callable, begun: Iterate, op: Operator, limit: Float[Array, 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def with_derivative(op: Operator, target, limit, kernel, solution: SolvedBall) -> Float[Array, "..."]:
-    """`kernel`, found for `target` and `limit`, with the derivative of the projection in these two."""
+    """`kernel`, the solution for `target` and `limit`, with the derivative of the projection in these two."""
     return kernel
 
 
@@ -187,7 +197,7 @@ def with_derivative(op: Operator, target, limit, kernel, solution: SolvedBall) -
 def _with_derivative_jvp(op: Operator, primals, tangents):
     target, limit, kernel, solution = primals
     blocks = _inner_blocks(op, target.shape, target.dtype)
-    # The projection of t A on the ball of radius t c is t times that of A on that of radius c.
+    # The projection is homogeneous: scaling `A` and the radius by `t` scales the result by `t`.
     rate = tangents[1] / limit
     direction = tangents[0] - rate * target
     inner = derivative(solution.iterate, blocks, solution.radius, direction)

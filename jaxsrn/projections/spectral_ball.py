@@ -1,4 +1,8 @@
-"""Kernels of bounded spectral norm: singular value clipping, and the true projection on the spectral ball."""
+"""Kernels of bounded spectral norm: one pass of singular value clipping, and the projection on the spectral ball.
+
+The **spectral ball** is the set of kernels of the same support with `||T(K)||_2 <= max_norm`. The pass is
+Clip_OperatorNorm of Sedghi, Gupta, Long 2019. It does not end in the ball, the projection does, at the nearest kernel.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +28,8 @@ __all__ = [
     "project_spectral_ball",
 ]
 
-# A norm that exceeds the limit by so many roundings does not: projecting twice changes nothing.
+# A norm that exceeds the limit by at most this many roundings counts as in the ball, so that a second projection
+# changes nothing. The norm of a projected kernel differs from the limit by the rounding of its norm and its entries.
 _ROOM = 64
 
 
@@ -33,7 +38,7 @@ class ProjectionResult(NamedTuple):
 
     Attributes:
       kernel: `||T(kernel)||_2 <= max_norm` up to the rounding of its dtype.
-      gap: `(||T(kernel) - T(A)||_F - b) / ||T(A)||_F` where `b` is proven: no kernel of the ball is nearer to `A`
+      gap: `(||T(kernel) - T(A)||_F - b) / ||T(A)||_F` with a proven bound `b`: no kernel of the ball is nearer to `A`
         than `b`. With `t` the relative distance of the kernel, the projection is at most `sqrt(2 t gap)` away.
       num_steps: steps taken, one SVD of all matrices each; 0 for a kernel that is in the ball already.
     """
@@ -44,12 +49,12 @@ class ProjectionResult(NamedTuple):
 
 
 def clip_singular_values(kernel: Kernel, op: Operator, max_norm) -> Shaped[Array, "..."]:
-    """One pass of singular value clipping: clip those of `T(kernel)` at `max_norm`, then keep the taps.
+    """One pass of singular value clipping: the singular values of `T(kernel)` are clipped, then the taps are kept.
 
     Clip_OperatorNorm of Sedghi, Gupta, Long 2019: the symbol at every frequency is clipped and transformed back, and
-    what falls outside the kernel's support is dropped. Dropping raises the norm again: one pass neither ends in the
-    ball nor is it the projection, `project_spectral_ball`. Dense: both (Sanyal et al. 2020, Algorithm 3). Zero
-    padding: the same on the explicit matrix, up to 2**24 entries; each tap becomes its mean over the image.
+    what falls outside the kernel's support is dropped. Dropping can raise the norm again, so one pass neither ends in
+    the ball nor is it the projection (`project_spectral_ball`). On a dense layer it is both (Sanyal et al. 2020,
+    Algorithm 3). Zero padding clips the explicit matrix, up to 2**24 entries; each tap becomes its mean over the image.
 
     Args:
       kernel: `(c_in, c_out)` or `(*taps, c_in // groups, c_out)`.
@@ -57,8 +62,8 @@ def clip_singular_values(kernel: Kernel, op: Operator, max_norm) -> Shaped[Array
       max_norm: positive; traced.
 
     Returns:
-      The kernel, in the dtype of the input. Derivatives, also in `max_norm`, are exact where no singular value is
-      equal to `max_norm`, one of the generalised ones elsewhere, and finite always.
+      The kernel, in the dtype of the input. Derivatives, also in `max_norm`, are always finite. They are exact where no
+      singular value equals `max_norm`, and one of the generalised derivatives elsewhere.
 
     Raises:
       ValueError: a kernel that does not fit, aliased taps, a `max_norm` that is not positive, or a zero-padded matrix
@@ -85,7 +90,7 @@ def _clip_singular_values(kernel, op, max_norm):
     a, scale = rescaled(kernel.astype(float_dtype(kernel.dtype)), op)
     blocks = matrix_stack(op, a.shape, a.dtype)
     limit = max_norm / scale
-    # The stack keeps inner products, so that its adjoint transforms back.
+    # The stack keeps inner products, so its adjoint is the transform back that keeps the taps.
     matrices, largest = smooth_clipped(blocks.stack(a), limit)
     keep = (largest <= limit) | jnp.asarray(op._tap_counts(kernel.shape) == 0)
     return jnp.where(keep, kernel, (blocks.pull_back(matrices) * scale).astype(kernel.dtype))
@@ -100,33 +105,33 @@ def project_spectral_ball(
 
         minimise ||T(K) - T(A)||_F   subject to   ||T(K)||_2 <= max_norm
 
-    and says how far from its solution the result can be at most. A kernel in the ball is returned unchanged; taps that
-    never meet a sample of the image always are. The result is scaled by its `spectral_norm` at the end, so that it is
-    in the ball whether or not the steps converged (as far as that norm is proven).
+    and says how far from its solution the result can be at most. A kernel in the ball is returned unchanged, and so are
+    taps that never meet a sample of the image. The result is scaled by its `spectral_norm` at the end, so that it is in
+    the ball whether or not the steps converged (as far as that norm is proven).
 
-    Circular, and zero padding up to an explicit matrix of 2**16 entries: an augmented Lagrangian with semismooth
-    Newton steps, one SVD of all matrices each. Alternating clips ends elsewhere in the ball; Dykstra's algorithm finds
-    the projection too, by more than ten times as many SVDs (`benchmarks/projections.py`). Dense: the singular values
-    are clipped, exact (Sanyal et al. 2020, Algorithm 3).
+    Circular layers, and zero-padded ones up to an explicit matrix of 2**16 entries, take an augmented Lagrangian with
+    semismooth Newton steps, one SVD of all matrices each (Zhao, Sun, Toh 2010). Alternating clips end elsewhere in the
+    ball; Dykstra's algorithm finds the projection too, with many more SVDs (`python benchmarks/projections.py`). The
+    singular values of a dense layer are clipped, which is exact (Sanyal et al. 2020, Algorithm 3).
 
-    Larger zero-padded layers have no small matrices to split. There the result is an inner approximation: the
-    projection, in the layer's own distance, on the ball of the circular layer that covers it (on the padded image),
-    with its radius widened until the layer's own norm is `max_norm`. `gap` is measured against an outer one: the
-    layer compressed to plane waves is a circular layer whose taps are tapered by the share of samples that they meet,
-    and no kernel of the ball can leave the ball of that one. Both are as far off as the border is wide.
+    Larger zero-padded layers have no small matrices. There the result is an inner approximation: the projection, in the
+    layer's own distance, on the ball of its cover (the circular layer on the padded image), with the radius widened
+    until the layer's own norm is `max_norm`. `gap` is measured against an outer ball, that of the circular layer whose
+    taps are tapered by the share of samples that they meet; it contains the layer's ball. Both approximations are worse
+    the more of the image is border.
 
     Args:
       kernel: `(c_in, c_out)` or `(*taps, c_in // groups, c_out)`.
       op: its operator.
       max_norm: positive; traced.
-      max_steps: static; of each convex problem that is solved.
-      tolerance: the `gap` to stop at, default `eps ** 0.55`; traced. One that is not reached is no failure:
-        `gap` says what was.
+      max_steps: static; the most steps of each convex problem that is solved.
+      tolerance: the `gap` to stop at, default `eps ** 0.55`; traced. A tolerance that is not reached is no failure:
+        `gap` says what was reached.
 
     Returns:
       A `ProjectionResult`. Derivatives of the kernel, also in `max_norm`, are those of the projection by its optimality
-      conditions: exact up to rounding and the tolerance where it is differentiable (the active singular values stay
-      the active ones), finite and not expanding everywhere. `gap` has derivative 0.
+      conditions. They are exact up to rounding and the tolerance where the projection is differentiable (the active
+      singular values stay the active ones), and finite and not expanding everywhere. `gap` has derivative 0.
 
     Raises:
       ValueError: a kernel that does not fit, aliased taps, a `max_norm` or `tolerance` that is not positive.
@@ -151,7 +156,7 @@ def _project_spectral_ball(kernel, op, own, max_norm, tolerance, max_steps):
         found = smooth_clipped(a[None], limit)[0][0]
         gap, num_steps = jnp.where(jnp.isnan(size), size, 0.0), jnp.asarray(1)
     else:
-        # Nothing is as small as asked where the kernel stays as it is: no step is taken then.
+        # A kernel in the ball is asked for nothing, and takes no step.
         asked = jnp.where(inside, jnp.inf, tolerance * size)
         solution, nearby = nearest(fixed, op, fixed_limit, own, max_steps, asked)
         found = with_derivative(op, a, limit, nearby.kernel, solution)
