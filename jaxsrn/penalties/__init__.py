@@ -1,4 +1,4 @@
-"""Differentiable regularisers: singular values drawn together, batch norm folded in, sums over layers."""
+"""Differentiable regularisers: a penalty on extreme singular values, batch norm folded in, sums over layers."""
 
 from jaxsrn.penalties.batch_norm import fold_batch_norm
 from jaxsrn.penalties.guo_ye import extreme_singular_values

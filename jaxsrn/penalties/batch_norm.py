@@ -1,4 +1,4 @@
-"""Batch normalization folded into the kernel before it."""
+"""Batch normalization folded into the kernel before it, so that norms and bounds are those of the composition."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ __all__ = [
 def fold_batch_norm(kernel: Kernel, scale, var, *, epsilon: float = 1e-5) -> Kernel:
     """The kernel of a layer followed by batch normalization in evaluation: `kernel * scale / sqrt(var + epsilon)`.
 
-    Norms and bounds of the composition, as Grishina et al. 2024 (Figure 4) follow it, are those of this kernel:
-    `spectral_norm(fold_batch_norm(kernel, scale, var), op)`.
+    The composition has the norms and bounds of this kernel, `spectral_norm(fold_batch_norm(kernel, scale, var), op)`.
+    Grishina et al. 2024 follow its spectral norm in training (Figure 4).
 
     Args:
       kernel: `(..., c_out)`.
       scale: `(c_out,)`, Flax's `scale`, the gamma of the literature; ones where the layer has none.
       var: `(c_out,)`, the running variance.
-      epsilon: positive; that of the layer.
+      epsilon: positive; the `epsilon` of the layer.
 
     Returns:
-      A kernel of the same shape, in float32 or wider: rounding would move the norm that it is for. Differentiable in
-      all three.
+      A kernel of the same shape, in float32 or wider, because rounding to a narrow dtype would move its norm. It is
+      differentiable in all three arrays.
 
     Raises:
       ValueError: a kernel that is not real floating, channels that do not fit, or a bad epsilon.

@@ -1,4 +1,9 @@
-"""Differentiable regularisers: singular values drawn together (Guo, Ye 2019), batch norm folded in, sums of layers."""
+"""The regulariser of Guo, Ye 2019, which draws the extreme singular values of a layer together, computed to the end.
+
+It needs the largest and the smallest singular value. The paper follows both with power steps while it trains
+(`tracked.py`); here they are computed anew for every kernel: all frequencies of a circular layer by SVDs, one SVD of a
+small matrix, and Lanczos for the rest, whose lower end is the upper end of a shifted Gram matrix.
+"""
 
 from __future__ import annotations
 
@@ -29,12 +34,10 @@ __all__ = [
     "extreme_singular_values",
 ]
 
-# Relative to the squared norm: the residual at which Lanczos stops for the smallest eigenvalue of a Gram matrix.
+# The residual, relative to the squared norm, at which Lanczos stops for the smallest eigenvalue of a Gram matrix. A
+# smaller one costs more restarts, above all where the small singular values lie close together.
 _LOWER_TOLERANCE = 1e-4
 _SIDES = ("small", "input")
-
-
-# Both ends of the spectrum
 
 
 def extreme_singular_values(kernel: Kernel, op: Operator, *, alpha=1.0, gram: str = "small") -> Float[Array, ""]:
@@ -47,15 +50,16 @@ def extreme_singular_values(kernel: Kernel, op: Operator, *, alpha=1.0, gram: st
     Their Theorem 2.1: `R_alpha < t alpha` with `0 < t <= 1` implies
     `sqrt((1 - t) alpha) < sigma_min <= sigma_max < sqrt((1 + t) alpha)`.
 
-    Which Gram matrix matters. Where the input is larger than the output (`c_in > c_out`), `M^T M` is singular:
-    `R_alpha >= alpha` whatever the kernel, and once `sigma_max^2 <= 2 alpha` the gradient is exactly 0. This is the
-    barrier at `alpha` that the paper saw. `gram="small"` uses the smaller one, `M M^T` there, so `sigma_min` is the
-    least of all `min(prod(in_shape), prod(out_shape))` singular values, and the theorem holds for it.
+    The choice of the Gram matrix matters. Where the input is larger than the output (`c_in > c_out`), `M^T M` is
+    singular: `R_alpha >= alpha` whatever the kernel, and once `sigma_max^2 <= 2 alpha` the gradient is exactly 0. This
+    is the barrier at `alpha` that the paper saw. `gram="small"` uses the smaller matrix, which is `M M^T` there. Then
+    `sigma_min` is the least of all `min(prod(in_shape), prod(out_shape))` singular values, and the theorem holds for
+    it.
 
-    Circular: extreme singular values over all frequencies. Dense and small zero-padded layers (up to 2**20 matrix
-    entries): an SVD. Larger zero-padded layers, whose both ends come from Lanczos: the upper one as in
-    `spectral_norm`; the lower one to a residual of `1e-4 sigma_max^2` (at most 200 restarts), within which there is an
-    eigenvalue of the Gram matrix. Where the lower end decides, `R_alpha` may be too small by that much.
+    A circular layer takes its extreme singular values over all frequencies. Dense and small zero-padded layers (up to
+    2**20 matrix entries) take an SVD. Larger zero-padded layers take Lanczos: the upper end as in `spectral_norm`, the
+    lower end to a residual of `1e-4 sigma_max^2` (at most 200 restarts). Some eigenvalue of the Gram matrix lies within
+    this residual, and where the lower end decides, `R_alpha` may be too small by that much.
 
     Args:
       kernel: `(c_in, c_out)` or `(*taps, c_in // groups, c_out)`.
@@ -65,8 +69,8 @@ def extreme_singular_values(kernel: Kernel, op: Operator, *, alpha=1.0, gram: st
 
     Returns:
       A scalar in float32 or wider; NaN where the kernel has one. The gradient, `+-grad_K ||M v||^2` with the extremal
-      eigenvector `v` held constant, is their (2.3) and (2.5): exact for a simple eigenvalue, finite always. Where both
-      ends are equally far it is that of the upper one.
+      eigenvector `v` held constant, is their (2.3) and (2.5): exact for a simple eigenvalue, and always finite. Where
+      both ends are equally far it is the gradient of the upper one.
 
     Raises:
       ValueError: a kernel that does not fit, an `alpha` that is not positive, an unknown `gram`.
@@ -77,10 +81,12 @@ def extreme_singular_values(kernel: Kernel, op: Operator, *, alpha=1.0, gram: st
 
 
 def check_side(gram) -> None:
+    """Raises `ValueError` where `gram` names no Gram matrix."""
     ensure(gram in _SIDES, f"gram: got {gram!r}, expected one of {_SIDES}.")
 
 
 def exceeds_output(op: Operator, kernel_shape) -> bool:
+    """Whether the input is larger than the output (static)."""
     return math.prod(op.in_shape(kernel_shape)) > math.prod(op.out_shape(kernel_shape))
 
 
@@ -92,16 +98,16 @@ def _extreme(kernel, op, alpha, gram):
     above = frozen_value(kernel, op, largest) ** 2 - alpha
     singular = gram == "input" and exceeds_output(op, kernel.shape)
     below = alpha - (0.0 if singular else frozen_value(kernel, op, smallest) ** 2)
-    # NaN compares as false, and must not end as alpha.
+    # NaN compares as false; in this order it is the result and not alpha.
     return jnp.where(below > above, below, above)
 
 
 def _extreme_pairs(kernel: Float[Array, "..."], op: Operator) -> tuple[Pair, Pair]:
-    """The pairs of the largest and of the smallest singular value, of `min(prod(in_shape), prod(out_shape))`."""
+    """The pairs of the largest and of the smallest of the `min(prod(in_shape), prod(out_shape))` singular values."""
     if isinstance(op, CircularConv):
         return _extreme_at_sites(kernel, op)
     if not op._needs_explicit_matrix or matrix_size(op, kernel.shape) <= BOTH_ENDS_SIZE:
-        # Transposed: like a symbol it maps outputs to inputs.
+        # `end_pairs` wants the inputs in the rows, as a symbol has them.
         matrix = op.to_dense(kernel).T[None]
         return tuple(as_images(u[0], v[0], op, kernel.shape) for _, u, v in end_pairs(matrix))
     largest = leading_pair(kernel, op)
@@ -109,7 +115,7 @@ def _extreme_pairs(kernel: Float[Array, "..."], op: Operator) -> tuple[Pair, Pai
 
 
 def _extreme_at_sites(kernel, op: CircularConv):
-    """Singular values at all sites, vectors at the two that matter."""
+    """The extreme pairs of a circular layer: singular values at all sites, vectors at the two sites that matter."""
     layer = without_constant_axes(op, kernel.shape)
     sites = jnp.asarray(distinct_sites(layer)[0])
     values = jnp.linalg.svd(half_symbol(kernel, layer)[sites], compute_uv=False)
@@ -121,7 +127,10 @@ def _extreme_at_sites(kernel, op: CircularConv):
 
 
 def _smallest_matrix_free(kernel, op: Operator, norm) -> Pair:
-    """The pair of the smallest eigenvalue of the smaller Gram matrix `G`: Lanczos for the top of `norm^2 I - G`."""
+    """The pair of the smallest eigenvalue of the smaller Gram matrix `G`.
+
+    Lanczos (`_tools/subspaces.py`) finds the largest eigenvalue of `norm^2 I - G` in its place.
+    """
     matvec, rmatvec, in_size, out_size = flat_products(kernel, op)
     if in_size > out_size:
         matvec, rmatvec = rmatvec, matvec
@@ -132,6 +141,6 @@ def _smallest_matrix_free(kernel, op: Operator, norm) -> Pair:
 
     start = random_start((size,), kernel.dtype)
     vector = unit(leading_singular_vectors(shifted, shifted, start, size, _LOWER_TOLERANCE).input)
-    # Unit images, or zero: what the map makes of the vector is its singular value times them.
+    # The image is the singular value times a unit vector. Where the singular value is 0, `unit` gives zero.
     image = unit(matvec(vector))
     return as_images(*((image, vector) if in_size > out_size else (vector, image)), op, kernel.shape)

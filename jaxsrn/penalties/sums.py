@@ -1,4 +1,4 @@
-"""Sums of any function over the layers of a model."""
+"""The sum of any function of a layer over the layers of a model, with one compilation per distinct shape."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ __all__ = [
 def total(function: Callable, layers: Layers, params) -> Float[Array, ""]:
     """`sum function(kernel, op)` over layers of a model: a penalty on all of them at once.
 
-    Kernels of equal operator, shape and dtype are stacked, and `function` is mapped over each stack: one call, and one
-    compilation, per distinct shape.
+    Kernels of equal operator, shape and dtype are stacked, and `function` is mapped over each stack, so that it is
+    compiled once per distinct shape.
 
     Args:
-      function: `f(kernel, op)` to a scalar, such as `spectral_norm`, `bounds.tensor_norm`, `stable_rank` or
+      function: a map from `(kernel, op)` to a scalar, such as `spectral_norm`, `bounds.tensor_norm`, `stable_rank` or
         `functools.partial(penalties.extreme_singular_values, alpha=2.0)`.
       layers: `{path: operator}`; a path is the tuple of plain keys to the kernel, `("conv1", "kernel")`, as
         `flax.traverse_util.flatten_dict` and `flax.nnx.to_flat_state` name it.
@@ -38,6 +38,7 @@ def total(function: Callable, layers: Layers, params) -> Float[Array, ""]:
     """
     running = jnp.zeros((), jnp.float32)
     for stack in stacks(layers, params):
+        # `after` lets the stacks run in turn.
         values = jax.vmap(function, (0, None))(after(stack.kernels, running), stack.op)
         ensure(
             jnp.shape(values) == (len(stack.paths),),

@@ -1,4 +1,10 @@
-"""Algorithm 2.1 of Guo, Ye 2019: two eigenpairs that follow the kernel while it trains."""
+"""Algorithm 2.1 of Guo, Ye 2019: two eigenpairs that are tracked while the kernel trains.
+
+To **track** a pair is to store it and to move it by a few power steps in each training step, so that it follows the
+kernel at the cost of a few products. Two pairs are tracked, because the leading ones can cross as the kernel changes.
+The paper moves each pair by the power method. Here both move as a block and are rotated to the best vectors of their
+span (Rayleigh, Ritz), so that they stay orthogonal. `guo_ye.py` computes the pairs of each kernel to the end instead.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +33,7 @@ __all__ = [
 
 
 class TrackedPairs(NamedTuple):
-    """Two eigenpairs of `G - alpha I` with a Gram matrix `G` of a layer, the larger in absolute value first.
+    """Two eigenpairs of `G - alpha I` with a Gram matrix `G` of a layer, the one larger in absolute value first.
 
     Attributes:
       values: `(2,)`, signed: positive above `alpha`, negative below it.
@@ -39,9 +45,9 @@ class TrackedPairs(NamedTuple):
 
 
 def init_pairs(kernel: Kernel, op: Operator, *, alpha=1.0, gram: str = "small") -> TrackedPairs:
-    """The two eigenpairs of `M^T M - alpha I` farthest from 0: where Algorithm 2.1 of Guo, Ye 2019 starts.
+    """The two eigenpairs of `M^T M - alpha I` farthest from 0, with which Algorithm 2.1 of Guo, Ye 2019 starts.
 
-    By Lanczos with deflation, matrix-free, for every operator.
+    They come from Lanczos with deflation, matrix-free, for every operator.
 
     Args:
       kernel, op, alpha, gram: as in `extreme_singular_values`.
@@ -80,19 +86,19 @@ def extreme_singular_values_step(
 ) -> tuple[Float[Array, ""], TrackedPairs]:
     """`R_alpha` from tracked eigenvectors: steps 6 and 7 of Algorithm 2.1 of Guo, Ye 2019, for use in training.
 
-    Both vectors take `num_steps` power steps with `G - alpha I`, are made orthonormal and rotated to the best of their
-    span (Rayleigh, Ritz); the larger in absolute value gives `R_alpha`. Two, since the leading ones can cross as the
-    kernel changes.
+    Both vectors take `num_steps` power steps with `G - alpha I`, are made orthonormal and are rotated to the best of
+    their span (Rayleigh, Ritz). The pair that is larger in absolute value gives `R_alpha`. Two pairs are kept, since
+    the leading ones can cross as the kernel changes.
 
     Args:
       kernel: `(c_in, c_out)` or `(*taps, c_in // groups, c_out)`.
-      pairs: of the step before, first from `init_pairs`, with the same `gram`.
+      pairs: the pairs of the step before, with the same `gram`; the first ones come from `init_pairs`.
       op, alpha, gram: as in `extreme_singular_values`.
-      num_steps: static; power steps, two in the paper.
+      num_steps: static; power steps, two in the paper (section 3).
 
     Returns:
-      `(value, pairs)`: an estimate of `R_alpha` from below, exact where the pairs have converged, with the gradient
-      for vectors held constant; and the stepped pairs, constants.
+      `(value, pairs)`. The value is an estimate of `R_alpha` from below, exact where the pairs have converged, and its
+      gradient holds the vectors constant. The stepped pairs are constants.
 
     Raises:
       ValueError: as `init_pairs`, pairs that do not fit, or fewer than one step.
@@ -122,6 +128,7 @@ def _stepped(kernel, pairs, op, alpha, gram, num_steps):
 
 
 def _side_shape(op: Operator, kernel_shape, gram: str) -> tuple[int, ...]:
+    """The shape of the vectors that the Gram matrix acts on."""
     on_output = gram == "small" and exceeds_output(op, kernel_shape)
     return op.out_shape(kernel_shape) if on_output else op.in_shape(kernel_shape)
 
@@ -139,7 +146,7 @@ def _image(kernel, op: Operator, vector: Float[Array, "..."], gram: str) -> Floa
 
 
 def _shifted_gram(kernel, op: Operator, alpha, gram: str) -> Callable:
-    """The map `G - alpha I`, up to a factor that keeps it in the range of the dtype."""
+    """The map `G - alpha I` up to a factor, which keeps squares of the kernel in the range of the dtype."""
     scale = jnp.maximum(jnp.max(jnp.abs(kernel)), jnp.sqrt(alpha))
     kernel, shift = kernel / scale, (jnp.sqrt(alpha) / scale) ** 2
     forward, back = _gram_maps(kernel, op, gram)
