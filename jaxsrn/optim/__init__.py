@@ -1,4 +1,4 @@
-"""Optax transformations: parameters on the unit sphere; layers of bounded norm, or of prescribed stable rank."""
+"""Optax transformations: parameters on the unit sphere, and layers of bounded spectral norm or stable rank."""
 
 from jaxsrn.optim.keeping import KeepState
 from jaxsrn.optim.layers import keep_spectral_norm, keep_stable_rank

@@ -1,7 +1,9 @@
-"""Constraints put back after the step of an optimizer: what `optim.keep_spectral_norm` and `keep_stable_rank` share.
+"""Constraints restored after the step of an optimizer: the part that both `optim.keep_...` transformations share.
 
-The updates of an optimizer lead to some kernels. Every so many steps those are replaced by kernels that meet the
-constraint, and the updates by what leads there. Layers of one shape are corrected in one call.
+The updates of an optimizer lead to some kernels. Every `every` steps these kernels are replaced by the nearest ones
+that meet a constraint, and the updates by those that lead there: projected descent, in the manner of
+`optax.keep_params_nonnegative`. Unlike there, a projection may start from what the last one found, which is the state.
+Layers of one shape are corrected in one call.
 """
 
 from __future__ import annotations
@@ -38,6 +40,7 @@ __all__ = [
     "require_params",
 ]
 
+# The default `max_steps` of `srnc`: passes that a correction from a remembered pair may take.
 _MAX_PASSES = 500
 
 
@@ -46,7 +49,7 @@ class KeepState(NamedTuple):
 
     Attributes:
       count: steps since the last projection.
-      memory: of every layer, what its next projection starts from.
+      memory: one entry per layer, from which its next projection starts.
     """
 
     count: Int[Array, "..."]
@@ -57,8 +60,9 @@ class Rule(NamedTuple):
     """How kernels are corrected.
 
     Attributes:
-      begin: `(op, kernel_shape, dtype) -> memory` of one layer that was not corrected yet; checks that it can be.
-      correct: `(kernels, op, memories) -> (kernels, memories)` of a stack of layers, in float32 or wider.
+      begin: `(op, kernel_shape, dtype) -> memory`, the memory of a layer before its first correction. It raises
+        `ValueError` where the layer cannot be corrected.
+      correct: `(kernels, op, memories) -> (kernels, memories)` for a stack of layers, in float32 or wider.
     """
 
     begin: Callable
@@ -81,7 +85,7 @@ def displacement(target, leaf):
 
 
 def keep(layers: Layers, every: int, rule: Rule) -> optax.GradientTransformationExtraArgs:
-    """The transformation that corrects, every `every` steps, the kernels that the updates lead to."""
+    """The transformation that corrects the kernels to which the updates lead, every `every` steps."""
     ensure(
         isinstance(layers, Layers),
         f"layers: got {layers!r}, expected {{path: operator}}, as layer_operators gives it.",
@@ -96,7 +100,7 @@ def keep(layers: Layers, every: int, rule: Rule) -> optax.GradientTransformation
                 memory.append(rule.begin(op, kernels[path].shape, float_dtype(kernels[path].dtype)))
         return KeepState(jnp.zeros((), jnp.int32), tuple(memory))
 
-    # Compiled here, so that without an outer jit it is compiled once.
+    # The jit is here, so that an eager `update` compiles once.
     @jax.jit
     def correct(kernels, steps, state: KeepState):
         count = (state.count + 1) % every
@@ -125,6 +129,7 @@ def keep(layers: Layers, every: int, rule: Rule) -> optax.GradientTransformation
 
 
 def _checked_step(path, step, shape: tuple[int, ...]):
+    """The update of a kernel as an array of its shape, or `None` where it is missing."""
     if step is None:
         return None
     ensure(
@@ -135,13 +140,13 @@ def _checked_step(path, step, shape: tuple[int, ...]):
 
 
 def _listed(layers, steps: dict, memory: dict):
-    """Steps (`None` where missing) and memories in the order of the layers."""
+    """The steps (`None` where missing) and the memories, in the order of the layers."""
     return tuple(steps.get(path) for path in layers), tuple(memory[path] for path in layers)
 
 
 def _corrected(layers, rule: Rule, kernels: dict, steps: dict, memory: dict):
     """The steps to the corrected kernels, and the new memories."""
-    # Another branch reads these dictionaries too.
+    # The other branch of the `cond` reads these dictionaries too.
     steps, memory = dict(steps), dict(memory)
     wide = {path: float_dtype(kernels[path].dtype) for path in steps}
     points = {path: kernels[path].astype(dtype) + steps[path].astype(dtype) for path, dtype in wide.items()}
@@ -151,7 +156,7 @@ def _corrected(layers, rule: Rule, kernels: dict, steps: dict, memory: dict):
         targets, memories = rule.correct(after(stack.kernels, done), stack.op, memories)
         done = targets.reshape(-1)[0]
         for i, path in enumerate(stack.paths):
-            # What is right already is left to the last bit.
+            # A kernel that meets the constraint already keeps its step to the last bit.
             same, step = targets[i] == points[path], targets[i] - kernels[path].astype(targets.dtype)
             steps[path] = jnp.where(same, steps[path], step.astype(steps[path].dtype))
             memory[path] = jax.tree.map(lambda new, old, i=i: new[i].astype(old.dtype), memories, memory[path])
@@ -159,7 +164,7 @@ def _corrected(layers, rule: Rule, kernels: dict, steps: dict, memory: dict):
 
 
 def in_the_ball(max_norm: Float[Array, ""]) -> Rule:
-    """The projection on the kernels with a spectral norm of at most `max_norm`; remembers nothing."""
+    """The rule of the projection on the kernels with a spectral norm of at most `max_norm`; it has no memory."""
 
     def begin(op: Operator, kernel_shape, dtype):
         op._check_not_aliased(kernel_shape)
@@ -167,17 +172,17 @@ def in_the_ball(max_norm: Float[Array, ""]) -> Rule:
 
     def correct(kernels, op: Operator, memories):
         limit = max_norm.astype(kernels.dtype)
-        # Not side by side: all would take as many steps as the slowest.
+        # Under `vmap` all kernels would take as many steps as the slowest.
         return lax.map(lambda kernel: project_spectral_ball(kernel, op, limit).kernel, kernels), memories
 
     return Rule(begin, correct)
 
 
 def of_stable_rank(fraction: float) -> Rule:
-    """The closest kernels of the same norm whose stable rank is `fraction` of the largest, where it is not below.
+    """The rule of the closest kernels of the same norm whose stable rank is at most `fraction` of the largest.
 
-    Remembers the pairs of zero-padded layers that the last ones were made with. (Matrices take one SVD; the scan of
-    circular layers costs little more than a pass from a known pair.)
+    Its memory holds, for zero-padded layers, the pairs that the last correction ended with. Dense layers take one SVD,
+    and the scan of circular layers costs little more than a pass from a known pair, so they remember nothing.
     """
 
     def begin(op: Operator, kernel_shape, dtype):
@@ -195,14 +200,17 @@ def of_stable_rank(fraction: float) -> Rule:
 
 
 def _no_pair(op: Operator, kernel_shape: tuple[int, ...], dtype) -> Pair:
+    """The memory before the first correction: zeros, which no pair of unit vectors is."""
     shapes = pair_shapes(op, kernel_shape)
     return Pair(jnp.asarray(0), jnp.zeros(shapes.input, dtype), jnp.zeros(shapes.output, dtype))
 
 
 def _followed(kernels, op: Operator, target, pairs: Pair):
-    """From the remembered pairs; where that does not meet the constraints, or nothing is remembered, from all starts.
+    """The corrected kernels and their pairs, from the remembered pairs where that suffices, else from all starts.
 
-    A pair that was feasible for the target is so for every kernel: `e` does not depend on the kernel.
+    A remembered pair does not suffice where there is none, or where the constraints are missed. A pair that was
+    feasible for the target is feasible for every kernel: `e`, the squared norm of its gradient, does not depend on the
+    kernel.
     """
     dtype = kernels.dtype
     tolerance = jnp.asarray(kernel_tolerance(dtype), dtype)
@@ -221,6 +229,7 @@ def _followed(kernels, op: Operator, target, pairs: Pair):
 
 
 def _is_met(result: SRNResult) -> Bool[Array, ""]:
-    """Whether the constraints are met to the tolerance of singular values, or the kernel is fine as it is."""
+    """Whether the constraints are met to the tolerance of singular vectors, or the kernel was returned unchanged."""
+    # A smaller factor would search from all starts more often, a larger one keep kernels that miss more.
     met = result.residual <= 4 * vector_tolerance(result.residual.dtype)
     return result.feasible & (met | (result.distance == 0))

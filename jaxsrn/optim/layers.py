@@ -1,4 +1,4 @@
-"""Layers of bounded spectral norm, or of prescribed stable rank, while any optimizer trains them."""
+"""Optax transformations that keep layers at a bounded spectral norm, or a bounded stable rank, under any optimizer."""
 
 from __future__ import annotations
 
@@ -19,29 +19,28 @@ __all__ = [
 def keep_spectral_norm(layers: Layers, max_norm, *, every: int = 1) -> optax.GradientTransformationExtraArgs:
     """Keeps the spectral norm of layers at or below `max_norm` while any optimizer trains them.
 
-    In the manner of `optax.keep_params_nonnegative`: it comes last in a chain and changes the updates, so that
-    `optax.apply_updates` lands on the closest kernels in the ball, `project_spectral_ball` of the kernels that the
-    optimizer would have reached. That is projected descent on `{||T(K)||_2 <= max_norm}`, with the norm of the whole
-    layer, padding and strides included.
+    It works in the manner of `optax.keep_params_nonnegative`: it comes last in a chain and changes the updates, so that
+    `optax.apply_updates` lands on `project_spectral_ball` of the kernels that the optimizer would have reached. This is
+    projected descent on `{||T(K)||_2 <= max_norm}`, with the norm of the whole layer, padding and strides included.
 
         optimizer = optax.chain(optax.adam(1e-3), keep_spectral_norm(layer_operators(model, x), 1.0))
 
-    Guaranteed after every projection: `||T(K)||_2 <= max_norm` up to rounding. Kernels in the ball, and all other
-    parameters, are not touched. With `every > 1` the updates in between pass unchanged, at no cost; then a norm
-    exceeds `max_norm` by at most the sum of `||T(step)||_2` since the last projection. `benchmarks/training.py --only
-    keeping` measures the cost and that drift.
+    After every projection `||T(K)||_2 <= max_norm` is guaranteed up to rounding. Kernels in the ball, and all other
+    parameters, are not touched. With `every > 1` the updates in between pass unchanged, at no cost; a norm then exceeds
+    `max_norm` by at most the sum of `||T(step)||_2` since the last projection. The cost and this drift are measured by
+    `python benchmarks/training.py --only keeping`.
 
     Layers of equal operator and shape are projected in one call. Zero-padded layers too large for an explicit matrix
     take several convex problems and are an inner approximation (see `project_spectral_ball`): use a large `every`.
-    Inside `optax.MultiSteps` every accumulated step computes a projection, and the last of them counts; outside,
-    `chain(MultiSteps(adam, k).gradient_transformation(), keep_spectral_norm(..., every=k))`, only that one is computed.
-    The same under `vmap`, where all branches run.
+    Inside `optax.MultiSteps` every accumulated step computes a projection, and the last of them counts. Outside it,
+    `chain(MultiSteps(adam, k).gradient_transformation(), keep_spectral_norm(..., every=k))` computes only that one.
+    Under `vmap` every step computes a projection, because all branches run.
 
     Args:
       layers: `{path: operator}`, as `jaxsrn.nnx.layer_operators` gives it; a path is the tuple of plain keys to the
         kernel, `("conv1", "kernel")`.
       max_norm: positive.
-      every: steps from one projection to the next; the first is that of step `every`. Static.
+      every: static; steps from one projection to the next. The first projection is in step `every`.
 
     Returns:
       The transformation; its state is a `KeepState`. `update` needs `params`. A missing update (`None`) stays missing.
@@ -59,28 +58,27 @@ def keep_spectral_norm(layers: Layers, max_norm, *, every: int = 1) -> optax.Gra
 def keep_stable_rank(layers: Layers, fraction: float, *, every: int = 1) -> optax.GradientTransformationExtraArgs:
     """Keeps the stable rank of layers at or below a fraction of the largest while any optimizer trains them.
 
-    As `keep_spectral_norm`, with the closest kernels of stable rank `fraction * min(prod(in), prod(out))` and of the
-    norm that each layer has of itself: `srnc` (Zheng et al. 2025, eq. 7), for matrices `srn` with one value preserved
-    (Sanyal, Torr, Dokania 2020). Layers whose stable rank is below that are not touched.
+    It works as `keep_spectral_norm` does, with the closest kernels of stable rank `fraction * min(prod(in), prod(out))`
+    that keep each layer's own norm: `srnc` (Zheng et al. 2025, eq. 7), and for matrices `srn` with one value preserved
+    (Sanyal, Torr, Dokania 2020). Layers whose stable rank is below the target are not touched.
 
         optimizer = optax.chain(optax.adam(1e-3), keep_stable_rank(layer_operators(model, x), 0.3, every=10))
 
-    Guaranteed after every projection: the stable rank of every layer is at most the target (equal to it where it was
-    above) up to the tolerance of `srnc`, and its norm is that of the kernel that the optimizer's own updates lead to.
-    (The norm may grow with training; put `keep_spectral_norm` before this one to bound it too.) In between the stable
-    rank drifts with the updates: with `t = ||T(step)||_F / ||T||_2` summed since the last projection and `r` the
-    target, its square root is at most `(sqrt(r) + t) / (1 - t)`.
+    After every projection two things are guaranteed up to the tolerance of `srnc`: the stable rank of a layer is at
+    most the target (equal to it where it was above), and its norm is that of the kernel to which the optimizer's own
+    updates lead. (The norm may grow with training; put `keep_spectral_norm` before this one to bound it too.) In
+    between the stable rank drifts with the updates: with `t = ||T(step)||_F / ||T||_2` summed since the last projection
+    and `r` the target, its square root is at most `(sqrt(r) + t) / (1 - t)`.
 
-    Problem (7) is not convex. Circular layers are scanned anew in every projection, zero-padded ones start from the
-    pair of images that the last projection ended with, which takes far less time, and from several starts where
-    that does not meet the constraints.
+    Problem (7) is not convex. Circular layers are scanned anew in every projection. Zero-padded ones start from the
+    pair of images with which the last projection ended, and from several starts where that misses the constraints.
 
     Args:
       layers, every: as `keep_spectral_norm`.
       fraction: in (0, 1] (Sanyal's `c`, Zheng's `beta`), as in `jaxsrn.nnx.StableRankNorm`.
 
-    Returns, errors: as `keep_spectral_norm`; also a fraction outside (0, 1], and in `init`, naming the layer, one that
-      is below what its taps allow.
+    Returns, errors: as `keep_spectral_norm`; also a fraction outside (0, 1], and in `init`, naming the layer, a
+      fraction below the least that its taps allow.
     """
     ensure(
         np.ndim(fraction) == 0 and 0 < float(fraction) <= 1, f"fraction: got {fraction}, expected a number in (0, 1]."

@@ -1,4 +1,4 @@
-"""Optax transformations: parameters on the unit sphere; layers of bounded norm, or of prescribed stable rank."""
+"""Optax transformations that keep parameters on the unit sphere (Zheng et al. 2025, section 3.3)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ __all__ = [
 
 
 def _map(function, updates, *trees):
-    """`jax.tree.map` that leaves missing updates (`None`) missing, as optax does."""
+    """A `jax.tree.map` that leaves missing updates (`None`) missing, as optax does."""
     return jax.tree.map(
         lambda update, *rest: None if update is None else function(update, *rest),
         updates,
@@ -33,7 +33,7 @@ def _map(function, updates, *trees):
 
 
 def _point(leaf, axis) -> Float[Array, "..."]:
-    """The points that a parameter stands for, `x / |x|` along the axis, in float32 or wider."""
+    """The points for which one parameter stands, `x / |x|` along the axis, in float32 or wider."""
     leaf = jnp.asarray(leaf)
     ensure(
         jnp.issubdtype(leaf.dtype, jnp.floating),
@@ -44,7 +44,7 @@ def _point(leaf, axis) -> Float[Array, "..."]:
 
 
 def _points(params, axis):
-    """The points that the parameters stand for."""
+    """The points for which the parameters stand."""
     require_params(params)
     return jax.tree.map(lambda leaf: _point(leaf, axis), params)
 
@@ -57,14 +57,14 @@ def _tangent(vector, point, axis):
 def on_sphere(inner: optax.GradientTransformation, *, axis=None) -> optax.GradientTransformationExtraArgs:
     """Makes any optax transformation Riemannian: the parameters are points of unit spheres, and stay there.
 
-    Each step projects the gradient on the tangent space, `g - <g, x> x`, hands it to `inner`, projects what comes
-    back, and retracts, `x' = (x + u) / |x + u|` (Zheng et al. 2025, eqs. 18 and 19, for any `u`). The update is
-    `x' - x`, so `optax.apply_updates` lands on the sphere to rounding, step after step: nothing accumulates. Hence
-    it comes last in a chain: learning rates and clipping belong into `inner`. States of `inner` (momentum, Adam's
-    moments) are ambient and not transported; `sphere_sgd` transports.
+    Each step projects the gradient on the tangent space, `g - <g, x> x`, hands it to `inner`, projects the step `u`
+    that `inner` gives, and retracts, `x' = (x + u) / |x + u|` (Zheng et al. 2025, eqs. 18 and 19, for any `u`). The
+    update is `x' - x`, so `optax.apply_updates` lands on the sphere to rounding in every step, and nothing accumulates.
+    The transformation therefore comes last in a chain: learning rates and clipping belong into `inner`. States of
+    `inner` (momentum, Adam's moments) are vectors of the ambient space and not transported; `sphere_sgd` transports.
 
     A parameter off the sphere is treated as `x / |x|` and lands on the sphere with the first step (to the rounding of
-    the parameter, as updates are differences); a zero one lands where the step leads. A zero step leaves a point
+    the parameter, as updates are differences). A zero parameter lands where the step leads. A zero step leaves a point
     where it is. Narrow dtypes are computed in float32, the state of `inner` included.
 
         optimizer = on_sphere(optax.adam(1e-2))
@@ -91,7 +91,7 @@ def on_sphere(inner: optax.GradientTransformation, *, axis=None) -> optax.Gradie
     inner, project = optax.with_extra_args_support(inner), functools.partial(_tangent, axis=axis)
 
     def init(params):
-        # The points' dtype is that of the updates that inner will see.
+        # `inner` will see updates in the dtype of the points, which may be wider than the parameters.
         return inner.init(_points(params, axis))
 
     def move(step, point, leaf):
@@ -120,13 +120,14 @@ class SphereSGDState(NamedTuple):
 def sphere_sgd(learning_rate, momentum=None, *, axis=None) -> optax.GradientTransformationExtraArgs:
     """Riemannian gradient descent on the unit sphere (Zheng et al. 2025, eqs. 17 to 19).
 
-    `d` the gradient, `d~ = d - <d, x> x`, `x' = (x - eta d~) / |x - eta d~|`. With momentum, the heavy ball: the
-    velocity `m = momentum * m + d~` takes the place of `d~`, and is carried to `x'` by parallel transport, so it
-    stays tangent and keeps its length. Points off the sphere, updates and precision as in `on_sphere`.
+    With the gradient `d` and `d~ = d - <d, x> x` a step is `x' = (x - eta d~) / |x - eta d~|`. With momentum it is the
+    heavy ball: the velocity `m = momentum * m + d~` takes the place of `d~` and is carried to `x'` by parallel
+    transport, so it stays tangent and keeps its length. Points off the sphere, updates and precision are as in
+    `on_sphere`.
 
     Args:
       learning_rate: `eta`, a number or an optax schedule.
-      momentum: the share of the velocity that is kept, a number `>= 0`; `None` for none.
+      momentum: the share of the velocity that is kept, a number `>= 0`; `None` for plain gradient descent.
       axis: which axes of a leaf make one point, as in `on_sphere`.
 
     Returns:
