@@ -1,4 +1,8 @@
-"""Descent of a loss that changes with the steps, on the unit sphere, by any optax optimizer."""
+"""Descent on the unit sphere, by any optax optimizer, of a loss that may change with the step.
+
+The published method has a fixed step, `alpha` and penalty (Zheng et al. 2025, eqs. 17 to 19). Continuation, which is
+not in the paper, lets them change with the step. Both are this one loop, under schedules.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +31,7 @@ __all__ = [
 
 
 class State(NamedTuple):
-    """An iterate, the optimizer's state, and the steps taken."""
+    """An iterate on the sphere, the optimizer's state, and the number of steps taken."""
 
     point: Float[Array, "..."]
     inner: optax.OptState
@@ -41,14 +45,14 @@ def begin(point: Float[Array, "..."], optimizer: optax.GradientTransformation) -
 
 def starting_points(keys, like: Float[Array, "..."], initial=None) -> Float[Array, "starts ..."]:
     """A random point of the sphere per key, of the shape and dtype of `like`; `initial` in place of the first."""
-    # Drawn in float32: the same in every precision.
+    # The points are drawn in float32, so that they are the same in every precision.
     points = jax.vmap(lambda key: random(key, like.shape, axis=None, dtype=jnp.float32))(keys)
     points = points.astype(like.dtype)
     return points if initial is None else points.at[0].set(unit(initial.astype(like.dtype)))
 
 
 def advance(state: State, loss: Callable, optimizer: optax.GradientTransformationExtraArgs, num_steps: int) -> State:
-    """`num_steps` steps on `loss(point, step)`; line searches get the loss of their step."""
+    """The state after `num_steps` steps on `loss(point, step)`; line searches get the loss of their own step."""
 
     def step(_, state: State) -> State:
         def value_fn(point):
@@ -67,7 +71,7 @@ def advance(state: State, loss: Callable, optimizer: optax.GradientTransformatio
 
 
 def geometric(first, last, num_steps: int) -> Partial:
-    """From `first` before the first step to `last` after the last."""
+    """The schedule that goes geometrically from `first` before the first step to `last` after the last step."""
     return Partial(_exponential, first, jnp.log(last / first) / num_steps)
 
 
@@ -76,7 +80,7 @@ def _exponential(first, slope, step):
 
 
 def by_step(value, name: str, dtype, *, or_zero: bool = False) -> Partial | None:
-    """A number (checked) or a schedule `step -> number` as a function of the step; `None` stays."""
+    """A number, which is checked, or a schedule `step -> number`, as a function of the step; `None` stays `None`."""
     if value is None:
         return None
     if callable(value):

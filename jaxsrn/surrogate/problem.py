@@ -1,9 +1,10 @@
-"""The log-sum-exp surrogate of stable rank normalization, solved on the sphere (Zheng et al. 2025, section 3).
+"""The penalised problem of the log-sum-exp surrogate on the unit sphere (Zheng et al. 2025, section 3).
 
 On the unit sphere of kernels the stable rank of a circular convolution is `N / max_l g_l(x)`, with `g_l` the squared
 norm of the symbol at frequency `l` and `N` the number of frequencies. The paper smooths the maximum by log-sum-exp,
-penalises the two constraints and descends on the sphere. It only approximates what `jaxsrn.srnc` solves exactly; where
-the stable rank of a convolution is to be raised beyond the convex range, it is the only tool.
+penalises the deviation from the two constraints, and descends on the sphere. The surrogate only approximates the
+problem that `jaxsrn.srnc` solves by a closed form. It is the only tool that raises the stable rank of a convolution
+beyond the convex range of `srnc(..., raise_rank=True)`.
 """
 
 from __future__ import annotations
@@ -31,17 +32,15 @@ __all__ = [
     "point_like",
 ]
 
-# The penalised problem
-
 
 def objective(
     x: Kernel, kernel: Kernel, op: Operator, target, *, alpha, penalty, smooth: bool = False
 ) -> Float[Array, ""]:
     """`h(x) = (g_lse(x) - N / r)^2 + penalty ||T(K) - T(A)||_F^2` with `K = sqrt(r M^2 / N) x`.
 
-    Zheng et al. 2025, eq. 16: `||x|| = 1` gives `K` the Frobenius norm that goes with stable rank `r = target` and
-    the spectral norm `M` of `A = kernel`; the first term, the spectral norm. `N` is the number of frequencies,
-    `||T(K)||_F^2 = N ||K||^2`.
+    Zheng et al. 2025, eq. 16. With `||x|| = 1` the kernel `K` has the Frobenius norm that stable rank `r = target` and
+    the spectral norm `M` of `A = kernel` imply together. The first term asks for the spectral norm, the second for
+    nearness to `A`. `N` is the number of frequencies, so `||T(K)||_F^2 = N ||K||^2`.
 
     Args:
       x: a point of the unit sphere, of the kernel's shape.
@@ -73,21 +72,24 @@ def _objective_of_kernel(x, kernel, op, target, alpha, penalty, smooth):
 
 
 def objective_at(x, problem: Problem, op: CircularConv, alpha, penalty, smooth: bool):
+    """`objective` for a problem whose norm is known."""
     change = kernel_at(x, problem, op) - problem.kernel
     constraint = smoothed_maximum(x, op, alpha, smooth) - num_frequencies(op) / problem.target
     return constraint**2 + penalty * problem.inner(change, change)
 
 
 def kernel_at(x, problem: Problem, op: CircularConv):
-    """`sqrt(r M^2 / N) x`: of stable rank `r` and norm `M` if `max_l g_l(x) = N / r`."""
+    """The kernel `sqrt(r M^2 / N) x`, which has stable rank `r` and norm `M` where `max_l g_l(x) = N / r`."""
     return jnp.sqrt(problem.target / num_frequencies(op)) * problem.norm * x
 
 
 def num_frequencies(op: CircularConv) -> float:
+    """`N`, the size of the grid."""
     return float(math.prod(op.grid))
 
 
 def checked(kernel, op, target):
+    """The kernel and the target as arrays, with `ValueError` where they do not fit the surrogate."""
     check_circular(op)
     kernel = kernel_array(kernel, op)
     op._check_not_aliased(kernel.shape)
@@ -95,7 +97,7 @@ def checked(kernel, op, target):
 
 
 def point_like(x, name: str, kernel, op):
-    """An array that must look like the kernel."""
+    """The array `x`, which must have the shape of the kernel."""
     x = kernel_array(x, op)
     ensure(x.shape == kernel.shape, f"{name}: got shape {x.shape}, expected that of the kernel, {kernel.shape}.")
     return x

@@ -1,4 +1,8 @@
-"""The maximum over frequencies, smoothed by log-sum-exp, and the quadratic forms of one channel."""
+"""The squared spectral norm, smoothed by log-sum-exp over the frequencies, and its quadratic forms for one channel.
+
+The source is Zheng et al. 2025, section 3, which has one channel and one axis. Here any circular convolution is
+smoothed; with one channel and stride 1 the squared norm at a frequency is a quadratic form of the kernel.
+"""
 
 from __future__ import annotations
 
@@ -29,19 +33,19 @@ __all__ = [
 def log_sum_exp(kernel: Kernel, op: Operator, *, alpha, smooth: bool = False) -> Float[Array, ""]:
     """`(1/alpha) log sum_l exp(alpha g_l)`: a smooth upper bound of the squared spectral norm `max_l g_l`.
 
-    Zheng et al. 2025, eq. 14, for any circular convolution: `g_l = sigma_max(S(w_l))^2` over all `N` frequencies,
-    `max <= value <= max + log(N) / alpha`. Where several channels let singular values cross, that is not
-    differentiable; `smooth` sums `tr exp(alpha G_l)`, with `G_l` the smaller Gram matrix of the symbol, which is
+    Zheng et al. 2025, eq. 14, for any circular convolution: with `g_l = sigma_max(S(w_l))^2` over all `N` frequencies,
+    `max <= value <= max + log(N) / alpha`. With several channels singular values can cross, and there it is not
+    differentiable. With `smooth` the sum is over `tr exp(alpha G_l)`, with `G_l` the smaller Gram matrix of the symbol:
     smooth everywhere, and at most `max + log(N min(c_in, c_out)) / alpha` (`c_in` times the phases of a stride).
 
     Args:
       kernel: `(*taps, c_in // groups, c_out)`.
       op: a `CircularConv`.
-      alpha: sharpness, positive, in units of `1 / g`; traced. Any size: nothing overflows.
-      smooth: static.
+      alpha: sharpness, positive, in units of `1 / g`; traced. No size of it overflows.
+      smooth: static; `True` for the trace, which is smooth everywhere.
 
     Returns:
-      A scalar in float32 or wider. Its gradient is exact where differentiable, and finite always.
+      A scalar in float32 or wider. Its gradient is always finite, and exact where the value is differentiable.
 
     Raises:
       ValueError: a kernel that does not fit, an operator that is not circular, a bad `alpha`.
@@ -54,9 +58,10 @@ def log_sum_exp(kernel: Kernel, op: Operator, *, alpha, smooth: bool = False) ->
 
 @functools.partial(jax.jit, static_argnums=(1, 3))
 def smoothed_maximum(kernel, op, alpha, smooth):
+    """`log_sum_exp` of checked arguments."""
     squares = squared_values(kernel, op)
     if not smooth:
-        # Of all groups, the symbol of which is their direct sum.
+        # The maximum is over all groups too: the symbol of a grouped layer is the direct sum of theirs.
         squares = jnp.max(squares, axis=-1, keepdims=True)
     counts = multiplicity(op)[:: op.feature_group_count, None]
     counts = jnp.broadcast_to(jnp.asarray(counts, squares.dtype), squares.shape)
@@ -64,7 +69,7 @@ def smoothed_maximum(kernel, op, alpha, smooth):
 
 
 def squared_values(kernel: Float[Array, "..."], op: CircularConv) -> Float[Array, "frequencies values"]:
-    """Squared singular values of the symbol at every frequency of the half grid, all groups together."""
+    """The squared singular values of the symbol at each frequency of the half grid, those of all groups in one row."""
     symbol = half_symbol(kernel, op)
     if min(symbol.shape[-2:]) == 1:
         squares = jnp.sum(jnp.real(symbol * jnp.conj(symbol)), axis=(-2, -1))
@@ -74,6 +79,7 @@ def squared_values(kernel: Float[Array, "..."], op: CircularConv) -> Float[Array
 
 
 def check_circular(op) -> None:
+    """Raises `ValueError` where the operator has no frequencies to smooth over."""
     ensure(
         isinstance(op, CircularConv),
         f"op: got {op}, expected a CircularConv; the surrogate smooths over the frequencies of a circular convolution. "
@@ -82,9 +88,10 @@ def check_circular(op) -> None:
 
 
 def forms(kernel_shape: tuple[int, ...], op: Operator) -> Float[np.ndarray, "frequencies taps taps"]:
-    """`B_l = cos_l cos_l^T + sin_l sin_l^T`, so that `g_l(x) = x^T B_l x`, of a one-channel circular convolution.
+    """The forms `B_l = cos_l cos_l^T + sin_l sin_l^T` of a one-channel circular convolution: `g_l(x) = x^T B_l x`.
 
-    Zheng et al. 2025, section 3.1, for any number of axes; float64, frequencies and taps in row-major order.
+    Zheng et al. 2025, section 3.1, for any number of axes. The result is in float64, with frequencies and taps in
+    row-major order.
 
     Args:
       kernel_shape: `(*taps, 1, 1)`.
@@ -100,10 +107,10 @@ def forms(kernel_shape: tuple[int, ...], op: Operator) -> Float[np.ndarray, "fre
 def form_eigenvalues(kernel_shape: tuple[int, ...], op: Operator) -> Float[np.ndarray, "frequencies 2"]:
     """The two eigenvalues of each `B_l` that can differ from 0, the larger first: `(q +- |sum_p e^{-2i <w, p>}|) / 2`.
 
-    Zheng et al. 2025, Figure 1. On the unit sphere `g_l` is at most the larger one, and with three taps or more at
-    least 0, the other eigenvalues of `B_l`, not the smaller one. Their sum is `q`, the number of taps; the largest of
-    all is `q`, at the real frequencies, and `N / q <= srank <= N` is the feasible interval that it implies, which
-    `jaxsrn.stable_rank_range` gives for every operator.
+    Zheng et al. 2025, Figure 1. On the unit sphere `g_l` is at most the larger one. Its minimum is the smaller one only
+    with two taps; with more it is 0, since all other eigenvalues of `B_l` are 0. The two sum to `q`, the number of
+    taps. The largest over all `l` is `q`, at the real frequencies. It implies the feasible interval
+    `N / q <= srank <= N`, which `jaxsrn.stable_rank_range` gives for every operator.
 
     Args, errors: as `forms`.
     """

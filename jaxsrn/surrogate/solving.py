@@ -1,4 +1,10 @@
-"""The descent on the penalised objective: `solve` and its iterates."""
+"""The surrogate's solver: descents on the penalised objective from several starts, and the iterates of one of them.
+
+The published method is one descent with a fixed step, `alpha` and penalty (Zheng et al. 2025, section 3.3). The default
+here is continuation from many starts, because a fixed `alpha` leaves a bias of up to `log(N) / alpha` in the constraint
+and a single start can end in a local minimum. `jaxsrn.srnc` solves the same problem by a closed form where the stable
+rank is lowered; `python benchmarks/surrogate.py` compares the two.
+"""
 
 from __future__ import annotations
 
@@ -30,24 +36,28 @@ __all__ = [
     "trajectory",
 ]
 
-# The default continuation, in units without scale: `alpha` times `N / target`, and the penalty relative to it. A sharp
-# maximum and a weak penalty from the beginning: a stronger smoothing leads every start into the same basin, that of
-# the frequency where the kernel itself is largest, which often is not the best one.
+# The first and last values of the default continuation, in units without scale: `alpha` times `N / target`, and the
+# penalty relative to it. The maximum is sharp and the penalty weak from the beginning, because a stronger smoothing
+# leads every start into the same basin: that of the frequency where the kernel itself is largest, often not the best
+# one. The last values keep the bias and the pull of the penalty small (`python benchmarks/surrogate.py`).
 _ALPHAS = (1e2, 1e4)
 _PENALTIES = (1e-1, 1e-4)
+# Adam's first and last step. Points have length 1: the first one crosses the sphere within some tens of steps, the last
+# one is below the relative error that counts as met.
 _RATES = (5e-2, 1e-4)
-# A descent that ends with its stable rank this close, relatively, has met the constraints.
+# A descent has met the constraints where its stable rank is this close to the target, relatively. The last `alpha`
+# leaves a bias of up to `log(N) / 1e4`, so a number below that would refuse descents that went as well as they can.
 _MET = 1e-3
 
 
 class Trajectory(NamedTuple):
-    """Iterates of the descent, the start first (leading axis: records).
+    """Iterates of the descent, the start first. The leading axis counts the records.
 
     Attributes:
-      points: on the unit sphere, `(records, *kernel.shape)`.
-      objective: `h` at each, with the `alpha` and `penalty` of its step.
-      stable_rank: of the kernel at each point.
-      steps: the number of steps taken before each.
+      points: points of the unit sphere, `(records, *kernel.shape)`.
+      objective: `h` at each point, with the `alpha` and `penalty` of its step.
+      stable_rank: the stable rank of the kernel at each point.
+      steps: the number of steps taken before each point.
     """
 
     points: Float[Array, "records ..."]
@@ -72,12 +82,13 @@ def solve(
 ) -> SRNResult:
     """A kernel near `kernel` with stable rank near `target` and nearly the same norm, by descent on `objective`.
 
-    The best of several descents from random points of the sphere: of those that end with both constraints met to
-    1e-3 the closest, and where none does the one that misses least. By default with continuation: `alpha` grows and
-    `penalty` falls geometrically, under Adam with a decaying step. As published (Zheng et al. 2025, eq. 17-19 and
-    section 3.3): `num_restarts=1, num_steps=100_000, alpha=10.0, penalty=0.1, optimizer=optim.sphere_sgd(1e-5)`.
+    Several descents start from random points of the sphere. The result is the closest kernel among those that end with
+    both constraints met to 1e-3, and where none does, the one that misses least. The default is continuation: `alpha`
+    grows and `penalty` falls geometrically, under Adam with a decaying step. The published method (Zheng et al. 2025,
+    eq. 17-19 and section 3.3) is
+    `num_restarts=1, num_steps=100_000, alpha=10.0, penalty=0.1, optimizer=optim.sphere_sgd(1e-5)`.
 
-    Unlike `jaxsrn.srnc` it meets the constraints only approximately (see `residual`), and it lowers and raises the
+    Unlike `jaxsrn.srnc` this meets the constraints only approximately (see `residual`), and it lowers and raises the
     stable rank alike.
 
     Args:
@@ -85,19 +96,18 @@ def solve(
       op: a `CircularConv`.
       target: the stable rank wanted; traced.
       key: a JAX random key, for the starts.
-      num_restarts: static; the descents run side by side under `vmap`.
-      num_steps: static; of each descent.
+      num_restarts: static; the number of descents, which run side by side under `vmap`.
+      num_steps: static; the steps of each descent.
       optimizer: static; an optax transformation that stays on the sphere, `optim.on_sphere(...)` of any other or
         `optim.sphere_sgd(...)`. Build it once: a new one compiles anew.
       alpha, penalty: numbers (traced), or schedules `step -> number` (static), or `None` for continuation.
       smooth: static; see `log_sum_exp`.
-      initial: a kernel whose direction the first descent starts from, in place of a random one.
+      initial: a kernel from whose direction the first descent starts, in place of a random point.
 
     Returns:
-      An `SRNResult`, the kernel being `sqrt(r M^2 / N) x`. `feasible` says whether the target is in
-      `stable_rank_range`, not that it was met; `gap` is against the proven bound of `srnc` where the stable rank is
-      lowered, and proves nothing (equal to `distance`) where it is raised. `num_steps` is that of each
-      descent. Derivatives hold `x` constant.
+      An `SRNResult` with the kernel `sqrt(r M^2 / N) x`. `feasible` says whether the target is in `stable_rank_range`,
+      not that it was met. `gap` uses the proven bound of `srnc` where the stable rank is lowered; where it is raised it
+      proves nothing and equals `distance`. `num_steps` counts the steps of each descent. Derivatives hold `x` constant.
 
     Raises:
       ValueError: as `objective`, or a number of restarts or steps below 1.
@@ -139,10 +149,10 @@ def trajectory(
     smooth: bool = False,
     initial: Kernel | None = None,
 ) -> Trajectory:
-    """The iterates of one descent: those of `solve` with `num_restarts=1` and the same key, one of `every` recorded.
+    """The iterates of one descent, that of `solve` with `num_restarts=1` and the same key.
 
     Args:
-      every: static; must divide `num_steps`.
+      every: static; steps from one recorded iterate to the next, a divisor of `num_steps`.
       All others: as `solve`.
 
     Returns:
@@ -177,27 +187,27 @@ def _trajectory(kernel, op, target, keys, initial, schedules, optimizer, num_ste
 
 
 def _descent_arguments(kernel, op, target, alpha, penalty, initial):
-    """What `solve` and `trajectory` ask of the arguments that they share."""
+    """The arguments that `solve` and `trajectory` share, checked; `alpha` and `penalty` as schedules."""
     kernel, target = checked(kernel, op, target)
     schedules = by_step(alpha, "alpha", kernel.dtype), by_step(penalty, "penalty", kernel.dtype, or_zero=True)
     return kernel, target, schedules, None if initial is None else point_like(initial, "initial", kernel, op)
 
 
 def _prepared(kernel, op, target, schedules, optimizer, num_steps: int, smooth: bool):
-    """The problem in the scale of its largest entry, and what a descent needs: the optimizer and `loss(x, step)`."""
+    """The problem in the scale of its largest entry, the optimizer of a descent, and its `loss(x, step)`."""
     a, scale = rescaled(kernel.astype(float_dtype(kernel.dtype)), op)
     own = leading_of(a, op)
     problem = problem_of(a, op, target, own)
     frozen = lax.stop_gradient(problem)
     level = num_frequencies(op) / frozen.target
-    # Both terms of h relative to (N / r)^2.
+    # With this weight both terms of `h` are relative to `(N / r)^2`.
     weight = level**2 / (frozen.target * jnp.where(frozen.norm == 0, 1.0, frozen.norm) ** 2)
     alpha, penalty = schedules
     alpha = alpha or geometric(*(a / level for a in _ALPHAS), num_steps)
     penalty = penalty or geometric(*(p * weight / scale**2 for p in _PENALTIES), num_steps)
 
     def loss(x, step):
-        # As a function of the direction alone: its gradient is tangent, and line searches may leave the sphere.
+        # The loss depends on the direction alone: its gradient is tangent, and line searches may leave the sphere.
         return objective_at(unit(x), frozen, op, alpha(step), penalty(step) * scale**2, smooth)
 
     if optimizer is None:
