@@ -1,8 +1,8 @@
 """The unit sphere: tangent projection, retraction, exponential, logarithm, parallel transport, distance.
 
 A point is the vector along `axis` (default the last): an int, a tuple of ints, or `None` for the whole array; the
-other axes are a batch. Points are unit vectors and directions `v` are tangent, `<x, v> = 0`. Each function is jitted
-and finite everywhere, in forward and reverse mode too; what it returns at zero vectors its docstring says.
+other axes are a batch. Points are unit vectors and directions `v` are tangent, `<x, v> = 0`. Each function is jitted,
+and finite everywhere, as are its derivatives in both modes. Its docstring says what it returns at zero vectors.
 Narrow dtypes are computed in float32 and returned narrow, except distances, which stay in float32 or wider.
 """
 
@@ -29,20 +29,23 @@ __all__ = [
     "transport",
 ]
 
-# What users pass: any real floating array; `_inputs` says the rest.
+# Users pass any real floating array; `_inputs` checks it.
 Points = Shaped[Array | np.ndarray, "..."]
-# Powers of s = |v|^2 in cos(sqrt(s)) and sin(sqrt(s)) / sqrt(s): exact to rounding for s <= 1, as are two derivatives.
+# Coefficients of the powers of s = |v|^2 in cos(sqrt(s)) and sin(sqrt(s)) / sqrt(s). So many terms make the series and
+# two of its derivatives exact to rounding for s <= 1, in float64.
 _COS = tuple((-1) ** k / math.factorial(2 * k) for k in range(11))
 _SINC = tuple((-1) ** k / math.factorial(2 * k + 1) for k in range(11))
-# Powers of w = tan^2 in arctan(sqrt(w)) / sqrt(w): the same for w <= _NEAR.
+# Coefficients of the powers of w = tan^2 in arctan(sqrt(w)) / sqrt(w), exact in the same sense for w <= _NEAR. A larger
+# _NEAR would need more terms; near 0 the derivatives of the closed form cancel.
 _ARC = tuple((-1) ** k / (2 * k + 1) for k in range(15))
 _NEAR = 0.05
 
 
-# What is asked of the arguments
+# Checks of the arguments
 
 
 def _floating(dtype, name: str) -> None:
+    """Raises `ValueError` where the dtype is not real floating."""
     ensure(
         jnp.issubdtype(dtype, jnp.floating),
         f"{name}: got dtype {dtype}, expected a real floating-point array; cast it with .astype(jnp.float32).",
@@ -83,7 +86,7 @@ def _inputs(axis, **arrays):
 _core = functools.partial(jax.jit, static_argnames="axes")
 
 
-# Smooth pieces; points keep their axes
+# Smooth pieces. Sums keep the axes of a point, with length 1
 
 
 def _dot(a, b, axes):
@@ -91,10 +94,11 @@ def _dot(a, b, axes):
 
 
 def _moderate(z, axes):
-    """`z / scale`, of squares that neither overflow nor vanish, the scale, and whether `z` is 0 (then it is ones)."""
+    """`z / scale`, whose squares neither overflow nor vanish, the scale, and whether `z` is 0 (ones take its place)."""
     largest = jnp.max(jnp.abs(lax.stop_gradient(z)), axis=axes, keepdims=True, initial=0.0)
     zero = largest < jnp.finfo(z.dtype).tiny
-    # Ordinary vectors are not scaled: one rounding less, and normalizing twice changes nothing.
+    # Ordinary vectors are not scaled, which saves a rounding: normalizing twice then changes nothing. Squares of these
+    # sizes are far inside the range of float32.
     ordinary = (largest > 1e-10) & (largest < 1e10)
     scale = jnp.where(zero | ordinary, 1.0, largest)
     return jnp.where(zero, 1.0, z) / scale, scale, zero
@@ -118,7 +122,7 @@ def _series(t, coefficients: tuple[float, ...]):
 
 
 def _basis_vector(x, axes):
-    """The basis vector of the smallest `|x_k|`, the first of them."""
+    """The basis vector of the smallest `|x_k|`, the first one where several are equal."""
     index = jnp.zeros(x.shape, jnp.int32)
     for axis in axes:
         index = index * x.shape[axis] + lax.broadcasted_iota(jnp.int32, x.shape, axis)
@@ -130,7 +134,7 @@ def _basis_vector(x, axes):
 
 
 def _any_direction(x, axes):
-    """A unit tangent vector at `x`, the same at `-x`, constant; 0 on the sphere of one dimension, which has none."""
+    """A constant unit tangent vector at `x`, the same at `-x`. It is 0 where a point has one entry and no tangent."""
     if math.prod(x.shape[axis] for axis in axes) == 1:
         return jnp.zeros_like(x)
     x = lax.stop_gradient(x)
@@ -194,7 +198,7 @@ def exp(x: Points, v: Points, *, axis=-1) -> Float[Array, "..."]:
     Smooth; its first and second derivatives are exact, also at `v = 0`.
 
     Args:
-      x: points, unit vectors along `axis`. At `x = 0` only the second term is left.
+      x: points, unit vectors along `axis`. At `x = 0` the first term vanishes.
       v: tangent vectors, of the shape of `x`; their lengths are angles in radians.
       axis: the axes of one point; an int, a tuple, or `None` for the whole array.
 
@@ -212,7 +216,7 @@ def exp(x: Points, v: Points, *, axis=-1) -> Float[Array, "..."]:
 def _exp(x, v, axes):
     norm = _norm(v, axes)
     small = norm < 1
-    # Each branch sees only its own values: the derivatives of the other one may be 0/0.
+    # Each branch of a `where` sees only its own values, because its derivative may be 0/0 at the others.
     inner = jnp.where(small, v, 0.0)
     square, angle = _dot(inner, inner, axes), jnp.where(small, 1.0, norm)
     cosine = jnp.where(small, _series(square, _COS), jnp.cos(angle))
@@ -223,9 +227,9 @@ def _exp(x, v, axes):
 def log(x: Points, y: Points, *, axis=-1) -> Float[Array, "..."]:
     """The tangent vector at `x` that leads to `y`: `exp(x, log(x, y)) = y`, of length `distance(x, y)`.
 
-    `theta / sin(theta) (y - <x, y> x)` with the angle by `atan2`. Its derivatives along the sphere are exact, first
-    and second, also at `y = x`. At the antipode every direction leads to `y`: it takes the basis vector of the
-    smallest `|x_k|`, projected and normalized, times pi, as a constant (derivative 0).
+    It is `theta / sin(theta) (y - <x, y> x)` with the angle by `atan2`. Its first and second derivatives along the
+    sphere are exact, also at `y = x`. At the antipode every direction leads to `y`. There the result is a constant
+    (derivative 0): the basis vector of the smallest `|x_k|`, projected and normalized, times pi.
 
     Args:
       x: points, unit vectors along `axis`. At `x = 0` the result is `pi / 2 y`.
@@ -246,9 +250,10 @@ def log(x: Points, y: Points, *, axis=-1) -> Float[Array, "..."]:
 @_core
 def _log(x, y, axes):
     cosine = _dot(x, y, axes)
-    # On the sphere the projections of y, y - x and y + x agree; that of the shortest keeps all its digits.
+    # On the sphere `y`, `y - x` and `y + x` have the same projection. The shortest one keeps all digits of it.
     projected = _tangent(x, jnp.where(cosine < 0, y + x, y - x), axes)
     sine = _norm(projected, axes)
+    # Below this sine the angle is rounding: a few roundings of `projected`.
     rounding = 16 * float(jnp.finfo(x.dtype).eps)
     vague = (sine <= rounding) & (cosine <= rounding)
     antipodal = vague & (cosine < -0.5)
@@ -263,8 +268,8 @@ def _log(x, y, axes):
 def transport(x: Points, y: Points, v: Points, *, axis=-1) -> Float[Array, "..."]:
     """Parallel transport of the tangent vector `v` from `x` to `y`, along the geodesic that `log(x, y)` starts.
 
-    `v - 2 <w, v> w` with `w` the middle of the geodesic, `(x + y) / |x + y|`: for tangent `v` equal to
-    `v - <y, v> / (1 + <x, y>) (x + y)`, and as a reflection an isometry to rounding. At the antipode `w` is the
+    It is `v - 2 <w, v> w` with the middle `w = (x + y) / |x + y|` of the geodesic. For tangent `v` this equals
+    `v - <y, v> / (1 + <x, y>) (x + y)`, and as a reflection it is an isometry to rounding. At the antipode `w` is the
     direction that `log` takes there.
 
     Args:
@@ -285,7 +290,7 @@ def transport(x: Points, y: Points, v: Points, *, axis=-1) -> Float[Array, "..."
 
 @_core
 def _transport(x, y, v, axes):
-    # Unlike (x + y) / |x + y|, this keeps all its digits up to the antipode.
+    # Half of the geodesic keeps all digits up to the antipode, where `(x + y) / |x + y|` cancels.
     middle = _exp(x, 0.5 * _log(x, y, axes), axes)
     return v - 2 * _dot(middle, v, axes) * middle
 
@@ -295,7 +300,7 @@ def distance(x: Points, y: Points, *, axis=-1) -> Float[Array, "..."]:
 
     Args:
       x: points, unit vectors along `axis`.
-      y: points, of the shape of `x`. The distance of 0 to a point is `pi / 2`, to 0 it is 0.
+      y: points, of the shape of `x`. The distance from 0 to a point is `pi / 2`, and from 0 to 0 it is 0.
       axis: the axes of one point; an int, a tuple, or `None` for the whole array.
 
     Returns:
@@ -312,7 +317,7 @@ def distance(x: Points, y: Points, *, axis=-1) -> Float[Array, "..."]:
 @_core
 def _distance(x, y, axes):
     apart, together = _norm(x - y, axes), _norm(x + y, axes)
-    # Both are short only where x and y are 0.
+    # Both lengths are 0 only where `x` and `y` are 0.
     together = jnp.where(apart + together < jnp.finfo(x.dtype).eps, 1.0, together)
     return jnp.squeeze(2 * jnp.arctan2(apart, together), axes)
 
@@ -322,7 +327,7 @@ def random(key: PRNGKeyArray, shape, *, axis=-1, dtype=None) -> Float[Array, "..
 
     Args:
       key: a `jax.random` key.
-      shape: of the result, the axes of a point included.
+      shape: the shape of the result, with the axes of a point.
       axis: the axes of one point; an int, a tuple, or `None` for the whole array.
       dtype: real floating; default JAX's float (float32, with x64 float64).
 
@@ -341,5 +346,5 @@ def random(key: PRNGKeyArray, shape, *, axis=-1, dtype=None) -> Float[Array, "..
 @functools.partial(jax.jit, static_argnames=("shape", "axes", "dtype"))
 def _random(key, shape, axes, dtype):
     normal = jax.random.normal(key, shape, dtype)
-    # Of one entry, 0 is rare but possible.
+    # A point of one entry can be drawn as 0.
     return _unit(normal, _basis_vector(normal, axes), axes)
