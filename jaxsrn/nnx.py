@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxsrn._tools.checks import ensure, errors_named
-from jaxsrn.normalization.training.wrapping import CallRecord, Constraint, target_for, trace
+from jaxsrn.normalization.training.flax_constraint import CallRecord, Constraint, target_for, trace
 from jaxsrn.operators.base import Operator
 from jaxsrn.operators.flax_layers import FlaxLayers, LayerMap, kind_of, layer_map, layer_name
 

@@ -14,7 +14,7 @@ import pytest
 
 import jaxsrn
 from jaxsrn import CircularConv, Dense, ZeroPaddedConv, bounds, optim, penalties, surrogate
-from jaxsrn.spectra.pairs import value_gradient
+from jaxsrn.spectra.pairs_by_kind import value_gradient
 
 DENSE = (Dense(), (3, 2))
 CIRCULAR = (CircularConv((4,)), (3, 2, 2))

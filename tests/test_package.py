@@ -13,11 +13,11 @@ import jaxsrn
 SOURCE = Path(jaxsrn.__file__).parent
 # A folder may import only from folders before it, and within a folder a file only from files before it.
 HOUSE = {
-    "_tools": ["checks", "linalg", "limits", "proofs", "subspaces"],
+    "_tools": ["checks", "linalg", "tolerances", "proofs", "subspaces", "lanczos"],
     "operators": ["layouts", "base", "convolutions", "flax_layers", "layers"],
     "spectra": [
-        "pair",
-        "images",
+        "singular_pair",
+        "image_pairs",
         "dense",
         "circular.sites",
         "circular.fourier",
@@ -28,7 +28,7 @@ HOUSE = {
         "circular.climbing",
         "circular.branch_and_bound",
         "circular.peaks",
-        "circular.pairs",
+        "circular.site_pairs",
         "circular.svd_or_branch_and_bound",
         "padded.idle_axes",
         "padded.circular_model",
@@ -36,7 +36,7 @@ HOUSE = {
         "padded.from_waves",
         "padded.few_channels",
         "padded.leading",
-        "pairs",
+        "pairs_by_kind",
         "values",
         "norms",
         "ranks",
@@ -49,19 +49,19 @@ HOUSE = {
         "starts",
         "result",
         "matrices",
-        "raising",
-        "lowering",
+        "raise_stable_rank",
+        "lower_stable_rank",
         "tanay",
-        "training.watched_images",
-        "training.watched_torus",
+        "training.tracked_images",
+        "training.tracked_torus",
         "training.tracking",
         "training.normalized",
-        "training.reverse",
+        "training.reverse_mode",
         "training.implicit",
         "training.step",
-        "training.wrapping",
+        "training.flax_constraint",
     ],
-    "penalties": ["guo_ye", "tracked", "batch_norm", "sums"],
+    "penalties": ["guo_ye", "tracked_pairs", "batch_norm", "sums"],
     "sphere": [],
     "optim": ["keeping", "riemannian", "layers"],
     "surrogate": ["smoothed_maximum", "problem", "descent", "solving"],
@@ -109,10 +109,10 @@ def test_imports_point_one_way(module):
 def test_the_order_sees_every_form_of_import(tmp_path):
     source = tmp_path / "module.py"
     source.write_text(
-        "import jaxsrn.optim\nfrom jaxsrn import linen\nfrom jaxsrn.spectra import pairs\n"
+        "import jaxsrn.optim\nfrom jaxsrn import linen\nfrom jaxsrn.spectra import pairs_by_kind\n"
         "from jaxsrn.spectra.norms import spectral_norm\nimport jax"
     )
-    assert internal_imports(source) == {"optim", "linen", "spectra.pairs", "spectra.norms"}
+    assert internal_imports(source) == {"optim", "linen", "spectra.pairs_by_kind", "spectra.norms"}
 
 
 @pytest.mark.parametrize("folder", [name for name in FOLDERS if name != "_tools"])

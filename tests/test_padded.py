@@ -8,7 +8,7 @@ from cases import dense, gaussian, quick_jit
 
 import jaxsrn
 from jaxsrn import CircularConv, ZeroPaddedConv, leading_triplet, spectral_norm
-from jaxsrn._tools.subspaces import leading_singular_vectors
+from jaxsrn._tools.lanczos import leading_singular_vectors
 from jaxsrn.spectra.circular import grams
 from jaxsrn.spectra.circular.fourier import half_symbol, site_symbol
 from jaxsrn.spectra.circular.grams import is_reduced

@@ -17,7 +17,7 @@ from jaxsrn.spectra.circular.climbing import _polished, best_climb, estimates
 from jaxsrn.spectra.circular.fourier import half_symbol, site_symbol
 from jaxsrn.spectra.circular.grams import gram_polynomial, grams_at, is_reduced
 from jaxsrn.spectra.circular.svd_or_branch_and_bound import branch_and_bound_pays
-from jaxsrn.spectra.pair import Found, Pair
+from jaxsrn.spectra.singular_pair import Found, Pair
 
 CIRCULAR = [case for case in CASES if isinstance(case.op, CircularConv)]
 

@@ -23,7 +23,7 @@ from jaxsrn.operators.base import Dense, Operator
 from jaxsrn.operators.convolutions import CircularConv
 from jaxsrn.spectra.circular.fourier import axis_exponents, polynomial
 from jaxsrn.spectra.dense import leading_of_matrix
-from jaxsrn.spectra.pair import rescaled
+from jaxsrn.spectra.singular_pair import rescaled
 
 __all__ = [
     "largest_form",

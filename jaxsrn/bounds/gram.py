@@ -21,7 +21,7 @@ from jaxsrn.operators.base import Dense, Operator
 from jaxsrn.operators.convolutions import CircularConv
 from jaxsrn.spectra.circular.fourier import half_symbol
 from jaxsrn.spectra.circular.grid_certificate import overshoot
-from jaxsrn.spectra.pair import rescaled
+from jaxsrn.spectra.singular_pair import rescaled
 
 __all__ = [
     "gram_iteration",

@@ -23,11 +23,11 @@ from jaxsrn.operators.base import Dense, Operator
 from jaxsrn.operators.convolutions import CircularConv, ZeroPaddedConv
 from jaxsrn.spectra.circular.fourier import grouped
 from jaxsrn.spectra.circular.grid_certificate import overshoot
-from jaxsrn.spectra.circular.pairs import site_pairs
+from jaxsrn.spectra.circular.site_pairs import site_pairs
 from jaxsrn.spectra.circular.svd_or_branch_and_bound import leading_wave
 from jaxsrn.spectra.norms import frozen_value
-from jaxsrn.spectra.pair import by_largest, rescaled
-from jaxsrn.spectra.pairs import leading_pair
+from jaxsrn.spectra.pairs_by_kind import leading_pair
+from jaxsrn.spectra.singular_pair import by_largest, rescaled
 
 __all__ = [
     "certified",

@@ -5,7 +5,7 @@ place of a wave (Grishina, Gorbunov, Rakhuba 2024). The higher-order power metho
 2000) improves one vector at a time while it holds all others; each update is exact, so the value never falls. The
 published method takes one step per vector and sweep. The method here takes two on the channels and two on the taps,
 because a contraction with all taps costs more than they do, and runs several starts side by side. A matrix has a global
-method (`leading_singular_vectors` in `_tools/subspaces.py`); a tensor of higher order has none.
+method (`leading_singular_vectors` in `_tools/lanczos.py`); a tensor of higher order has none.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ from jaxsrn.linen.wrappers import (
     stepped,
     trace_keys,
 )
-from jaxsrn.normalization.training.wrapping import trace
+from jaxsrn.normalization.training.flax_constraint import trace
 from jaxsrn.operators.flax_layers import LayerMap
 
 __all__ = ["Constrained", "Rule", "Survey"]

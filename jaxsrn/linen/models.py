@@ -21,7 +21,7 @@ from jaxsrn.linen.wrappers import (
     trace_keys,
     written,
 )
-from jaxsrn.normalization.training.wrapping import CallRecord, trace
+from jaxsrn.normalization.training.flax_constraint import CallRecord, trace
 from jaxsrn.operators.base import Operator
 
 __all__ = ["constrain", "fold", "layer_operators", "refresh"]

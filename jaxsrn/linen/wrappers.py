@@ -14,7 +14,7 @@ from flax import struct
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jaxsrn._tools.checks import ensure, errors_named, float_dtype
-from jaxsrn.normalization.training.wrapping import Constraint, target_for
+from jaxsrn.normalization.training.flax_constraint import Constraint, target_for
 from jaxsrn.operators.flax_layers import FlaxLayers, LayerMap, kind_of, layer_map, layer_name
 
 __all__ = [

@@ -17,13 +17,13 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxsrn._tools.limits import vector_tolerance
 from jaxsrn._tools.linalg import matmul, safe_sqrt
+from jaxsrn._tools.tolerances import vector_tolerance
 from jaxsrn.normalization.closed_form import Candidate, Problem, closed_form, functional, merit
 from jaxsrn.operators.base import Operator
 from jaxsrn.spectra.norms import frozen_value
-from jaxsrn.spectra.pair import Pair
-from jaxsrn.spectra.pairs import leading_pair, nearby
+from jaxsrn.spectra.pairs_by_kind import leading_pair, nearby
+from jaxsrn.spectra.singular_pair import Pair
 
 __all__ = [
     "Fixpoint",

@@ -17,7 +17,7 @@ from jaxsrn._tools.checks import Kernel, float_dtype, kernel_array, positive_sca
 from jaxsrn._tools.linalg import safe_sqrt
 from jaxsrn.normalization.result import SRNResult, deviation, in_own_scale, ratio
 from jaxsrn.operators.base import Dense
-from jaxsrn.spectra.pair import rescaled
+from jaxsrn.spectra.singular_pair import rescaled
 
 __all__ = [
     "srn",

@@ -22,11 +22,11 @@ from jaxsrn.normalization.closed_form import Problem, is_feasible, squared_dista
 from jaxsrn.operators.base import Operator
 from jaxsrn.operators.convolutions import CircularConv, ZeroPaddedConv
 from jaxsrn.spectra.circular.fourier import half_symbol, site_shape, squared_phase_sums
-from jaxsrn.spectra.circular.pairs import site_pairs
+from jaxsrn.spectra.circular.site_pairs import site_pairs
 from jaxsrn.spectra.circular.sites import is_self_conjugate
 from jaxsrn.spectra.padded.circular_model import circular_layer, windowed
-from jaxsrn.spectra.pair import Pair
 from jaxsrn.spectra.ranks import largest_functional
+from jaxsrn.spectra.singular_pair import Pair
 
 __all__ = [
     "Survey",

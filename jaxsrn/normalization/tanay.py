@@ -9,14 +9,14 @@ from jax import lax
 from jaxsrn._tools.checks import Kernel, float_dtype, kernel_array, positive_scalar
 from jaxsrn._tools.linalg import safe_sqrt
 from jaxsrn.normalization.closed_form import Problem
-from jaxsrn.normalization.lowering import problem_of
+from jaxsrn.normalization.lower_stable_rank import problem_of
 from jaxsrn.normalization.result import SRNResult, in_own_scale, measured, ratio
 from jaxsrn.normalization.starts import survey
 from jaxsrn.operators.base import Operator
 from jaxsrn.spectra.norms import frozen_value, leading_of
-from jaxsrn.spectra.pair import Pair, rescaled
-from jaxsrn.spectra.pairs import leading_pair, value_gradient
+from jaxsrn.spectra.pairs_by_kind import leading_pair, value_gradient
 from jaxsrn.spectra.ranks import stable_rank_range
+from jaxsrn.spectra.singular_pair import Pair, rescaled
 
 __all__ = [
     "srnc_tanay",

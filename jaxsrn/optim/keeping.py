@@ -18,17 +18,17 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxsrn._tools.checks import ensure, errors_named, float_dtype, static_int
-from jaxsrn._tools.limits import kernel_tolerance, vector_tolerance
-from jaxsrn.normalization.lowering import lowered_with_pair, srnc
+from jaxsrn._tools.tolerances import kernel_tolerance, vector_tolerance
+from jaxsrn.normalization.lower_stable_rank import lowered_with_pair, srnc
 from jaxsrn.normalization.result import SRNResult
 from jaxsrn.operators.base import Operator
 from jaxsrn.operators.convolutions import ZeroPaddedConv
 from jaxsrn.operators.layers import Layers, after, find_kernels, named_kernels, stacked
 from jaxsrn.projections.spectral_ball import project_spectral_ball
 from jaxsrn.spectra.norms import leading_of
-from jaxsrn.spectra.pair import Pair
-from jaxsrn.spectra.pairs import pair_shapes
+from jaxsrn.spectra.pairs_by_kind import pair_shapes
 from jaxsrn.spectra.ranks import target_of_fraction
+from jaxsrn.spectra.singular_pair import Pair
 
 __all__ = [
     "KeepState",

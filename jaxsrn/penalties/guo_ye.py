@@ -16,17 +16,18 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from jaxsrn._tools.checks import Kernel, ensure, float_dtype, kernel_array, positive_scalar
-from jaxsrn._tools.limits import BOTH_ENDS_SIZE
+from jaxsrn._tools.lanczos import leading_singular_vectors
 from jaxsrn._tools.linalg import end_pairs, unit
-from jaxsrn._tools.subspaces import leading_singular_vectors, random_start
+from jaxsrn._tools.subspaces import random_start
+from jaxsrn._tools.tolerances import BOTH_ENDS_SIZE
 from jaxsrn.operators.base import Operator
 from jaxsrn.operators.convolutions import CircularConv
 from jaxsrn.spectra.circular.fourier import half_symbol, site_symbol
 from jaxsrn.spectra.circular.sites import distinct_sites, same_site, without_constant_axes
-from jaxsrn.spectra.images import as_images, flat_products
+from jaxsrn.spectra.image_pairs import as_images, flat_products
 from jaxsrn.spectra.norms import frozen_value
-from jaxsrn.spectra.pair import Pair, matrix_size, rescaled
-from jaxsrn.spectra.pairs import leading_pair
+from jaxsrn.spectra.pairs_by_kind import leading_pair
+from jaxsrn.spectra.singular_pair import Pair, matrix_size, rescaled
 
 __all__ = [
     "check_side",
@@ -129,7 +130,7 @@ def _extreme_at_sites(kernel, op: CircularConv):
 def _smallest_matrix_free(kernel, op: Operator, norm) -> Pair:
     """The pair of the smallest eigenvalue of the smaller Gram matrix `G`.
 
-    Lanczos (`_tools/subspaces.py`) finds the largest eigenvalue of `norm^2 I - G` in its place.
+    Lanczos (`_tools/lanczos.py`) finds the largest eigenvalue of `norm^2 I - G` in its place.
     """
     matvec, rmatvec, in_size, out_size = flat_products(kernel, op)
     if in_size > out_size:

@@ -28,8 +28,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Inexact, Int
 
-from jaxsrn._tools.limits import largest_penalty, search_tolerance
 from jaxsrn._tools.linalg import safe_sqrt
+from jaxsrn._tools.tolerances import largest_penalty, search_tolerance
 from jaxsrn.projections.clipping import Clipping, MatrixStack, clipped, excess_derivative, overshooting, split
 
 __all__ = [

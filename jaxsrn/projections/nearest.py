@@ -28,15 +28,15 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from jaxsrn._tools.limits import SPLIT_SIZE
 from jaxsrn._tools.linalg import safe_sqrt
+from jaxsrn._tools.tolerances import SPLIT_SIZE
 from jaxsrn.bounds.covers import covers
 from jaxsrn.operators.base import Operator
 from jaxsrn.operators.convolutions import ZeroPaddedConv
 from jaxsrn.projections.augmented_lagrangian import Iterate, begin, derivative, distance_and_excess, minimise
 from jaxsrn.projections.clipping import MatrixStack, matrix_stack
 from jaxsrn.spectra.norms import frozen_value, leading_of
-from jaxsrn.spectra.pair import Pair, matrix_size
+from jaxsrn.spectra.singular_pair import Pair, matrix_size
 
 __all__ = [
     "Nearest",

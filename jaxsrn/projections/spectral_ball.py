@@ -15,12 +15,12 @@ from jax import lax
 from jaxtyping import Array, Float, Int, Shaped
 
 from jaxsrn._tools.checks import Kernel, ensure, float_dtype, kernel_array, positive_scalar, static_int
-from jaxsrn._tools.limits import DENSE_SIZE, gap_tolerance
+from jaxsrn._tools.tolerances import DENSE_SIZE, gap_tolerance
 from jaxsrn.operators.base import Dense, Operator
 from jaxsrn.projections.clipping import matrix_stack, smooth_clipped
 from jaxsrn.projections.nearest import nearest, with_derivative
 from jaxsrn.spectra.norms import frozen_value, leading_of
-from jaxsrn.spectra.pair import matrix_size, rescaled
+from jaxsrn.spectra.singular_pair import matrix_size, rescaled
 
 __all__ = [
     "ProjectionResult",

@@ -1,6 +1,6 @@
 """The leading pair of a matrix: an SVD where the matrix is small, else the Lanczos method with a proof.
 
-The Lanczos method (`_tools/subspaces.py`) finds a singular value at a fraction of the cost of `jnp.linalg.svd`, but
+The Lanczos method (`_tools/lanczos.py`) finds a singular value at a fraction of the cost of `jnp.linalg.svd`, but
 could miss the largest. One Cholesky factorization of the smaller Gram matrix proves that none is larger.
 """
 
@@ -10,13 +10,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxsrn._tools.limits import svds_are_dear, vector_tolerance
 from jaxsrn._tools.linalg import matmul, top_pairs
 from jaxsrn._tools.proofs import are_below, squared_limit
 from jaxsrn._tools.subspaces import random_start
+from jaxsrn._tools.tolerances import svds_are_dear, vector_tolerance
 from jaxsrn.operators.base import Dense
-from jaxsrn.spectra.images import matrix_free
-from jaxsrn.spectra.pair import Pair
+from jaxsrn.spectra.image_pairs import matrix_free
+from jaxsrn.spectra.singular_pair import Pair
 
 __all__ = ["leading_of_matrix"]
 

@@ -1,7 +1,7 @@
 """The leading singular triplet and the spectral norm of a layer, with exact derivatives.
 
-`pairs.py` finds the leading pair. The norm is its value as a function of the kernel with the pair held constant, and
-the derivative of that is the derivative of the norm.
+`pairs_by_kind.py` finds the leading pair. The norm is its value as a function of the kernel with the pair held constant,
+and the derivative of that is the derivative of the norm.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from jaxtyping import Array, Float
 
 from jaxsrn._tools.checks import Kernel, ensure, float_dtype, kernel_array, positive_scalar
 from jaxsrn.operators.base import Operator
-from jaxsrn.spectra.pair import Pair, rescaled
-from jaxsrn.spectra.pairs import leading_pair, pair_images, value_gradient
+from jaxsrn.spectra.pairs_by_kind import leading_pair, pair_images, value_gradient
+from jaxsrn.spectra.singular_pair import Pair, rescaled
 
 __all__ = [
     "SingularTriplet",

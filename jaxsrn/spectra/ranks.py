@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Shaped
 from jaxsrn._tools.checks import Kernel, ensure, float_dtype, kernel_array
 from jaxsrn.operators.base import Operator
 from jaxsrn.spectra.norms import frozen_value, leading_of
-from jaxsrn.spectra.pair import rescaled
+from jaxsrn.spectra.singular_pair import rescaled
 
 __all__ = [
     "StableRankRange",

@@ -16,14 +16,14 @@ from jax import lax
 from jaxtyping import Array, Complex, Float
 
 from jaxsrn._tools.checks import Kernel, ensure, float_dtype, kernel_array
-from jaxsrn._tools.limits import DENSE_SIZE, vector_tolerance
-from jaxsrn._tools.subspaces import top_singular_vectors
+from jaxsrn._tools.lanczos import top_singular_vectors
+from jaxsrn._tools.tolerances import DENSE_SIZE, vector_tolerance
 from jaxsrn.operators.base import Operator
 from jaxsrn.operators.convolutions import CircularConv
 from jaxsrn.spectra.circular.fourier import half_symbol, symbol_on
 from jaxsrn.spectra.circular.sites import distinct_sites, repetitions, without_constant_axes
-from jaxsrn.spectra.images import flat_products
-from jaxsrn.spectra.pair import matrix_size, rescaled
+from jaxsrn.spectra.image_pairs import flat_products
+from jaxsrn.spectra.singular_pair import matrix_size, rescaled
 
 __all__ = [
     "singular_values",

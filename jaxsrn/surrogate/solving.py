@@ -20,12 +20,12 @@ from jaxtyping import Array, Float, Int
 from jaxsrn import optim
 from jaxsrn._tools.checks import Kernel, ensure, float_dtype, static_int
 from jaxsrn._tools.linalg import unit
-from jaxsrn.normalization.lowering import problem_of
+from jaxsrn.normalization.lower_stable_rank import problem_of
 from jaxsrn.normalization.result import SRNResult, in_own_scale
 from jaxsrn.normalization.tanay import assessed
 from jaxsrn.operators.base import Operator
 from jaxsrn.spectra.norms import leading_of, norm_of
-from jaxsrn.spectra.pair import rescaled
+from jaxsrn.spectra.singular_pair import rescaled
 from jaxsrn.surrogate.descent import State, advance, begin, by_step, geometric, starting_points
 from jaxsrn.surrogate.problem import checked, kernel_at, num_frequencies, objective_at, point_like
 from jaxsrn.surrogate.smoothed_maximum import squared_values

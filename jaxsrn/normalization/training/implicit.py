@@ -15,12 +15,12 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from jaxsrn._tools.limits import kernel_tolerance
+from jaxsrn._tools.tolerances import kernel_tolerance
 from jaxsrn.normalization.training.normalized import normalized_with
-from jaxsrn.normalization.training.reverse import in_reverse
+from jaxsrn.normalization.training.reverse_mode import in_reverse
 from jaxsrn.operators.base import Operator
-from jaxsrn.spectra.pair import Pair
-from jaxsrn.spectra.pairs import power_step
+from jaxsrn.spectra.pairs_by_kind import power_step
+from jaxsrn.spectra.singular_pair import Pair
 
 __all__ = [
     "moving_pair",

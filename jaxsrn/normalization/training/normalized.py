@@ -7,8 +7,8 @@ from jaxtyping import Array, Bool, Float
 
 from jaxsrn.normalization.closed_form import Problem, closed_form, functional
 from jaxsrn.operators.base import Operator
-from jaxsrn.spectra.pair import Pair
-from jaxsrn.spectra.pairs import value_gradient
+from jaxsrn.spectra.pairs_by_kind import value_gradient
+from jaxsrn.spectra.singular_pair import Pair
 
 __all__ = [
     "normalized_or_rescaled",

@@ -16,9 +16,9 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from jaxsrn._tools.checks import Kernel, ensure, float_dtype, kernel_array, positive_scalar, static_int
-from jaxsrn._tools.limits import kernel_tolerance
+from jaxsrn._tools.tolerances import kernel_tolerance
 from jaxsrn.normalization.closed_form import Problem, closed_form, functional, merit
-from jaxsrn.normalization.lowering import problem_of
+from jaxsrn.normalization.lower_stable_rank import problem_of
 from jaxsrn.normalization.starts import survey
 from jaxsrn.normalization.training.implicit import moving_pair
 from jaxsrn.normalization.training.normalized import normalized_or_rescaled, normalized_with
@@ -26,8 +26,8 @@ from jaxsrn.normalization.training.tracking import Track, follow, has_turned, st
 from jaxsrn.operators.base import Operator
 from jaxsrn.spectra.circular.fourier import complex_dtype
 from jaxsrn.spectra.norms import frozen_value, leading_of
-from jaxsrn.spectra.pair import Pair, rescaled
-from jaxsrn.spectra.pairs import power_step
+from jaxsrn.spectra.pairs_by_kind import power_step
+from jaxsrn.spectra.singular_pair import Pair, rescaled
 
 __all__ = [
     "SRNCState",

@@ -3,8 +3,8 @@
 A **track** is a pair and, where it has one, its **watch**: the vectors that may overtake the pair. Without a watch the
 pair takes power steps alone, as in spectral normalization (Miyato et al. 2018; `flax.nnx.SpectralNorm`), and is late
 where another singular value becomes the largest. With a watch, the best of the pair and the watched vectors takes its
-place. A circular layer is watched at other frequencies of the torus (`watched_torus.py`), any other layer in its next
-singular vectors (`watched_images.py`).
+place. A circular layer is watched at other frequencies of the torus (`tracked_torus.py`), any other layer in its next
+singular vectors (`tracked_images.py`).
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Inexact
 
-from jaxsrn.normalization.training import watched_images, watched_torus
+from jaxsrn.normalization.training import tracked_images, tracked_torus
 from jaxsrn.operators.base import Operator
 from jaxsrn.operators.convolutions import CircularConv
-from jaxsrn.spectra.pair import Pair
-from jaxsrn.spectra.pairs import pair_shapes, power_step
+from jaxsrn.spectra.pairs_by_kind import pair_shapes, power_step
+from jaxsrn.spectra.singular_pair import Pair
 
 __all__ = ["Track", "follow", "has_turned", "start_track", "track_shapes"]
 
@@ -43,7 +43,7 @@ class Track(NamedTuple):
 
 def _watched(op: Operator):
     """The file for what may overtake a pair of this kind of operator."""
-    return watched_torus if isinstance(op, CircularConv) else watched_images
+    return tracked_torus if isinstance(op, CircularConv) else tracked_images
 
 
 def start_track(kernel: Float[Array, "..."], op: Operator, pair: Pair, is_watched: bool) -> Track:

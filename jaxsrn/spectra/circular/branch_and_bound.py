@@ -31,7 +31,7 @@ from jaxsrn.operators.convolutions import CircularConv
 from jaxsrn.spectra.circular.boxes import Boxes, boxes_of, doubled_centres
 from jaxsrn.spectra.circular.climbing import Estimates, Peak, at_site, best_climb, chunk_of, estimates
 from jaxsrn.spectra.circular.grams import GramPolynomial, gram_polynomial, grams_at, symbol_at, whole_grams
-from jaxsrn.spectra.pair import Pair
+from jaxsrn.spectra.singular_pair import Pair
 
 __all__ = [
     "branch_and_bound",
@@ -48,25 +48,25 @@ class _Proof(NamedTuple):
     best: Peak
 
 
-def branch_and_bound(kernel: Float[Array, "..."], op: CircularConv, excess: float = 0.0) -> Pair:
+def branch_and_bound(kernel: Float[Array, "..."], op: CircularConv, allowed: float = 0.0) -> Pair:
     """The pair of the largest singular value of the whole grid, up to a relative `2 sqrt(channels) eps`.
 
-    With `excess` no other singular value exceeds that of the pair by more than this share. The kernel's scale must not
+    With `allowed` no other singular value exceeds that of the pair by more than this share. The kernel's scale must not
     be extreme (`pair.rescaled`).
     """
-    poly, blocks = gram_polynomial(kernel, op), boxes_of(op, kernel.shape)
-    return at_site(highest_peak(poly, op, blocks, estimates(poly, op, blocks), excess), op, kernel.shape)
+    poly, boxes = gram_polynomial(kernel, op), boxes_of(op, kernel.shape)
+    return at_site(highest_peak(poly, op, boxes, estimates(poly, op, boxes), allowed), op, kernel.shape)
 
 
-def highest_peak(poly: GramPolynomial, op: CircularConv, blocks: Boxes, known: Estimates, excess: float) -> Peak:
-    """The highest peak of the grid: the best that climbing finds, and the proof that nothing is larger by `excess`."""
-    best, chunk = best_climb(poly, op, blocks, known), chunk_of(poly)
+def highest_peak(poly: GramPolynomial, op: CircularConv, boxes: Boxes, known: Estimates, allowed: float) -> Peak:
+    """The highest peak of the grid: the best that climbing finds, and the proof that nothing is larger by `allowed`."""
+    best, chunk = best_climb(poly, op, boxes, known), chunk_of(poly)
     # At most one chunk's children wait on each level at a time, as the finest boxes are taken first.
-    capacity = len(blocks.corners) + (len(blocks.sizes) * 2**op.num_axes + 1) * chunk
+    capacity = len(boxes.corners) + (len(boxes.sizes) * 2**op.num_axes + 1) * chunk
     stack = jnp.zeros((capacity, op.num_axes), best.index.dtype), jnp.zeros(capacity, jnp.int32), jnp.asarray(0)
-    high = ~(known.bounds <= (1 + excess) * best.value * float(blocks.factors[0]))
-    proof = _push(_Proof(*stack, best), blocks.corners, jnp.zeros(len(high), jnp.int32), high)
-    step = functools.partial(_look, poly, op, blocks, chunk, excess)
+    high = ~(known.bounds <= (1 + allowed) * best.value * float(boxes.factors[0]))
+    proof = _push(_Proof(*stack, best), boxes.corners, jnp.zeros(len(high), jnp.int32), high)
+    step = functools.partial(_look, poly, op, boxes, chunk, allowed)
     # Zero and NaN need no proof.
     return lax.while_loop(lambda proof: (proof.size > 0) & (proof.best.value > 0), step, proof).best
 
@@ -81,32 +81,32 @@ def _push(proof: _Proof, corners, levels, keep: Bool[Array, " boxes"]) -> _Proof
     )
 
 
-def _look(poly: GramPolynomial, op: CircularConv, blocks: Boxes, chunk: int, excess: float, proof: _Proof) -> _Proof:
+def _look(poly: GramPolynomial, op: CircularConv, boxes: Boxes, chunk: int, allowed: float, proof: _Proof) -> _Proof:
     """Takes a chunk of boxes from the stack, discards those proven low, and puts back the parts of the others."""
     bottom = jnp.maximum(proof.size - chunk, 0)
     corners = lax.dynamic_slice_in_dim(proof.corners, bottom, chunk)
     levels = lax.dynamic_slice_in_dim(proof.levels, bottom, chunk)
     waiting = bottom + jnp.arange(chunk) < proof.size
-    high = waiting & ~_are_low(poly, op, blocks, corners, levels, (1 + excess) * proof.best.value)
-    single = levels == len(blocks.sizes) - 1
-    best = _largest_of(poly, op, excess, corners, high & single, proof.best)
-    parts, is_part = _split(blocks, corners, levels)
+    high = waiting & ~_are_low(poly, op, boxes, corners, levels, (1 + allowed) * proof.best.value)
+    single = levels == len(boxes.sizes) - 1
+    best = _largest_of(poly, op, allowed, corners, high & single, proof.best)
+    parts, is_part = _split(boxes, corners, levels)
     keep = (is_part & (high & ~single)[:, None]).reshape(-1)
     # The chunk's order is kept, so the finest stay on top.
     proof = proof._replace(size=bottom, best=best)
     return _push(proof, parts.reshape((-1, op.num_axes)), jnp.repeat(levels + 1, parts.shape[1]), keep)
 
 
-def _are_low(poly: GramPolynomial, op: CircularConv, blocks: Boxes, corners, levels, limit) -> Bool[Array, " boxes"]:
+def _are_low(poly: GramPolynomial, op: CircularConv, boxes: Boxes, corners, levels, limit) -> Bool[Array, " boxes"]:
     """Whether each box is proven to hold nothing above the limit, up to rounding."""
-    sizes, factors = jnp.asarray(blocks.sizes)[levels], jnp.asarray(blocks.factors, poly.even.dtype)[levels]
+    sizes, factors = jnp.asarray(boxes.sizes)[levels], jnp.asarray(boxes.factors, poly.even.dtype)[levels]
     limits = jnp.where(factors > 0, limit * factors, 0)
-    grams = grams_at(poly, op, doubled_centres(corners, sizes, blocks.ends))
+    grams = grams_at(poly, op, doubled_centres(corners, sizes, boxes.ends))
     return are_below(grams, squared_limit(poly.coefficients.shape[-2], limits) - poly.loss)
 
 
 def _largest_of(
-    poly: GramPolynomial, op: CircularConv, excess: float, indices, among: Bool[Array, " chunk"], known: Peak
+    poly: GramPolynomial, op: CircularConv, allowed: float, indices, among: Bool[Array, " chunk"], known: Peak
 ) -> Peak:
     """The largest of the known pair and the pairs at single frequencies, which are looked at one after the other.
 
@@ -124,18 +124,18 @@ def _largest_of(
         among, known = state
         k = jnp.argmax(among)
         # The reduced Gram matrix proves little, and the best pair may have become larger since.
-        level = squared_limit(poly.coefficients.shape[-2], (1 + excess) * known.value)
+        level = squared_limit(poly.coefficients.shape[-2], (1 + allowed) * known.value)
         low = are_below(whole_grams(poly, op, indices[k])[None], level[None])[0]
         return among.at[k].set(False), lax.cond(low, lambda: known, lambda: examine(indices[k], known))
 
     return lax.while_loop(lambda state: jnp.any(state[0]), step, (among, known))[1]
 
 
-def _split(blocks: Boxes, corners, levels):
+def _split(boxes: Boxes, corners, levels):
     """The corners of the parts of each box on the next level, `(boxes, parts, axes)`, and which of them exist."""
-    sizes = jnp.asarray(blocks.sizes)
+    sizes = jnp.asarray(boxes.sizes)
     own, next_ = sizes[levels], sizes[jnp.minimum(levels + 1, len(sizes) - 1)]
     halves = np.array(list(itertools.product((0, 1), repeat=corners.shape[-1])))
     parts = corners[:, None] + halves[None] * next_[:, None]
-    exists = (parts < blocks.ends[None, None]) & ((halves == 0)[None] | (own > next_)[:, None])
+    exists = (parts < boxes.ends[None, None]) & ((halves == 0)[None] | (own > next_)[:, None])
     return parts, jnp.all(exists, axis=-1)

@@ -20,9 +20,10 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Complex, Float, Int
 
-from jaxsrn._tools.limits import vector_tolerance
+from jaxsrn._tools.lanczos import leading_singular_vectors
 from jaxsrn._tools.linalg import einsum, real_times, unit
-from jaxsrn._tools.subspaces import leading_singular_vectors, random_start
+from jaxsrn._tools.subspaces import random_start
+from jaxsrn._tools.tolerances import vector_tolerance
 from jaxsrn.operators.convolutions import CircularConv
 from jaxsrn.spectra.circular.boxes import Boxes, doubled_centres
 from jaxsrn.spectra.circular.grams import (
@@ -35,7 +36,7 @@ from jaxsrn.spectra.circular.grams import (
     with_all_directions,
 )
 from jaxsrn.spectra.circular.sites import site_at
-from jaxsrn.spectra.pair import Pair
+from jaxsrn.spectra.singular_pair import Pair
 
 __all__ = [
     "NUM_CLIMBERS",
@@ -84,12 +85,12 @@ class Estimates(NamedTuple):
     bounds: Float[Array, " boxes"]
 
 
-def estimates(poly: GramPolynomial, op: CircularConv, blocks: Boxes) -> Estimates:
+def estimates(poly: GramPolynomial, op: CircularConv, boxes: Boxes) -> Estimates:
     """The estimates, by power steps from one start, and the upper bounds, by Frobenius norms of the Gram matrices."""
     chunk = chunk_of(poly)
-    count, columns = len(blocks.corners), poly.even.shape[-1]
-    padded = np.resize(blocks.corners, (-count % chunk + count, op.num_axes))
-    centres = doubled_centres(padded, blocks.sizes[:1], blocks.ends).reshape((-1, chunk, op.num_axes))
+    count, columns = len(boxes.corners), poly.even.shape[-1]
+    padded = np.resize(boxes.corners, (-count % chunk + count, op.num_axes))
+    centres = doubled_centres(padded, boxes.sizes[:1], boxes.ends).reshape((-1, chunk, op.num_axes))
     start = jnp.zeros((columns, 2), poly.even.dtype).at[:, 0].set(unit(random_start((columns,), poly.even.dtype)))
 
     def estimate(doubled):
@@ -110,13 +111,13 @@ def estimates(poly: GramPolynomial, op: CircularConv, blocks: Boxes) -> Estimate
     return Estimates(values, vectors, bounds.reshape(-1)[:count])
 
 
-def _uphill(poly: GramPolynomial, op: CircularConv, blocks: Boxes, index, group, column) -> Peak:
+def _uphill(poly: GramPolynomial, op: CircularConv, boxes: Boxes, index, group, column) -> Peak:
     """Where climbing leads from one frequency: the steps over frequencies halve from half a box to one index."""
     # A static index of the only group spares each climber a copy of the coefficients.
     coefficients = poly.coefficients[group if len(poly.coefficients) > 1 else 0]
     # Two neighbours on each side reach over small dips. Three power steps let the vectors follow the frequency.
     around = np.array(list(itertools.product((-2, -1, 0, 1, 2), repeat=op.num_axes)))
-    grid, halvings = np.array(op.grid), int(np.max(blocks.sizes)).bit_length()
+    grid, halvings = np.array(op.grid), int(np.max(boxes.sizes)).bit_length()
 
     def power(index, column):
         symbol = symbol_at(poly, op, index, coefficients)
@@ -126,7 +127,7 @@ def _uphill(poly: GramPolynomial, op: CircularConv, blocks: Boxes, index, group,
         return row, column, jnp.linalg.norm(einsum("rc,c->r", symbol, column))
 
     def step(k, peak: Peak) -> Peak:
-        stride = jnp.maximum(jnp.asarray(blocks.sizes[:1]) // 2 ** (k + 1), 1)
+        stride = jnp.maximum(jnp.asarray(boxes.sizes[:1]) // 2 ** (k + 1), 1)
         candidates = (peak.index[None] + around * stride) % grid[None]
         filters = einsum("r,tr->t", peak.row.conj(), real_times("trc,c->tr", coefficients, peak.column))
         values = jnp.abs(einsum("pt,t->p", waves_at(poly, op, 2 * candidates), filters))
@@ -136,18 +137,18 @@ def _uphill(poly: GramPolynomial, op: CircularConv, blocks: Boxes, index, group,
     return lax.fori_loop(0, halvings, step, Peak(index, group, *power(index, column)))
 
 
-def climbs(poly: GramPolynomial, op: CircularConv, blocks: Boxes, known: Estimates, chosen) -> Peak:
+def climbs(poly: GramPolynomial, op: CircularConv, boxes: Boxes, known: Estimates, chosen) -> Peak:
     """Where climbing leads from the chosen estimates: a stack of peaks at frequencies of the half grid."""
     box, group = jnp.unravel_index(chosen.astype(int), known.values.shape)
-    starts = jnp.asarray(doubled_centres(blocks.corners, blocks.sizes[:1], blocks.ends) // 2)[box]
-    if len(blocks.sizes) > 1:
-        own, own_box = _own_opposites(op, blocks)
+    starts = jnp.asarray(doubled_centres(boxes.corners, boxes.sizes[:1], boxes.ends) // 2)[box]
+    if len(boxes.sizes) > 1:
+        own, own_box = _own_opposites(op, boxes)
         starts = jnp.concatenate([starts, own.astype(starts.dtype)])
         group = jnp.concatenate([group, jnp.argmax(known.values[own_box], axis=-1)])
         box = jnp.concatenate([box, own_box])
     columns = jax.vmap(functools.partial(with_all_directions, poly))(group, known.vectors[box, group])
-    peaks = jax.vmap(functools.partial(_uphill, poly, op, blocks))(starts, group, columns)
-    mirrored = (peaks.index[:, -1] >= blocks.ends[-1])[:, None]
+    peaks = jax.vmap(functools.partial(_uphill, poly, op, boxes))(starts, group, columns)
+    mirrored = (peaks.index[:, -1] >= boxes.ends[-1])[:, None]
     index = jnp.where(mirrored, -peaks.index % np.array(op.grid)[None], peaks.index)
     row, column = (jnp.where(mirrored, side.conj(), side) for side in (peaks.row, peaks.column))
     return peaks._replace(index=index, row=row, column=column)
@@ -158,22 +159,22 @@ def most_promising(known: Estimates, count: int) -> Int[Array, " chosen"]:
     return lax.top_k(known.values.reshape(-1), min(count, known.values.size))[1]
 
 
-def _own_opposites(op: CircularConv, blocks: Boxes) -> tuple[np.ndarray, np.ndarray]:
+def _own_opposites(op: CircularConv, boxes: Boxes) -> tuple[np.ndarray, np.ndarray]:
     """The frequencies that are their own opposites, or nearly so, and their coarsest boxes (static).
 
     A real kernel has the same singular values at opposite frequencies. They are therefore stationary at these
     frequencies, and often highest.
     """
     indices = np.array(list(itertools.product(*((0, n // 2) if n > 1 else (0,) for n in op.grid))))
-    shape = -(-blocks.ends // blocks.sizes[0])
-    return indices, np.ravel_multi_index((indices // blocks.sizes[0]).T, shape)
+    shape = -(-boxes.ends // boxes.sizes[0])
+    return indices, np.ravel_multi_index((indices // boxes.sizes[0]).T, shape)
 
 
-def best_climb(poly: GramPolynomial, op: CircularConv, blocks: Boxes, known: Estimates) -> Peak:
+def best_climb(poly: GramPolynomial, op: CircularConv, boxes: Boxes, known: Estimates) -> Peak:
     """The best frequency of the half grid that climbing reaches from the most promising boxes, and its leading pair."""
     # There is nowhere to climb to where every frequency was estimated.
-    chosen = most_promising(known, NUM_CLIMBERS if len(blocks.sizes) > 1 else 1)
-    peaks = climbs(poly, op, blocks, known, chosen)
+    chosen = most_promising(known, NUM_CLIMBERS if len(boxes.sizes) > 1 else 1)
+    peaks = climbs(poly, op, boxes, known, chosen)
     best = jax.tree.map(lambda leaf: leaf[jnp.argmax(peaks.value)], peaks)
     return _polished(poly, op, best.index, best.group, best.column)
 

@@ -17,7 +17,7 @@ from jaxsrn.spectra.circular.boxes import Boxes, boxes_of
 from jaxsrn.spectra.circular.branch_and_bound import highest_peak
 from jaxsrn.spectra.circular.climbing import NUM_CLIMBERS, Estimates, Peak, at_site, climbs, estimates, most_promising
 from jaxsrn.spectra.circular.grams import GramPolynomial, gram_polynomial
-from jaxsrn.spectra.pair import Pair
+from jaxsrn.spectra.singular_pair import Pair
 
 __all__ = [
     "other_peaks",
@@ -35,15 +35,15 @@ def peaks(
     Returns:
       `(values, pairs)`, stacks of at most `count`, the largest first; values are 0 where fewer were found.
     """
-    poly, blocks = gram_polynomial(kernel, op), boxes_of(op, kernel.shape)
-    known = estimates(poly, op, blocks)
-    highest = highest_peak(poly, op, blocks, known, 0.0)
-    found = other_peaks(poly, op, blocks, known, highest, count, radius)
+    poly, boxes = gram_polynomial(kernel, op), boxes_of(op, kernel.shape)
+    known = estimates(poly, op, boxes)
+    highest = highest_peak(poly, op, boxes, known, 0.0)
+    found = other_peaks(poly, op, boxes, known, highest, count, radius)
     return found.value, jax.vmap(lambda peak: at_site(peak, op, kernel.shape))(found)
 
 
 def other_peaks(
-    poly: GramPolynomial, op: CircularConv, blocks: Boxes, known: Estimates, highest: Peak, count: int, radius: int
+    poly: GramPolynomial, op: CircularConv, boxes: Boxes, known: Estimates, highest: Peak, count: int, radius: int
 ) -> Peak:
     """A stack of the highest peak and of others, as far as climbing finds them, the larger ones first.
 
@@ -51,9 +51,9 @@ def other_peaks(
     than `count` are found, the values of the rest are 0.
     """
     # The kernels of which every frequency was estimated are wide, as a rule, so that each climb is dear.
-    dear = len(blocks.sizes) == 1
-    chosen = _estimated_peaks(known, blocks, op, count, radius) if dear else most_promising(known, 2 * NUM_CLIMBERS)
-    found = climbs(poly, op, blocks, known, chosen)
+    dear = len(boxes.sizes) == 1
+    chosen = _estimated_peaks(known, boxes, op, count, radius) if dear else most_promising(known, 2 * NUM_CLIMBERS)
+    found = climbs(poly, op, boxes, known, chosen)
     # The highest comes first and wins among equal values, so values that exceed it by rounding are cut to it.
     found = found._replace(value=jnp.minimum(found.value, highest.value))
     found = jax.tree.map(lambda first, rest: jnp.concatenate([first[None], rest]), highest, found)
@@ -61,10 +61,10 @@ def other_peaks(
     return jax.tree.map(lambda leaf: leaf[chosen], found)._replace(value=values)
 
 
-def _estimated_peaks(known: Estimates, blocks: Boxes, op: CircularConv, count: int, radius: int):
+def _estimated_peaks(known: Estimates, boxes: Boxes, op: CircularConv, count: int, radius: int):
     """The flat indices of the largest estimates at single frequencies, none near a larger one of its group."""
-    boxes, groups = np.indices(known.values.shape).reshape((2, -1))
-    return _largest_apart(known.values.reshape(-1), jnp.asarray(blocks.corners[boxes]), groups, op, count, radius)[0]
+    which, groups = np.indices(known.values.shape).reshape((2, -1))
+    return _largest_apart(known.values.reshape(-1), jnp.asarray(boxes.corners[which]), groups, op, count, radius)[0]
 
 
 def _largest_apart(values: Float[Array, " n"], indices, groups, op: CircularConv, count: int, radius: int):

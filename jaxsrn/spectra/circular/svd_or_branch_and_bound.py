@@ -11,15 +11,15 @@ import math
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxsrn._tools.limits import svds_are_dear
 from jaxsrn._tools.linalg import top_values
+from jaxsrn._tools.tolerances import svds_are_dear
 from jaxsrn.operators.convolutions import CircularConv
 from jaxsrn.spectra.circular.branch_and_bound import branch_and_bound
 from jaxsrn.spectra.circular.fourier import complex_dtype, half_symbol, site_shape
-from jaxsrn.spectra.circular.pairs import site_pairs
+from jaxsrn.spectra.circular.site_pairs import site_pairs
 from jaxsrn.spectra.circular.sites import distinct_sites, half_grid, same_site, without_constant_axes
 from jaxsrn.spectra.dense import leading_of_matrix
-from jaxsrn.spectra.pair import Pair, first_of
+from jaxsrn.spectra.singular_pair import Pair, first_of
 
 __all__ = [
     "branch_and_bound_pays",

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 from jaxsrn._tools.linalg import unit
 from jaxsrn.operators.convolutions import CircularConv, ZeroPaddedConv
 from jaxsrn.spectra.circular.waves import wave
-from jaxsrn.spectra.pair import Pair
+from jaxsrn.spectra.singular_pair import Pair
 
 __all__ = [
     "circular_layer",

@@ -15,10 +15,10 @@ from jaxtyping import Array, Float
 from jaxsrn._tools.linalg import einsum, matmul, unit
 from jaxsrn._tools.subspaces import random_start, subspace_iteration
 from jaxsrn.operators.convolutions import ZeroPaddedConv
-from jaxsrn.spectra.images import matrix_free
+from jaxsrn.spectra.image_pairs import matrix_free
 from jaxsrn.spectra.padded.from_waves import NOISE, from_waves
 from jaxsrn.spectra.padded.starts import Starts, two_phases
-from jaxsrn.spectra.pair import Pair
+from jaxsrn.spectra.singular_pair import Pair
 
 __all__ = [
     "MANY_CHANNELS",

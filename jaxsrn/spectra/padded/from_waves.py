@@ -14,9 +14,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxsrn.operators.convolutions import ZeroPaddedConv
-from jaxsrn.spectra.images import matrix_free
+from jaxsrn.spectra.image_pairs import matrix_free
 from jaxsrn.spectra.padded.starts import Starts
-from jaxsrn.spectra.pair import Found, Pair
+from jaxsrn.spectra.singular_pair import Found, Pair
 
 __all__ = [
     "NOISE",

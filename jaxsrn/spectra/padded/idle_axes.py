@@ -11,7 +11,7 @@ import dataclasses
 import jax.numpy as jnp
 
 from jaxsrn.operators.convolutions import ZeroPaddedConv
-from jaxsrn.spectra.pair import Pair
+from jaxsrn.spectra.singular_pair import Pair
 
 __all__ = [
     "at_first_contact",

@@ -1,6 +1,6 @@
 """The leading pair of a layer with zero padding: proven by its matrix where that is small, else a search.
 
-The search is the Lanczos method (`_tools/subspaces.py`) from waves of a circular layer with the same taps. It ends at a
+The search is the Lanczos method (`_tools/lanczos.py`) from waves of a circular layer with the same taps. It ends at a
 small residual, which proves a singular value but not that none is larger.
 """
 
@@ -10,17 +10,17 @@ import math
 
 from jaxtyping import Array, Float
 
-from jaxsrn._tools.limits import PROVEN_SIZE, search_tolerance
 from jaxsrn._tools.linalg import unit
 from jaxsrn._tools.subspaces import random_start
+from jaxsrn._tools.tolerances import PROVEN_SIZE, search_tolerance
 from jaxsrn.operators.convolutions import ZeroPaddedConv
 from jaxsrn.spectra.dense import leading_of_matrix
-from jaxsrn.spectra.images import as_images, matrix_free
+from jaxsrn.spectra.image_pairs import as_images, matrix_free
 from jaxsrn.spectra.padded.few_channels import MANY_CHANNELS, through_few_channels
 from jaxsrn.spectra.padded.from_waves import from_waves
 from jaxsrn.spectra.padded.idle_axes import at_first_contact, without_idle_axes
 from jaxsrn.spectra.padded.starts import circular_starts
-from jaxsrn.spectra.pair import Pair, matrix_size
+from jaxsrn.spectra.singular_pair import Pair, matrix_size
 
 __all__ = ["leading_of_padded", "search"]
 

@@ -19,7 +19,7 @@ from jaxsrn.spectra.circular.grams import is_reduced
 from jaxsrn.spectra.circular.grid_certificate import overshoot
 from jaxsrn.spectra.circular.peaks import peaks
 from jaxsrn.spectra.padded.circular_model import circular_layer, windowed
-from jaxsrn.spectra.pair import Pair
+from jaxsrn.spectra.singular_pair import Pair
 
 __all__ = [
     "Starts",

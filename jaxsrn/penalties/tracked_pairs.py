@@ -19,9 +19,10 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from jaxsrn._tools.checks import Kernel, ensure, float_dtype, kernel_array, positive_scalar, static_int
-from jaxsrn._tools.limits import vector_tolerance
+from jaxsrn._tools.lanczos import top_singular_vectors
 from jaxsrn._tools.linalg import matmul
-from jaxsrn._tools.subspaces import orthonormal_rows, rayleigh_ritz, subspace_iteration, top_singular_vectors
+from jaxsrn._tools.subspaces import orthonormal_rows, rayleigh_ritz, subspace_iteration
+from jaxsrn._tools.tolerances import vector_tolerance
 from jaxsrn.operators.base import Operator
 from jaxsrn.penalties.guo_ye import check_side, exceeds_output
 

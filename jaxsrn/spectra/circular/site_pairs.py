@@ -1,6 +1,6 @@
 """Pairs that are stored at one site of the torus, those of circular convolutions.
 
-`spectra/images.py` has the same functions for all other operators; `spectra/pairs.py` chooses between them.
+`spectra/image_pairs.py` has the same functions for all other operators; `spectra/pairs_by_kind.py` chooses.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from jaxsrn._tools.linalg import einsum, top_pairs, unit
 from jaxsrn.operators.convolutions import CircularConv
 from jaxsrn.spectra.circular.fourier import site_shape, site_symbol
 from jaxsrn.spectra.circular.waves import site_gradient, site_of_images, wave
-from jaxsrn.spectra.pair import Pair, first_of
+from jaxsrn.spectra.singular_pair import Pair, first_of
 
 __all__ = ["gradient", "images", "nearby", "of_images", "power_step", "shapes", "site_pairs"]
 

@@ -1,7 +1,7 @@
 """`srnc`, exact stable rank normalization of any layer (Zheng et al. 2025, eq. 7): what it takes, solves and returns.
 
 Targets below the stable rank are met by `iteration.py` from the starts of `starts.py`, targets above it by
-`raising.py`, and those of matrices by `matrices.py`.
+`raise_stable_rank.py`, and those of matrices by `matrices.py`.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from jaxsrn._tools.checks import Kernel, ensure, float_dtype, kernel_array, positive_scalar, static_int
-from jaxsrn._tools.limits import kernel_tolerance
 from jaxsrn._tools.linalg import safe_sqrt
+from jaxsrn._tools.tolerances import kernel_tolerance
 from jaxsrn.normalization.closed_form import Problem, closed_form, functional
 from jaxsrn.normalization.iteration import minorise_maximise
 from jaxsrn.normalization.matrices import srn_of_matrix
-from jaxsrn.normalization.raising import raised
+from jaxsrn.normalization.raise_stable_rank import raised
 from jaxsrn.normalization.result import SRNResult, in_own_scale, measured, proven_gap, ratio
 from jaxsrn.normalization.starts import survey
 from jaxsrn.operators.base import Dense, Operator
 from jaxsrn.spectra.norms import SingularTriplet, check_triplet, frozen_value, leading_of
-from jaxsrn.spectra.pair import Pair, rescaled
-from jaxsrn.spectra.pairs import pair_of_images, pair_shapes
+from jaxsrn.spectra.pairs_by_kind import pair_of_images, pair_shapes
+from jaxsrn.spectra.singular_pair import Pair, rescaled
 
 __all__ = [
     "srnc",

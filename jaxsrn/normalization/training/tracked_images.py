@@ -4,7 +4,7 @@ Singular values of images lie close together, and cross. One vector alone, howev
 into another; the runners-up are at hand. A step takes power steps of the first two inputs and the best pairs of the
 space that they and all inputs span (Rayleigh, Ritz). `jax.experimental.sparse.linalg.lobpcg_standard` iterates to
 convergence from where it starts, and needs more than five times as many rows as vectors; here one step is wanted, for
-matrices of any size. `watched_torus.py` is the counterpart for circular convolutions, and `tracking.py` chooses.
+matrices of any size. `tracked_torus.py` is the counterpart for circular convolutions, and `tracking.py` chooses.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 from jaxsrn._tools.linalg import einsum, unit
 from jaxsrn._tools.subspaces import extended, random_start, rayleigh_ritz
 from jaxsrn.operators.base import Operator
-from jaxsrn.spectra.pair import Pair
+from jaxsrn.spectra.singular_pair import Pair
 
 __all__ = ["begin", "follow", "watch_shape"]
 

@@ -2,7 +2,7 @@
 
 Whatever optimises over pairs needs few things of them: the leading pair, a leading pair near a given one, a power step,
 the gradient of a pair's value in the kernel, and its two real vectors. One table says how each kind of operator does
-them; the implementations are `images.py` and `circular/pairs.py`.
+them; the implementations are `image_pairs.py` and `circular/pairs.py`.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from jaxtyping import Array, Float
 
 from jaxsrn.operators.base import Dense, Operator
 from jaxsrn.operators.convolutions import CircularConv, ZeroPaddedConv
-from jaxsrn.spectra import images
-from jaxsrn.spectra.circular import pairs as waves
+from jaxsrn.spectra import image_pairs
+from jaxsrn.spectra.circular import site_pairs
 from jaxsrn.spectra.circular.svd_or_branch_and_bound import leading_wave
 from jaxsrn.spectra.dense import leading_of_matrix
 from jaxsrn.spectra.padded.leading import leading_of_padded
-from jaxsrn.spectra.pair import Pair
+from jaxsrn.spectra.singular_pair import Pair
 
 __all__ = [
     "leading_pair",
@@ -44,9 +44,9 @@ class _Kind(NamedTuple):
 
 
 _KINDS = {
-    Dense: _Kind(images, lambda kernel, op, **options: leading_of_matrix(kernel)),
-    CircularConv: _Kind(waves, lambda kernel, op, **options: leading_wave(kernel, op)[0]),
-    ZeroPaddedConv: _Kind(images, leading_of_padded),
+    Dense: _Kind(image_pairs, lambda kernel, op, **options: leading_of_matrix(kernel)),
+    CircularConv: _Kind(site_pairs, lambda kernel, op, **options: leading_wave(kernel, op)[0]),
+    ZeroPaddedConv: _Kind(image_pairs, leading_of_padded),
 }
 
 

@@ -1,6 +1,6 @@
 """Pairs that are stored as vectors or images: dense layers, and convolutions that have no symbol.
 
-`circular/pairs.py` has the same functions for pairs that are stored at one frequency; `pairs.py` chooses between them.
+`circular/site_pairs.py` has the same functions for pairs that are stored at one frequency; `pairs_by_kind.py` chooses.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxsrn._tools.lanczos import leading_singular_vectors
 from jaxsrn._tools.linalg import unit
-from jaxsrn._tools.subspaces import leading_singular_vectors
 from jaxsrn.operators.base import Operator
-from jaxsrn.spectra.pair import Found, Pair
+from jaxsrn.spectra.singular_pair import Found, Pair
 
 __all__ = [
     "as_images",

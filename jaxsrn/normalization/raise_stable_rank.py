@@ -21,13 +21,13 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxsrn._tools.limits import kernel_tolerance, largest_scaling
 from jaxsrn._tools.linalg import safe_sqrt
+from jaxsrn._tools.tolerances import kernel_tolerance, largest_scaling
 from jaxsrn.normalization.closed_form import Problem
 from jaxsrn.operators.base import Operator
 from jaxsrn.projections.nearest import Nearest, SolvedBall, nearest, not_yet, with_derivative
 from jaxsrn.spectra.norms import frozen_value
-from jaxsrn.spectra.pair import Pair
+from jaxsrn.spectra.singular_pair import Pair
 
 __all__ = [
     "Raised",

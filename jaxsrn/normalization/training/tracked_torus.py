@@ -27,7 +27,7 @@ from jaxsrn.operators.convolutions import CircularConv
 from jaxsrn.spectra.circular.fourier import axis_exponents, axis_waves, complex_dtype, polynomial, site_shape
 from jaxsrn.spectra.circular.grid_certificate import degrees
 from jaxsrn.spectra.circular.sites import half_grid, locate, site_at
-from jaxsrn.spectra.pair import Pair
+from jaxsrn.spectra.singular_pair import Pair
 
 __all__ = ["begin", "follow", "watch_shape"]
 
