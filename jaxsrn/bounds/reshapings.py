@@ -59,7 +59,7 @@ def _fantastic_four(kernel, op, num_steps):
         norms = [matrix_norm(matrix, num_steps) for matrix in _reshapings(tensor)]
         return math.sqrt(num_terms(tensor)) * functools.reduce(jnp.minimum, norms)
 
-    return smallest_over_covers(bound, kernel, op)
+    return smallest_over_covers(bound, kernel, op, guaranteed=num_steps is None)
 
 
 def _reshapings(tensor: Float[Array, "..."]) -> list[Float[Array, "groups rows columns"]]:

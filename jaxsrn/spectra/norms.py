@@ -1,7 +1,7 @@
 """The leading singular triplet and the spectral norm of a layer, with exact derivatives.
 
-`pairs_by_kind.py` finds the leading pair. The norm is its value as a function of the kernel with the pair held constant,
-and the derivative of that is the derivative of the norm.
+`pairs_by_kind.py` finds the leading pair. The norm is its value as a function of the kernel, with the pair held
+constant, and the derivative of that is the derivative of the norm.
 """
 
 from __future__ import annotations
