@@ -48,6 +48,7 @@ def _tensor(kernel: Float[Array, "..."], op: CircularConv) -> Float[Array, "..."
 
 
 def num_terms(tensor: Float[Array, "..."]) -> int:
+    """How many terms the symbol has, `q` of the literature where there are no strides (static)."""
     return math.prod(tensor.shape[1:-2])
 
 

@@ -134,8 +134,9 @@ class Normalized(nn.Module):
         return blank.replace(value=blank.constraint.start(self.layer, kernel, norm))
 
     @nn.nowrap
-    def _target(self, seen: LayerMap) -> float:
-        raise NotImplementedError
+    def _target(self, seen: LayerMap) -> float | None:
+        """The stable rank that the layer is held to; `None` for the norm alone."""
+        return None
 
 
 class StableRankNorm(Normalized):
@@ -185,10 +186,6 @@ class SpectralNorm(Normalized):
 
     Args, errors: as for `StableRankNorm`. The gradient is exact with either choice.
     """
-
-    @nn.nowrap
-    def _target(self, seen: LayerMap) -> float:
-        return None
 
 
 def _raw_kernel(layer: nn.Module) -> jax.Array:

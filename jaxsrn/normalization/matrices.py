@@ -58,6 +58,7 @@ def srn(matrix: Kernel, target, *, num_preserved: int = 1, raise_rank: bool = Fa
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
 def srn_of_matrix(matrix, target, num_preserved, raise_rank):
+    """`srn` for checked arguments."""
     a, scale = rescaled(matrix.astype(float_dtype(matrix.dtype)), Dense())
     u, _, vt = (lax.stop_gradient(part) for part in jnp.linalg.svd(lax.stop_gradient(a), full_matrices=False))
     # The singular values as functions of the matrix, with the vectors held constant.
