@@ -2,7 +2,7 @@
 
 Whatever optimises over pairs needs few things of them: the leading pair, a leading pair near a given one, a power step,
 the gradient of a pair's value in the kernel, and its two real vectors. One table says how each kind of operator does
-them; the implementations are `image_pairs.py` and `circular/pairs.py`.
+them; the implementations are `image_pairs.py` and `circular/site_pairs.py`.
 """
 
 from __future__ import annotations
