@@ -1,1 +1,1 @@
-"""What every folder uses: checks of arguments, tolerances, products in full precision, subspaces, proofs by Cholesky."""
+"""What every folder uses: checks of arguments, tolerances, products in full precision, subspaces, Lanczos, proofs."""
