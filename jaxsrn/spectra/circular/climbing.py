@@ -52,6 +52,8 @@ __all__ = [
 
 # An estimate takes so many power steps. A wrong one costs a worse place to climb from, and never the proof.
 _POWER_STEPS = 8
+# Power steps that let the vectors follow a frequency, at every step of a climb.
+_FOLLOWING_STEPS = 3
 # So many climbers start from the largest estimates: more of them find the highest peak more often, at a price each.
 NUM_CLIMBERS = 8
 
@@ -97,14 +99,18 @@ def estimates(poly: GramPolynomial, op: CircularConv, boxes: Boxes) -> Estimates
         grams = grams_at(poly, op, doubled)
         # ||G||_F^2 is the sum of the fourth powers of the singular values.
         bounds = jnp.sqrt(jnp.max(jnp.linalg.norm(grams, axis=(-2, -1)), axis=-1) + poly.loss)
-        vectors = jnp.broadcast_to(start, (*grams.shape[:-1], 2))
-        for _ in range(_POWER_STEPS):
+        parts = grams.real, grams.imag
+
+        def power(_, state):
             # Real and imaginary parts stand side by side, so that each matrix is read once, by faster products.
-            even, odd = (einsum("pgij,pgjc->pgic", part, vectors) for part in (grams.real, grams.imag))
+            even, odd = (einsum("pgij,pgjc->pgic", part, state[1]) for part in parts)
             vectors = jnp.stack([even[..., 0] - odd[..., 1], even[..., 1] + odd[..., 0]], axis=-1)
-            values = jnp.linalg.norm(vectors, axis=(-2, -1), keepdims=True)
-            vectors = vectors / jnp.where(values == 0, 1, values)
-        return values[..., 0, 0], lax.complex(vectors[..., 0], vectors[..., 1]), bounds
+            values = jnp.linalg.norm(vectors, axis=(-2, -1))
+            return values, vectors / jnp.where(values == 0, 1, values)[..., None, None]
+
+        nothing = jnp.zeros(grams.shape[:2], bounds.dtype), jnp.broadcast_to(start, (*grams.shape[:-1], 2))
+        values, vectors = lax.fori_loop(0, _POWER_STEPS, power, nothing)
+        return values, lax.complex(vectors[..., 0], vectors[..., 1]), bounds
 
     values, vectors, bounds = lax.map(estimate, jnp.asarray(centres))
     values, vectors = (leaf.reshape((-1, *leaf.shape[2:]))[:count] for leaf in (values, vectors))
@@ -115,26 +121,29 @@ def _uphill(poly: GramPolynomial, op: CircularConv, boxes: Boxes, index, group, 
     """Where climbing leads from one frequency: the steps over frequencies halve from half a box to one index."""
     # A static index of the only group spares each climber a copy of the coefficients.
     coefficients = poly.coefficients[group if len(poly.coefficients) > 1 else 0]
-    # Two neighbours on each side reach over small dips. Three power steps let the vectors follow the frequency.
+    # Two neighbours on each side reach over small dips.
     around = np.array(list(itertools.product((-2, -1, 0, 1, 2), repeat=op.num_axes)))
     grid, halvings = np.array(op.grid), int(np.max(boxes.sizes)).bit_length()
 
-    def power(index, column):
-        symbol = symbol_at(poly, op, index, coefficients)
-        for _ in range(3):
-            row = unit(einsum("rc,c->r", symbol, column))
-            column = unit(einsum("rc,r->c", symbol.conj(), row))
-        return row, column, jnp.linalg.norm(einsum("rc,c->r", symbol, column))
-
     def step(k, peak: Peak) -> Peak:
-        stride = jnp.maximum(jnp.asarray(boxes.sizes[:1]) // 2 ** (k + 1), 1)
+        # The first step stays at its frequency: there the row is yet to be found.
+        stride = jnp.where(k == 0, 0, jnp.maximum(jnp.asarray(boxes.sizes[:1]) // 2**k, 1))
         candidates = (peak.index[None] + around * stride) % grid[None]
         filters = einsum("r,tr->t", peak.row.conj(), real_times("trc,c->tr", coefficients, peak.column))
         values = jnp.abs(einsum("pt,t->p", waves_at(poly, op, 2 * candidates), filters))
         index = candidates[jnp.argmax(values)]
-        return Peak(index, group, *power(index, peak.column))
+        symbol = symbol_at(poly, op, index, coefficients)
 
-    return lax.fori_loop(0, halvings, step, Peak(index, group, *power(index, column)))
+        def power(_, sides):
+            row = unit(einsum("rc,c->r", symbol, sides[1]))
+            return row, unit(einsum("rc,r->c", symbol.conj(), row))
+
+        row, column = lax.fori_loop(0, _FOLLOWING_STEPS, power, (peak.row, peak.column))
+        return Peak(index, group, row, column, jnp.linalg.norm(einsum("rc,c->r", symbol, column)))
+
+    nothing = jnp.zeros(poly.coefficients.shape[-2], column.dtype)
+    start = Peak(index, group, nothing, column, jnp.zeros((), poly.even.dtype))
+    return lax.fori_loop(0, halvings + 1, step, start)
 
 
 def climbs(poly: GramPolynomial, op: CircularConv, boxes: Boxes, known: Estimates, chosen) -> Peak:
