@@ -81,7 +81,8 @@ def srn_of_matrix(matrix, target, num_preserved, raise_rank):
         stable_rank=new_rank,
         spectral_norm=values[0],
         distance=ratio(safe_sqrt(jnp.sum((values - s) ** 2)), safe_sqrt(jnp.sum(s**2))),
-        gap=jnp.zeros_like(rank),
+        # Zero, or NaN where the matrix has one.
+        gap=0 * rank,
         residual=jnp.maximum(deviation(new_rank, jnp.where(rank == 0, 0.0, target)), deviation(values[0], wanted)),
         num_steps=jnp.asarray(0),
         num_preserved=jnp.where(unchanged, num_preserved, preserved),

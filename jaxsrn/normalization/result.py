@@ -23,7 +23,9 @@ __all__ = [
 class SRNResult(NamedTuple):
     """A kernel of prescribed stable rank, and what is known about it.
 
-    The numbers are those of the solution in float32 or wider, before the kernel is rounded to a narrower dtype.
+    The numbers are those of the solution in float32 or wider, before the kernel is rounded to a narrower dtype. Where
+    the given kernel has a NaN, the kernel and all floating numbers are NaN and `feasible` is False; the two counts say
+    nothing.
 
     Attributes:
       kernel: the normalized kernel, in the dtype of the input.

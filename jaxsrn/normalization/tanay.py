@@ -62,7 +62,7 @@ def assessed(candidate, problem: Problem, own: Pair, op: Operator, num_steps) ->
     change, squared = candidate - problem.kernel, problem.inner(problem.kernel, problem.kernel)
     distance = ratio(safe_sqrt(problem.inner(change, change)), safe_sqrt(squared))
     low, high = stable_rank_range(candidate.shape, op)
-    feasible = (problem.target >= low) & (problem.target <= high)
+    feasible = (problem.target >= low) & (problem.target <= high) & jnp.isfinite(distance)
     bound = ratio(safe_sqrt(survey(lax.stop_gradient(problem), op, own).bound), safe_sqrt(squared))
     # The bound is proven for targets below the stable rank of the original alone.
     proves = jnp.isfinite(bound) & (problem.target < ratio(squared, problem.norm**2))
