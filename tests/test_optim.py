@@ -334,6 +334,17 @@ def test_zero_gradients_leave_points_where_they_are(optimizer):
         assert_trees_close(moved, points(), atol=2e-16)
 
 
+@pytest.mark.parametrize("optimizer", [sphere_sgd(0.1), adam(), sphere_sgd(0.1, momentum=0.9)])
+def test_a_nan_stays_in_its_point(optimizer):
+    given = gradients()
+    first = next(iter(given))
+    poisoned = {**given, first: given[first].at[(0,) * given[first].ndim].set(jnp.nan)}
+    moved, _ = step(optimizer, points(), poisoned)
+    expected, _ = step(optimizer, points(), given)
+    for name in given:
+        assert np.all(np.isnan(moved[name])) if name == first else np.array_equal(moved[name], expected[name])
+
+
 @pytest.mark.parametrize("optimizer", [sphere_sgd(0.1), sphere_sgd(0.1, momentum=0.9)], ids=["plain", "momentum"])
 def test_a_zero_parameter_goes_where_the_step_leads(optimizer):
     params = jax.tree.map(jnp.zeros_like, points())

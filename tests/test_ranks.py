@@ -385,6 +385,18 @@ def test_kernels_must_be_real_and_floating(dtype):
         stable_rank(jnp.ones((2, 2), dtype), Dense())
 
 
+@pytest.mark.parametrize("case", by_name("dense-tall", "circular-2d-stride-groups", "same-2d", "transposed-1d"))
+def test_targets_are_shares_of_the_largest_stable_rank(case):
+    """The largest is that of a matrix of the layer's shape with equal singular values."""
+    largest = min(cases.dense(kernel(case), case.op).shape)
+    for fraction in (0.7, 1.0):
+        target = target_of_fraction(fraction, case.kernel_shape, case.op)
+        assert target == pytest.approx(fraction * largest, rel=1e-12)
+    for fraction in (0.0, -0.5, 1.01, np.nan):
+        with pytest.raises(ValueError, match=r"expected a number in \(0, 1\]"):
+            target_of_fraction(fraction, case.kernel_shape, case.op)
+
+
 def test_a_fraction_where_all_kernels_have_the_same_stable_rank():
     """Such as a head of one unit, whose matrix has rank one."""
     assert target_of_fraction(0.3, (8, 1), Dense()) == 1
