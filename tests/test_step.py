@@ -175,7 +175,7 @@ def test_infeasible_targets_reach_the_lowest_stable_rank():
 @pytest.mark.parametrize("share", [0.5, None])
 @pytest.mark.parametrize("op_shape", [CIRCULAR, SAME], ids=["circular", "same"])
 def test_the_step_follows_a_changing_kernel(op_shape, share):
-    """From one random kernel to another in 100 steps: constraints within 1% on the way, and exact at rest."""
+    """From one random kernel to another in 100 steps: constraints within 0.2% on the way, and exact at rest."""
     op, shape = op_shape
     first, last = gaussian(shape, 1), gaussian(shape, 2)
     target = share if share is None else share_of_own(first, op, share)
@@ -187,10 +187,10 @@ def test_the_step_follows_a_changing_kernel(op_shape, share):
         if i % 10 == 0:
             norm, rank = measured(step(kernel, state)[0], op)
             wanted = measured(kernel, op)[1] if share is None else min(target, measured(kernel, op)[1])
-            np.testing.assert_allclose((norm, rank), (1, wanted), rtol=1e-2)
+            np.testing.assert_allclose((norm, rank), (1, wanted), rtol=2e-3)
     for _ in range(300):
         _, state = step(last, state)
-    assert abs(measured(step(last, state)[0], op)[0] - 1) < 1e-5
+    np.testing.assert_allclose(measured(step(last, state)[0], op)[0], 1, rtol=1e-12)
 
 
 def test_another_frequency_with_other_vectors_overtakes():
@@ -326,18 +326,62 @@ def test_a_state_that_was_cast_with_its_model(name):
     assert jax.tree.map(lambda leaf: leaf.dtype, after) == jax.tree.map(lambda leaf: leaf.dtype, state)
 
 
-def test_the_true_gradient_with_zero_padding_has_a_derivative_again():
-    """By forward over reverse: what it is of the gradient that reverse mode gives, by differences."""
-    op, kernel = ZeroPaddedConv((6,)), jnp.asarray(gaussian((3, 3, 4)))
-    target = 0.5 * float(jaxsrn.stable_rank(kernel, op))
-    _, state = settled(kernel, op, target)
-    weights, direction = jnp.asarray(gaussian((3, 3, 4), 1)), jnp.asarray(gaussian((3, 3, 4), 2))
+def second_and_differences(op, shape, target, settled_at, width=1e-4):
+    """The second derivative of a sum of entries along a direction, and differences of first derivatives.
 
-    def value(kernel):
-        normalized, _ = srnc_step(kernel, state, op, target, gradient="implicit")
-        return jnp.sum(normalized * weights)
+    Each first derivative is taken at a state that has settled at its own kernel: that of the converged solution.
+    """
+    kernel, direction, weights = gaussian(shape, 1), gaussian(shape, 2), gaussian(shape, 3)
 
-    gradient, tangent = jax.jvp(jax.grad(value), (kernel,), (direction,))
-    _, slope = jax.jvp(value, (kernel,), (direction,))
-    np.testing.assert_allclose(jnp.sum(gradient * direction), slope, rtol=1e-8)
-    assert np.all(np.isfinite(tangent))
+    @jax.jit
+    def gradient(kernel, state):
+        def value(kernel):
+            return jnp.sum(srnc_step(kernel, state, op, target, gradient="implicit")[0] * weights)
+
+        return jax.grad(value)(kernel)
+
+    state = settled_at(kernel)
+    second = jax.jvp(lambda kernel: gradient(kernel, state), (kernel,), (direction,))[1]
+    ends = [gradient(end, settled_at(end)) for end in (kernel + width * direction, kernel - width * direction)]
+    return second, (ends[0] - ends[1]) / (2 * width)
+
+
+@pytest.mark.parametrize(
+    ("op", "shape"),
+    [
+        pytest.param(Dense(), (6, 5), id="dense"),
+        pytest.param(CircularConv((9,)), (3, 3, 3), id="circular"),
+        pytest.param(ZeroPaddedConv((6,)), (3, 3, 4), id="same"),
+    ],
+)
+def test_the_second_derivative_with_a_target_is_the_true_one(op, shape):
+    """With the implicit gradient, by forward over reverse. With the frozen one the vectors are constants here too."""
+    target = share_of_own(gaussian(shape, 1), op, 0.6)
+    second, expected = second_and_differences(op, shape, target, lambda kernel: settled(kernel, op, target)[1])
+    np.testing.assert_allclose(second, expected, atol=1e-6 * np.max(np.abs(expected)))
+
+
+@pytest.mark.xfail(
+    reason="the pair of the norm alone is a constant to second derivatives", raises=AssertionError, strict=True
+)
+@pytest.mark.parametrize(
+    ("op", "shape"), [(Dense(), (6, 5)), (CircularConv((9,)), (3, 3, 3))], ids=["dense", "circular"]
+)
+def test_the_second_derivative_of_the_norm_alone_is_the_true_one(op, shape):
+    second, expected = second_and_differences(op, shape, None, lambda kernel: srnc_state(kernel, op, None))
+    np.testing.assert_allclose(second, expected, atol=1e-6 * np.max(np.abs(expected)))
+
+
+def test_the_second_derivative_of_the_norm_alone_holds_the_vectors():
+    """What it is: the second derivative of `K / <u, T(K) v>` with the leading vectors of the kernel as constants."""
+    kernel, direction, weights = (np.asarray(gaussian((6, 5), seed)) for seed in (1, 2, 3))
+    left, _, right = np.linalg.svd(kernel)
+    held = np.outer(left[:, 0], right[0])
+
+    def gradient(kernel):
+        norm = np.sum(kernel * held)
+        return weights / norm - np.sum(kernel * weights) / norm**2 * held
+
+    expected = (gradient(kernel + 1e-5 * direction) - gradient(kernel - 1e-5 * direction)) / 2e-5
+    second, _ = second_and_differences(Dense(), (6, 5), None, lambda kernel: srnc_state(kernel, Dense(), None))
+    np.testing.assert_allclose(second, expected, atol=1e-8)

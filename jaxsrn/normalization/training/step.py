@@ -119,7 +119,8 @@ def srnc_step(
       gradient: static. `"frozen"` holds the singular vectors constant, as every spectral normalization does: it is
         exact for the norm, and for the kernel it leaves out how the vectors turn. `"implicit"` is the derivative of the
         converged step by the implicit function theorem. It takes a linear system in the vectors, each product a further
-        power step, and is the frozen one where that system is singular (the two leading values meet).
+        power step, and is the frozen one where that system is singular (the two leading values meet). A second
+        derivative is the true one only with `"implicit"` and a target; otherwise it takes the vectors for constants.
       num_steps: static. Power steps of the pair before the kernel is normalized with it. The default is two for dense
         layers and for the norm alone, whose leading singular values may lie close together, and otherwise one.
 
