@@ -209,20 +209,23 @@ def train_step(model, optimizer, x, y):
     return value
 
 
-def train(model, steps):
+def train(model, steps, batch_size=32):
     optimizer = nnx.Optimizer(model, optax.adam(1e-3), wrt=nnx.Param)
     rng = np.random.default_rng(0)
     losses = []
     for _ in range(steps):
-        batch = rng.choice(len(IMAGES[0]), 32, replace=False)
+        batch = rng.choice(len(IMAGES[0]), batch_size, replace=False)
         losses.append(train_step(model, optimizer, IMAGES[0][batch], IMAGES[1][batch]))
     return losses
 
 
-def test_the_constraints_hold_after_200_training_steps():
-    """Norm 1 and half of each raw layer's stable rank within 1%, in eval mode and folded; Flax's wrapper beside."""
+# What the README says of 200 steps of Adam at 1e-3: of norm and stable rank in the benchmark's batches of 64, and where
+# another singular value overtakes, as it does here in the batches of 32; and of the norm alone.
+@pytest.mark.parametrize(("batch", "claimed"), [(64, 6e-4), (32, 6e-3)])
+def test_the_constraints_hold_after_200_training_steps(batch, claimed):
+    """Norm 1 and half of each raw layer's stable rank, in eval mode and folded."""
     model, targets = halved_model()
-    losses = train(model, 200)
+    losses = train(model, 200, batch)
     # A network of norm 1 has small logits; that it learns, and that its raw kernels move, is seen all the same.
     assert np.mean(losses[-10:]) < np.mean(losses[:10]) - 0.02
     assert jnp.linalg.norm(model.conv2.layer.kernel[...] - CNN().conv2.kernel[...]) > 0.1
@@ -232,15 +235,22 @@ def test_the_constraints_hold_after_200_training_steps():
     assert sum(raw[name] > targets[name] for name in raw) >= 2
     for measured in (true_values(model), true_values(jnnx.fold(model))):
         for name, (norm, rank) in measured.items():
-            np.testing.assert_allclose((norm, rank), (1, min(targets[name], raw[name])), rtol=1e-2, err_msg=name)
+            np.testing.assert_allclose((norm, rank), (1, min(targets[name], raw[name])), rtol=claimed, err_msg=name)
     x = IMAGES[0][:20]
     np.testing.assert_allclose(jnnx.fold(model)(x), model(x), rtol=1e-5, atol=1e-5)
 
+
+def test_the_norm_alone_after_200_training_steps():
+    """Within the 2.4% of the README; Flax's wrapper, which takes the flattened kernel's norm, beside."""
+    model = CNN(lambda layer, shape: jnnx.SpectralNorm(layer, input_shape=shape, rngs=nnx.Rngs(0)))
     flax = CNN(lambda layer, shape: nnx.SpectralNorm(layer, rngs=nnx.Rngs(0)))
-    train(flax, 200)
-    flax.eval()
-    norms = [norm for norm, _ in true_values(flax).values()]
-    assert max(norms) > 1.3, norms
+    norms = []
+    for network in (model, flax):
+        train(network, 200)
+        network.eval()
+        norms.append([norm for norm, _ in true_values(network).values()])
+    np.testing.assert_allclose(norms[0], 1, rtol=2.4e-2)
+    assert max(norms[1]) > 1.3, norms
 
 
 def test_a_fraction_above_the_own_stable_rank_sets_only_the_norm():
