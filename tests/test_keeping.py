@@ -24,6 +24,8 @@ LAYERS = {
 }
 SHAPES = {"circular": (3, 3, 2, 3), "same": (3, 3, 2, 2), "dense": (8, 9)}
 NORM, FRACTION = 3.0, 0.17
+# As the README says.
+KEPT_TO = 5e-6
 KEEPERS = {
     "norm": functools.partial(keep_spectral_norm, max_norm=NORM),
     "rank": functools.partial(keep_stable_rank, fraction=FRACTION),
@@ -60,9 +62,9 @@ def assert_kept(kind, kernel, reached, op):
     norm, rank = norm_and_rank(kernel, op)
     own_norm, own_rank = norm_and_rank(reached, op)
     if kind == "norm":
-        np.testing.assert_allclose(norm, min(own_norm, NORM), rtol=1e-4)
+        np.testing.assert_allclose(norm, min(own_norm, NORM), rtol=KEPT_TO)
     else:
-        np.testing.assert_allclose((norm, rank), (own_norm, min(own_rank, target_of(kernel, op))), rtol=1e-4)
+        np.testing.assert_allclose((norm, rank), (own_norm, min(own_rank, target_of(kernel, op))), rtol=KEPT_TO)
 
 
 def plain(params, updates):
@@ -306,8 +308,26 @@ def test_narrow_kernels_are_kept_to_their_rounding(kind):
     assert {leaf.dtype for leaf in jax.tree.leaves(updates)} == {jnp.dtype(jnp.bfloat16)}
     kernel = optax.apply_updates(params, updates)["dense"]["kernel"].astype(jnp.float32)
     norm, rank = norm_and_rank(kernel, Dense())
-    assert norm <= NORM * 1.01 or kind == "rank"
-    assert rank <= FRACTION * 8 * 1.02 or kind == "norm"
+    reached = params["dense"]["kernel"] + given["dense"]["kernel"]
+    own_norm, own_rank = norm_and_rank(reached.astype(jnp.float32), Dense())
+    assert own_norm > 1.2 * NORM
+    assert own_rank > 1.2 * FRACTION * 8
+    if kind == "norm":
+        np.testing.assert_allclose(norm, NORM, rtol=1e-2)
+    else:
+        np.testing.assert_allclose((norm, rank), (own_norm, FRACTION * 8), rtol=2e-2)
+
+
+@every_keeper
+def test_a_nan_stays_in_its_layer(kind):
+    """Also where another layer has the same shape, and both are projected by one call."""
+    layers, params = {("bad",): Dense(), ("good",): Dense()}, {"bad": gaussian((8, 9), 0), "good": gaussian((8, 9), 1)}
+    params = jax.tree.map(jnp.asarray, params)
+    transform = KEEPERS[kind](layers)
+    given = {name: leaf.at[0, 0].set(jnp.nan) if name == "bad" else leaf for name, leaf in params.items()}
+    got, _ = transform.update(given, transform.init(params), params)
+    assert np.all(np.isnan(got["bad"]))
+    assert_kept(kind, params["good"] + got["good"], 2 * params["good"], Dense())
 
 
 def test_the_state_is_a_tree_of_arrays():

@@ -120,7 +120,10 @@ def test_public_names_are_listed_and_documented(folder):
     loaded = importlib.import_module(f"jaxsrn.{folder}")
     assert loaded.__doc__
     for name in loaded.__all__:
-        assert getattr(loaded, name).__doc__, name
+        text = getattr(loaded, name).__doc__
+        # Records that have no docstring get their own signature for one.
+        assert text, name
+        assert not text.startswith(f"{name}("), name
 
 
 def test_import_is_light():
