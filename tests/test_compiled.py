@@ -1,6 +1,9 @@
 """What XLA makes of programs whose order matters: read from the compiled program, not from its results."""
 
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -63,3 +66,10 @@ def test_the_svd_of_a_large_matrix_is_computed_only_where_no_proof_is_found():
     text = compiled(leading_of_matrix, jnp.ones((140, 130)))
     assert whole(text)
     assert not whole(entry(text))
+
+
+def test_programs_do_not_grow():
+    """No public function has a tenth more operations than recorded; `python benchmarks/compilation.py` records anew."""
+    script = Path(__file__).parent.parent / "benchmarks" / "compilation.py"
+    run = subprocess.run([sys.executable, str(script), "--check"], capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
