@@ -9,7 +9,7 @@ import importlib
 
 from jaxsrn.normalization import SRNResult, srn, srnc, srnc_tanay
 from jaxsrn.normalization.training import SRNCState, srnc_state, srnc_step
-from jaxsrn.operators import CircularConv, Dense, Operator, ZeroPaddedConv
+from jaxsrn.operators import CircularConv, Dense, Operator, UnboundedConv, ZeroPaddedConv
 from jaxsrn.projections import ProjectionResult, clip_singular_values, project_spectral_ball
 from jaxsrn.spectra import (
     SingularTriplet,
@@ -33,6 +33,7 @@ __all__ = [
     "SRNResult",
     "SingularTriplet",
     "StableRankRange",
+    "UnboundedConv",
     "ZeroPaddedConv",
     "bounds",
     "clip_singular_values",

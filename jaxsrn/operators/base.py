@@ -36,7 +36,7 @@ class Contacts(NamedTuple):
 
 
 class Operator(abc.ABC):
-    """The base of `Dense`, `CircularConv` and `ZeroPaddedConv`: the adjoints and the explicit matrix."""
+    """The base of all operators: the adjoints and the explicit matrix."""
 
     # Only the explicit matrix of such a layer has all singular values: it is no matrix itself, and has no symbol.
     _needs_explicit_matrix = False
@@ -54,6 +54,14 @@ class Operator(abc.ABC):
     @abc.abstractmethod
     def out_shape(self, kernel_shape: tuple[int, ...]) -> tuple[int, ...]:
         """Shape of one output: `(c_out,)`, or `(*output_shape, c_out)`."""
+
+    @abc.abstractmethod
+    def _channels(self, kernel_shape: tuple[int, ...]) -> tuple[int, int]:
+        """The numbers of input and of output channels (static)."""
+
+    @abc.abstractmethod
+    def _axis_strides(self, kernel_shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The stride on each spatial axis (static)."""
 
     @abc.abstractmethod
     def _axis_contacts(self, kernel_shape: tuple[int, ...]) -> list[list[Contacts]]:
@@ -185,6 +193,12 @@ class Dense(Operator):
             len(kernel_shape) == 2 and min(kernel_shape) > 0,
             f"kernel: got shape {tuple(kernel_shape)}, expected (c_in, c_out) for Dense(); reshape it.",
         )
+
+    def _channels(self, kernel_shape):
+        return tuple(kernel_shape)
+
+    def _axis_strides(self, kernel_shape):
+        return ()
 
     def in_shape(self, kernel_shape):
         return tuple(kernel_shape[:1])

@@ -1,7 +1,7 @@
-"""Convolutions as operators, circular or with zero padding, equal to Flax's layers element by element.
+"""Convolutions as operators: on an image without edges, and on images with circular or zero padding.
 
-A tap is one sample of the kernel, a `(c_in // groups, c_out)` matrix. Both classes follow Flax: cross-correlation, with
-channels last.
+A tap is one sample of the kernel, a `(c_in // groups, c_out)` matrix. All classes follow Flax: cross-correlation, with
+channels last. The two that have images equal Flax's layers element by element.
 """
 
 from __future__ import annotations
@@ -21,19 +21,105 @@ from jaxsrn.operators.layouts import Layout, convolve
 
 __all__ = [
     "CircularConv",
+    "UnboundedConv",
     "ZeroPaddedConv",
 ]
 
 
 class _Conv(Operator):
-    """The geometry and the application that both convolutions share; the subclasses add their padding."""
+    """What all convolutions share: their channels, and the extents of their taps."""
 
     def __repr__(self) -> str:
         """The operator as a call, without arguments that have their default value."""
-        ones = (1,) * self.num_axes
-        given = [(f.name, getattr(self, f.name), f.default) for f in dataclasses.fields(self)[1:]]
-        options = [f", {name}={value!r}" for name, value, default in given if value not in (default, ones)]
-        return f"{type(self).__name__}({self.input_shape}{''.join(options)})"
+        fields = [(f, getattr(self, f.name)) for f in dataclasses.fields(self)]
+        given = [
+            repr(value) if field.default is dataclasses.MISSING else f"{field.name}={value!r}"
+            for field, value in fields
+            if value != field.default and (field.default != 1 or set(np.ravel(value)) != {1})
+        ]
+        return f"{type(self).__name__}({', '.join(given)})"
+
+    def _check_channels(self, kernel_shape) -> None:
+        groups = self.feature_group_count
+        ensure(
+            kernel_shape[-1] % groups == 0,
+            f"kernel: got {kernel_shape[-1]} output channels, expected a multiple of feature_group_count={groups}.",
+        )
+
+    def _normalise_groups(self) -> None:
+        groups = int_tuple(self.feature_group_count, 1, "feature_group_count")[0]
+        object.__setattr__(self, "feature_group_count", groups)
+
+    def _channels(self, kernel_shape):
+        return kernel_shape[-2] * self.feature_group_count, kernel_shape[-1]
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True, repr=False)
+class UnboundedConv(_Conv):
+    """The convolution on an image without edges, with as many axes as its kernel has.
+
+    It is what a convolution layer is before anyone says how large the image is. Its norm, the supremum over all
+    frequencies, bounds the norm of the layer at every image size, circular or with any zero padding, and no smaller
+    number does. Frobenius norms and stable ranks are those per output sample. What needs an image (`apply`,
+    `transpose`, `to_dense`, `in_shape`, `out_shape`) raises `ValueError`.
+
+    Args:
+      strides, kernel_dilation: an int, or one per axis.
+      feature_group_count: number of groups.
+
+    Raises:
+      ValueError: sizes that are not positive integers.
+    """
+
+    _: dataclasses.KW_ONLY
+    strides: int | Sequence[int] = 1
+    kernel_dilation: int | Sequence[int] = 1
+    feature_group_count: int = 1
+
+    def __post_init__(self):
+        for name in ("strides", "kernel_dilation"):
+            value = getattr(self, name)
+            normal = int_tuple(value, None, name)
+            object.__setattr__(self, name, normal[0] if np.ndim(value) == 0 else normal)
+        self._normalise_groups()
+
+    def _per_axis(self, name: str, kernel_shape) -> tuple[int, ...]:
+        return int_tuple(getattr(self, name), len(kernel_shape) - 2, name)
+
+    def _axis_strides(self, kernel_shape):
+        return self._per_axis("strides", kernel_shape)
+
+    def _check_kernel_shape(self, kernel_shape):
+        ensure(
+            3 <= len(kernel_shape) <= 5 and min(kernel_shape) > 0,
+            f"kernel: got shape {tuple(kernel_shape)}, expected (one to three tap sizes, c_in // groups, c_out), all "
+            f"positive, for {self}.",
+        )
+        self._per_axis("strides", kernel_shape), self._per_axis("kernel_dilation", kernel_shape)
+        self._check_channels(kernel_shape)
+
+    def in_shape(self, kernel_shape):
+        raise ValueError(
+            f"op: got {self}, whose image has no size, expected a convolution with one, CircularConv(input_shape) or "
+            "ZeroPaddedConv(input_shape); an image without edges has norms and stable ranks, but no vectors."
+        )
+
+    out_shape = in_shape
+
+    def _axis_contacts(self, kernel_shape):
+        # One output sample stands for all; its inputs are known by their phase.
+        dilations = self._per_axis("kernel_dilation", kernel_shape)
+        axes = zip(kernel_shape, self._axis_strides(kernel_shape), dilations, strict=False)
+        one = np.zeros(1, int)
+        return [[Contacts(one, one + tap * dilation % s) for tap in range(k)] for k, s, dilation in axes]
+
+    def _apply_batch(self, kernel, x, precision, layout):
+        return self.in_shape(kernel.shape)
+
+
+class _SizedConv(_Conv):
+    """The geometry and the application of convolutions of images; the subclasses add their padding."""
 
     @property
     def num_axes(self) -> int:
@@ -47,23 +133,22 @@ class _Conv(Operator):
         object.__setattr__(self, "input_shape", shape)
         for name in names:
             object.__setattr__(self, name, int_tuple(getattr(self, name), len(shape), name))
-        groups = int_tuple(self.feature_group_count, 1, "feature_group_count")[0]
-        object.__setattr__(self, "feature_group_count", groups)
+        self._normalise_groups()
+
+    def _axis_strides(self, kernel_shape):
+        return self.strides
 
     def _check_kernel_shape(self, kernel_shape):
-        dims, groups = self.num_axes, self.feature_group_count
+        dims = self.num_axes
         ensure(
             len(kernel_shape) == dims + 2 and min(kernel_shape) > 0,
             f"kernel: got shape {tuple(kernel_shape)}, expected ({dims} tap sizes, c_in // groups, c_out), all "
             f"positive, for {self}; input_shape must list the spatial axes only.",
         )
-        ensure(
-            kernel_shape[-1] % groups == 0,
-            f"kernel: got {kernel_shape[-1]} output channels, expected a multiple of feature_group_count={groups}.",
-        )
+        self._check_channels(kernel_shape)
 
     def in_shape(self, kernel_shape):
-        return (*self.input_shape, kernel_shape[-2] * self.feature_group_count)
+        return (*self.input_shape, self._channels(kernel_shape)[0])
 
     def _extents(self, kernel_shape) -> tuple[int, ...]:
         """The number of samples that the dilated taps span on each axis."""
@@ -85,7 +170,7 @@ class _Conv(Operator):
 
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True, repr=False)
-class CircularConv(_Conv):
+class CircularConv(_SizedConv):
     """A convolution with circular padding, equal to `flax.nnx.Conv(padding="CIRCULAR")` element by element.
 
     Args:
@@ -152,7 +237,7 @@ class CircularConv(_Conv):
 
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True, repr=False)
-class ZeroPaddedConv(_Conv):
+class ZeroPaddedConv(_SizedConv):
     """A convolution with zero padding, equal to `flax.nnx.Conv` with the same arguments.
 
     Args:

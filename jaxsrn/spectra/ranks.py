@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Shaped
 
 from jaxsrn._tools.checks import Kernel, ensure, float_dtype, kernel_array
 from jaxsrn.operators.base import Operator
+from jaxsrn.operators.convolutions import UnboundedConv
 from jaxsrn.spectra.norms import frozen_value, leading_of
 from jaxsrn.spectra.singular_pair import rescaled
 
@@ -72,9 +73,10 @@ def largest_functional(kernel_shape: tuple[int, ...], op: Operator) -> float:
     touches. Taps of different phases (strides, input dilation) touch different samples, so that only the largest phase
     counts: on each axis the sum of `1 / d_p` over one phase. Every kernel has `srank >= 1 / e*`.
     """
-    total = 1.0
+    total, strides = 1.0, op._axis_strides(kernel_shape)
+    dilations = getattr(op, "input_dilation", (1,) * len(strides))
     for axis, contacts in enumerate(op._axis_contacts(op._distinct_shape(kernel_shape))):
-        stride, dilation = op.strides[axis], op.input_dilation[axis]
+        stride, dilation = strides[axis], dilations[axis]
         common = math.gcd(stride, dilation)
         phases: dict[tuple[int, int], float] = {}
         for tap in contacts:
@@ -99,7 +101,7 @@ def stable_rank_range(kernel_shape: tuple[int, ...], op: Operator) -> StableRank
     taps in one stride phase)` and `N_out min(c_out, c_in * non-empty phases)`, with `N_out` output positions.
     The ends for zero padding are certified, but not always attained: `max(1, 1 / e*)`, with `e*` the sum over the taps
     of one phase of one over the number of samples that a tap meets, and the smaller number of input or output samples
-    that the taps reach, times channels.
+    that the taps reach, times channels. Unbounded convolutions attain the ends of circular ones with `N_out = 1`.
 
     Args:
       kernel_shape: `(c_in, c_out)` or `(*taps, c_in // groups, c_out)`.
@@ -112,16 +114,19 @@ def stable_rank_range(kernel_shape: tuple[int, ...], op: Operator) -> StableRank
     contacts = op._axis_contacts(kernel_shape)
     samples_in = math.prod(len(set().union(*(tap.inputs.tolist() for tap in axis))) for axis in contacts)
     samples_out = math.prod(len(set().union(*(tap.outputs.tolist() for tap in axis))) for axis in contacts)
-    channels_in, channels_out = op.in_shape(kernel_shape)[-1], op.out_shape(kernel_shape)[-1]
+    channels_in, channels_out = op._channels(kernel_shape)
     bound = largest_functional(kernel_shape, op)
     high = float(min(samples_in * channels_in, samples_out * channels_out))
-    return StableRankRange(max(1.0, 1 / bound) if bound else 0.0, high)
+    # The stable rank of a whole layer is at least 1, that per output sample can be less.
+    lowest = 0.0 if isinstance(op, UnboundedConv) else 1.0
+    return StableRankRange(max(lowest, 1 / bound) if bound else 0.0, high)
 
 
 def target_of_fraction(fraction: float, kernel_shape: tuple[int, ...], op: Operator) -> float:
     """A share of the largest stable rank, as a target for `srnc` and `srnc_step`.
 
-    The largest stable rank is that of an operator with equal singular values, `min(prod(in_shape), prod(out_shape))`.
+    The largest stable rank is that of an operator with equal singular values, `min(prod(in_shape), prod(out_shape))`,
+    and for an unbounded convolution, per output sample, `min(c_in * prod(strides), c_out)`.
     The share is `c` of Sanyal, Torr, Dokania 2020 and `beta` of Zheng et al. 2025. Where all kernels have the same
     stable rank, as matrices of one row or column have, that is the target.
 
@@ -137,7 +142,7 @@ def target_of_fraction(fraction: float, kernel_shape: tuple[int, ...], op: Opera
       ValueError: a shape that does not fit, or a fraction outside (0, 1] or below what the taps of the kernel allow.
     """
     ensure(0 < fraction <= 1, f"fraction: got {fraction}, expected a number in (0, 1].")
-    largest = min(math.prod(op.in_shape(kernel_shape)), math.prod(op.out_shape(kernel_shape)))
+    largest = _largest_rank(kernel_shape, op)
     low, high = stable_rank_range(kernel_shape, op)
     if low == high:
         return low
@@ -148,3 +153,11 @@ def target_of_fraction(fraction: float, kernel_shape: tuple[int, ...], op: Opera
         f"least {low:.6g} of {largest}.",
     )
     return fraction * largest
+
+
+def _largest_rank(kernel_shape: tuple[int, ...], op: Operator) -> int:
+    """The stable rank of an operator with equal singular values; per output sample for an unbounded convolution."""
+    if isinstance(op, UnboundedConv):
+        channels_in, channels_out = op._channels(kernel_shape)
+        return min(channels_in * math.prod(op._axis_strides(kernel_shape)), channels_out)
+    return min(math.prod(op.in_shape(kernel_shape)), math.prod(op.out_shape(kernel_shape)))
