@@ -13,23 +13,23 @@ import jaxsrn
 SOURCE = Path(jaxsrn.__file__).parent
 # A folder may import only from folders before it, and within a folder a file only from files before it.
 HOUSE = {
-    "_tools": ["checks", "linalg", "tolerances", "proofs", "subspaces", "lanczos"],
+    "_tools": ["checks", "indexing", "linalg", "tolerances", "proofs", "subspaces", "lanczos"],
     "operators": ["layouts", "base", "convolutions", "flax_layers", "layers"],
     "spectra": [
         "singular_pair",
         "image_pairs",
         "dense",
         "circular.sites",
+        "circular.angles",
         "circular.fourier",
         "circular.waves",
-        "circular.grid_certificate",
         "circular.grams",
         "circular.boxes",
         "circular.climbing",
         "circular.branch_and_bound",
         "circular.peaks",
         "circular.site_pairs",
-        "circular.svd_or_branch_and_bound",
+        "circular.leading",
         "padded.idle_axes",
         "padded.circular_model",
         "padded.starts",

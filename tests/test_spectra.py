@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxsrn import CircularConv, Dense, ZeroPaddedConv, singular_values, symbol, top_singular_values
-from jaxsrn.spectra.circular.sites import times_modulo
+from jaxsrn.spectra.circular.angles import angles_of, phases
 
 CIRCULAR = [case for case in CASES if isinstance(case.op, CircularConv)]
 KINDS = by_name("dense-wide", "circular-2d-strides", "same-1d")
@@ -305,11 +305,17 @@ def test_bad_kernels(function, weights, message):
         function(weights, CircularConv((4, 4)))
 
 
-@pytest.mark.parametrize("n", [7, 46_341, 100_000, 2**30 - 1])
-def test_products_modulo_large_sizes_do_not_overflow(n):
+@pytest.mark.parametrize("dtype", [np.float32, np.float64], ids=str)
+@pytest.mark.parametrize("n", [1, 7, 1000, 46_341, 2**24])
+def test_angles_are_exact_to_rounding_on_large_grids(n, dtype):
+    """In units of a turn, against Python's integers; half steps too."""
     rng = np.random.default_rng(0)
-    index = np.unique(np.r_[0, 1, n - 1, rng.integers(0, n, 20)])
-    factor = np.r_[-n, -3, 0, 2, n - 1, rng.integers(0, n, 20)]
-    found = times_modulo(jnp.asarray(index[:, None], jnp.int32), factor[None].astype(np.int32), n)
-    assert found.dtype == jnp.int32
-    np.testing.assert_array_equal(found, [[int(i) * int(f) % n for f in factor] for i in index])
+    doubled = np.unique(np.r_[0, 1, 2 * n - 1, rng.integers(0, 2 * n, 20)])
+    factor = np.r_[-n, -3, 0, 2, 97, rng.integers(0, min(n, 4096), 20)]
+    found = phases(angles_of((n,), dtype), jnp.asarray(doubled[:, None], jnp.int32), factor[:, None])
+    assert found.dtype == dtype
+    exact = np.array([[int(i) * int(f) % (2 * n) / (2 * n) for f in factor] for i in doubled])
+    missed = (np.asarray(found, float) / (2 * np.pi) - exact + 0.5) % 1 - 0.5
+    # A unit of the fixed point is multiplied by the factor.
+    units = (1 + np.abs(factor)) * 2.0 ** -np.finfo(dtype).bits
+    assert np.all(np.abs(missed) <= units + np.finfo(dtype).eps)

@@ -21,7 +21,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from jaxsrn._tools.linalg import matmul
-from jaxsrn._tools.subspaces import projected_out, random_start, rayleigh_ritz, unit_or_zero, without_rounding
+from jaxsrn._tools.subspaces import fixed_start, projected_out, rayleigh_ritz, unit_or_zero, without_rounding
 
 __all__ = ["SingularVectors", "leading_singular_vectors", "top_singular_vectors"]
 
@@ -158,7 +158,7 @@ def top_singular_vectors(
         new = leading_singular_vectors(
             lambda x: matvec(x) - matmul(values * matmul(inputs, x), outputs),
             lambda y: rmatvec(y) - matmul(values * matmul(outputs, y), inputs),
-            random_start((in_size,), dtype, seed=i),
+            fixed_start((in_size,), dtype, seed=i),
             out_size,
             tolerance,
         )

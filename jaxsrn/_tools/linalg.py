@@ -19,6 +19,7 @@ __all__ = [
     "gram_bound",
     "matmul",
     "real_times",
+    "real_where_possible",
     "safe_sqrt",
     "top_pairs",
     "top_values",
@@ -62,17 +63,17 @@ def end_pairs(matrices: Inexact[Array, "batch in out"]):
     """The pairs of the largest and of the smallest of the `min(in, out)` singular values, each as in `top_pairs`."""
     if min(matrices.shape[-2:]) == 1:
         u, v, values = _pair_of_vector(matrices)
-        pair = _real_where_possible(values, u, v)
+        pair = values, *real_where_possible(u, v)
         return pair, pair
     u, values, vh = jnp.linalg.svd(matrices, full_matrices=False)
-    return tuple(_real_where_possible(values[..., i], u[..., i], jnp.conj(vh[..., i, :])) for i in (0, -1))
+    return tuple((values[..., i], *real_where_possible(u[..., i], jnp.conj(vh[..., i, :]))) for i in (0, -1))
 
 
-def _real_where_possible(values, u, v):
-    """The pairs with both vectors turned by the phase that makes the largest entry of `u` real and positive."""
+def real_where_possible(u, v):
+    """A pair with both vectors turned by the phase that makes the largest entry of `u` real and positive."""
     largest = jnp.take_along_axis(u, jnp.argmax(jnp.abs(u), axis=-1, keepdims=True), axis=-1)
     turn = jnp.conj(largest) / jnp.abs(largest).astype(u.dtype)
-    return values, u * turn, v * turn
+    return u * turn, v * turn
 
 
 def _pair_of_vector(matrices):

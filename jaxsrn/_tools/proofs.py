@@ -41,5 +41,6 @@ def are_below(grams: Inexact[Array, "points groups n n"], levels: Float[Array, "
     scaled = grams / jnp.where(levels > 0, levels, 1)[:, None, None, None].astype(grams.dtype)
     identity = jnp.eye(grams.shape[-1], dtype=grams.dtype)[None, None]
     factor = lax.linalg.cholesky(identity - scaled, symmetrize_input=False)
-    definite = jnp.all(jnp.isfinite(jnp.diagonal(factor, axis1=-2, axis2=-1).real), axis=(-2, -1))
+    # A factor that does not exist is NaN; so is its last entry.
+    definite = jnp.all(jnp.isfinite(factor[..., -1, -1].real), axis=-1)
     return definite & (levels > 0)

@@ -19,6 +19,7 @@ __all__ = [
     "largest_scaling",
     "search_tolerance",
     "svds_are_dear",
+    "torus_excess",
     "vector_tolerance",
 ]
 
@@ -73,6 +74,15 @@ def largest_scaling(dtype) -> float:
     comes nearer to the limit.
     """
     return _power_of_epsilon(-0.25, dtype)
+
+
+def torus_excess(dtype) -> float:
+    """The share by which the supremum over the torus may exceed the norm that is found, as far as is proven.
+
+    It rules out other peaks; the value of the peak itself is exact to rounding. A proof of a smaller excess looks at
+    boxes of frequencies as small as its root, of which a flat spectrum has very many.
+    """
+    return max(_power_of_epsilon(0.5, dtype) / 100, 1e-6)
 
 
 # Sizes

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 
 from jaxsrn._tools.checks import float_dtype
 from jaxsrn._tools.linalg import einsum, matmul, unit
-from jaxsrn._tools.subspaces import random_start
+from jaxsrn._tools.subspaces import fixed_start
 from jaxsrn.bounds.covers import NormInterval, covers, widened
 from jaxsrn.operators.base import Dense, Operator
 from jaxsrn.operators.convolutions import CircularConv
@@ -74,7 +74,7 @@ def _leading_vectors(matrix: Float[Array, "rows columns"], num_steps: int | None
         return row, unit(matmul(row, matrix))
 
     # The start is drawn in float32 for every dtype, because the result of few steps depends on it.
-    start = unit(random_start((matrix.shape[1],), jnp.float32).astype(matrix.dtype))
+    start = unit(fixed_start((matrix.shape[1],), jnp.float32).astype(matrix.dtype))
     return lax.fori_loop(0, num_steps, step, (jnp.zeros(matrix.shape[0], matrix.dtype), start))
 
 

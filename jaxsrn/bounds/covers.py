@@ -18,8 +18,8 @@ from jaxtyping import Array, Float
 from jaxsrn._tools.proofs import rounding
 from jaxsrn.operators.base import Operator
 from jaxsrn.operators.convolutions import CircularConv, ZeroPaddedConv
+from jaxsrn.spectra.circular.boxes import degrees
 from jaxsrn.spectra.circular.fourier import grouped
-from jaxsrn.spectra.circular.grid_certificate import degrees
 from jaxsrn.spectra.padded.circular_model import circular_layer
 
 __all__ = [

@@ -19,8 +19,8 @@ from jaxsrn._tools.linalg import gram_bound
 from jaxsrn.bounds.covers import NormInterval, covers, for_any_size, widened
 from jaxsrn.operators.base import Dense, Operator
 from jaxsrn.operators.convolutions import CircularConv
+from jaxsrn.spectra.circular.boxes import overshoot
 from jaxsrn.spectra.circular.fourier import half_symbol
-from jaxsrn.spectra.circular.grid_certificate import overshoot
 from jaxsrn.spectra.singular_pair import rescaled
 
 __all__ = [

@@ -21,10 +21,10 @@ from jaxsrn._tools.checks import Kernel, ensure, float_dtype, kernel_array
 from jaxsrn.bounds.covers import NormInterval, covers, slack_of, widened
 from jaxsrn.operators.base import Dense, Operator
 from jaxsrn.operators.convolutions import CircularConv, ZeroPaddedConv
+from jaxsrn.spectra.circular.boxes import overshoot
 from jaxsrn.spectra.circular.fourier import grouped
-from jaxsrn.spectra.circular.grid_certificate import overshoot
+from jaxsrn.spectra.circular.leading import leading_wave
 from jaxsrn.spectra.circular.site_pairs import site_pairs
-from jaxsrn.spectra.circular.svd_or_branch_and_bound import leading_wave
 from jaxsrn.spectra.norms import frozen_value
 from jaxsrn.spectra.pairs_by_kind import leading_pair
 from jaxsrn.spectra.singular_pair import by_largest, rescaled

@@ -21,7 +21,7 @@ from jaxtyping import Array, Complex, Float
 
 from jaxsrn._tools.checks import Kernel, kernel_array, static_int
 from jaxsrn._tools.linalg import einsum, unit
-from jaxsrn._tools.subspaces import random_start
+from jaxsrn._tools.subspaces import fixed_start
 from jaxsrn.bounds.coefficients import matrix_norm, num_terms, smallest_over_covers
 from jaxsrn.operators.base import Operator
 from jaxsrn.spectra.circular.fourier import complex_dtype
@@ -86,7 +86,7 @@ def _rank_one(tensor: Float[Array, "..."], num_starts: int, num_steps: int) -> F
     flat = tensor.reshape((-1, *channels))
     waves = _plane_waves(terms, num_starts, tensor.dtype)
     # The start is drawn in float32 for every dtype, because the local maximum that it leads to depends on it.
-    column = random_start((2, num_starts, channels[1]), jnp.float32).astype(tensor.dtype)
+    column = fixed_start((2, num_starts, channels[1]), jnp.float32).astype(tensor.dtype)
     column = jax.vmap(unit)(lax.complex(column[0], column[1]))
 
     def sweep(state):

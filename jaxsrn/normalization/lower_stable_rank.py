@@ -23,8 +23,8 @@ from jaxsrn.normalization.raise_stable_rank import raised
 from jaxsrn.normalization.result import SRNResult, in_own_scale, measured, proven_gap, ratio
 from jaxsrn.normalization.starts import survey
 from jaxsrn.operators.base import Dense, Operator
-from jaxsrn.spectra.norms import SingularTriplet, check_triplet, frozen_value, leading_of
-from jaxsrn.spectra.pairs_by_kind import pair_of_images, pair_shapes
+from jaxsrn.spectra.norms import SingularTriplet, check_triplet, frozen_value
+from jaxsrn.spectra.pairs_by_kind import leading_pair, pair_of_images, pair_shapes
 from jaxsrn.spectra.singular_pair import Pair, rescaled
 
 __all__ = [
@@ -94,7 +94,7 @@ def srnc(
     if isinstance(op, Dense):
         return srn_of_matrix(kernel, target, 1 if keep_norm else 0, bool(raise_rank))
     solve = _srnc_raised if raise_rank else _srnc
-    return solve(kernel, op, leading_of(kernel, op), target, initial, tolerance, bool(keep_norm), max_steps)
+    return solve(kernel, op, leading_pair(kernel, op), target, initial, tolerance, bool(keep_norm), max_steps)
 
 
 def _check_initial(initial, op: Operator, kernel_shape) -> None:

@@ -23,7 +23,7 @@ from jaxsrn.operators.base import Operator
 from jaxsrn.operators.convolutions import CircularConv, ZeroPaddedConv
 from jaxsrn.spectra.circular.fourier import half_symbol, site_shape, squared_phase_sums
 from jaxsrn.spectra.circular.site_pairs import site_pairs
-from jaxsrn.spectra.circular.sites import is_self_conjugate
+from jaxsrn.spectra.circular.sites import is_self_conjugate, sites_at
 from jaxsrn.spectra.padded.circular_model import circular_layer, windowed
 from jaxsrn.spectra.ranks import largest_functional
 from jaxsrn.spectra.singular_pair import Pair
@@ -90,7 +90,7 @@ class _Scan(NamedTuple):
     position: Int[Array, ""]
 
 
-def _phase_scores(problem: Problem, op: CircularConv, values, pairs: Pair, num_zooms: int):
+def _phase_scores(problem: Problem, op: CircularConv, sites, values, pairs: Pair, num_zooms: int):
     """The best phase `theta` of each pair `(u, e^{i theta} v)`: `(scores, theta)`, the scores squared distances.
 
     A pair has `m = sigma cos(theta)` and `e = (Q + Re(e^{2 i theta} c)) / (2 N)`. The distance decreases in both, `m`
@@ -99,7 +99,7 @@ def _phase_scores(problem: Problem, op: CircularConv, values, pairs: Pair, num_z
     """
     counts, sums = squared_phase_sums(op, problem.kernel.shape)
     by_phase = pairs.input.reshape((len(values), counts.size, -1))
-    counts, sums = jnp.asarray(counts, values.dtype), jnp.asarray(sums, by_phase.dtype)[pairs.site]
+    counts, sums = jnp.asarray(counts, values.dtype), jnp.asarray(sums, by_phase.dtype)[sites]
     q = jnp.sum(jnp.sum(jnp.abs(by_phase) ** 2, axis=-1) * counts[None], axis=-1)
     c = jnp.sum(pairs.output**2, axis=-1) * jnp.sum(jnp.sum(jnp.conj(by_phase) ** 2, axis=-1) * sums, axis=-1)
     total = 2 * float(np.prod(op.grid))
@@ -152,9 +152,14 @@ def _survey_circular(problem: Problem, op: CircularConv) -> Survey:
     order = jnp.concatenate([order, jnp.broadcast_to(order[:1], (num_chunks * chunk - num_sites,))])
     order = order.reshape((num_chunks, chunk))
 
+    all_sites = sites_at(op, np.arange(num_sites))
+
+    def pairs_at(sites):
+        return site_pairs(problem.kernel, op, jax.tree.map(lambda leaf: jnp.asarray(leaf)[sites], all_sites))
+
     def evaluate(sites, num_zooms):
-        pair_values, pairs = site_pairs(problem.kernel, op, sites)
-        scores, theta = _phase_scores(problem, op, pair_values, pairs, num_zooms)
+        pair_values, pairs = pairs_at(sites)
+        scores, theta = _phase_scores(problem, op, sites, pair_values, pairs, num_zooms)
         bounds = _squared_bounds(problem, reach.largest[sites], pair_values)
         return scores, _turn(pairs, theta), jnp.min(bounds)
 
@@ -173,7 +178,7 @@ def _survey_circular(problem: Problem, op: CircularConv) -> Survey:
     empty = _Scan(jnp.broadcast_to(infinite, (kept,)), order[0, :kept], infinite, jnp.asarray(0))
     scan = jax.lax.while_loop(unfinished, body, empty)
     real = jnp.asarray(np.flatnonzero(is_self_conjugate(op)))
-    strongest = real[jnp.argsort(-site_pairs(problem.kernel, op, real)[0])[jnp.arange(kept) % len(real)]]
+    strongest = real[jnp.argsort(-pairs_at(real)[0])[jnp.arange(kept) % len(real)]]
     found = jnp.isfinite(scan.scores[0])
     starts = evaluate(jnp.where(found, scan.sites, strongest), _PHASE_ZOOMS)[1]
     return Survey(starts, scan.scores[0] if one_channel else scan.bound)

@@ -13,7 +13,7 @@ from jaxsrn.normalization.lower_stable_rank import problem_of
 from jaxsrn.normalization.result import SRNResult, in_own_scale, measured, ratio
 from jaxsrn.normalization.starts import survey
 from jaxsrn.operators.base import Operator
-from jaxsrn.spectra.norms import frozen_value, leading_of
+from jaxsrn.spectra.norms import frozen_value
 from jaxsrn.spectra.pairs_by_kind import leading_pair, value_gradient
 from jaxsrn.spectra.ranks import stable_rank_range
 from jaxsrn.spectra.singular_pair import Pair, rescaled
@@ -41,7 +41,7 @@ def srnc_tanay(kernel: Kernel, op: Operator, target) -> SRNResult:
     kernel = kernel_array(kernel, op)
     op._check_not_aliased(kernel.shape)
     target = positive_scalar(target, "target", float_dtype(kernel.dtype))
-    return _srnc_tanay(kernel, op, leading_of(kernel, op), target)
+    return _srnc_tanay(kernel, op, leading_pair(kernel, op), target)
 
 
 @jax.jit

@@ -25,8 +25,7 @@ from jaxsrn.operators.base import Operator
 from jaxsrn.operators.convolutions import ZeroPaddedConv
 from jaxsrn.operators.layers import Layers, after, find_kernels, named_kernels, stacked
 from jaxsrn.projections.spectral_ball import project_spectral_ball
-from jaxsrn.spectra.norms import leading_of
-from jaxsrn.spectra.pairs_by_kind import pair_shapes
+from jaxsrn.spectra.pairs_by_kind import leading_pair, pair_shapes
 from jaxsrn.spectra.ranks import target_of_fraction
 from jaxsrn.spectra.singular_pair import Pair
 
@@ -216,7 +215,9 @@ def _followed(kernels, op: Operator, target, pairs: Pair):
     tolerance = jnp.asarray(kernel_tolerance(dtype), dtype)
 
     def lowered(kernel, pair):
-        result, pair = lowered_with_pair(kernel, op, leading_of(kernel, op), target, pair, tolerance, True, _MAX_PASSES)
+        result, pair = lowered_with_pair(
+            kernel, op, leading_pair(kernel, op), target, pair, tolerance, True, _MAX_PASSES
+        )
         return result.kernel, pair, _is_met(result)
 
     *warm, met = jax.vmap(lowered)(kernels, pairs)

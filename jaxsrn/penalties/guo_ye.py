@@ -18,12 +18,12 @@ from jaxtyping import Array, Float
 from jaxsrn._tools.checks import Kernel, ensure, float_dtype, kernel_array, positive_scalar
 from jaxsrn._tools.lanczos import leading_singular_vectors
 from jaxsrn._tools.linalg import end_pairs, unit
-from jaxsrn._tools.subspaces import random_start
+from jaxsrn._tools.subspaces import fixed_start
 from jaxsrn._tools.tolerances import BOTH_ENDS_SIZE
 from jaxsrn.operators.base import Operator
 from jaxsrn.operators.convolutions import CircularConv
 from jaxsrn.spectra.circular.fourier import half_symbol, site_symbol
-from jaxsrn.spectra.circular.sites import distinct_sites, same_site, without_constant_axes
+from jaxsrn.spectra.circular.sites import Site, distinct_sites, sites_at, without_constant_axes
 from jaxsrn.spectra.image_pairs import as_images, flat_products
 from jaxsrn.spectra.norms import frozen_value
 from jaxsrn.spectra.pairs_by_kind import leading_pair
@@ -118,12 +118,13 @@ def _extreme_pairs(kernel: Float[Array, "..."], op: Operator) -> tuple[Pair, Pai
 def _extreme_at_sites(kernel, op: CircularConv):
     """The extreme pairs of a circular layer: singular values at all sites, vectors at the two sites that matter."""
     layer = without_constant_axes(op, kernel.shape)
-    sites = jnp.asarray(distinct_sites(layer)[0])
-    values = jnp.linalg.svd(half_symbol(kernel, layer)[sites], compute_uv=False)
-    pairs = []
-    for end, site in enumerate((sites[jnp.argmax(values[:, 0])], sites[jnp.argmin(values[:, -1])])):
+    places = distinct_sites(layer)[0]
+    values = jnp.linalg.svd(half_symbol(kernel, layer)[places], compute_uv=False)
+    sites, pairs = Site(*map(jnp.asarray, sites_at(layer, places))), []
+    for end, place in enumerate((jnp.argmax(values[:, 0]), jnp.argmin(values[:, -1]))):
+        site = Site(sites.index[place], sites.group[place])
         _, rows, columns = end_pairs(site_symbol(kernel, layer, site)[None])[end]
-        pairs.append(Pair(same_site(op, layer, site), rows[0], columns[0]))
+        pairs.append(Pair(site, rows[0], columns[0]))
     return tuple(pairs)
 
 
@@ -140,7 +141,7 @@ def _smallest_matrix_free(kernel, op: Operator, norm) -> Pair:
     def shifted(x):
         return norm**2 * x - rmatvec(matvec(x))
 
-    start = random_start((size,), kernel.dtype)
+    start = fixed_start((size,), kernel.dtype)
     vector = unit(leading_singular_vectors(shifted, shifted, start, size, _LOWER_TOLERANCE).input)
     # The image is the singular value times a unit vector. Where the singular value is 0, `unit` gives zero.
     image = unit(matvec(vector))

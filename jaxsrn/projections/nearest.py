@@ -35,7 +35,8 @@ from jaxsrn.operators.base import Operator
 from jaxsrn.operators.convolutions import ZeroPaddedConv
 from jaxsrn.projections.augmented_lagrangian import Iterate, begin, derivative, distance_and_excess, minimise
 from jaxsrn.projections.clipping import MatrixStack, matrix_stack
-from jaxsrn.spectra.norms import frozen_value, leading_of
+from jaxsrn.spectra.norms import frozen_value
+from jaxsrn.spectra.pairs_by_kind import leading_pair
 from jaxsrn.spectra.singular_pair import Pair, matrix_size
 
 __all__ = [
@@ -129,7 +130,7 @@ def nearest(
     if is_split(op, shape):
         found = solve(blocks, limit)
         best = found.best.kernel
-        leading = leading_of(best, op)
+        leading = leading_pair(best, op)
         factor = _into_ball(best, frozen_value(best, op, leading), target, blocks, limit)
         distance, excess = distance_and_excess(target, blocks, found.best, factor)
         return SolvedBall(found, limit), Nearest(factor * best, leading, distance, excess, found.num_steps)
@@ -177,7 +178,7 @@ def _widened(solve: Callable, begun: Iterate, op: Operator, limit: Float[Array, 
 
     def try_radius(_, state: _Widened) -> _Widened:
         found = solve(state.radius)
-        leading = leading_of(found.best.kernel, op)
+        leading = leading_pair(found.best.kernel, op)
         norm = frozen_value(found.best.kernel, op, leading)
         # The radius is scaled as if the norm were proportional to it.
         radius = jnp.where(norm == 0, state.radius, state.radius * limit / jnp.where(norm == 0, 1.0, norm))

@@ -19,7 +19,8 @@ from jaxsrn._tools.tolerances import DENSE_SIZE, gap_tolerance
 from jaxsrn.operators.base import Dense, Operator
 from jaxsrn.projections.clipping import matrix_stack, smooth_clipped
 from jaxsrn.projections.nearest import nearest, with_derivative
-from jaxsrn.spectra.norms import frozen_value, leading_of
+from jaxsrn.spectra.norms import frozen_value
+from jaxsrn.spectra.pairs_by_kind import leading_pair
 from jaxsrn.spectra.singular_pair import matrix_size, rescaled
 
 __all__ = [
@@ -141,7 +142,7 @@ def project_spectral_ball(
     tolerance = gap_tolerance(dtype) if tolerance is None else tolerance
     tolerance = positive_scalar(tolerance, "tolerance", dtype)
     max_steps = static_int(max_steps, "max_steps")
-    return _project_spectral_ball(kernel, op, leading_of(kernel, op), max_norm, tolerance, max_steps)
+    return _project_spectral_ball(kernel, op, leading_pair(kernel, op), max_norm, tolerance, max_steps)
 
 
 @functools.partial(jax.jit, static_argnums=(5,))

@@ -12,13 +12,19 @@ from jaxtyping import Array, Float
 
 from jaxsrn._tools.linalg import matmul, top_pairs
 from jaxsrn._tools.proofs import are_below, squared_limit
-from jaxsrn._tools.subspaces import random_start
+from jaxsrn._tools.subspaces import fixed_start
 from jaxsrn._tools.tolerances import svds_are_dear, vector_tolerance
 from jaxsrn.operators.base import Dense
 from jaxsrn.spectra.image_pairs import matrix_free
-from jaxsrn.spectra.singular_pair import Pair
+from jaxsrn.spectra.singular_pair import Pair, by_largest
 
-__all__ = ["leading_of_matrix"]
+__all__ = ["leading_of_dense", "leading_of_matrix"]
+
+
+@jax.jit
+def leading_of_dense(kernel):
+    """The leading pair of a dense layer whose kernel is of any scale."""
+    return leading_of_matrix(by_largest(kernel)[0])
 
 
 def leading_of_matrix(matrix: Float[Array, "in out"]) -> Pair:
@@ -29,7 +35,7 @@ def leading_of_matrix(matrix: Float[Array, "in out"]) -> Pair:
     """
     if not svds_are_dear(1, matrix.shape):
         return _by_svd(matrix)
-    start = random_start(matrix.shape[:1], matrix.dtype)
+    start = fixed_start(matrix.shape[:1], matrix.dtype)
     pair = matrix_free(matrix, Dense(), start, vector_tolerance(matrix.dtype)).pair
     limit = squared_limit(max(matrix.shape), matmul(pair.input, matmul(matrix, pair.output)))
     wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T

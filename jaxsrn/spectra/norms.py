@@ -6,7 +6,6 @@ constant, and the derivative of that is the derivative of the norm.
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import jax
@@ -86,9 +85,8 @@ def leading_triplet(
     tolerance = None if tolerance is None else positive_scalar(tolerance, "tolerance", dtype)
     if initial is not None:
         check_triplet(initial, op, kernel.shape)
-    if initial is None and tolerance is None and proven:
-        return _triplet(kernel, op, leading_of(kernel, op))
-    return _triplet(kernel, op, _searched(kernel, op, initial, tolerance, bool(proven)))
+    start = None if initial is None else lax.stop_gradient(jnp.asarray(initial.right)).astype(dtype)
+    return _triplet(kernel, op, leading_pair(kernel, op, tolerance=tolerance, start=start, proven=bool(proven)))
 
 
 def check_triplet(initial: SingularTriplet, op: Operator, kernel_shape) -> None:
@@ -100,13 +98,6 @@ def check_triplet(initial: SingularTriplet, op: Operator, kernel_shape) -> None:
         f"initial: expected a SingularTriplet with left {expected[0]} and right {expected[1]} for {op}; "
         "take it from leading_triplet of a kernel of the same shape.",
     )
-
-
-@functools.partial(jax.jit, static_argnames="proven")
-def _searched(kernel, op, initial, tolerance, proven):
-    kernel = lax.stop_gradient(kernel.astype(float_dtype(kernel.dtype)))
-    start = None if initial is None else lax.stop_gradient(initial.right).astype(kernel.dtype)
-    return leading_pair(rescaled(kernel, op)[0], op, tolerance=tolerance, start=start, proven=proven)
 
 
 @jax.jit
@@ -149,18 +140,7 @@ def spectral_norm(kernel: Kernel, op: Operator) -> Float[Array, ""]:
       ValueError: a kernel that does not fit.
     """
     kernel = kernel_array(kernel, op)
-    return _value(kernel, op, leading_of(kernel, op))
-
-
-@jax.jit
-def leading_of(kernel: Float[Array, "..."], op: Operator) -> Pair:
-    """The leading pair of a kernel of any scale and dtype, a constant for derivatives.
-
-    Public functions call this stage before what they make of the pair, so that they share its program: one that was
-    called on a shape leaves little to compile to the next.
-    """
-    kernel = lax.stop_gradient(kernel.astype(float_dtype(kernel.dtype)))
-    return leading_pair(rescaled(kernel, op)[0], op)
+    return _value(kernel, op, leading_pair(kernel, op))
 
 
 @jax.jit
@@ -170,4 +150,4 @@ def _value(kernel, op, pair):
 
 def norm_of(kernel: Float[Array, "..."], op: Operator) -> Float[Array, ""]:
     """`spectral_norm` of a kernel that is already checked, and in float32 or wider."""
-    return frozen_value(kernel, op, leading_of(kernel, op))
+    return frozen_value(kernel, op, leading_pair(kernel, op))

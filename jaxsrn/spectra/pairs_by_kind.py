@@ -11,14 +11,16 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import NamedTuple
 
+from jax import lax
 from jaxtyping import Array, Float
 
+from jaxsrn._tools.checks import float_dtype
 from jaxsrn.operators.base import Dense, Operator
-from jaxsrn.operators.convolutions import CircularConv, ZeroPaddedConv
+from jaxsrn.operators.convolutions import CircularConv, UnboundedConv, ZeroPaddedConv
 from jaxsrn.spectra import image_pairs
 from jaxsrn.spectra.circular import site_pairs
-from jaxsrn.spectra.circular.svd_or_branch_and_bound import leading_wave
-from jaxsrn.spectra.dense import leading_of_matrix
+from jaxsrn.spectra.circular.leading import leading_wave
+from jaxsrn.spectra.dense import leading_of_dense
 from jaxsrn.spectra.padded.leading import leading_of_padded
 from jaxsrn.spectra.singular_pair import Pair
 
@@ -34,18 +36,20 @@ __all__ = [
 
 
 class _Kind(NamedTuple):
-    """The module that stores pairs of a kind of operator, and the function that finds the leading one.
+    """The module that stores pairs of a kind of operator, and the compiled function that finds the leading one.
 
-    The function has the options of `leading_pair`.
+    The function takes kernels of any scale, and has the options of `leading_pair`.
     """
 
     stored: ModuleType
     leading: Callable
 
 
+_ON_TORUS = _Kind(site_pairs, lambda kernel, op, **options: leading_wave(kernel, op)[0])
 _KINDS = {
-    Dense: _Kind(image_pairs, lambda kernel, op, **options: leading_of_matrix(kernel)),
-    CircularConv: _Kind(site_pairs, lambda kernel, op, **options: leading_wave(kernel, op)[0]),
+    Dense: _Kind(image_pairs, lambda kernel, op, **options: leading_of_dense(kernel)),
+    CircularConv: _ON_TORUS,
+    UnboundedConv: _ON_TORUS,
     ZeroPaddedConv: _Kind(image_pairs, leading_of_padded),
 }
 
@@ -56,17 +60,20 @@ def _kind(op: Operator) -> _Kind:
 
 
 def leading_pair(kernel: Float[Array, "..."], op: Operator, *, tolerance=None, start=None, proven: bool = True) -> Pair:
-    """The leading pair of `T(kernel)`, from a cold start. The kernel's scale must not be extreme (`rescaled`).
+    """The leading pair of a kernel of any scale and dtype, from a cold start, a constant for derivatives.
 
-    Dense and circular layers have a proof whatever the options, small layers with zero padding unless `proven=False`.
-    `tolerance` and `start` concern searches alone, which have no proof.
+    Public functions call this stage before what they make of the pair, so that they share its program: one that was
+    called on a shape leaves little to compile to the next. Layers without zero padding have a proof whatever the
+    options, small layers with zero padding unless `proven=False`. `tolerance` and `start` concern searches alone, which
+    have no proof.
 
     Args:
       kernel, op: the layer.
       tolerance: the relative residual at which a search stops, `search_tolerance` by default.
-      start: an input at which the search starts, with a fixed random part mixed in, in place of its own starts.
+      start: an input at which the search starts, with a fixed part mixed in, in place of its own starts.
       proven: static; with `False` small layers with zero padding are searched too, without a proof.
     """
+    kernel = lax.stop_gradient(kernel.astype(float_dtype(kernel.dtype)))
     return _kind(op).leading(kernel, op, tolerance=tolerance, start=start, proven=proven)
 
 

@@ -16,7 +16,8 @@ from jaxtyping import Array, Float, Shaped
 from jaxsrn._tools.checks import Kernel, ensure, float_dtype, kernel_array
 from jaxsrn.operators.base import Operator
 from jaxsrn.operators.convolutions import UnboundedConv
-from jaxsrn.spectra.norms import frozen_value, leading_of
+from jaxsrn.spectra.norms import frozen_value
+from jaxsrn.spectra.pairs_by_kind import leading_pair
 from jaxsrn.spectra.singular_pair import rescaled
 
 __all__ = [
@@ -46,7 +47,7 @@ def stable_rank(kernel: Kernel, op: Operator) -> Float[Array, ""]:
       ValueError: a kernel that does not fit.
     """
     kernel = kernel_array(kernel, op)
-    return _stable_rank(kernel, op, leading_of(kernel, op))
+    return _stable_rank(kernel, op, leading_pair(kernel, op))
 
 
 @jax.jit

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Inexact, Int
+from jaxtyping import Array, Float, Inexact
 
 from jaxsrn.operators.base import Operator
 
@@ -17,17 +17,17 @@ __all__ = ["Found", "Pair", "by_largest", "first_of", "matrix_size", "rescaled"]
 class Pair(NamedTuple):
     """Unit vectors on the two sides of a map: `u` among its inputs and `v` among its outputs.
 
-    They stand for the singular value `<v, T(K) u>`. A pair of a circular layer is a plane wave, stored as its complex
-    amplitudes at one site, that is one (frequency, group) of `circular/sites.py`. A pair of any other layer is the two
-    vectors themselves, with site 0.
+    They stand for the singular value `<v, T(K) u>`. A pair of a circular or unbounded layer is a plane wave, stored as
+    its complex amplitudes at one `Site`, a frequency and a group (`circular/sites.py`). A pair of any other layer is
+    the two vectors themselves, with site 0.
 
     Attributes:
-      site: the flat index of the (frequency, group).
+      site: where the pair is: a `Site`, or 0.
       input: the amplitudes of the input channels (times phases), or a vector of `in_shape`.
       output: the amplitudes of the output channels, or a vector of `out_shape`.
     """
 
-    site: Int[Array, "..."]
+    site: Any
     input: Inexact[Array, "..."]
     output: Inexact[Array, "..."]
 

@@ -24,7 +24,8 @@ from jaxsrn.normalization.lower_stable_rank import problem_of
 from jaxsrn.normalization.result import SRNResult, in_own_scale
 from jaxsrn.normalization.tanay import assessed
 from jaxsrn.operators.base import Operator
-from jaxsrn.spectra.norms import leading_of, norm_of
+from jaxsrn.spectra.norms import norm_of
+from jaxsrn.spectra.pairs_by_kind import leading_pair
 from jaxsrn.spectra.singular_pair import rescaled
 from jaxsrn.surrogate.descent import State, advance, begin, by_step, geometric, starting_points
 from jaxsrn.surrogate.problem import checked, kernel_at, num_frequencies, objective_at, point_like
@@ -196,7 +197,7 @@ def _descent_arguments(kernel, op, target, alpha, penalty, initial):
 def _prepared(kernel, op, target, schedules, optimizer, num_steps: int, smooth: bool):
     """The problem in the scale of its largest entry, the optimizer of a descent, and its `loss(x, step)`."""
     a, scale = rescaled(kernel.astype(float_dtype(kernel.dtype)), op)
-    own = leading_of(a, op)
+    own = leading_pair(a, op)
     problem = problem_of(a, op, target, own)
     frozen = lax.stop_gradient(problem)
     level = num_frequencies(op) / frozen.target

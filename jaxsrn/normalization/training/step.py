@@ -25,8 +25,8 @@ from jaxsrn.normalization.training.normalized import normalized_or_rescaled, nor
 from jaxsrn.normalization.training.tracking import Track, follow, has_turned, start_track, track_shapes
 from jaxsrn.operators.base import Operator
 from jaxsrn.spectra.circular.fourier import complex_dtype
-from jaxsrn.spectra.norms import frozen_value, leading_of
-from jaxsrn.spectra.pairs_by_kind import power_step
+from jaxsrn.spectra.norms import frozen_value
+from jaxsrn.spectra.pairs_by_kind import leading_pair, power_step
 from jaxsrn.spectra.singular_pair import Pair, rescaled
 
 __all__ = [
@@ -76,7 +76,7 @@ def srnc_state(kernel: Kernel, op: Operator, target, *, norm=1.0, cap: bool = Fa
       ValueError: as `srnc_step` does.
     """
     kernel, target, _ = _checked(kernel, op, target, norm, cap)
-    return _srnc_state(kernel, op, leading_of(kernel, op), target, _follows_own(op, target, norm, cap))
+    return _srnc_state(kernel, op, leading_pair(kernel, op), target, _follows_own(op, target, norm, cap))
 
 
 def srnc_step(

@@ -16,7 +16,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from jaxsrn._tools.linalg import einsum, unit
-from jaxsrn._tools.subspaces import extended, random_start, rayleigh_ritz
+from jaxsrn._tools.subspaces import extended, fixed_start, rayleigh_ritz
 from jaxsrn.operators.base import Operator
 from jaxsrn.spectra.singular_pair import Pair
 
@@ -37,7 +37,7 @@ def watch_shape(op: Operator, kernel_shape: tuple[int, ...]) -> tuple[int, ...]:
 
 def begin(kernel: Float[Array, "..."], op: Operator, pair: Pair) -> Float[Array, "..."]:
     """The runners-up of a kernel whose leading pair is known."""
-    others = random_start((_RUNNERS_UP, pair.input.size), kernel.dtype)
+    others = fixed_start((_RUNNERS_UP, pair.input.size), kernel.dtype)
     watch = _all_extended(pair.input.reshape((1, -1)), others)[1:].reshape((-1, *pair.input.shape))
     return lax.fori_loop(0, _COLD_STEPS, lambda _, state: follow(kernel, op, *state), (pair, watch))[1]
 

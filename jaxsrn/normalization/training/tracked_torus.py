@@ -22,11 +22,11 @@ from jax import lax
 from jaxtyping import Array, Complex, Float, Inexact, Int
 
 from jaxsrn._tools.linalg import einsum, real_times, unit
-from jaxsrn._tools.subspaces import extended, random_start, rayleigh_ritz
+from jaxsrn._tools.subspaces import extended, fixed_start, rayleigh_ritz
 from jaxsrn.operators.convolutions import CircularConv
+from jaxsrn.spectra.circular.boxes import degrees
 from jaxsrn.spectra.circular.fourier import axis_exponents, axis_waves, complex_dtype, polynomial, site_shape
-from jaxsrn.spectra.circular.grid_certificate import degrees
-from jaxsrn.spectra.circular.sites import half_grid, locate, site_at
+from jaxsrn.spectra.circular.sites import Site, half_grid
 from jaxsrn.spectra.singular_pair import Pair
 
 __all__ = ["begin", "follow", "watch_shape"]
@@ -64,7 +64,7 @@ def begin(kernel: Float[Array, "..."], op: CircularConv, pair: Pair) -> Complex[
     """Outputs near the leading ones at every watched frequency; the leading pair takes no part."""
     coefficients, exponents = polynomial(kernel, op)
     waves = _watched_waves(op, kernel.shape, exponents, coefficients.dtype)
-    start = random_start(watch_shape(op, kernel.shape), coefficients.dtype)
+    start = fixed_start(watch_shape(op, kernel.shape), coefficients.dtype)
     step = functools.partial(_watch_step, coefficients, waves)
     return lax.fori_loop(0, _COLD_STEPS, lambda _, outputs: step(outputs)[1], _unit_rows(start.astype(waves.dtype)))
 
@@ -75,14 +75,15 @@ def follow(kernel: Float[Array, "..."], op: CircularConv, pair: Pair, watch: Com
     waves = _watched_waves(op, kernel.shape, exponents, coefficients.dtype)
     inputs, watch = _watch_step(coefficients, waves, watch)
     best = _best_watched(inputs, watch)
-    incumbent = _Climbers(locate(op, pair.site)[1], pair.input, pair.output)
+    incumbent = _Climbers(pair.site.group, pair.input, pair.output)
     # The track's own pair goes first: argmax takes the first of equal values, so nothing moves without need.
     climbers = jax.tree.map(lambda one, many: jnp.concatenate([one[None], many.astype(one.dtype)]), incumbent, best)
     for _ in range(_CLIMBS):
         sites, values, climbers = _climb_once(coefficients, op, kernel.shape, climbers)
     winner = jnp.argmax(values)
     sides = (_unit_rows(vectors)[winner] for vectors in (climbers.input, climbers.output))
-    return Pair(sites[winner].astype(pair.site.dtype), *sides), watch
+    site = jax.tree.map(lambda leaf, old: leaf[winner].astype(old.dtype), sites, pair.site)
+    return Pair(site, *sides), watch
 
 
 def _unit_rows(vectors: Inexact[Array, "... n"]) -> Inexact[Array, "... n"]:
@@ -148,7 +149,7 @@ def _climb_once(coefficients, op: CircularConv, kernel_shape, climbers: _Climber
 
     outputs, inputs = _krylov_step(matvec, rmatvec, outputs)
     values = jnp.linalg.norm(matvec(outputs), axis=-1)
-    return site_at(op, index, group.astype(index[0].dtype)), values, _Climbers(group, inputs, outputs)
+    return Site(jnp.stack(index, axis=-1), group), values, _Climbers(group, inputs, outputs)
 
 
 def _krylov_step(matvec, rmatvec, start: Inexact[Array, "k n"]):

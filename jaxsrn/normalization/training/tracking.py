@@ -9,8 +9,10 @@ singular vectors (`tracked_images.py`).
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Inexact
 
@@ -66,4 +68,5 @@ def follow(kernel: Float[Array, "..."], op: Operator, track: Track) -> Track:
 def has_turned(before: Pair, after: Pair) -> Bool[Array, ""]:
     """Whether another pair has taken over, at another frequency or with other vectors."""
     overlap = jnp.abs(jnp.vdot(before.input, after.input))
-    return (before.site != after.site) | (overlap < _SAME_OVERLAP)
+    moved = jax.tree.map(lambda a, b: jnp.any(a != b), before.site, after.site)
+    return functools.reduce(jnp.logical_or, jax.tree.leaves(moved), overlap < _SAME_OVERLAP)

@@ -1,7 +1,12 @@
-"""Boxes of frequencies, from coarse to fine, which branch and bound discards or splits.
+"""Grids cut into boxes of frequencies, from coarse to fine, which branch and bound discards or splits.
 
 A **box** is a product of index ranges of the half grid. Its centre may lie between two frequencies, so that centres are
-kept doubled, as integers. `branch_and_bound.py` derives the factor that a box's value may fall by.
+kept doubled, as integers. Boxes of level `l` have edges of `ceil(size / 2**l)` indices; on the last level they are
+single frequencies. How far apart the frequencies of a box are is measured by `phi` (`branch_and_bound.py`).
+
+The **grid certificate** bounds the singular values between the frequencies of a grid. For a unit vector `x`,
+`||S(w) x||^2` is a non-negative trigonometric polynomial in the angle of each axis. An inequality of M. Riesz bounds
+how fast such a polynomial can fall from its maximum, and so what a grid can miss of it.
 """
 
 from __future__ import annotations
@@ -10,76 +15,150 @@ import itertools
 import math
 from typing import NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxsrn.operators.convolutions import CircularConv
-from jaxsrn.spectra.circular.grams import is_reduced
-from jaxsrn.spectra.circular.grid_certificate import degrees, overshoot
+from jaxsrn.spectra.circular.angles import Angles, angles_of
+from jaxsrn.spectra.circular.fourier import polyphase
 from jaxsrn.spectra.circular.sites import half_grid
 
 __all__ = [
-    "Boxes",
-    "boxes_of",
-    "doubled_centres",
+    "Grid",
+    "centres",
+    "coarse_boxes",
+    "degrees",
+    "edges",
+    "grid_of",
+    "num_boxes",
+    "on_half_grid",
+    "overshoot",
+    "split",
 ]
 
-# The widest boxes have at most this phi (`branch_and_bound.py`). Wider ones are discarded too rarely in a flat
-# spectrum, and narrower ones are too many.
+# The widest boxes have at most this phi. Wider ones are discarded too rarely in a flat spectrum, and narrower ones are
+# too many.
 _WIDEST = 0.6
 
 
-class Boxes(NamedTuple):
-    """Boxes of indices of the half grid on several levels, from coarse to fine (static).
+def degrees(op: CircularConv, kernel_shape: tuple[int, ...]) -> list[int]:
+    """The degree of `||S(w) x||^2` as a trigonometric polynomial in the angle of each axis."""
+    return [int(np.ptp(exponent)) for exponent, _ in polyphase(op, kernel_shape)]
+
+
+def overshoot(op: CircularConv, kernel_shape: tuple[int, ...]) -> float:
+    """A factor: the supremum of the singular values over the torus is at most this times their maximum on the grid.
+
+    It is `1 / prod_j cos(pi d_j / (2 n_j))`, with degree `d_j` and `n_j` angles on axis `j`. It is infinite where the
+    grid has too few angles for the inequality.
+    """
+    ratios = [d / n for d, n in zip(degrees(op, kernel_shape), op.grid, strict=True)]
+    return 1 / math.prod(math.cos(math.pi * r / 2) for r in ratios) if max(ratios) < 1 else math.inf
+
+
+class Grid(NamedTuple):
+    """All that a search needs to know of a grid: numbers alone, so that one program serves every image size.
 
     Attributes:
-      sizes: `(levels, axes)`, the edges of boxes; on the last level they are 1.
-      corners: `(boxes, axes)`, the lowest indices of the coarsest boxes.
-      ends: `(axes,)`, the shape of the half grid.
-      factors: `(levels,)`; a box with a frequency of value `L`, the grid's maximum, has at least `L` times this at its
-        centre.
+      angles: the angles of its frequencies.
+      samples: the number of frequencies on each axis.
+      ends: the shape of the half grid.
+      sizes: the edges of the coarsest boxes.
+      last_level: the level of single frequencies.
+      finest: the steps between frequencies whose singular values differ by less than rounding at a maximum.
+      rates: what a half step between neighbouring frequencies adds to phi.
+      excess: `sqrt(U^2 / L^2 - 1)` with the bound `U / L` of `overshoot`.
     """
 
-    sizes: np.ndarray
-    corners: np.ndarray
-    ends: np.ndarray
-    factors: np.ndarray
+    angles: Angles
+    samples: Int[Array, " axes"]
+    ends: Int[Array, " axes"]
+    sizes: Int[Array, " axes"]
+    last_level: Int[Array, ""]
+    finest: Int[Array, " axes"]
+    rates: Float[Array, " axes"]
+    excess: Float[Array, ""]
 
 
-def boxes_of(op: CircularConv, kernel_shape: tuple[int, ...]) -> Boxes:
-    """Boxes that start at `_WIDEST`; single frequencies where no width is certified, or the kernel is reduced."""
-    per_axis, ends = np.array(degrees(op, kernel_shape)), np.array(half_grid(op))
-    # This is half the step between neighbouring frequencies, in the measure of phi.
-    rate = np.pi * per_axis / (2 * np.array(op.grid))
-    beyond = overshoot(op, kernel_shape)
-    certified = math.isfinite(beyond)
-    excess = math.sqrt(beyond**2 - 1) if certified else 0.0
+def _share(op: CircularConv, kernel_shape: tuple[int, ...]) -> np.ndarray:
+    """The largest boxes as a share of the whole axis (static)."""
+    per_axis = np.array(degrees(op, kernel_shape))
     share = _WIDEST / max(1, np.count_nonzero(per_axis))
-    sizes = [np.ones_like(ends)]
-    # The Gram matrices of reduced kernels are for single frequencies.
-    while certified and not is_reduced(op, kernel_shape):
-        wider = np.where((sizes[0] < ends) & (rate * (2 * sizes[0] - 1) <= share), 2 * sizes[0], sizes[0])
-        if np.all(wider == sizes[0]):
-            break
-        sizes.insert(0, wider)
-    phi = np.sum(rate * (np.array(sizes) - 1), axis=-1)
-    corners = np.array(list(itertools.product(*(range(0, e, s) for e, s in zip(ends, sizes[0], strict=True)))))
-    if len(sizes) == 1:
-        corners = _without_mirrored(corners, op.grid)
-    return Boxes(np.array(sizes), corners, ends, np.cos(phi) - excess * np.sin(phi))
+    return np.minimum(1.0, 2 * share / (np.pi * np.maximum(per_axis, 1)))
 
 
-def _without_mirrored(indices: np.ndarray, grid: tuple[int, ...]) -> np.ndarray:
-    """The indices without one of each opposite pair, as the ends of the half grid's last axis have both.
+def _takes_single_frequencies(op: CircularConv, kernel_shape, is_reduced: bool) -> bool:
+    # The Gram matrices of reduced kernels (`grams.py`) are for single frequencies.
+    return is_reduced or not math.isfinite(overshoot(op, kernel_shape))
 
-    The ranks order indices by the last axis first.
+
+def grid_of(op: CircularConv, kernel_shape: tuple[int, ...], dtype, is_reduced: bool = False) -> Grid:
+    """The grid of a layer; its boxes are single frequencies where no width is certified, or the kernel is reduced."""
+    samples, ends = np.array(op.grid), np.array(half_grid(op))
+    per_axis = np.array(degrees(op, kernel_shape))
+    excess, sizes = 0.0, np.ones_like(ends)
+    if not _takes_single_frequencies(op, kernel_shape, is_reduced):
+        excess = math.sqrt(overshoot(op, kernel_shape) ** 2 - 1)
+        wide = 1 + np.floor(_share(op, kernel_shape) * samples).astype(int)
+        sizes = np.minimum(ends, np.where(per_axis == 0, ends, wide))
+    return Grid(
+        angles_of(op.grid, dtype),
+        *(array.astype(np.int32) for array in (samples, ends, sizes)),
+        np.asarray(int(np.max(sizes) - 1).bit_length(), np.int32),
+        (samples * math.sqrt(jnp.finfo(dtype).eps) / (2 * np.pi * np.maximum(per_axis, 1))).astype(np.int32),
+        (np.pi * per_axis / (2 * samples)).astype(dtype),
+        np.asarray(excess, dtype),
+    )
+
+
+def num_boxes(op: CircularConv, kernel_shape: tuple[int, ...], is_reduced: bool = False) -> tuple[int, ...]:
+    """How many coarse boxes an axis has at most (static): the same for all image sizes, but for the smallest."""
+    if _takes_single_frequencies(op, kernel_shape, is_reduced):
+        return half_grid(op)
+    share, axes = _share(op, kernel_shape), len(op.grid)
+    whole = [1 if d == 0 else math.ceil(1 / s) for d, s in zip(degrees(op, kernel_shape), share, strict=True)]
+    if whole[-1] > 1:
+        whole[axes - 1] = math.ceil(1 / (2 * share[-1])) + 1
+    return tuple(whole)
+
+
+def coarse_boxes(grid: Grid, counts: tuple[int, ...]) -> tuple[Int[Array, "boxes axes"], Bool[Array, " boxes"]]:
+    """The corners of the coarsest boxes, which cover the half grid, and which of them exist."""
+    which = np.array(list(itertools.product(*map(range, counts))), np.int32)
+    corners = which * jnp.asarray(grid.sizes)[None]
+    exists = jnp.all(corners < grid.ends[None], axis=-1)
+    return jnp.minimum(corners, jnp.asarray(grid.ends - grid.sizes)[None]), exists
+
+
+def edges(grid: Grid, levels: Int[Array, " boxes"]) -> Int[Array, "boxes axes"]:
+    """The edges of boxes of the given levels."""
+    # A shift to the right rounds down, so that of the negative rounds up.
+    return -jnp.right_shift(-jnp.asarray(grid.sizes)[None], levels[:, None])
+
+
+def centres(corners: Int[Array, "boxes axes"], sizes: Int[Array, "#boxes axes"]) -> Int[Array, "boxes axes"]:
+    """Twice the central indices of boxes."""
+    return 2 * corners + (sizes - 1)
+
+
+def split(grid: Grid, corners, levels):
+    """The corners of the halves of each box on the next level, `(boxes, halves, axes)`, and which of them exist.
+
+    A single frequency is its own and only half.
     """
+    own, halved = edges(grid, levels), edges(grid, levels + 1)
+    upper = np.array(list(itertools.product((0, 1), repeat=corners.shape[-1])), np.int32)
+    steps = (own - halved)[:, None]
+    exists = jnp.all((upper[None] == 0) | (steps > 0), axis=-1)
+    return corners[:, None] + upper[None] * steps, exists
 
-    def rank(indices):
-        return np.ravel_multi_index(indices[:, ::-1].T, grid[::-1])
 
-    return indices[rank(indices) <= rank(-indices % np.array(grid))]
-
-
-def doubled_centres(corners, sizes, ends):
-    """Twice the central indices of boxes, of which the last ones are cut off at the end of the half grid."""
-    return corners + (corners + sizes).clip(max=ends[None]) - 1
+def on_half_grid(grid: Grid, index: Int[Array, "n axes"]) -> tuple[Int[Array, "n axes"], Bool[Array, "n 1"]]:
+    """The indices in the half grid, and which of them are those of the opposite frequency."""
+    samples = jnp.asarray(grid.samples)[None]
+    # Steps lead at most one turn beyond the grid, on either side.
+    index = lax.rem(index + samples, samples)
+    mirrored = index[:, -1:] >= grid.ends[-1]
+    return jnp.where(mirrored, lax.rem(samples - index, samples), index), mirrored

@@ -2,140 +2,167 @@
 
 For a unit vector `x`, `||S(w) x||^2` is a trigonometric polynomial of degree `d_j` in the angle of axis `j`. Let `U` be
 the supremum of all singular values. By the inequality of Bernstein and Szegoe `arccos(||S(w) x|| / U)` then changes by
-at most `1/2 sum_j d_j |dw_j|`. If the grid's maximum `L` is in a box of frequencies, the box's centre is at most `phi`
-away from it in that measure, so that
+at most `phi = 1/2 sum_j d_j |dw_j|`. If the grid's maximum `L` is in a box of frequencies, the box's centre is at most
+`phi` away from it in that measure, so that
 
     sigma_max(S(centre)) >= L cos(phi) - sqrt(U^2 - L^2) sin(phi),    U <= L / prod_j cos(pi d_j / (2 n_j)).
 
-The bound of `U` is `grid_certificate.py`. A box whose centre is below the first bound for the best value known cannot
-hold a larger one, and one Cholesky factorization of the centre's Gram matrix proves that. The other boxes are split,
-down to single frequencies. How many are looked at depends on the taps and on how flat the spectrum is, not on the size
-of the image. SVDs at all frequencies (Sedghi, Gupta, Long 2019) give the same number at a cost that does.
+The bound of `U` is the grid certificate of `boxes.py`. A box whose centre is below the first bound for the best value
+known cannot hold a larger one, and one Cholesky factorization of the centre's Gram matrix proves that. The other boxes
+are split, down to single frequencies. How many are looked at depends on the taps and on how flat the spectrum is, not
+on the size of the image. SVDs at all frequencies (Sedghi, Gupta, Long 2019) give the same number at a cost that does.
 """
 
 from __future__ import annotations
 
 import functools
-import itertools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Int
 
-from jaxsrn._tools.linalg import top_pairs
+from jaxsrn._tools.indexing import picked, put
+from jaxsrn._tools.lanczos import leading_singular_vectors
+from jaxsrn._tools.linalg import einsum, unit
 from jaxsrn._tools.proofs import are_below, squared_limit
-from jaxsrn.operators.convolutions import CircularConv
-from jaxsrn.spectra.circular.boxes import Boxes, boxes_of, doubled_centres
-from jaxsrn.spectra.circular.climbing import Estimates, Peak, at_site, best_climb, chunk_of, estimates
-from jaxsrn.spectra.circular.grams import GramPolynomial, gram_polynomial, grams_at, symbol_at, whole_grams
-from jaxsrn.spectra.singular_pair import Pair
+from jaxsrn._tools.tolerances import vector_tolerance
+from jaxsrn.spectra.circular.angles import waves
+from jaxsrn.spectra.circular.boxes import Grid, centres, edges, split
+from jaxsrn.spectra.circular.climbing import Peak, chunk_of
+from jaxsrn.spectra.circular.grams import GramPolynomial, grams_at, symbol_of, whole_grams
 
 __all__ = [
-    "branch_and_bound",
     "highest_peak",
 ]
 
+# From so many columns an SVD takes longer than the Lanczos method and a proof.
+_WIDE = 128
+# The most levels of boxes on any grid: the finest grid has `2**24` frequencies per axis (`sites.py`).
+_MOST_LEVELS = 25
+# The proof starts from a value that is lower than the best that climbing finds by this share. The frequency of that
+# value is then looked at first, and its pair computed to rounding.
+_DOUBT = 1e-4
+
 
 class _Proof(NamedTuple):
-    """A stack of boxes still to look at, with the finest on top, and the best pair so far."""
+    """A stack of boxes still to look at, with the finest on top, and the best pair so far.
 
-    corners: Int[Array, "capacity axes"]
-    levels: Int[Array, " capacity"]
+    A box is its corner and its level.
+    """
+
+    boxes: Int[Array, "capacity axes+1"]
     size: Int[Array, ""]
     best: Peak
 
 
-def branch_and_bound(kernel: Float[Array, "..."], op: CircularConv, allowed: float = 0.0) -> Pair:
-    """The pair of the largest singular value of the whole grid, up to a relative `2 sqrt(channels) eps`.
+def highest_peak(poly: GramPolynomial, grid: Grid, corners, exists, peaks: Peak, allowed) -> Peak:
+    """The highest peak of the grid, with the proof that nothing is larger by `allowed`; `peaks` is what climbing found.
 
-    With `allowed` no other singular value exceeds that of the pair by more than this share. The kernel's scale must not
-    be extreme (`pair.rescaled`).
+    Its pair is exact to rounding.
     """
-    poly, boxes = gram_polynomial(kernel, op), boxes_of(op, kernel.shape)
-    return at_site(highest_peak(poly, op, boxes, estimates(poly, op, boxes), allowed), op, kernel.shape)
-
-
-def highest_peak(poly: GramPolynomial, op: CircularConv, boxes: Boxes, known: Estimates, allowed: float) -> Peak:
-    """The highest peak of the grid: the best that climbing finds, and the proof that nothing is larger by `allowed`."""
-    best, chunk = best_climb(poly, op, boxes, known), chunk_of(poly)
-    # At most one chunk's children wait on each level at a time, as the finest boxes are taken first.
-    capacity = len(boxes.corners) + (len(boxes.sizes) * 2**op.num_axes + 1) * chunk
-    stack = jnp.zeros((capacity, op.num_axes), best.index.dtype), jnp.zeros(capacity, jnp.int32), jnp.asarray(0)
-    high = ~(known.bounds <= (1 + allowed) * best.value * float(boxes.factors[0]))
-    proof = _push(_Proof(*stack, best), boxes.corners, jnp.zeros(len(high), jnp.int32), high)
-    step = functools.partial(_look, poly, op, boxes, chunk, allowed)
+    climbed = _best_of(poly, grid, peaks)
+    chunk, (count, axes) = chunk_of(poly), corners.shape
+    # At most one chunk's halves wait on each level at a time, as the finest boxes are taken first.
+    capacity = count + 1 + chunk * (_MOST_LEVELS * 2**axes + 1)
+    proof = _Proof(jnp.zeros((capacity, axes + 1), jnp.int32), jnp.asarray(0, jnp.int32), climbed)
+    levels = jnp.zeros((count, 1), jnp.int32)
+    first = jnp.concatenate([climbed.index, jnp.broadcast_to(grid.last_level, (1,))])[None]
+    boxes = jnp.concatenate([jnp.concatenate([corners, levels], axis=-1), first.astype(jnp.int32)])
+    proof = _push(proof, boxes, jnp.concatenate([exists, jnp.ones(1, bool)]))
+    step = functools.partial(_look, poly, grid, chunk, allowed)
     # Zero and NaN need no proof.
     return lax.while_loop(lambda proof: (proof.size > 0) & (proof.best.value > 0), step, proof).best
 
 
-def _push(proof: _Proof, corners, levels, keep: Bool[Array, " boxes"]) -> _Proof:
+def _best_of(poly: GramPolynomial, grid: Grid, peaks: Peak) -> Peak:
+    """The best of a stack of peaks, with a pair that is exact to rounding or a value that is too low."""
+    best = picked(peaks, lax.argmax(peaks.value, 0, jnp.int32))
+    if min(poly.coefficients.shape[-2:]) >= _WIDE:
+        return _polished(poly, grid, best)
+    return best._replace(value=(1 - _DOUBT) * best.value)
+
+
+def _push(proof: _Proof, boxes, keep) -> _Proof:
     """Puts the boxes that are to be kept on the stack, in their order."""
-    place = jnp.where(keep, proof.size + jnp.cumsum(keep) - 1, len(proof.levels))
-    return proof._replace(
-        corners=proof.corners.at[place].set(corners, mode="drop"),
-        levels=proof.levels.at[place].set(levels, mode="drop"),
-        size=proof.size + jnp.sum(keep),
-    )
+    order = jnp.cumsum(keep, dtype=jnp.int32)
+    place = jnp.where(keep, proof.size + order - 1, len(proof.boxes))
+    return proof._replace(boxes=put(proof.boxes, place, boxes), size=proof.size + order[-1])
 
 
-def _look(poly: GramPolynomial, op: CircularConv, boxes: Boxes, chunk: int, allowed: float, proof: _Proof) -> _Proof:
-    """Takes a chunk of boxes from the stack, discards those proven low, and puts back the parts of the others."""
+def _look(poly: GramPolynomial, grid: Grid, chunk: int, allowed, proof: _Proof) -> _Proof:
+    """Takes a chunk of boxes from the stack, discards those proven low, and puts back the halves of the others."""
     bottom = jnp.maximum(proof.size - chunk, 0)
-    corners = lax.dynamic_slice_in_dim(proof.corners, bottom, chunk)
-    levels = lax.dynamic_slice_in_dim(proof.levels, bottom, chunk)
-    waiting = bottom + jnp.arange(chunk) < proof.size
-    high = waiting & ~_are_low(poly, op, boxes, corners, levels, (1 + allowed) * proof.best.value)
-    single = levels == len(boxes.sizes) - 1
-    best = _largest_of(poly, op, allowed, corners, high & single, proof.best)
-    parts, is_part = _split(boxes, corners, levels)
-    keep = (is_part & (high & ~single)[:, None]).reshape(-1)
+    boxes = lax.dynamic_slice_in_dim(proof.boxes, bottom, chunk, allow_negative_indices=False)
+    corners, levels = boxes[:, :-1], boxes[:, -1]
+    places = jnp.arange(chunk, dtype=jnp.int32)
+    low = _are_low(poly, grid, corners, levels, (1 + allowed) * proof.best.value)
+    high = ~low & (bottom + places < proof.size)
+    # One frequency is looked at each time; the others that are high stay on the stack, and are compared with it.
+    single = high & (levels == grid.last_level)
+    found = lax.argmax(single, 0, jnp.int32)
+    best = _larger_at(poly, grid, allowed, *picked((corners, single), found), proof.best)
+    halves, exists = split(grid, corners, levels)
+    keep = exists & (high & ~(single & (places == found)))[:, None]
+    below = jnp.minimum(levels + 1, grid.last_level)[:, None, None]
+    halves = jnp.concatenate([halves, jnp.broadcast_to(below, (*halves.shape[:-1], 1))], axis=-1)
     # The chunk's order is kept, so the finest stay on top.
-    proof = proof._replace(size=bottom, best=best)
-    return _push(proof, parts.reshape((-1, op.num_axes)), jnp.repeat(levels + 1, parts.shape[1]), keep)
+    return _push(_Proof(proof.boxes, bottom, best), halves.reshape((-1, halves.shape[-1])), keep.reshape(-1))
 
 
-def _are_low(poly: GramPolynomial, op: CircularConv, boxes: Boxes, corners, levels, limit) -> Bool[Array, " boxes"]:
+def _are_low(poly: GramPolynomial, grid: Grid, corners, levels, limit):
     """Whether each box is proven to hold nothing above the limit, up to rounding."""
-    sizes, factors = jnp.asarray(boxes.sizes)[levels], jnp.asarray(boxes.factors, poly.even.dtype)[levels]
-    limits = jnp.where(factors > 0, limit * factors, 0)
-    grams = grams_at(poly, op, doubled_centres(corners, sizes, boxes.ends))
+    sizes = edges(grid, levels)
+    phi = jnp.sum((sizes - 1).astype(grid.rates.dtype) * jnp.asarray(grid.rates)[None], axis=-1)
+    limits = limit * jnp.maximum(jnp.cos(phi) - grid.excess * jnp.sin(phi), 0)
+    grams = grams_at(poly, grid.angles, centres(corners, sizes))
     return are_below(grams, squared_limit(poly.coefficients.shape[-2], limits) - poly.loss)
 
 
-def _largest_of(
-    poly: GramPolynomial, op: CircularConv, allowed: float, indices, among: Bool[Array, " chunk"], known: Peak
-) -> Peak:
-    """The largest of the known pair and the pairs at single frequencies, which are looked at one after the other.
+def _larger_at(poly: GramPolynomial, grid: Grid, allowed, index, is_high, known: Peak) -> Peak:
+    """The larger one of the known pair and the leading pair at a frequency, unless that is known to be low.
 
-    They are few, as most frequencies were discarded in larger boxes.
+    The loops run once or not at all: under `vmap`, `lax.cond` would compute the pair everywhere.
     """
 
-    def examine(index, known: Peak) -> Peak:
-        values, rows, columns = top_pairs(symbol_at(poly, op, index, poly.coefficients))
-        group = jnp.argmax(values).astype(known.group.dtype)
-        found = Peak(index, group, rows[group], columns[group], values[group])
-        larger = found.value > known.value
-        return jax.tree.map(lambda a, b: jnp.where(larger, a, b), found, known)
+    def examine(state):
+        symbol = symbol_of(waves(grid.angles, 2 * index, poly.exponents), poly.coefficients)
+        if poly.basis is None:
+            return jnp.asarray(False), _larger_of(symbol, index, state[1])
+        # The reduced Gram matrix proves little.
+        level = squared_limit(poly.coefficients.shape[-2], (1 + allowed) * state[1].value)
+        low = are_below(whole_grams(symbol)[None], level[None])[0]
+        inner = (~low, state[1])
+        return lax.while_loop(lambda s: s[0], lambda s: (jnp.asarray(False), _larger_of(symbol, index, s[1])), inner)
 
-    def step(state):
-        among, known = state
-        k = jnp.argmax(among)
-        # The reduced Gram matrix proves little, and the best pair may have become larger since.
-        level = squared_limit(poly.coefficients.shape[-2], (1 + allowed) * known.value)
-        low = are_below(whole_grams(poly, op, indices[k])[None], level[None])[0]
-        return among.at[k].set(False), lax.cond(low, lambda: known, lambda: examine(indices[k], known))
-
-    return lax.while_loop(lambda state: jnp.any(state[0]), step, (among, known))[1]
+    return lax.while_loop(lambda state: state[0], examine, (is_high, known))[1]
 
 
-def _split(boxes: Boxes, corners, levels):
-    """The corners of the parts of each box on the next level, `(boxes, parts, axes)`, and which of them exist."""
-    sizes = jnp.asarray(boxes.sizes)
-    own, next_ = sizes[levels], sizes[jnp.minimum(levels + 1, len(sizes) - 1)]
-    halves = np.array(list(itertools.product((0, 1), repeat=corners.shape[-1])))
-    parts = corners[:, None] + halves[None] * next_[:, None]
-    exists = (parts < boxes.ends[None, None]) & ((halves == 0)[None] | (own > next_)[:, None])
-    return parts, jnp.all(exists, axis=-1)
+def _larger_of(symbol, index, known: Peak) -> Peak:
+    rows, values, columns = jnp.linalg.svd(symbol, full_matrices=False)
+    leading = rows[:, :, 0], columns[:, 0].conj(), values[:, 0]
+    group = lax.argmax(leading[-1], 0, jnp.int32)
+    found = Peak(index, group, *picked(leading, group))
+    return jax.tree.map(lambda a, b: jnp.where(found.value > known.value, a, b), found, known)
+
+
+def _polished(poly: GramPolynomial, grid: Grid, peak: Peak) -> Peak:
+    """The leading pair of the symbol at the frequency and group of a peak, by the Lanczos method from its vector."""
+    symbol = symbol_of(waves(grid.angles, 2 * peak.index, poly.exponents), poly.coefficients[peak.group])
+
+    def complex_of(x):
+        return lax.complex(*jnp.split(x, 2))
+
+    def real_of(z):
+        return jnp.concatenate([z.real, z.imag])
+
+    found = leading_singular_vectors(
+        lambda x: real_of(einsum("rc,c->r", symbol, complex_of(x))),
+        lambda y: real_of(einsum("rc,r->c", symbol.conj(), complex_of(y))),
+        real_of(peak.column),
+        2 * len(symbol),
+        vector_tolerance(poly.even.dtype),
+    )
+    row, column = unit(complex_of(found.output)), unit(complex_of(found.input))
+    return peak._replace(row=row, column=column, value=jnp.linalg.norm(einsum("rc,c->r", symbol, column)))

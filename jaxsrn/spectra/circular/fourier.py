@@ -14,11 +14,14 @@ import math
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Complex, Float, Int, Shaped
+from jax import lax
+from jaxtyping import Array, Complex, Float, Shaped
 
+from jaxsrn._tools.indexing import picked
 from jaxsrn._tools.linalg import einsum
 from jaxsrn.operators.convolutions import CircularConv, ZeroPaddedConv
-from jaxsrn.spectra.circular.sites import half_grid, locate
+from jaxsrn.spectra.circular.angles import angles_of, waves
+from jaxsrn.spectra.circular.sites import Site, half_grid
 
 __all__ = [
     "FREQUENCY_AXES",
@@ -32,9 +35,9 @@ __all__ = [
     "half_symbol",
     "polynomial",
     "polyphase",
-    "site_rows",
     "site_shape",
     "site_symbol",
+    "site_waves",
     "squared_phase_sums",
     "symbol_on",
 ]
@@ -102,9 +105,13 @@ def polynomial(kernel: Float[Array, "..."], op: CircularConv) -> tuple[Float[Arr
       `(coefficients, exponents)`: `C` of shape `(groups, terms, phases * c_in // groups, c_out // groups)`, and the
       static integers `t`, `(terms, axes)`.
     """
+    exponents = axis_exponents(op, kernel.shape)
+    terms = np.array(list(itertools.product(*exponents)))
     taps = grouped(kernel, op)
     taps = taps.reshape((-1, *taps.shape[op.num_axes :]))
-    exponents = axis_exponents(op, kernel.shape)
+    if max(op.strides) == 1:
+        # Every tap is a term.
+        return jnp.moveaxis(taps, -2, 0), terms
     # Each axis refines which tap, if any, is in which phase of a term.
     which = np.zeros((1, 1), int)
     for size, (exponent, in_phase), distinct in zip(
@@ -118,7 +125,7 @@ def polynomial(kernel: Float[Array, "..."], op: CircularConv) -> tuple[Float[Arr
     coefficients = jnp.take(taps, jnp.asarray(which), axis=0, mode="fill", fill_value=0)
     coefficients = jnp.moveaxis(coefficients, -2, 0)
     coefficients = coefficients.reshape((*coefficients.shape[:2], -1, coefficients.shape[-1]))
-    return coefficients, np.array(list(itertools.product(*exponents)))
+    return coefficients, terms
 
 
 def half_symbol(kernel: Float[Array, "..."], op: CircularConv) -> Complex[Array, "sites in out"]:
@@ -132,19 +139,18 @@ def site_shape(op: CircularConv, kernel_shape) -> tuple[int, int]:
     return math.prod(op.strides) * kernel_shape[-2], kernel_shape[-1] // op.feature_group_count
 
 
-def site_rows(op: CircularConv, kernel_shape, index, dtype) -> list[Complex[Array, "phases taps"]]:
-    """Per axis, the row of `dft_rows` at one frequency."""
-    return [jnp.asarray(row, dtype)[i] for row, i in zip(dft_rows(op, kernel_shape), index, strict=True)]
+def site_waves(op: CircularConv, kernel_shape, site: Site, dtype) -> Complex[Array, "... terms"]:
+    """`exp(-i <w, t>)` of every term of `polynomial` at the frequency of a site, or of several."""
+    terms = np.array(list(itertools.product(*axis_exponents(op, kernel_shape))))
+    return waves(angles_of(op.grid, dtype), 2 * site.index, terms)
 
 
-def site_symbol(kernel: Float[Array, "..."], op: CircularConv, site: Int[Array, ""]) -> Complex[Array, "in out"]:
+def site_symbol(kernel: Float[Array, "..."], op: CircularConv, site: Site) -> Complex[Array, "in out"]:
     """The symbol at one site, `(phases * c_in // groups, c_out // groups)`."""
-    d, dtype = op.num_axes, complex_dtype(kernel.dtype)
-    index, group = locate(op, site)
-    taps = jnp.take(grouped(kernel, op), group, axis=-2).astype(dtype)
-    axes = ",".join(p + t for p, t in zip(PHASE_AXES[:d], TAP_AXES[:d], strict=True))
-    out = einsum(f"{TAP_AXES[:d]}io,{axes}->{PHASE_AXES[:d]}io", taps, *site_rows(op, kernel.shape, index, dtype))
-    return out.reshape((-1, out.shape[-1]))
+    coefficients = polynomial(kernel, op)[0]
+    own = coefficients[0] if len(coefficients) == 1 else picked(coefficients, site.group)
+    factors = site_waves(op, kernel.shape, site, kernel.dtype)
+    return lax.complex(*(einsum("t,tio->io", part, own) for part in (factors.real, factors.imag)))
 
 
 def squared_phase_sums(op: CircularConv, kernel_shape) -> tuple[np.ndarray, np.ndarray]:

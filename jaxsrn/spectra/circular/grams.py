@@ -20,11 +20,13 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Complex, Float, Int
 
+from jaxsrn._tools.indexing import picked
 from jaxsrn._tools.linalg import einsum, gram_bound, matmul, real_times
-from jaxsrn._tools.subspaces import random_start, subspace_iteration
+from jaxsrn._tools.subspaces import fixed_start, subspace_iteration
 from jaxsrn.operators.convolutions import CircularConv
+from jaxsrn.spectra.circular.angles import Angles, phases
 from jaxsrn.spectra.circular.fourier import polynomial, site_shape
-from jaxsrn.spectra.circular.sites import half_grid, times_modulo
+from jaxsrn.spectra.circular.sites import half_grid
 
 __all__ = [
     "CHUNK",
@@ -33,8 +35,7 @@ __all__ = [
     "grams_at",
     "is_reduced",
     "is_transposed",
-    "symbol_at",
-    "waves_at",
+    "symbol_of",
     "whole_grams",
     "with_all_directions",
 ]
@@ -89,13 +90,13 @@ def is_reduced(op: CircularConv, kernel_shape: tuple[int, ...]) -> bool:
     return few and min(site_shape(op, kernel_shape)) >= _WIDE
 
 
-def gram_polynomial(kernel: Float[Array, "..."], op: CircularConv) -> GramPolynomial:
-    """The polynomials of a kernel, reduced where that pays."""
+def gram_polynomial(kernel: Float[Array, "..."], op: CircularConv, is_reduced: bool) -> GramPolynomial:
+    """The polynomials of a kernel, reduced or not."""
     coefficients, exponents = polynomial(kernel, op)
     if is_transposed(op, kernel.shape):
         coefficients = coefficients.mT
     basis, loss, kept = None, jnp.zeros((), coefficients.dtype), coefficients
-    if is_reduced(op, kernel.shape):
+    if is_reduced:
         basis, loss = _leading_directions(coefficients)
         kept = matmul(coefficients, basis[:, None])
     return GramPolynomial(coefficients, exponents, basis, loss, *_autocorrelation(kept, exponents))
@@ -106,7 +107,7 @@ def _leading_directions(coefficients: Float[Array, "groups terms rows columns"])
     groups, terms, _, columns = coefficients.shape
     stacked = coefficients.reshape((groups, -1, columns))
     energy = matmul(stacked.mT, stacked)
-    start = random_start((1, columns, min(columns // 2, _BASIS_ENTRIES // columns)), energy.dtype).mT
+    start = fixed_start((1, min(columns // 2, _BASIS_ENTRIES // columns), columns), energy.dtype)
     start = jnp.broadcast_to(start, (groups, *start.shape[1:]))
     basis = subspace_iteration(lambda rows: matmul(rows, energy), start, _BASIS_STEPS).mT
     rest = energy - matmul(basis, matmul(basis.mT, energy))
@@ -137,41 +138,20 @@ def _autocorrelation(coefficients: Float[Array, "groups terms rows columns"], ex
     return (later + earlier).at[0].set(sums[half]), earlier - later, lags[half:]
 
 
-def _phases(doubled: Int[Array, "points axes"], exponents: np.ndarray, op: CircularConv, dtype):
-    """`<w, t>` at halves of the doubled indices, `(points, exponents)`, reduced as integers to keep full precision."""
-    angles = jnp.zeros((len(doubled), len(exponents)), dtype)
-    for axis, n in enumerate(op.grid):
-        turns = times_modulo(doubled[:, axis, None] % (2 * n), exponents[None, :, axis], 2 * n)
-        angles = angles + turns.astype(dtype) * (math.pi / n)
-    return angles
-
-
-def grams_at(poly: GramPolynomial, op: CircularConv, doubled) -> Complex[Array, "points groups kept kept"]:
+def grams_at(poly: GramPolynomial, angles: Angles, doubled) -> Complex[Array, "points groups kept kept"]:
     """`Q^T S^H S Q` of every group at halves of the doubled indices (`boxes.py` has centres between frequencies)."""
-    angles = _phases(doubled, poly.lags, op, poly.even.dtype)
-    parts = (
-        einsum("pl,lgij->pgij", wave, part)
-        for wave, part in ((jnp.cos(angles), poly.even), (jnp.sin(angles), poly.odd))
-    )
-    return lax.complex(*parts)
+    turned = phases(angles, doubled, poly.lags)
+    parts = ((jnp.cos(turned), poly.even), (jnp.sin(turned), poly.odd))
+    return lax.complex(*(einsum("pl,lgij->pgij", wave, part) for wave, part in parts))
 
 
-def waves_at(poly: GramPolynomial, op: CircularConv, doubled) -> Complex[Array, "points terms"]:
-    """`exp(-i <w, t>)` of every term at halves of the doubled indices."""
-    angles = _phases(doubled, poly.exponents, op, poly.even.dtype)
-    return lax.complex(jnp.cos(angles), -jnp.sin(angles))
+def symbol_of(factors: Complex[Array, " terms"], coefficients: Float[Array, "... terms rows columns"]):
+    """The symbol at the frequency of the given waves, of the coefficients of all groups or of one."""
+    return lax.complex(*(einsum("t,...trc->...rc", part, coefficients) for part in (factors.real, factors.imag)))
 
 
-def symbol_at(poly: GramPolynomial, op: CircularConv, index, coefficients: Float[Array, "... terms rows columns"]):
-    """The symbol at one frequency of the given coefficients, those of all groups or of one."""
-    waves = waves_at(poly, op, 2 * index[None])[0]
-    real, imag = (einsum("t,...trc->...rc", part, coefficients) for part in (waves.real, waves.imag))
-    return lax.complex(real, imag)
-
-
-def whole_grams(poly: GramPolynomial, op: CircularConv, index) -> Complex[Array, "groups columns columns"]:
-    """`S^H S` of every group at one frequency, not reduced."""
-    symbol = symbol_at(poly, op, index, poly.coefficients)
+def whole_grams(symbol: Complex[Array, "groups rows columns"]) -> Complex[Array, "groups columns columns"]:
+    """`S^H S` of every group, not reduced."""
     cross = matmul(symbol.real.mT, symbol.imag)
     stacked = jnp.concatenate([symbol.real, symbol.imag], axis=-2)
     return lax.complex(matmul(stacked.mT, stacked), cross - cross.mT)
@@ -179,4 +159,4 @@ def whole_grams(poly: GramPolynomial, op: CircularConv, index) -> Complex[Array,
 
 def with_all_directions(poly: GramPolynomial, group: Int[Array, ""], column: Complex[Array, " kept"]):
     """A vector of the leading directions of a group as a vector of all its columns."""
-    return column if poly.basis is None else real_times("ck,k->c", poly.basis[group], column)
+    return column if poly.basis is None else real_times("ck,k->c", picked(poly.basis, group), column)

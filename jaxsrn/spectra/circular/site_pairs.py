@@ -1,4 +1,4 @@
-"""Pairs that are stored at one site of the torus, those of circular convolutions.
+"""Pairs that are stored at one site of the torus, those of circular and of unbounded convolutions.
 
 `spectra/image_pairs.py` has the same functions for all other operators; `spectra/pairs_by_kind.py` chooses.
 """
@@ -8,33 +8,37 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
-from jaxsrn._tools.linalg import einsum, top_pairs, unit
-from jaxsrn.operators.convolutions import CircularConv
+from jaxsrn._tools.linalg import einsum, real_where_possible, top_pairs, unit
+from jaxsrn.operators.convolutions import CircularConv, UnboundedConv
 from jaxsrn.spectra.circular.fourier import site_shape, site_symbol
+from jaxsrn.spectra.circular.sites import Site, on_grid
 from jaxsrn.spectra.circular.waves import site_gradient, site_of_images, wave
 from jaxsrn.spectra.singular_pair import Pair, first_of
 
 __all__ = ["gradient", "images", "nearby", "of_images", "power_step", "shapes", "site_pairs"]
 
 
-def shapes(op: CircularConv, kernel_shape: tuple[int, ...]) -> Pair:
+def shapes(op: CircularConv | UnboundedConv, kernel_shape: tuple[int, ...]) -> Pair:
     """A `Pair` that holds the shapes of a pair's arrays (static)."""
-    rows, columns = site_shape(op, kernel_shape)
-    return Pair((), (rows,), (columns,))
+    layer = on_grid(op, kernel_shape)
+    rows, columns = site_shape(layer, kernel_shape)
+    return Pair(Site((layer.num_axes,), ()), (rows,), (columns,))
 
 
-def gradient(pair: Pair, op: CircularConv, kernel_shape: tuple[int, ...]) -> Float[Array, "..."]:
+def gradient(pair: Pair, op: CircularConv | UnboundedConv, kernel_shape: tuple[int, ...]) -> Float[Array, "..."]:
     """`grad_K Re(u^H S_K(w) v)` of the pair's amplitudes `u` and `v`."""
-    return site_gradient(op, kernel_shape, pair.site, pair.input, pair.output)
+    return site_gradient(on_grid(op, kernel_shape), kernel_shape, pair.site, pair.input, pair.output)
 
 
 def images(pair: Pair, op: CircularConv, kernel_shape: tuple[int, ...]):
     """The plane waves of the pair as real unit vectors `(input, output)`."""
+    # A wave at a real frequency has an image only where its amplitudes are real.
+    amplitudes = real_where_possible(pair.input, pair.output)
     reach = [np.arange(n) + c for n, c in zip(op.input_shape, op._centre(kernel_shape), strict=True)]
-    inputs = wave(op, pair.site, pair.input, reach, op.strides)
-    outputs = wave(op, pair.site, pair.output, [np.arange(n) for n in op.grid], (1,) * op.num_axes)
+    inputs = wave(op, pair.site, amplitudes[0], reach, op.strides)
+    outputs = wave(op, pair.site, amplitudes[1], [np.arange(n) for n in op.grid], (1,) * op.num_axes)
     return unit(inputs), unit(outputs)
 
 
@@ -44,19 +48,20 @@ def of_images(inputs: Float[Array, "..."], outputs: Float[Array, "..."], op: Cir
     return Pair(site, unit(u), unit(v))
 
 
-def power_step(kernel: Float[Array, "..."], op: CircularConv, pair: Pair) -> Pair:
+def power_step(kernel: Float[Array, "..."], op: CircularConv | UnboundedConv, pair: Pair) -> Pair:
     """The adjoint of the symbol turns the input into the new output, the symbol turns that into the new input."""
-    symbol = site_symbol(kernel, op, pair.site)
+    symbol = site_symbol(kernel, on_grid(op, kernel.shape), pair.site)
     step = unit(einsum("rc,r->c", jnp.conj(symbol), pair.input))
     return Pair(pair.site, unit(einsum("rc,c->r", symbol, step)), step)
 
 
-def nearby(kernel: Float[Array, "..."], op: CircularConv, pair: Pair, tolerance) -> Pair:
+def nearby(kernel: Float[Array, "..."], op: CircularConv | UnboundedConv, pair: Pair, tolerance) -> Pair:
     """The leading pair at the same site, by an SVD, so that `tolerance` is not needed."""
-    return first_of(site_pairs(kernel, op, pair.site[None])[1])
+    site = jax.tree.map(lambda leaf: leaf[None], pair.site)
+    return first_of(site_pairs(kernel, on_grid(op, kernel.shape), site)[1])
 
 
-def site_pairs(kernel, op: CircularConv, sites: Int[Array, " k"]) -> tuple[Float[Array, " k"], Pair]:
+def site_pairs(kernel, op: CircularConv, sites: Site) -> tuple[Float[Array, " k"], Pair]:
     """The leading singular values and pairs at the given sites."""
     matrices = jax.vmap(site_symbol, (None, None, 0))(kernel, op, sites)
     values, rows, columns = top_pairs(matrices)

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Complex, Float, Int
+from jax import lax
+from jaxtyping import Array, Complex, Float
 
 from jaxsrn._tools.linalg import einsum
 from jaxsrn.operators.convolutions import CircularConv
-from jaxsrn.spectra.circular.fourier import PHASE_AXES, TAP_AXES, site_rows
-from jaxsrn.spectra.circular.sites import half_grid, locate, times_modulo
+from jaxsrn.spectra.circular.angles import angles_of, phases
+from jaxsrn.spectra.circular.fourier import polynomial, site_waves
+from jaxsrn.spectra.circular.sites import Site, half_grid
 
 __all__ = [
     "site_gradient",
@@ -24,20 +27,21 @@ __all__ = [
 ]
 
 
-def site_gradient(op: CircularConv, kernel_shape, site, u: Complex[Array, " in"], v: Complex[Array, " out"]):
+def site_gradient(op: CircularConv, kernel_shape, site: Site, u: Complex[Array, " in"], v: Complex[Array, " out"]):
     """`grad_K Re(u^H S_K(w) v)` of a unit pair `(u, v)` at a site, of shape `kernel_shape`."""
-    d, groups = op.num_axes, op.feature_group_count
-    index, group = locate(op, site)
-    axes = ",".join(p + t for p, t in zip(PHASE_AXES[:d], TAP_AXES[:d], strict=True))
-    rows = site_rows(op, kernel_shape, index, u.dtype)
-    u = jnp.conj(u).reshape((*op.strides, -1))
-    taps = jnp.real(einsum(f"{axes},{PHASE_AXES[:d]}i,o->{TAP_AXES[:d]}io", *rows, u, v))
-    in_group = jnp.arange(groups) == group
-    out = taps[..., None, :] * in_group[:, None].astype(taps.dtype).reshape((1,) * (d + 1) + (groups, 1))
-    return out.reshape(kernel_shape)
+    groups, dtype = op.feature_group_count, u.real.dtype
+    factors = site_waves(op, kernel_shape, site, dtype)
+    turned = factors[:, None] * v[None]
+    terms = einsum("zi,zto->tio", jnp.stack([u.real, u.imag]), jnp.stack([turned.real, turned.imag]))
+    in_group = jnp.ones(1, dtype) if groups == 1 else (jnp.arange(groups) == site.group).astype(dtype)
+    terms = in_group[:, None, None, None] * terms[None]
+    transpose = jax.linear_transpose(
+        lambda kernel: polynomial(kernel, op)[0], jax.ShapeDtypeStruct(kernel_shape, dtype)
+    )
+    return transpose(terms)[0]
 
 
-def wave(op: CircularConv, site: Int[Array, ""], vector: Complex[Array, " c"], positions, strides):
+def wave(op: CircularConv, site: Site, vector: Complex[Array, " c"], positions, strides):
     """The real image `Re(vector exp(i <w, m>))` of one site, at given positions.
 
     Args:
@@ -49,17 +53,20 @@ def wave(op: CircularConv, site: Int[Array, ""], vector: Complex[Array, " c"], p
     Returns:
       `(*positions, c)`, not normalised.
     """
-    index, group = locate(op, site)
-    phases = [np.asarray(t) % s for t, s in zip(positions, strides, strict=True)]
-    image = vector.reshape((*strides, -1))[np.ix_(*phases)]
-    for axis, (t, s, n, i) in enumerate(zip(positions, strides, op.grid, index, strict=True)):
-        roots = jnp.asarray(np.exp(2j * np.pi * np.arange(n) / n), vector.dtype)
-        factor = roots[times_modulo(i, np.asarray(t) // s, n)]
-        image = image * jnp.expand_dims(factor, [a for a in range(image.ndim) if a != axis])
-    in_group = (jnp.arange(op.feature_group_count) == group).astype(vector.real.dtype)
-    shape = (*image.shape[:-1], op.feature_group_count * image.shape[-1])
-    in_group = in_group.reshape((1,) * op.num_axes + (-1, 1))
-    return (jnp.real(image)[..., None, :] * in_group).reshape(shape)
+    residues = [np.asarray(t) % s for t, s in zip(positions, strides, strict=True)]
+    image = vector.reshape((*strides, -1))
+    image = image if math.prod(strides) == 1 else image[np.ix_(*residues)]
+    angles = angles_of(op.grid, vector.real.dtype)
+    for axis, (t, s) in enumerate(zip(positions, strides, strict=True)):
+        own = type(angles)(*(part[axis : axis + 1] for part in angles))
+        turned = phases(own, 2 * site.index[axis : axis + 1], (np.asarray(t) // s)[:, None])
+        factor = lax.complex(jnp.cos(turned), jnp.sin(turned))
+        image = image * factor.reshape((1,) * axis + (-1,) + (1,) * (op.num_axes - axis))
+    if op.feature_group_count == 1:
+        return jnp.real(image)
+    in_group = (jnp.arange(op.feature_group_count) == site.group).astype(vector.real.dtype)[:, None]
+    image = jnp.real(image)[..., None, :] * in_group.reshape((1,) * op.num_axes + in_group.shape)
+    return image.reshape((*image.shape[:-2], -1))
 
 
 def site_of_images(op: CircularConv, kernel_shape, inputs: Float[Array, "..."], outputs: Float[Array, "..."]):
@@ -73,5 +80,6 @@ def site_of_images(op: CircularConv, kernel_shape, inputs: Float[Array, "..."], 
     half = tuple(slice(m) for m in half_grid(op))
     size = math.prod(half_grid(op)) * groups
     u, v = (s[half].reshape((size, -1)) for s in spectrum)
-    site = jnp.argmax(jnp.linalg.norm(u, axis=-1) * jnp.linalg.norm(v, axis=-1))
-    return site, u[site], v[site]
+    place = jnp.argmax(jnp.linalg.norm(u, axis=-1) * jnp.linalg.norm(v, axis=-1))
+    *index, group = jnp.unravel_index(place, (*half_grid(op), groups))
+    return Site(jnp.stack(index).astype(jnp.int32), group.astype(jnp.int32)), u[place], v[place]

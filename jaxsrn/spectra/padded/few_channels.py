@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxsrn._tools.linalg import einsum, matmul, unit
-from jaxsrn._tools.subspaces import random_start, subspace_iteration
+from jaxsrn._tools.subspaces import fixed_start, subspace_iteration
 from jaxsrn.operators.convolutions import ZeroPaddedConv
 from jaxsrn.spectra.image_pairs import matrix_free
 from jaxsrn.spectra.padded.from_waves import NOISE, from_waves
@@ -118,5 +118,5 @@ def _narrowed(kernel: Float[Array, "..."], inputs: Float[Array, "..."], outputs:
 def _channel_directions(images: Float[Array, "... c"], few: int) -> Float[Array, "c {few}"]:
     """An orthonormal basis of the channels that the images use most, by subspace iteration."""
     rows = images.reshape((-1, images.shape[-1]))
-    start = random_start((images.shape[-1], few), images.dtype).T
+    start = fixed_start((images.shape[-1], few), images.dtype).T
     return subspace_iteration(lambda basis: matmul(matmul(basis, rows.T), rows), start, _CHANNEL_STEPS).T

@@ -6,12 +6,14 @@ small residual, which proves a singular value but not that none is larger.
 
 from __future__ import annotations
 
+import functools
 import math
 
+import jax
 from jaxtyping import Array, Float
 
 from jaxsrn._tools.linalg import unit
-from jaxsrn._tools.subspaces import random_start
+from jaxsrn._tools.subspaces import fixed_start
 from jaxsrn._tools.tolerances import PROVEN_SIZE, search_tolerance
 from jaxsrn.operators.convolutions import ZeroPaddedConv
 from jaxsrn.spectra.dense import leading_of_matrix
@@ -20,7 +22,7 @@ from jaxsrn.spectra.padded.few_channels import MANY_CHANNELS, through_few_channe
 from jaxsrn.spectra.padded.from_waves import from_waves
 from jaxsrn.spectra.padded.idle_axes import at_first_contact, without_idle_axes
 from jaxsrn.spectra.padded.starts import circular_starts
-from jaxsrn.spectra.singular_pair import Pair, matrix_size
+from jaxsrn.spectra.singular_pair import Pair, matrix_size, rescaled
 
 __all__ = ["leading_of_padded", "search"]
 
@@ -29,14 +31,18 @@ __all__ = ["leading_of_padded", "search"]
 _WARM_NOISE = 1e-3
 
 
-def leading_of_padded(
-    kernel: Float[Array, "..."], op: ZeroPaddedConv, *, tolerance=None, start=None, proven: bool = True
-) -> Pair:
-    """The leading pair of a layer with zero padding; the arguments are those of `pairs.leading_pair`."""
+@functools.partial(jax.jit, static_argnames="proven")
+def leading_of_padded(kernel, op, *, tolerance, start, proven):
+    """The leading pair of a layer with zero padding; the arguments are those of `leading_pair` (`pairs_by_kind.py`)."""
+    kernel, _ = rescaled(kernel, op)
     small = without_idle_axes(op, kernel.shape)
     if small.input_shape != op.input_shape:
-        pair = leading_of_padded(kernel, small, tolerance=tolerance, proven=proven)
-        return at_first_contact(pair, op, kernel.shape)
+        # The images of a start are those of the larger layer.
+        return at_first_contact(_leading(kernel, small, tolerance, None, proven), op, kernel.shape)
+    return _leading(kernel, op, tolerance, start, proven)
+
+
+def _leading(kernel: Float[Array, "..."], op: ZeroPaddedConv, tolerance, start, proven: bool) -> Pair:
     is_small = matrix_size(op, kernel.shape) <= PROVEN_SIZE
     if (proven and is_small) or math.prod(op.input_shape) == 1:
         pair = leading_of_matrix(op.to_dense(kernel).T)
@@ -44,13 +50,13 @@ def leading_of_padded(
     tolerance = search_tolerance(kernel.dtype) if tolerance is None else tolerance
     if start is None:
         return search(kernel, op, tolerance)
-    noise = unit(random_start(op.in_shape(kernel.shape), kernel.dtype))
+    noise = unit(fixed_start(op.in_shape(kernel.shape), kernel.dtype))
     return matrix_free(kernel, op, unit(start) + _WARM_NOISE * noise, tolerance).pair
 
 
 def search(kernel: Float[Array, "..."], op: ZeroPaddedConv, tolerance) -> Pair:
     """The leading pair from a cold start, to a relative residual, without a proof that no singular value is larger."""
-    noise = unit(random_start(op.in_shape(kernel.shape), kernel.dtype))
+    noise = unit(fixed_start(op.in_shape(kernel.shape), kernel.dtype))
     starts = circular_starts(kernel, op)
     if op.feature_group_count == 1 and min(kernel.shape[-2:]) >= MANY_CHANNELS:
         return through_few_channels(kernel, op, starts, noise, tolerance)

@@ -15,9 +15,10 @@ from jaxtyping import Array, Float
 
 from jaxsrn._tools.linalg import unit
 from jaxsrn.operators.convolutions import CircularConv, ZeroPaddedConv
+from jaxsrn.spectra.circular.boxes import overshoot
 from jaxsrn.spectra.circular.grams import is_reduced
-from jaxsrn.spectra.circular.grid_certificate import overshoot
-from jaxsrn.spectra.circular.peaks import peaks
+from jaxsrn.spectra.circular.leading import search_arguments
+from jaxsrn.spectra.circular.peaks import several
 from jaxsrn.spectra.padded.circular_model import circular_layer, windowed
 from jaxsrn.spectra.singular_pair import Pair
 
@@ -51,7 +52,7 @@ def circular_starts(kernel: Float[Array, "..."], op: ZeroPaddedConv) -> Starts:
     Their frequencies are of a finer grid than the image's, as nothing binds a zero-padded layer to the latter.
     """
     layer, finer = _circular_model(op, kernel.shape)
-    limits, pairs = peaks(kernel, layer, _MOST_STARTS, finer)
+    limits, pairs = several(kernel, *search_arguments(layer, kernel), _MOST_STARTS, finer)
 
     def image(pair: Pair, turn):
         return windowed(pair._replace(input=turn * pair.input), layer, op, kernel.shape).input

@@ -1,0 +1,92 @@
+"""The leading pair over all frequencies that a layer sees: by SVDs or by branch and bound, whichever takes less.
+
+An SVD at every site is the way of Sedghi, Gupta, Long 2019. A layer whose kernel has one tap has the same symbol
+everywhere, and is a matrix.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxsrn._tools.linalg import top_values
+from jaxsrn._tools.tolerances import svds_are_dear, torus_excess
+from jaxsrn.operators.convolutions import CircularConv, UnboundedConv
+from jaxsrn.spectra.circular.boxes import grid_of, num_boxes
+from jaxsrn.spectra.circular.fourier import complex_dtype, half_symbol, site_shape
+from jaxsrn.spectra.circular.grams import is_reduced
+from jaxsrn.spectra.circular.peaks import highest
+from jaxsrn.spectra.circular.site_pairs import site_pairs
+from jaxsrn.spectra.circular.sites import Site, distinct_sites, half_grid, on_grid, sites_at, without_constant_axes
+from jaxsrn.spectra.dense import leading_of_matrix
+from jaxsrn.spectra.singular_pair import Pair, by_largest, first_of
+
+__all__ = [
+    "branch_and_bound_pays",
+    "leading_wave",
+    "search_arguments",
+]
+
+
+def leading_wave(kernel: Float[Array, "..."], op: CircularConv | UnboundedConv, excess=0.0) -> tuple[Pair, float]:
+    """The leading pair over all sites, by SVDs or by branch and bound up to the allowed `excess`.
+
+    Called eagerly, it compiles one program of branch and bound for all image sizes.
+
+    Returns:
+      `(pair, excess)`: no singular value exceeds that of the pair by more than this share, 0 for SVDs.
+    """
+    if math.prod(kernel.shape[:-2]) == op.feature_group_count == 1:
+        return _constant_wave(kernel, on_grid(op, kernel.shape)), 0.0
+    layer = without_constant_axes(on_grid(op, kernel.shape), kernel.shape)
+    if isinstance(op, UnboundedConv):
+        excess = max(excess, torus_excess(kernel.dtype))
+    elif not branch_and_bound_pays(kernel.shape, layer):
+        return _by_svds(kernel, layer), 0.0
+    return _branch_and_bound(kernel, *search_arguments(layer, kernel), excess), excess
+
+
+def branch_and_bound_pays(kernel_shape: tuple[int, ...], op: CircularConv) -> bool:
+    """Whether branch and bound takes less than an SVD at every site (static)."""
+    sites = math.prod(half_grid(op)) * op.feature_group_count
+    return svds_are_dear(sites, site_shape(op, kernel_shape))
+
+
+def search_arguments(op: CircularConv, kernel: Float[Array, "..."]):
+    """What the searches of `peaks.py` take of a layer: `(op, grid, counts, reduced)`.
+
+    All but the grid is static, and the same for most image sizes. The operator is the one on a single frequency.
+    """
+    reduced = is_reduced(op, kernel.shape)
+    grid, counts = grid_of(op, kernel.shape, kernel.dtype, reduced), num_boxes(op, kernel.shape, reduced)
+    return dataclasses.replace(op, input_shape=op.strides), grid, counts, reduced
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4))
+def _branch_and_bound(kernel, op, grid, counts, reduced, excess):
+    return highest(by_largest(kernel)[0], op, grid, counts, reduced, excess)
+
+
+@jax.jit
+def _by_svds(kernel, op):
+    places = distinct_sites(op)[0]
+    values = top_values(half_symbol(by_largest(kernel)[0], op)[places])
+    index, group = sites_at(op, places)
+    best = jnp.argmax(values)
+    site = Site(jnp.asarray(index)[best], jnp.asarray(group)[best])
+    return first_of(site_pairs(kernel, op, jax.tree.map(lambda leaf: leaf[None], site))[1])
+
+
+@jax.jit
+def _constant_wave(kernel, op):
+    """The leading pair of a kernel of one tap, whose symbol is one matrix at all sites, in the first phase."""
+    pair = leading_of_matrix(by_largest(kernel)[0].reshape(kernel.shape[-2:]))
+    rows, _ = site_shape(op, kernel.shape)
+    inputs, dtype = jnp.pad(pair.input, (0, rows - pair.input.size)), complex_dtype(kernel.dtype)
+    site = Site(jnp.zeros(op.num_axes, jnp.int32), jnp.zeros((), jnp.int32))
+    return Pair(site, inputs.astype(dtype), pair.output.astype(dtype))
