@@ -117,7 +117,6 @@ CONTRACTS = [
     Contract("leading_triplet", jaxsrn.leading_triplet),
     Contract("spectral_norm", jaxsrn.spectral_norm),
     Contract("bounds.certified", bounds.certified),
-    Contract("bounds.certified at any size", lambda k, op: bounds.certified(k, op, any_size=True)),
     Contract("bounds.gram_iteration", bounds.gram_iteration),
     Contract("bounds.tensor_norm", bounds.tensor_norm),
     Contract("bounds.fantastic_four", bounds.fantastic_four),

@@ -22,6 +22,7 @@ from jaxsrn.bounds.covers import NormInterval, covers, widened
 from jaxsrn.operators.base import Dense, Operator
 from jaxsrn.operators.convolutions import CircularConv
 from jaxsrn.spectra.circular.fourier import axis_exponents, polynomial
+from jaxsrn.spectra.circular.sites import on_grid
 from jaxsrn.spectra.dense import leading_of_matrix
 from jaxsrn.spectra.singular_pair import rescaled
 
@@ -38,7 +39,7 @@ def tensors(kernel: Float[Array, "..."], op: Operator) -> list[Float[Array, "...
     """One tensor of coefficients `(groups, *terms, rows, columns)` per cover: the supremum of each bounds the layer."""
     if isinstance(op, Dense):
         return [kernel[None]]
-    return [_tensor(k, cover) for k, cover in covers(kernel, op, False)]
+    return [_tensor(k, on_grid(cover, k.shape)) for k, cover in covers(kernel, op)]
 
 
 def _tensor(kernel: Float[Array, "..."], op: CircularConv) -> Float[Array, "..."]:

@@ -7,6 +7,7 @@ factor between the frequencies of a coarse grid is the cosine of `grid_certifica
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 
@@ -16,11 +17,12 @@ from jaxtyping import Array, Float
 
 from jaxsrn._tools.checks import Kernel, float_dtype, kernel_array, static_int
 from jaxsrn._tools.linalg import gram_bound
-from jaxsrn.bounds.covers import NormInterval, covers, for_any_size, widened
+from jaxsrn.bounds.covers import NormInterval, covers, widened
 from jaxsrn.operators.base import Dense, Operator
-from jaxsrn.operators.convolutions import CircularConv
-from jaxsrn.spectra.circular.boxes import overshoot
+from jaxsrn.operators.convolutions import CircularConv, UnboundedConv
+from jaxsrn.spectra.circular.boxes import degrees, overshoot
 from jaxsrn.spectra.circular.fourier import half_symbol
+from jaxsrn.spectra.circular.sites import on_grid
 from jaxsrn.spectra.singular_pair import rescaled
 
 __all__ = [
@@ -59,15 +61,25 @@ def _gram_iteration(kernel, op, num_steps, oversampling):
     if isinstance(op, Dense):
         bounds = [gram_bound(kernel[None], num_steps)]
     else:
-        bounds = [_squared_symbol(k, cover, num_steps, oversampling) for k, cover in covers(kernel, op, False)]
+        bounds = [_squared_symbol(k, cover, num_steps, oversampling) for k, cover in covers(kernel, op)]
     bound = functools.reduce(jnp.minimum, bounds)
     may_cancel = op._distinct_shape(kernel.shape) != kernel.shape
     return widened(NormInterval(bound, bound), kernel, may_cancel).upper * scale
 
 
-def _squared_symbol(kernel: Float[Array, "..."], op: CircularConv, num_steps: int, oversampling: int):
+def _squared_symbol(kernel: Float[Array, "..."], op: CircularConv | UnboundedConv, num_steps: int, oversampling: int):
     """The bound on the layer's own grid, or on a coarse grid for all frequencies where that one is smaller."""
-    coarse = for_any_size(op, kernel.shape, oversampling)
+    op = on_grid(op, kernel.shape)
+    coarse = _coarse(op, kernel.shape, oversampling)
     if math.prod(coarse.grid) >= math.prod(op.grid):
         return gram_bound(half_symbol(kernel, op), num_steps)
     return gram_bound(half_symbol(kernel, coarse), num_steps) * overshoot(coarse, kernel.shape)
+
+
+def _coarse(op: CircularConv, kernel_shape, oversampling: int) -> CircularConv:
+    """The operator with the same symbol on a grid of so many angles per degree of it."""
+    # Without a stride the dilation only repeats the spectrum.
+    dilation = tuple(1 if s == 1 else e for s, e in zip(op.strides, op.kernel_dilation, strict=True))
+    op = dataclasses.replace(op, kernel_dilation=dilation)
+    grid = [oversampling * max(d, 1) for d in degrees(op, kernel_shape)]
+    return dataclasses.replace(op, input_shape=tuple(m * s for m, s in zip(grid, op.strides, strict=True)))

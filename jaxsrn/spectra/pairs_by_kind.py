@@ -15,6 +15,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from jaxsrn._tools.checks import float_dtype
+from jaxsrn._tools.tolerances import search_tolerance
 from jaxsrn.operators.base import Dense, Operator
 from jaxsrn.operators.convolutions import CircularConv, UnboundedConv, ZeroPaddedConv
 from jaxsrn.spectra import image_pairs
@@ -74,6 +75,8 @@ def leading_pair(kernel: Float[Array, "..."], op: Operator, *, tolerance=None, s
       proven: static; with `False` small layers with zero padding are searched too, without a proof.
     """
     kernel = lax.stop_gradient(kernel.astype(float_dtype(kernel.dtype)))
+    # A number is an argument of the compiled search, so that all tolerances share its program.
+    tolerance = search_tolerance(kernel.dtype) if tolerance is None else tolerance
     return _kind(op).leading(kernel, op, tolerance=tolerance, start=start, proven=proven)
 
 

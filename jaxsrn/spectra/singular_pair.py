@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Inexact
 
 from jaxsrn.operators.base import Operator
 
-__all__ = ["Found", "Pair", "by_largest", "first_of", "matrix_size", "rescaled"]
+__all__ = ["Found", "Pair", "by_largest", "first_of", "matrix_size", "rescaled", "without_idle_taps"]
 
 
 class Pair(NamedTuple):
@@ -52,10 +52,15 @@ def matrix_size(op: Operator, kernel_shape: tuple[int, ...]) -> int:
 def rescaled(kernel: Float[Array, "..."], op: Operator) -> tuple[Float[Array, "..."], Float[Array, ""]]:
     """The same map up to its scale: `(kernel / scale, scale)` with the scale of `by_largest`.
 
-    Squares of very small or large kernels leave the range of the dtype, and pairs and stable ranks have no scale. Taps
-    that meet no sample have no part in the map; they become 0, except that NaN stays NaN.
+    Squares of very small or large kernels leave the range of the dtype, and pairs and stable ranks have no scale.
     """
-    return by_largest(kernel * jnp.asarray(op._tap_counts(kernel.shape) > 0, kernel.dtype))
+    return by_largest(without_idle_taps(kernel, op))
+
+
+def without_idle_taps(kernel: Float[Array, "..."], op: Operator) -> Float[Array, "..."]:
+    """The kernel with 0 in place of taps that meet no sample, which have no part in the map; NaN stays NaN."""
+    meets = op._tap_counts(kernel.shape) > 0
+    return kernel if meets.all() else kernel * jnp.asarray(meets, kernel.dtype)
 
 
 def by_largest(kernel: Float[Array, "..."]) -> tuple[Float[Array, "..."], Float[Array, ""]]:

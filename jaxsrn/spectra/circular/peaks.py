@@ -71,7 +71,9 @@ def at_site(peak: Peak, op: CircularConv, kernel_shape: tuple[int, ...]) -> Pair
 def _estimates_apart(known: Estimates, grid: Grid, count: int, radius):
     """The places of the largest estimates, none near a larger one of its group."""
     which, groups = np.indices(known.values.shape, np.int32).reshape((2, -1))
-    return _largest_apart(known.values.reshape(-1), picked(known.index, jnp.asarray(which)), groups, grid, count, radius)[0]
+    return _largest_apart(
+        known.values.reshape(-1), picked(known.index, jnp.asarray(which)), groups, grid, count, radius
+    )[0]
 
 
 def _largest_apart(values: Float[Array, " n"], indices, groups, grid: Grid, count: int, radius):

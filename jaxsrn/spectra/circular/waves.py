@@ -33,7 +33,7 @@ def site_gradient(op: CircularConv, kernel_shape, site: Site, u: Complex[Array, 
     factors = site_waves(op, kernel_shape, site, dtype)
     turned = factors[:, None] * v[None]
     terms = einsum("zi,zto->tio", jnp.stack([u.real, u.imag]), jnp.stack([turned.real, turned.imag]))
-    in_group = jnp.ones(1, dtype) if groups == 1 else (jnp.arange(groups) == site.group).astype(dtype)
+    in_group = jnp.ones(1, dtype) if groups == 1 else (jnp.arange(groups, dtype=jnp.int32) == site.group).astype(dtype)
     terms = in_group[:, None, None, None] * terms[None]
     transpose = jax.linear_transpose(
         lambda kernel: polynomial(kernel, op)[0], jax.ShapeDtypeStruct(kernel_shape, dtype)
@@ -64,7 +64,7 @@ def wave(op: CircularConv, site: Site, vector: Complex[Array, " c"], positions, 
         image = image * factor.reshape((1,) * axis + (-1,) + (1,) * (op.num_axes - axis))
     if op.feature_group_count == 1:
         return jnp.real(image)
-    in_group = (jnp.arange(op.feature_group_count) == site.group).astype(vector.real.dtype)[:, None]
+    in_group = (jnp.arange(op.feature_group_count, dtype=jnp.int32) == site.group).astype(vector.real.dtype)[:, None]
     image = jnp.real(image)[..., None, :] * in_group.reshape((1,) * op.num_axes + in_group.shape)
     return image.reshape((*image.shape[:-2], -1))
 

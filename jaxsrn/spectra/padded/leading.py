@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 
 from jaxsrn._tools.linalg import unit
 from jaxsrn._tools.subspaces import fixed_start
-from jaxsrn._tools.tolerances import PROVEN_SIZE, search_tolerance
+from jaxsrn._tools.tolerances import PROVEN_SIZE
 from jaxsrn.operators.convolutions import ZeroPaddedConv
 from jaxsrn.spectra.dense import leading_of_matrix
 from jaxsrn.spectra.image_pairs import as_images, matrix_free
@@ -47,7 +47,6 @@ def _leading(kernel: Float[Array, "..."], op: ZeroPaddedConv, tolerance, start, 
     if (proven and is_small) or math.prod(op.input_shape) == 1:
         pair = leading_of_matrix(op.to_dense(kernel).T)
         return as_images(pair.input, pair.output, op, kernel.shape)
-    tolerance = search_tolerance(kernel.dtype) if tolerance is None else tolerance
     if start is None:
         return search(kernel, op, tolerance)
     noise = unit(fixed_start(op.in_shape(kernel.shape), kernel.dtype))
