@@ -27,6 +27,7 @@ HOUSE = {
         "circular.boxes",
         "circular.climbing",
         "circular.branch_and_bound",
+        "circular.newton",
         "circular.peaks",
         "circular.site_pairs",
         "circular.leading",

@@ -18,6 +18,7 @@ from jaxsrn.spectra.circular.boxes import Grid, coarse_boxes
 from jaxsrn.spectra.circular.branch_and_bound import highest_peak
 from jaxsrn.spectra.circular.climbing import NUM_CLIMBERS, Estimates, Peak, climbs, estimates, most_promising
 from jaxsrn.spectra.circular.grams import gram_polynomial, is_transposed
+from jaxsrn.spectra.circular.newton import at_maximum
 from jaxsrn.spectra.circular.sites import Site
 from jaxsrn.spectra.singular_pair import Pair
 
@@ -27,16 +28,25 @@ __all__ = [
 ]
 
 
-def highest(kernel: Float[Array, "..."], op, grid: Grid, counts: tuple[int, ...], is_reduced: bool, allowed) -> Pair:
+def highest(
+    kernel: Float[Array, "..."],
+    op,
+    grid: Grid,
+    counts: tuple[int, ...],
+    is_reduced: bool,
+    allowed,
+    between: bool = False,
+) -> Pair:
     """The pair of the largest singular value of the whole grid, up to a relative `2 sqrt(channels) eps`.
 
-    With `allowed` no other singular value exceeds that of the pair by more than this share. The kernel's scale must not
-    be extreme (`pair.rescaled`).
+    With `allowed` no other singular value exceeds that of the pair by more than this share. With `between` the grid
+    stands for the whole torus, and the frequency is exact. The kernel's scale must not be extreme (`pair.rescaled`).
     """
     poly, (corners, exists) = gram_polynomial(kernel, op, is_reduced), coarse_boxes(grid, counts)
     known = estimates(poly, grid, corners, exists)
     found = climbs(poly, grid, known, most_promising(known, NUM_CLIMBERS))
-    return at_site(highest_peak(poly, grid, corners, exists, found, allowed), op, kernel.shape)
+    peak = highest_peak(poly, grid, corners, exists, found, allowed)
+    return at_site(at_maximum(poly, grid, peak) if between else peak, op, kernel.shape)
 
 
 def several(

@@ -1,0 +1,88 @@
+"""The frequency of a maximum between those of a grid, to all digits of float64, by Newton's method.
+
+Climbing alternates between frequencies and vectors, which is slow where singular values lie close together. The
+derivatives of `lambda = sigma^2`, the largest eigenvalue of `G = S^H S`, know how the vectors turn with the frequency:
+
+    lambda_j  = v^H G_j v
+    lambda_jk = v^H G_jk v + 2 Re sum_(m > 1) conj(b_jm) b_km / (lambda_1 - lambda_m),    b_jm = v_m^H G_j v.
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Complex
+
+from jaxsrn._tools.linalg import einsum
+from jaxsrn.spectra.circular.angles import waves
+from jaxsrn.spectra.circular.boxes import Grid
+from jaxsrn.spectra.circular.climbing import Peak
+from jaxsrn.spectra.circular.grams import GramPolynomial
+
+__all__ = ["at_maximum"]
+
+# Steps from a frequency that climbing has found; the digits double with each.
+_MOST_STEPS = 8
+# The share of the trace that is added to the second derivatives, which may be singular; it is lost in every step.
+_RIDGE = 1e-6
+
+
+def at_maximum(poly: GramPolynomial, grid: Grid, peak: Peak) -> Peak:
+    """The maximum near a peak, as long as each step finds a larger value."""
+    coefficients = poly.coefficients[peak.group]
+
+    def step(state):
+        _, count, index, best = state
+        symbol, first, second = _derivatives(coefficients, grid, index, poly.exponents)
+        rows, values, columns = jnp.linalg.svd(symbol, full_matrices=False)
+        here = Peak(index, peak.group, rows[:, 0], columns[0].conj(), values[0])
+        gained = (here.value > best.value) | (count == 0)
+        best = jax.tree.map(lambda new, old: jnp.where(gained, new, old), here, best)
+        radians = _newton_step(symbol, first, second, (rows, values, columns))
+        # Where the maximum is not concave the factorization fails, and the frequency stays.
+        per_radian = jnp.asarray(grid.samples).astype(radians.dtype) / (2 * math.pi)
+        steps = jnp.round(jnp.where(jnp.isfinite(radians), radians, 0) * per_radian)
+        limit = jnp.asarray(grid.sizes).astype(steps.dtype)
+        moved = index + jnp.clip(steps, -limit, limit).astype(index.dtype)
+        return gained & jnp.any(moved != index), count + 1, moved, best
+
+    start = jnp.asarray(True), jnp.asarray(0), peak.index, peak
+    return lax.while_loop(lambda state: state[0] & (state[1] < _MOST_STEPS), step, start)[-1]
+
+
+def _derivatives(coefficients, grid: Grid, index, exponents: np.ndarray) -> tuple[Complex[Array, "..."], ...]:
+    """The symbol, its derivatives, and its second derivatives, the latter two with axes for the angles in front."""
+    factors = waves(grid.angles, 2 * index, exponents)
+    powers = -1j * jnp.asarray(exponents.T, factors.dtype)
+    taps = coefficients.astype(factors.dtype)
+    return (
+        einsum("t,tio->io", factors, taps),
+        einsum("jt,t,tio->jio", powers, factors, taps),
+        einsum("jt,kt,t,tio->jkio", powers, powers, factors, taps),
+    )
+
+
+def _newton_step(symbol, first, second, svd):
+    """The step in radians to the maximum of the second-order expansion; NaN where that has none."""
+    rows, values, columns = svd
+    u, v, sigma = rows[:, 0], columns[0].conj(), values[0]
+    images = einsum("jio,o->ji", first, v)
+    slopes = 2 * sigma * jnp.real(einsum("i,ji->j", u.conj(), images))
+    # G_j v in the basis of the right singular vectors.
+    turned = sigma.astype(u.dtype) * einsum("jio,i->jo", first.conj(), u) + einsum("io,ji->jo", symbol.conj(), images)
+    parts = einsum("mo,jo->jm", columns, turned)[:, 1:]
+    gaps = values[0] ** 2 - values[1:] ** 2
+    weights = 1 / jnp.maximum(gaps, jnp.finfo(gaps.dtype).eps * values[0] ** 2)
+    curvature = 2 * jnp.real(
+        sigma.astype(u.dtype) * einsum("i,jkio,o->jk", u.conj(), second, v)
+        + einsum("ji,ki->jk", images.conj(), images)
+        + einsum("jm,m,km->jk", parts.conj(), weights.astype(parts.dtype), parts)
+    )
+    # A direction in which the value does not change, as along an axis of a single tap, has no slope, and stays.
+    ridge = _RIDGE * jnp.abs(jnp.trace(curvature)) + jnp.finfo(gaps.dtype).tiny
+    downwards = ridge * jnp.eye(len(slopes), dtype=slopes.dtype) - curvature
+    return jax.scipy.linalg.cho_solve((lax.linalg.cholesky(downwards), True), slopes)
