@@ -23,6 +23,8 @@ from jaxsrn.spectra.pairs_by_kind import value_gradient
 from jaxsrn.spectra.singular_pair import Pair
 
 __all__ = [
+    "INFEASIBLE",
+    "INFEASIBLE_FROM",
     "Problem",
     "closed_form",
     "functional",
@@ -30,6 +32,11 @@ __all__ = [
     "merit",
     "squared_distance",
 ]
+
+
+# What the merit of an infeasible candidate is, times its stable rank: more than any squared distance of kernels whose
+# largest entry is 1. Merits of at least `INFEASIBLE_FROM` are those of infeasible candidates.
+INFEASIBLE, INFEASIBLE_FROM = 1e30, 1e20
 
 
 class Problem(NamedTuple):
@@ -96,6 +103,4 @@ def closed_form(problem: Problem, direction: Float[Array, "..."]) -> Candidate:
 
 def merit(candidate: Candidate):
     """A sort key, smaller is better: feasible candidates by distance, then infeasible ones by stable rank `1 / e`."""
-    return jnp.where(candidate.feasible, 0, 1), jnp.where(
-        candidate.feasible, candidate.squared_distance, 1 / candidate.functional_norm
-    )
+    return jnp.where(candidate.feasible, candidate.squared_distance, INFEASIBLE / candidate.functional_norm)

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxsrn._tools.indexing import picked
 from jaxsrn._tools.linalg import matmul, safe_sqrt
 from jaxsrn._tools.tolerances import vector_tolerance
 from jaxsrn.normalization.closed_form import Candidate, Problem, closed_form, functional, merit
@@ -125,9 +126,8 @@ def _ascend(problem: Problem, op: Operator, start: Pair, max_steps: int | Int[Ar
 
 def _gains(new: Candidate, old: Candidate, scale) -> Bool[Array, ""]:
     """Whether `new` is better than `old` by more than rounding; `scale` is the size of squared distances."""
-    (new_class, new_value), (old_class, old_value) = merit(new), merit(old)
-    rounding = 4 * jnp.finfo(scale.dtype).eps * jnp.where(old.feasible, scale, old_value)
-    return (new_class < old_class) | ((new_class == old_class) & (new_value < old_value - rounding))
+    old_value = merit(old)
+    return merit(new) < old_value - 4 * jnp.finfo(scale.dtype).eps * jnp.where(old.feasible, scale, old_value)
 
 
 class _Rounds(NamedTuple):
@@ -149,8 +149,7 @@ def minorise_maximise(problem: Problem, op: Operator, starts: Pair, max_steps: i
     def round_(state: _Rounds) -> _Rounds:
         steps_left = max_steps - state.solution.num_steps
         ends = jax.vmap(lambda start: _ascend(problem, op, start, steps_left, tolerance))(state.starts)
-        best = jnp.lexsort(merit(ends.best)[::-1])[0]
-        end = jax.tree.map(lambda leaf: leaf[best], ends)
+        end = picked(ends, lax.argmin(merit(ends.best), 0, jnp.int32))
         leading = _larger(end.best.kernel, op, end.pair, leading_pair(end.best.kernel, op))
         norm = frozen_value(end.best.kernel, op, leading)
         solution = Fixpoint(end.best, end.pair, leading, norm, state.solution.num_steps + end.num_steps)

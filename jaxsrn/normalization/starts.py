@@ -4,12 +4,16 @@ The distance of a pair's closed form decreases in `e = <E, E>_d` and in `m = <A,
 rank of `A`. Upper bounds of both give a lower bound of the distance of every feasible kernel. The pairs that come
 closest to it are the starts. For circular convolutions this is branch and bound over the sites (frequency, group; see
 `spectra/circular/sites.py`) and the phase of a pair: the sites are sorted by a bound that needs no SVD, and the scan
-ends where that bound exceeds the best distance found. `spectra/circular/branch_and_bound.py` bounds the norm instead.
-Zheng et al. 2025 take random starts on the sphere.
+ends where that bound exceeds the best distance found. Unbounded convolutions are scanned on a coarse grid, and each of
+its frequencies stands for the box of frequencies around it. `spectra/circular/branch_and_bound.py` bounds the norm
+instead. Zheng et al. 2025 take random starts on the sphere.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import math
 from typing import NamedTuple
 
 import jax
@@ -17,14 +21,16 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jaxsrn._tools.linalg import top_values
-from jaxsrn.normalization.closed_form import Problem, is_feasible, squared_distance
+from jaxsrn._tools.indexing import picked
+from jaxsrn._tools.linalg import einsum, safe_sqrt
+from jaxsrn.normalization.closed_form import INFEASIBLE, INFEASIBLE_FROM, Problem, is_feasible, squared_distance
 from jaxsrn.operators.base import Operator
-from jaxsrn.operators.convolutions import CircularConv, ZeroPaddedConv
-from jaxsrn.spectra.circular.fourier import half_symbol, site_shape, squared_phase_sums
+from jaxsrn.operators.convolutions import CircularConv, UnboundedConv, ZeroPaddedConv
+from jaxsrn.spectra.circular.boxes import degrees
+from jaxsrn.spectra.circular.fourier import axis_waves, complex_dtype, polynomial, site_shape, squared_phase_sums
 from jaxsrn.spectra.circular.site_pairs import site_pairs
-from jaxsrn.spectra.circular.sites import is_self_conjugate, sites_at
-from jaxsrn.spectra.padded.circular_model import circular_layer, windowed
+from jaxsrn.spectra.circular.sites import Site, half_grid, on_grid, sites_at
+from jaxsrn.spectra.padded.circular_model import windowed
 from jaxsrn.spectra.ranks import largest_functional
 from jaxsrn.spectra.singular_pair import Pair
 
@@ -36,39 +42,15 @@ __all__ = [
 # Pairs that are followed to the end: more are surer to lead to the best stationary point, and each takes its time.
 _NUM_STARTS = 4
 # Sites whose vectors are computed at a time: many share the overhead of an SVD, few stop the scan earlier. With one
-# channel per site there is no SVD, and each phase is searched to the end.
+# channel per site there is no SVD.
 _SCAN_CHUNK = 16
 _CHEAP_CHUNK = 4
-# Phases that are compared at first, how often the search zooms in, and the phases that are compared in each zoom. A
-# zoom keeps 2 of the 5 intervals between its phases: the last is (2 / 15) (2 / 5)^12 = 2e-6 of the first.
+# Phases that are compared, and how often the search zooms in on the interval between the neighbours of the best one.
+# The last interval is (2 / 15)^7 = 7e-7 of the first.
 _NUM_PHASES = 16
-_PHASE_ZOOMS = 12
-_ZOOM_PHASES = 6
-# The largest image of the circular model, per axis. The model only says where to start, so its cost need not grow with
-# the true image.
-_MODEL_SIZE = 32
-
-
-class _Reach(NamedTuple):
-    """Bounds of all pairs of a site: the largest `e`, and a squared distance that none of them is below."""
-
-    largest: Float[Array, " sites"]
-    bounds: Float[Array, " sites"]
-
-
-def _squared_bounds(problem: Problem, largest, values):
-    """Lower bounds of the squared distance by upper bounds of `e` and `m`; infinite where no kernel is feasible."""
-    squared = problem.inner(problem.kernel, problem.kernel)
-    bounds = squared_distance(largest, values, problem.target, problem.norm, squared)
-    return jnp.where(is_feasible(largest, problem.target), bounds, jnp.inf)
-
-
-def _reach(problem: Problem, op: CircularConv) -> _Reach:
-    """Bounds without an SVD: a singular value is at most the operator's norm, and its symbol's Frobenius norm."""
-    counts, sums = squared_phase_sums(op, problem.kernel.shape)
-    largest = jnp.asarray(np.max(counts + np.abs(sums), axis=-1) / (2 * np.prod(op.grid)), problem.norm.dtype)
-    sizes = jnp.linalg.norm(half_symbol(problem.kernel, op), axis=(-2, -1))
-    return _Reach(largest, _squared_bounds(problem, largest, jnp.minimum(sizes, problem.norm)))
+_PHASE_ZOOMS = 7
+# Frequencies of a coarse grid of the torus: more make its boxes smaller and the bound closer.
+_COARSE_SITES = 2**11
 
 
 class Survey(NamedTuple):
@@ -81,127 +63,194 @@ class Survey(NamedTuple):
     bound: Float[Array, ""]
 
 
+class _Reach(NamedTuple):
+    """What is known of the sites of a layer without an SVD.
+
+    Attributes:
+      e: the largest `e` of the pairs in the box of a site, static.
+      sizes: the Frobenius norm of the symbol, which bounds its singular values.
+      phi: how far apart the frequencies of a box are (`branch_and_bound.py`), static; 0 where a box is one frequency.
+    """
+
+    e: Float[np.ndarray, " sites"]
+    sizes: Float[Array, " sites"]
+    phi: float
+
+
+def _reach(kernel: Float[Array, "..."], op: CircularConv, samples: int, has_boxes: bool) -> _Reach:
+    """The reach of all sites; `samples` is the number of output samples that the Frobenius norm counts."""
+    counts, sums = squared_phase_sums(op, kernel.shape)
+    e = np.max(counts + np.abs(sums), axis=-1) / 2
+    phi = 0.0
+    if has_boxes:
+        half_steps = np.pi / np.array(op.grid)
+        phi = float(np.sum(half_steps * np.array(degrees(op, kernel.shape)) / 2))
+        # The sum of exp(2i <w, t>) over the terms changes at most as fast as its terms turn around their middle.
+        terms = polynomial(kernel, op)[1]
+        turning = 2 * np.abs(terms - (terms.max(axis=0) + terms.min(axis=0)) / 2).sum(axis=0)
+        e = np.minimum(e + np.sum(turning * half_steps) / 2, counts.max())
+    return _Reach(e / samples, _frobenius_norms(kernel, op), phi)
+
+
+def _frobenius_norms(kernel: Float[Array, "..."], op: CircularConv) -> Float[Array, " sites"]:
+    """`||S(w)||_F` at every site, from the inner products of the terms, without the symbol."""
+    coefficients, terms = polynomial(kernel, op)
+    flat = coefficients.reshape((*coefficients.shape[:2], -1))
+    products = einsum("gtc,gsc->gts", flat, flat).reshape((len(flat), -1))
+    differences = (terms[:, None] - terms[None]).reshape((-1, op.num_axes))
+    lags, which = np.unique(differences, axis=0, return_inverse=True)
+    sums = einsum("gp,pl->gl", products, jnp.asarray(np.eye(len(lags))[which.reshape(-1)], products.dtype))
+    rows = [axis_waves(n, lags[:, j])[:m] for j, (n, m) in enumerate(zip(op.grid, half_grid(op), strict=True))]
+    cosines = functools.reduce(lambda a, b: (a[:, None] * b[None]).reshape((-1, len(lags))), rows).real
+    return safe_sqrt(einsum("gl,fl->fg", sums, jnp.asarray(cosines, sums.dtype)).reshape(-1))
+
+
+def _bounds(problem: Problem, e, values, phi: float):
+    """Squared distances that no pair in the boxes beats, by bounds of `e` and by singular values at the centres."""
+    m = jnp.minimum(values, problem.norm)
+    if phi:
+        # A singular value can be larger elsewhere in the box, by the inequality of Bernstein and Szegoe.
+        angle = jnp.arccos(m / jnp.where(problem.norm == 0, 1.0, problem.norm))
+        m = problem.norm * jnp.cos(jnp.maximum(angle - phi, 0))
+    squared = problem.inner(problem.kernel, problem.kernel)
+    distance = squared_distance(e, m, problem.target, problem.norm, squared)
+    return jnp.where(is_feasible(e, problem.target), distance, INFEASIBLE / e)
+
+
+def _best_phases(problem: Problem, q, c, values):
+    """The best phase `theta` of each pair `(u, e^{i theta} v)`: `(scores, theta)`, the scores as `merit` has them.
+
+    A pair has `m = sigma cos(theta)` and `e = q + Re(e^{2 i theta} c)`. The distance decreases in both, `m` is largest
+    at 0, and so the best phase lies between 0 and the maximiser of `e`. That interval is searched on a grid of phases,
+    again and again around its best one.
+    """
+    size, angle = jnp.abs(c), jnp.angle(c)
+    squared, norm = problem.inner(problem.kernel, problem.kernel), jnp.where(problem.norm == 0, 1.0, problem.norm)
+    shares = np.linspace(0, 1, _NUM_PHASES)
+
+    def zoom(_, state):
+        _, _, low, high = state
+        theta = low[:, None] + (high - low)[:, None] * jnp.asarray(shares, low.dtype)[None]
+        e = q[:, None] + size[:, None] * jnp.cos(2 * theta + angle[:, None])
+        m = values[:, None] * jnp.cos(theta)
+        feasible = is_feasible(e, problem.target)
+        distance = squared_distance(jnp.where(feasible, e, 1.0), m, problem.target, problem.norm, squared)
+        # Among pairs of equal infeasible `e` the one with the largest value is closest.
+        scores = jnp.where(feasible, distance, INFEASIBLE / e * (1 - 1e-3 * m / norm))
+        best = jnp.argmin(scores, axis=-1)[:, None]
+        places = jnp.clip(best + np.array([[-1, 0, 1]]), 0, _NUM_PHASES - 1)
+        low, middle, high = jnp.take_along_axis(theta, places, axis=-1).T
+        return jnp.take_along_axis(scores, best, axis=-1)[:, 0], middle, low, high
+
+    nothing = jnp.zeros_like(q), jnp.zeros_like(q), jnp.zeros_like(q), -angle / 2
+    return jax.lax.fori_loop(0, _PHASE_ZOOMS, zoom, nothing)[:2]
+
+
 class _Scan(NamedTuple):
-    """The best sites so far, the lowest bound of those seen, and how many chunks of the sorted sites these are."""
+    """The best pairs so far with their scores, the lowest bound of the sites seen, and how many chunks these are."""
 
     scores: Float[Array, " starts"]
-    sites: Int[Array, " starts"]
+    pairs: Pair
     bound: Float[Array, ""]
     position: Int[Array, ""]
 
 
-def _phase_scores(problem: Problem, op: CircularConv, sites, values, pairs: Pair, num_zooms: int):
-    """The best phase `theta` of each pair `(u, e^{i theta} v)`: `(scores, theta)`, the scores squared distances.
-
-    A pair has `m = sigma cos(theta)` and `e = (Q + Re(e^{2 i theta} c)) / (2 N)`. The distance decreases in both, `m`
-    is largest at 0, and so the best phase lies between 0 and the maximiser of `e`. That interval is searched on a grid
-    of phases, again and again around its best one.
-    """
-    counts, sums = squared_phase_sums(op, problem.kernel.shape)
-    by_phase = pairs.input.reshape((len(values), counts.size, -1))
-    counts, sums = jnp.asarray(counts, values.dtype), jnp.asarray(sums, by_phase.dtype)[sites]
-    q = jnp.sum(jnp.sum(jnp.abs(by_phase) ** 2, axis=-1) * counts[None], axis=-1)
-    c = jnp.sum(pairs.output**2, axis=-1) * jnp.sum(jnp.sum(jnp.conj(by_phase) ** 2, axis=-1) * sums, axis=-1)
-    total = 2 * float(np.prod(op.grid))
-    squared = problem.inner(problem.kernel, problem.kernel)
-
-    def score(theta):
-        turned = jnp.abs(c)[:, None] * jnp.cos(2 * theta + jnp.angle(c)[:, None])
-        e = (q[:, None] + turned) / total
-        m = values[:, None] * jnp.cos(theta)
-        feasible = is_feasible(e, problem.target)
-        distance = squared_distance(jnp.where(feasible, e, 1.0), m, problem.target, problem.norm, squared)
-        return jnp.where(feasible, distance, jnp.inf)
-
-    def search(ends, num_phases: int):
-        """The best of several equidistant phases: `(score, phase, the interval between its neighbours)`."""
-        grid = jnp.linspace(0.0, 1.0, num_phases, dtype=values.dtype)[None]
-        theta = ends[0][:, None] + (ends[1] - ends[0])[:, None] * grid
-        scores = score(theta)
-        best = jnp.argmin(scores, axis=-1)[:, None]
-        low, middle, high = (
-            jnp.take_along_axis(theta, jnp.clip(best + side, 0, num_phases - 1), axis=-1)[:, 0] for side in (-1, 0, 1)
-        )
-        return jnp.take_along_axis(scores, best, axis=-1)[:, 0], middle, (low, high)
-
-    found = search((jnp.zeros_like(q), -jnp.angle(c) / 2), _NUM_PHASES)
-    return jax.lax.fori_loop(0, num_zooms, lambda _, found: search(found[2], _ZOOM_PHASES), found)[:2]
-
-
-def _turn(pairs: Pair, theta) -> Pair:
-    factor = jax.lax.complex(jnp.cos(theta), jnp.sin(theta))[:, None]
-    return pairs._replace(output=pairs.output * factor)
-
-
-def _survey_circular(problem: Problem, op: CircularConv) -> Survey:
+def _scanned(problem: Problem, op: CircularConv, samples: int, has_boxes: bool) -> Survey:
     """The best few sites with their best phases, by the closed form for the leading pair of `A` at each site.
 
     Sites are taken in the order of a bound that needs no SVD, until it exceeds the best distance found: all others
     are provably worse. With one channel per site a pair is a site and a phase, so what the scan finds is the global
-    solution and its own lower bound. If no pair is feasible, the starts are the real frequencies with the largest
-    singular values: they allow the smallest stable rank there is.
+    solution and its own lower bound. If no pair is feasible, the starts are those that allow the smallest stable rank:
+    at the real frequencies, the largest singular values first.
     """
-    reach = _reach(problem, op)
-    num_sites = len(reach.bounds)
-    one_channel = site_shape(op, problem.kernel.shape) == (1, 1)
-    scan_zooms = _PHASE_ZOOMS if one_channel else 0
+    kernel = problem.kernel
+    counts, sums = squared_phase_sums(op, kernel.shape)
+    reach = _reach(kernel, op, samples, has_boxes)
+    e, count = jnp.asarray(reach.e, problem.norm.dtype), len(reach.e)
+    sites = Site(*map(jnp.asarray, sites_at(op, np.arange(count))))
+    one_channel = site_shape(op, kernel.shape) == (1, 1)
     chunk, kept = (_CHEAP_CHUNK, 1) if one_channel else (_SCAN_CHUNK, _NUM_STARTS)
-    chunk, kept = min(chunk, num_sites), min(kept, num_sites)
-    num_chunks = -(-num_sites // chunk)
-    order = jnp.argsort(reach.bounds)
-    order = jnp.concatenate([order, jnp.broadcast_to(order[:1], (num_chunks * chunk - num_sites,))])
-    order = order.reshape((num_chunks, chunk))
+    chunk, kept = min(chunk, count), min(kept, count)
+    # A box may hold more than its centre, so that boxes are taken in the order of their centres' bounds.
+    lowest = _bounds(problem, e, reach.sizes, 0.0)
+    order, num_chunks = jnp.argsort(lowest).astype(jnp.int32), -(-count // chunk)
+    order = jnp.concatenate([order, order[: num_chunks * chunk - count]]).reshape((num_chunks, chunk))
+    weights, factors = jnp.asarray(counts, kernel.dtype), jnp.asarray(sums)
 
-    all_sites = sites_at(op, np.arange(num_sites))
-
-    def pairs_at(sites):
-        return site_pairs(problem.kernel, op, jax.tree.map(lambda leaf: jnp.asarray(leaf)[sites], all_sites))
-
-    def evaluate(sites, num_zooms):
-        pair_values, pairs = pairs_at(sites)
-        scores, theta = _phase_scores(problem, op, sites, pair_values, pairs, num_zooms)
-        bounds = _squared_bounds(problem, reach.largest[sites], pair_values)
-        return scores, _turn(pairs, theta), jnp.min(bounds)
-
-    def body(state: _Scan) -> _Scan:
-        sites = order[state.position]
-        scores, _, bound = evaluate(sites, scan_zooms)
-        scores, sites = jnp.concatenate([state.scores, scores]), jnp.concatenate([state.sites, sites])
-        best = jnp.argsort(scores)[:kept]
-        return _Scan(scores[best], sites[best], jnp.minimum(state.bound, bound), state.position + 1)
+    def look(state: _Scan) -> _Scan:
+        places = picked(order, state.position)
+        values, pairs = site_pairs(kernel, op, picked(sites, places))
+        by_phase = pairs.input.reshape((chunk, counts.size, -1))
+        squares = jnp.sum(by_phase.conj() ** 2, axis=-1) * picked(factors, places).astype(by_phase.dtype)
+        q = einsum("kpi,p->k", jnp.abs(by_phase) ** 2, weights) / (2 * samples)
+        c = jnp.sum(pairs.output**2, axis=-1) * jnp.sum(squares, axis=-1) / (2 * samples)
+        scores, theta = _best_phases(problem, q, c, values)
+        turn = jax.lax.complex(jnp.cos(theta), jnp.sin(theta))[:, None]
+        pairs = pairs._replace(output=pairs.output * turn)
+        bound = jnp.min(_bounds(problem, picked(e, places), values, reach.phi))
+        scores, pairs = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), state[:2], (scores, pairs))
+        best = jax.lax.top_k(-scores, kept)[1]
+        return _Scan(*picked((scores, pairs), best), jnp.minimum(state.bound, bound), state.position + 1)
 
     def unfinished(state: _Scan):
-        next_bound = reach.bounds[order[jnp.minimum(state.position, num_chunks - 1), 0]]
-        return (state.position < num_chunks) & (next_bound < state.scores[0])
+        following = picked(lowest, picked(order, jnp.minimum(state.position, num_chunks - 1))[0])
+        return (state.position < num_chunks) & (following < state.scores[0])
 
-    infinite = jnp.asarray(jnp.inf, reach.bounds.dtype)
-    empty = _Scan(jnp.broadcast_to(infinite, (kept,)), order[0, :kept], infinite, jnp.asarray(0))
-    scan = jax.lax.while_loop(unfinished, body, empty)
-    real = jnp.asarray(np.flatnonzero(is_self_conjugate(op)))
-    strongest = real[jnp.argsort(-pairs_at(real)[0])[jnp.arange(kept) % len(real)]]
-    found = jnp.isfinite(scan.scores[0])
-    starts = evaluate(jnp.where(found, scan.sites, strongest), _PHASE_ZOOMS)[1]
-    return Survey(starts, scan.scores[0] if one_channel else scan.bound)
+    rows, columns = site_shape(op, kernel.shape)
+    complex_type = complex_dtype(kernel.dtype)
+    nothing = Pair(
+        Site(jnp.zeros((kept, op.num_axes), jnp.int32), jnp.zeros(kept, jnp.int32)),
+        jnp.zeros((kept, rows), complex_type),
+        jnp.zeros((kept, columns), complex_type),
+    )
+    infinite = jnp.full(kept, jnp.inf, kernel.dtype)
+    scan = jax.lax.while_loop(unfinished, look, _Scan(infinite, nothing, infinite[0], jnp.zeros((), jnp.int32)))
+    if one_channel and not has_boxes:
+        bound = scan.scores[0]
+    else:
+        unseen = (jnp.arange(num_chunks, dtype=jnp.int32) >= scan.position)[:, None]
+        beyond = picked(_bounds(problem, e, reach.sizes, reach.phi), order)
+        bound = jnp.minimum(scan.bound, jnp.min(jnp.where(unseen, beyond, jnp.inf)))
+    return Survey(scan.pairs, jnp.where(bound < INFEASIBLE_FROM, bound, jnp.inf))
+
+
+def _coarse(op: UnboundedConv | ZeroPaddedConv, kernel_shape: tuple[int, ...]) -> CircularConv:
+    """The circular layer of the same taps on a coarse grid, with as many angles on each axis of several taps."""
+    layer = UnboundedConv(
+        strides=op.strides, kernel_dilation=op.kernel_dilation, feature_group_count=op.feature_group_count
+    )
+    layer = on_grid(layer, kernel_shape)
+    axes = [k > 1 for k in kernel_shape[:-2]]
+    angles = 2 ** int(math.log2(_COARSE_SITES) / max(1, sum(axes)) + 0.5)
+    grid = [angles if several else 1 for several in axes]
+    return dataclasses.replace(layer, input_shape=tuple(n * s for n, s in zip(grid, layer.strides, strict=True)))
+
+
+def _scanned_torus(problem: Problem, op: UnboundedConv) -> Survey:
+    """The survey of an unbounded convolution: the frequencies of a coarse grid, each for the box around it."""
+    coarse, fine = _coarse(op, problem.kernel.shape), on_grid(op, problem.kernel.shape)
+    found = _scanned(problem, coarse, 1, has_boxes=True)
+    finer = np.array(fine.grid) // np.array(coarse.grid)
+    site = found.starts.site
+    index = site.index * jnp.asarray(finer, jnp.int32)[None]
+    return found._replace(starts=found.starts._replace(site=site._replace(index=index)))
 
 
 def _image_starts(problem: Problem, op: ZeroPaddedConv, own: Pair) -> Pair:
-    """The kernel's own leading pair, and the best pairs of the circular model, windowed to the image.
+    """The kernel's own leading pair, and the best pairs of a circular model, windowed to the image.
 
-    The circular model is the circular layer with the same kernel on an image of about the same size. Its target is the
-    multiple of its smallest stable rank that the target is of this operator's.
+    The model is the convolution without edges, on a coarse grid. Its target is the multiple of its smallest stable rank
+    that the target is of this operator's.
     """
     shape = problem.kernel.shape
-    sizes = tuple(min(n, _MODEL_SIZE) for n in op._dilated_shape)
-    model = circular_layer(op, shape, sizes, op.strides)
-    norm = jnp.max(top_values(half_symbol(problem.kernel, model)))
-    weights = model.frobenius_weights(shape, norm.dtype)
-    ratio = largest_functional(shape, op) / largest_functional(shape, model)
-    squared = jnp.sum(weights * problem.kernel**2)
+    model = _coarse(op, shape)
+    smallest = 1 / largest_functional(shape, UnboundedConv(strides=op.strides))
+    target = problem.target * largest_functional(shape, op) * smallest
+    squared = jnp.sum(problem.kernel**2)
     # A target at the model's own stable rank or above it would leave nothing to lower.
-    highest = 0.95 * squared / jnp.where(norm == 0, 1.0, norm) ** 2
-    target = jnp.minimum(problem.target * ratio, highest)
-    waves = _survey_circular(Problem(problem.kernel, weights, target, norm), model).starts
-
+    norm = jnp.where(problem.norm == 0, 1.0, problem.norm)
+    target = jnp.minimum(target, 0.95 * squared / norm**2)
+    waves = _scanned(Problem(problem.kernel, jnp.ones_like(problem.weights), target, norm), model, 1, False).starts
     images = jax.vmap(lambda pair: windowed(pair, model, op, shape))(waves)
     return jax.tree.map(lambda a, b: jnp.concatenate([a[None], b]), own, images)
 
@@ -209,14 +258,15 @@ def _image_starts(problem: Problem, op: ZeroPaddedConv, own: Pair) -> Pair:
 def survey(problem: Problem, op: Operator, own: Pair) -> Survey:
     """The pairs to start from, and the bound of all kernels; `own` is the leading pair of `A`.
 
-    The bound takes `e` and `m` at their largest: at every site for circular convolutions, `e*` and `M` otherwise.
+    The bound takes `e` and `m` at their largest: at every site on the torus, `e*` and `M` otherwise.
     """
     if isinstance(op, CircularConv):
-        return _survey_circular(problem, op)
+        return _scanned(problem, op, math.prod(op.grid), has_boxes=False)
+    if isinstance(op, UnboundedConv):
+        return _scanned_torus(problem, op)
     e = jnp.asarray(largest_functional(problem.kernel.shape, op), problem.norm.dtype)
-    squared = problem.inner(problem.kernel, problem.kernel)
-    bound = squared_distance(e, problem.norm, problem.target, problem.norm, squared)
-    bound = jnp.where(is_feasible(e, problem.target), bound, jnp.inf)
+    bound = _bounds(problem, e, problem.norm, 0.0)
+    bound = jnp.where(bound < INFEASIBLE_FROM, bound, jnp.inf)
     if isinstance(op, ZeroPaddedConv):
         return Survey(_image_starts(problem, op, own), bound)
     return Survey(jax.tree.map(lambda leaf: leaf[None], own), bound)

@@ -198,7 +198,7 @@ def _best_start(problem: Problem, op: Operator, own: Pair) -> Pair:
         return pair, closed_form(problem, functional(pair, op, problem.weights, problem.kernel.shape))
 
     pairs, candidates = jax.vmap(climb)(survey(problem, op, own).starts)
-    best = jnp.lexsort(merit(candidates)[::-1])[0]
+    best = jnp.argmin(merit(candidates))
     return jax.tree.map(lambda leaf: leaf[best], pairs)
 
 

@@ -30,9 +30,11 @@ __all__ = [
     "NUM_CLIMBERS",
     "Estimates",
     "Peak",
+    "better_frequency",
     "chunk_of",
     "climbs",
     "estimates",
+    "filter_of",
     "most_promising",
 ]
 
@@ -159,16 +161,12 @@ def _uphill(poly: GramPolynomial, grid: Grid, index, group, column) -> Peak:
     """
     # A static index of the only group spares each climber a copy of the coefficients.
     coefficients = picked(poly.coefficients, group) if len(poly.coefficients) > 1 else poly.coefficients[0]
-    # Two neighbours on each side reach over small dips; the frequency itself comes first.
-    around = np.array(sorted(itertools.product((-2, -1, 0, 1, 2), repeat=index.size), key=any), np.int32)
 
     def step(state: _Climb) -> _Climb:
         peak, stride, count = state
-        candidates = peak.index[None] + around * stride[None]
-        factors = waves(grid.angles, 2 * candidates, poly.exponents)
-        filters = einsum("r,tr->t", peak.row.conj(), real_times("trc,c->tr", coefficients, peak.column))
-        best = lax.argmax(jnp.abs(einsum("pt,t->p", factors, filters)), 0, jnp.int32)
-        index, own = picked((candidates, factors), best)
+        index, own, next_stride = better_frequency(
+            grid.angles, poly.exponents, filter_of(coefficients, peak.row, peak.column), peak.index, stride
+        )
         symbol = symbol_of(own, coefficients)
 
         def power(_, sides):
@@ -178,8 +176,8 @@ def _uphill(poly: GramPolynomial, grid: Grid, index, group, column) -> Peak:
         row, column = lax.fori_loop(0, _FOLLOWING_STEPS, power, (peak.row, peak.column))
         value = jnp.linalg.norm(einsum("rc,c->r", symbol, column))
         # The first step stays where it is, as the row is yet to be found.
-        halved = jnp.right_shift(jnp.where(count == 0, grid.sizes, jnp.where(best == 0, stride, 2 * stride)), 1)
-        return _Climb(Peak(index, group, row, column, value), halved, count + 1)
+        next_stride = jnp.where(count == 0, jnp.right_shift(grid.sizes, 1), next_stride)
+        return _Climb(Peak(index, group, row, column, value), next_stride, count + 1)
 
     def unfinished(state: _Climb):
         return (state.count == 0) | (jnp.any(state.stride > grid.finest) & (state.count < _MOST_STEPS))
@@ -187,3 +185,23 @@ def _uphill(poly: GramPolynomial, grid: Grid, index, group, column) -> Peak:
     nothing = jnp.zeros(poly.coefficients.shape[-2], column.dtype)
     start = Peak(index, group, nothing, column, jnp.zeros((), poly.even.dtype))
     return lax.while_loop(unfinished, step, _Climb(start, jnp.zeros_like(index), jnp.zeros((), jnp.int32))).peak
+
+
+def filter_of(coefficients: Float[Array, "terms rows columns"], row, column) -> Complex[Array, " terms"]:
+    """The scalar filter `u^H C_t v`, whose value at a frequency is `u^H S(w) v`."""
+    return einsum("r,tr->t", row.conj(), real_times("trc,c->tr", coefficients, column))
+
+
+def better_frequency(angles, exponents: np.ndarray, filters: Complex[Array, " terms"], index, stride):
+    """Where a scalar filter is largest, among a frequency and its neighbours some strides away.
+
+    Returns:
+      `(index, waves, stride)`: the frequency, `exp(-i <w, t>)` there, and the next stride, which is half as long where
+      the frequency stays.
+    """
+    # Two neighbours on each side reach over small dips; the frequency itself comes first.
+    around = np.array(sorted(itertools.product((-2, -1, 0, 1, 2), repeat=index.size), key=any), np.int32)
+    candidates = index[None] + around * stride[None]
+    factors = waves(angles, 2 * candidates, exponents)
+    best = lax.argmax(jnp.abs(einsum("pt,t->p", factors, filters)), 0, jnp.int32)
+    return *picked((candidates, factors), best), jnp.right_shift(jnp.where(best == 0, stride, 2 * stride), 1)

@@ -8,16 +8,24 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jaxtyping import Array, Float
 
+from jaxsrn._tools.indexing import picked
 from jaxsrn._tools.linalg import einsum, real_where_possible, top_pairs, unit
 from jaxsrn.operators.convolutions import CircularConv, UnboundedConv
-from jaxsrn.spectra.circular.fourier import site_shape, site_symbol
+from jaxsrn.spectra.circular.angles import angles_of
+from jaxsrn.spectra.circular.climbing import better_frequency, filter_of
+from jaxsrn.spectra.circular.fourier import polynomial, site_shape, site_symbol
 from jaxsrn.spectra.circular.sites import Site, on_grid
 from jaxsrn.spectra.circular.waves import site_gradient, site_of_images, wave
 from jaxsrn.spectra.singular_pair import Pair, first_of
 
 __all__ = ["gradient", "images", "nearby", "of_images", "power_step", "shapes", "site_pairs"]
+
+# The search nearby starts with this share of a turn, which halves where the frequency stays, and ends after so many
+# steps, at 1e-8 of a turn if it stays every time. More follow in the next pass.
+_NEAR, _STEPS = 64, 20
 
 
 def shapes(op: CircularConv | UnboundedConv, kernel_shape: tuple[int, ...]) -> Pair:
@@ -56,9 +64,27 @@ def power_step(kernel: Float[Array, "..."], op: CircularConv | UnboundedConv, pa
 
 
 def nearby(kernel: Float[Array, "..."], op: CircularConv | UnboundedConv, pair: Pair, tolerance) -> Pair:
-    """The leading pair at the same site, by an SVD, so that `tolerance` is not needed."""
-    site = jax.tree.map(lambda leaf: leaf[None], pair.site)
-    return first_of(site_pairs(kernel, on_grid(op, kernel.shape), site)[1])
+    """The leading pair at the same site, by an SVD, so that `tolerance` is not needed.
+
+    An unbounded convolution first takes the frequency nearby at which the pair's value is largest.
+    """
+    layer = on_grid(op, kernel.shape)
+    site = _better_site(kernel, layer, pair) if isinstance(op, UnboundedConv) else pair.site
+    return first_of(site_pairs(kernel, layer, jax.tree.map(lambda leaf: leaf[None], site))[1])
+
+
+def _better_site(kernel, layer: CircularConv, pair: Pair) -> Site:
+    """The site nearby where the value of the pair's vectors is largest."""
+    coefficients, exponents = polynomial(kernel, layer)
+    own = coefficients[0] if len(coefficients) == 1 else picked(coefficients, pair.site.group)
+    filters, angles = filter_of(own, pair.input, pair.output), angles_of(layer.grid, kernel.dtype)
+
+    def step(_, state):
+        return better_frequency(angles, exponents, filters, *state)[::2]
+
+    samples = jnp.asarray(layer.grid, jnp.int32)
+    index = lax.fori_loop(0, _STEPS, step, (pair.site.index, samples // _NEAR))[0]
+    return Site(lax.rem(index + samples, samples), pair.site.group)
 
 
 def site_pairs(kernel, op: CircularConv, sites: Site) -> tuple[Float[Array, " k"], Pair]:
