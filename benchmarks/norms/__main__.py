@@ -32,6 +32,7 @@ from norms.comparison import comparison
 from norms.correctness import correctness
 from norms.figures import save
 from norms.image_size import image_size
+from norms.many_taps import many_taps
 from norms.memory import memory, memory_of_run
 from norms.parts import Effort
 from norms.spectrum import spectrum, spectrum_of_run
@@ -47,6 +48,7 @@ PARTS = {
     "memory": memory,
     "spectrum": spectrum,
     "zero-padding": zero_padding,
+    "many-taps": many_taps,
 }
 
 

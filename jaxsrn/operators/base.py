@@ -27,6 +27,8 @@ __all__ = [
     "Operator",
 ]
 
+_FULL = (lax.Precision.HIGHEST, "highest")
+
 
 class Contacts(NamedTuple):
     """The output positions along one axis at which a tap meets a real input sample (no padding), and those samples."""
@@ -68,8 +70,12 @@ class Operator(abc.ABC):
         """Where each tap of each spatial axis meets real input samples (static)."""
 
     @abc.abstractmethod
-    def _apply_batch(self, kernel, x, precision, layout: Layout):
-        """`apply` for exactly one batch axis and checked arguments."""
+    def _apply_batch(self, kernel, x, precision, layout: Layout, by_fft: bool):
+        """`apply` for exactly one batch axis and checked arguments, in full precision if it is by FFT."""
+
+    def _is_cheaper_by_fft(self, kernel_shape: tuple[int, ...]) -> bool:
+        """Whether products by FFT take a small part of the time of direct ones (static)."""
+        return False
 
     def apply(self, kernel: Kernel, x: Kernel, *, precision=None) -> Shaped[Array, "..."]:
         """`T(kernel) x`: what the Flax layer computes, without its bias.
@@ -77,7 +83,9 @@ class Operator(abc.ABC):
         Args:
           kernel: `(c_in, c_out)` or `(*taps, c_in // groups, c_out)`.
           x: `(*batch, *in_shape)`, any number of batch axes.
-          precision: that of the products, as in `jax.lax.conv_general_dilated`; `None` is Flax's default.
+          precision: that of the products, as in `jax.lax.conv_general_dilated`; `None` is Flax's default. With
+            `jax.lax.Precision.HIGHEST`, kernels of many taps may be applied by FFT, whose rounding errors are small
+            beside the largest outputs, not beside each of them.
 
         Returns:
           `(*batch, *out_shape)`.
@@ -97,7 +105,11 @@ class Operator(abc.ABC):
         """`apply` for checked arguments."""
         in_shape, dtype = self.in_shape(kernel.shape), jnp.promote_types(kernel.dtype, x.dtype)
         batch = x.shape[: x.ndim - len(in_shape)]
-        y = self._apply_batch(kernel.astype(dtype), x.astype(dtype).reshape((-1, *in_shape)), precision, layout)
+        # Lower precisions are those of the Flax layer, which knows no FFT, and XLA has FFTs of these two types only.
+        may_use_fft = precision in _FULL and dtype in (jnp.float32, jnp.float64)
+        by_fft = may_use_fft and self._is_cheaper_by_fft(kernel.shape)
+        x = x.astype(dtype).reshape((-1, *in_shape))
+        y = self._apply_batch(kernel.astype(dtype), x, precision, layout, by_fft)
         return y.reshape((*batch, *y.shape[1:]))
 
     def transpose(self, kernel: Kernel, y: Kernel, *, precision=None):
@@ -178,7 +190,9 @@ class Operator(abc.ABC):
         in_shape = self.in_shape(kernel.shape)
         size = math.prod(in_shape)
         basis = jnp.eye(size, dtype=kernel.dtype).reshape((size, *in_shape))
-        return self.apply(kernel, basis, precision=lax.Precision.HIGHEST).reshape((size, -1)).T
+        # Direct products with basis vectors are exact.
+        columns = self._apply_batch(kernel, basis, lax.Precision.HIGHEST, PLAIN, by_fft=False)
+        return columns.reshape((size, -1)).T
 
 
 @jax.tree_util.register_static
@@ -209,7 +223,7 @@ class Dense(Operator):
     def _axis_contacts(self, kernel_shape):
         return []
 
-    def _apply_batch(self, kernel, x, precision, layout):
+    def _apply_batch(self, kernel, x, precision, layout, by_fft):
         return jnp.matmul(x, kernel, precision=precision)
 
     def to_dense(self, kernel):

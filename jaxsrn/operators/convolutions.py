@@ -6,6 +6,7 @@ channels last. The two that have images equal Flax's layers element by element.
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import math
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from jax import lax
 from jaxsrn._tools.checks import ensure, int_tuple
 from jaxsrn.operators.base import Contacts, Operator
 from jaxsrn.operators.layouts import Layout, convolve
+from jaxsrn.operators.many_taps import Axis, convolve_by_fft, is_cheaper_by_fft
 
 __all__ = [
     "CircularConv",
@@ -114,7 +116,7 @@ class UnboundedConv(_Conv):
         one = np.zeros(1, int)
         return [[Contacts(one, one + tap * dilation % s) for tap in range(k)] for k, s, dilation in axes]
 
-    def _apply_batch(self, kernel, x, precision, layout):
+    def _apply_batch(self, kernel, x, precision, layout, by_fft):
         return self.in_shape(kernel.shape)
 
 
@@ -154,14 +156,25 @@ class _SizedConv(_Conv):
         """The number of samples that the dilated taps span on each axis."""
         return tuple((k - 1) * d + 1 for k, d in zip(kernel_shape, self.kernel_dilation, strict=False))
 
-    def _convolve(self, kernel, x, padding, input_dilation, precision, layout: Layout):
+    @abc.abstractmethod
+    def _axes(self, kernel_shape) -> list[Axis]:
+        """The geometry of each axis as a convolution with zero padding (static)."""
+
+    def _is_cheaper_by_fft(self, kernel_shape):
+        return is_cheaper_by_fft(kernel_shape, self._axes(kernel_shape), self.feature_group_count)
+
+    def _convolve(self, kernel, x, precision, layout: Layout, by_fft: bool):
+        """The convolution of `_axes`."""
+        axes = self._axes(kernel.shape)
+        if by_fft:
+            return convolve_by_fft(kernel, x, layout, axes, self.feature_group_count)
         return convolve(
             kernel,
             x,
             layout,
             window_strides=self.strides,
-            padding=padding,
-            lhs_dilation=input_dilation,
+            padding=[axis.padding for axis in axes],
+            lhs_dilation=self.input_dilation,
             rhs_dilation=self.kernel_dilation,
             feature_group_count=self.feature_group_count,
             precision=precision,
@@ -228,11 +241,17 @@ class CircularConv(_SizedConv):
         periods = (n // math.gcd(n, d) for n, d in zip(self.input_shape, self.kernel_dilation, strict=True))
         return (*(min(k, period) for k, period in zip(kernel_shape, periods, strict=False)), *kernel_shape[-2:])
 
-    def _apply_batch(self, kernel, x, precision, layout):
+    def _axes(self, kernel_shape):
+        # The image is continued around itself first, and there is no padding then.
+        lengths = (n + extent - 1 for n, extent in zip(self.input_shape, self._extents(kernel_shape), strict=True))
+        axes = zip(lengths, kernel_shape, self.strides, self.kernel_dilation, strict=False)
+        return [Axis(length, k, (0, 0), s, 1, dilation) for length, k, s, dilation in axes]
+
+    def _apply_batch(self, kernel, x, precision, layout, by_fft):
         extents = self._extents(kernel.shape)
         pads = [((extent - 1) // 2, extent // 2) for extent in extents]
         x = jnp.pad(x, [(0, 0), *pads, (0, 0)], mode="wrap")
-        return self._convolve(kernel, x, "VALID", None, precision, layout)
+        return self._convolve(kernel, x, precision, layout, by_fft)
 
 
 @jax.tree_util.register_static
@@ -326,5 +345,9 @@ class ZeroPaddedConv(_SizedConv):
             contacts.append(axis)
         return contacts
 
-    def _apply_batch(self, kernel, x, precision, layout):
-        return self._convolve(kernel, x, self._pads(kernel.shape), self.input_dilation, precision, layout)
+    def _axes(self, kernel_shape):
+        pads, geometry = self._pads(kernel_shape), (self.strides, self.input_dilation, self.kernel_dilation)
+        return [Axis(*axis) for axis in zip(self.input_shape, kernel_shape, pads, *geometry, strict=False)]
+
+    def _apply_batch(self, kernel, x, precision, layout, by_fft):
+        return self._convolve(kernel, x, precision, layout, by_fft)
