@@ -93,6 +93,17 @@ def test_any_one_dimensional_geometry(n, taps, stride, input_dilation, kernel_di
     np.testing.assert_allclose(columns[..., 0].T, cases.dense(weights, op), atol=1e-13)
 
 
+@pytest.mark.parametrize("batch", [(), (0,), (2, 3)], ids=str)
+@pytest.mark.usefixtures("by_fft")
+def test_leading_batch_axes(batch):
+    case = cases.BY_NAME["same-2d-stride-groups"]
+    weights, (x, y) = kernel(case), images(case, 1, *batch)
+    applied, transposed, gradient = by_definition(weights, case.op, x, y)
+    expected = applied.reshape(y.shape), transposed.reshape(x.shape), gradient
+    found = quick_jit(functools.partial(products, op=case.op))(weights, x=x, y=y)
+    chex.assert_trees_all_close(found, expected, rtol=0, atol=1e-12)
+
+
 # The three products are bilinear, and each is a derivative of the others.
 
 

@@ -27,6 +27,7 @@ __all__ = [
     "Operator",
 ]
 
+# The two spellings of full precision.
 _FULL = (lax.Precision.HIGHEST, "highest")
 
 

@@ -83,7 +83,7 @@ def convolve_by_fft(
 ) -> Shaped[Array, "..."]:
     """The convolution of `(n, *spatial, c_in)` with `(*taps, c_in // groups, c_out)`, in a form.
 
-    It is XLA's convolution up to rounding errors, which are about `eps` times the norm of the output at every entry.
+    It is XLA's convolution up to rounding errors, whose norm is some `eps` times the norm of the output.
     """
     zero, whole, spatial = jnp.zeros((), x.dtype), (0, 0, 0), range(-len(axes), 0)
     # Transforms are along the last axes, so channels come before them.
@@ -94,12 +94,13 @@ def convolve_by_fft(
 
     # The products are those of a correlation, of which the transform of the taps is the conjugate.
     images, taps = (jnp.fft.rfftn(array, axes=spatial) for array in (images, taps))
-    images = images.reshape((len(x), feature_group_count, -1, *images.shape[2:]))
-    taps = jnp.conj(taps).reshape((len(taps), feature_group_count, -1, *taps.shape[2:]))
+    frequencies, (width, channels_out) = taps.shape[2:], kernel.shape[-2:]
+    images = images.reshape((len(x), feature_group_count, width, *frequencies))
+    taps = jnp.conj(taps).reshape((width, feature_group_count, channels_out // feature_group_count, *frequencies))
     product = _each_output if layout == TO_TRANSPOSE_IN_IMAGES else _sum_of_inputs
     outputs = product(images, taps)
 
-    outputs = outputs.reshape((len(x), -1, *outputs.shape[3:]))
+    outputs = outputs.reshape((len(x), channels_out, *frequencies))
     outputs = jnp.fft.irfftn(outputs, [axis.period for axis in axes], axes=spatial)
     outputs = outputs[(..., *(slice(0, axis.outputs, axis.stride) for axis in axes))]
     return jnp.moveaxis(outputs, 1, -1)
