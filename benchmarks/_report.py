@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterable
 from pathlib import Path
 
 from _markdown import document, table
 
-__all__ = ["RESULTS", "document", "record", "table", "verdict"]
+__all__ = ["RESULTS", "Checks", "document", "duration", "publish", "record", "table", "verdict"]
 
+Checks = list[tuple[bool, str]]
 RESULTS = Path(__file__).parent / "results"
+
+
+def duration(seconds: float) -> str:
+    """A time as a table shows it, in seconds or milliseconds."""
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{1e3 * seconds:.{1 if seconds >= 0.01 else 3}f} ms"
 
 
 def verdict(met: bool, text: str) -> str:
@@ -22,3 +30,15 @@ def record(name: str, text: str) -> None:
     path = RESULTS / f"{name}.md"
     path.write_text(text)
     print(f"written to {path.relative_to(RESULTS.parents[1])}")
+
+
+def publish(
+    name: str, title: str, command: str, sections: Iterable[tuple[str, str]], checks: Checks, keep: bool
+) -> bool:
+    """Prints a report with its requirements, and records it where it is to be kept; returns whether all are met."""
+    requirements = [("Requirements", "\n".join(itertools.starmap(verdict, checks)))] if checks else []
+    text = document(title, command, [*sections, *requirements])
+    print(text, flush=True)
+    if keep:
+        record(name, text)
+    return all(met for met, _ in checks)

@@ -15,10 +15,7 @@ import ctypes
 import functools
 import gc
 import json
-import os
-import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -26,6 +23,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from _clock import timed
+from _processes import in_process
 from _report import document, record, table, verdict
 from tqdm import tqdm
 
@@ -80,12 +79,6 @@ def mapped(op, batch_size: int) -> Callable:
 # Throughput
 
 
-def seconds(call: Callable) -> float:
-    start = time.perf_counter()
-    jax.block_until_ready(call())
-    return time.perf_counter() - start
-
-
 def methods(load: Workload, loop_count: int) -> dict[str, tuple[int, Callable]]:
     """`{name: (kernels in a call, call)}`, compiled; the loops run over the first few and count per kernel."""
     xs = problems(load.op, load.shape, load.count)
@@ -116,7 +109,7 @@ def throughput(load: Workload, repetitions: int, loop_count: int, progress) -> d
     for _ in range(repetitions):
         for name, (count, call) in calls.items():
             progress.set_description(f"{load.count} x {load.name}: {name}")
-            times[name].append(seconds(call) / count)
+            times[name].append(timed(call).seconds / count)
         progress.update()
     return {name: 1 / float(np.median(values)) for name, values in times.items()}
 
@@ -153,9 +146,7 @@ def memory_of_run(count: int, method: str) -> dict[str, float]:
 
 def memory_in_process(count: int, method: str) -> dict[str, float]:
     """The same in a fresh process, so that configurations do not see each other's heap."""
-    command = [sys.executable, __file__, "--memory", str(count), method]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ)
-    return json.loads(done.stdout)
+    return in_process(Path(__file__), "--memory", str(count), method)
 
 
 # Report

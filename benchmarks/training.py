@@ -19,14 +19,15 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from _report import document, record, table, verdict
+from _clock import interleaved
+from _report import publish, table
+from _training_step import TrainingStep, descent, training_step
 from flax import nnx
 from sklearn.datasets import load_digits
 from tqdm import tqdm
@@ -88,31 +89,10 @@ class Stack(nnx.Module):
         return x.mean(axis=(1, 2))
 
 
-def descent(model, x):
-    return optax.sgd(1e-3)
-
-
-def jax_step(wrap, padding: str, size: int, width: int, batch: int, transformation=descent):
-    """One step of training, compiled: `(run, flops)`."""
-    model = Stack(wrap, padding, size, width)
+def jax_step(wrap, padding: str, size: int, width: int, batch: int, transformation=descent) -> TrainingStep:
+    """One step of training the stack, compiled."""
     x = jax.random.normal(jax.random.key(0), (batch, size, size, width))
-    optimizer = nnx.Optimizer(model, transformation(model, x), wrt=nnx.Param)
-    graphdef, state = nnx.split((model, optimizer))
-
-    @jax.jit
-    def step(state, x):
-        model, optimizer = nnx.merge(graphdef, state)
-        grads = nnx.grad(lambda model: jnp.mean(model(x) ** 2))(model)
-        optimizer.update(model, grads)
-        return nnx.state((model, optimizer))
-
-    compiled = step.lower(state, x).compile()
-    held = [state]
-
-    def run():
-        held[0] = jax.block_until_ready(compiled(held[0], x))
-
-    return run, compiled.cost_analysis()["flops"]
+    return training_step(Stack(wrap, padding, size, width), x, transformation)
 
 
 def torch_step(make: Callable, size: int, width: int, batch: int):
@@ -174,20 +154,6 @@ IMPLICIT_VARIANTS = {
     "plain, circular": (identity, "CIRCULAR"),
     "StableRankNorm, implicit gradient, circular": (stable_implicit, "CIRCULAR"),
 }
-
-
-def interleaved(runs: dict[str, Callable], rounds: int) -> dict[str, np.ndarray]:
-    """Seconds of each, `(rounds,)`, all taking turns."""
-    for run in runs.values():
-        run()
-        run()
-    names, times = list(runs), {name: [] for name in runs}
-    for i in tqdm(range(rounds), desc="rounds"):
-        for name in names[i % len(names) :] + names[: i % len(names)]:
-            start = time.perf_counter()
-            runs[name]()
-            times[name].append(time.perf_counter() - start)
-    return {name: np.array(seconds) for name, seconds in times.items()}
 
 
 def timed(variants, peers, size: int, width: int, batch: int, rounds: int):
@@ -474,14 +440,9 @@ def main():
     all_met = True
     for name in args.only or parts:
         sections, checks = parts[name]()
-        if checks:
-            sections.append(("Requirements", "\n".join(verdict(*check) for check in checks)))
         command = f"python benchmarks/training.py --only {name}"
-        text = document(f"Training under a constraint: {name}", command, sections)
-        print(text)
-        all_met = all_met and all(met for met, _ in checks)
-        if not args.fast:
-            record(f"training_{name}", text)
+        title = f"Training under a constraint: {name}"
+        all_met &= publish(f"training_{name}", title, command, sections, checks, not args.fast)
     sys.exit(0 if all_met or args.fast else 1)
 
 

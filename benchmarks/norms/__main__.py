@@ -17,17 +17,19 @@ of them. Errors are measured against NumPy's SVDs in float64. The script fails w
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import sys
 from pathlib import Path
 
 # The folder is run as a script; its files are imported as `norms`, beside the other benchmarks.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if importlib.util.find_spec("torch") is None:
+    raise SystemExit("The peers need PyTorch: pip install torch")
 
-from _report import document, record, verdict
+from _report import publish
 
 from norms.channels import channels
-from norms.clock import describe_setting
 from norms.comparison import comparison
 from norms.correctness import correctness
 from norms.figures import save
@@ -35,6 +37,7 @@ from norms.image_size import image_size
 from norms.many_taps import many_taps
 from norms.memory import memory, memory_of_run
 from norms.parts import Effort
+from norms.setting import describe_setting
 from norms.spectrum import spectrum, spectrum_of_run
 from norms.widths import widths
 from norms.zero_padding import zero_padding
@@ -83,15 +86,10 @@ def run(name: str, effort: Effort, keep: bool) -> bool:
     setting = describe_setting()
     part = PARTS[name](effort)
     pictures = [("Pictures", "\n\n".join(f"![{figure}]({figure}.png)" for figure in part.figures))]
-    requirements = [("Requirements", "\n".join(verdict(*check) for check in part.checks))]
-    sections = [("Setting", setting), *part.sections]
-    sections += (pictures if part.figures else []) + (requirements if part.checks else [])
-    text = document(f"Norms: {name}", f"python benchmarks/norms --only {name}", sections)
-    print(text, flush=True)
+    sections = [("Setting", setting), *part.sections, *(pictures if part.figures else [])]
     save(part.figures, keep)
-    if keep:
-        record(f"norms_{name.replace('-', '_')}", text)
-    return all(met for met, _ in part.checks)
+    file, command = f"norms_{name.replace('-', '_')}", f"python benchmarks/norms --only {name}"
+    return publish(file, f"Norms: {name}", command, sections, part.checks, keep)
 
 
 if __name__ == "__main__":

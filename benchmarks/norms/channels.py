@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from _report import table
+from _clock import race
+from _report import duration, table
 from tqdm import tqdm
 
 from jaxsrn import bounds
 from norms.cases import gaussian
-from norms.clock import race
 from norms.figures import lines_figure
-from norms.methods import CERTIFIED, exact_calls, jax_call
-from norms.parts import Effort, Part, duration
+from norms.in_jax import jax_call
+from norms.methods import CERTIFIED, exact_calls
+from norms.parts import Effort, Part
 
 
 def channels(effort: Effort) -> Part:
@@ -20,7 +21,7 @@ def channels(effort: Effort) -> Part:
     for c in tqdm(counts, desc="channels", leave=False):
         case = gaussian(16, c, 3)
         calls = exact_calls(case) | {CERTIFIED: jax_call(bounds.certified, case.kernel, case.op)}
-        for name, run in race(calls, effort).items():
+        for name, run in race(calls, effort.rounds, effort.seconds).items():
             times.setdefault(name, []).append(run.seconds)
     rows = [[name, *map(duration, values)] for name, values in times.items()]
     text = "Gaussian 3x3 kernels, n = 16, after Figure 1 of Sedghi, Gupta, Long 2019."

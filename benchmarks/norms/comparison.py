@@ -6,14 +6,15 @@ import functools
 from typing import NamedTuple
 
 import numpy as np
-from _report import table
+from _clock import Timed, race
+from _report import duration, table
 from tqdm import tqdm
 
 from norms.cases import Case, gaussian, trained
-from norms.clock import Timed, race
 from norms.figures import error_figure
-from norms.methods import CERTIFIED, EXACT_PEERS, GUARANTEED, NORM, approximate_calls, ends, exact_calls
-from norms.parts import TOLERANCE, Checks, Effort, Part, duration
+from norms.in_jax import ends
+from norms.methods import CERTIFIED, EXACT_PEERS, GUARANTEED, NORM, approximate_calls, exact_calls
+from norms.parts import TOLERANCE, Checks, Effort, Part
 
 EXACT = """\
 One spectral norm with circular padding at (n, c, k): an n x n image, c to c channels, k x k taps. Medians of
@@ -63,7 +64,7 @@ def entries(effort: Effort) -> list[Entry]:
 @functools.cache
 def raced(case: Case, effort: Effort) -> dict[str, Timed]:
     """The race of every exact and approximate method on one kernel."""
-    return race(exact_calls(case) | approximate_calls(case), effort)
+    return race(exact_calls(case) | approximate_calls(case), effort.rounds, effort.seconds)
 
 
 def relative_errors(entry: Entry, name: str, effort: Effort) -> np.ndarray:

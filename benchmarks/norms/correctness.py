@@ -11,8 +11,8 @@ from tqdm import tqdm
 import jaxsrn
 from jaxsrn import CircularConv
 from norms.cases import reference_norm, trained
+from norms.in_jax import jax_call
 from norms.kinds import KINDS
-from norms.methods import jax_call
 from norms.parts import TOLERANCE, Effort, Part, error_table
 
 GEOMETRIES = {

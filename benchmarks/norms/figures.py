@@ -7,11 +7,11 @@ from collections.abc import Iterable
 
 import matplotlib
 import numpy as np
+from _clock import Timed
 from _report import RESULTS
 
 from norms.cases import Case
-from norms.clock import Timed
-from norms.methods import ends
+from norms.in_jax import ends
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from _report import table
+from _clock import race
+from _report import duration, table
 from tqdm import tqdm
 
 import jaxsrn
 from jaxsrn import CircularConv, bounds
 from norms.cases import Case, gaussian, trained
-from norms.clock import race
 from norms.figures import lines_figure
-from norms.methods import jax_call, relative_width, two_liner
-from norms.parts import Effort, Part, duration
+from norms.in_jax import jax_call, relative_width, two_liner
+from norms.parts import Effort, Part
 
 
 def image_cases(effort: Effort) -> tuple[list[Case], tuple[int, ...]]:
@@ -36,7 +36,7 @@ def image_times(effort: Effort) -> tuple[list[int], dict[str, list[float]], list
         known = times.get(peer, [])
         if not known or known[-1] * (n / sizes[len(known) - 1]) ** 2 <= limit:
             calls[peer] = jax_call(two_liner, cases[0].kernel, op)
-        found = race(calls, effort)
+        found = race(calls, effort.rounds, effort.seconds)
         for name, run in found.items():
             times.setdefault(name, []).append(run.seconds)
         width.append(relative_width(found["certified, kernel 1"].result))

@@ -6,16 +6,16 @@ import functools
 
 import jax
 import torch
+from _processes import in_process
 from _report import table
 from batch import CLEAR_REFS, forget_peak, megabytes, peak
 from tqdm import tqdm
 
 import jaxsrn
 from norms.cases import gaussian
-from norms.methods import jax_call, two_liner
-from norms.parts import Effort, Part
+from norms.in_jax import jax_call, two_liner
+from norms.parts import NORMS, Effort, Part
 from norms.peers import DEVICE, torch_two_liner
-from norms.processes import in_process
 
 # PyTorch compiles nothing and has no plan.
 MEMORY_METHODS = {"spectral_norm": jaxsrn.spectral_norm, "two-liner (JAX)": two_liner, "two-liner (PyTorch)": None}
@@ -43,7 +43,9 @@ def memory(effort: Effort) -> Part:
     if not CLEAR_REFS.exists() or jax.default_backend() != "cpu":
         return Part([("Memory", "Not measured: memory of the host, on Linux only.")], [], {})
     n, c = (16, 8) if effort.fast else (224, 64)
-    found = {m: in_process("--memory", m, str(n), str(c)) for m in tqdm(MEMORY_METHODS, desc="memory", leave=False)}
+    found = {
+        m: in_process(NORMS, "--memory", m, str(n), str(c)) for m in tqdm(MEMORY_METHODS, desc="memory", leave=False)
+    }
     rows = []
     for name, run in found.items():
         planned = "" if run["planned"] is None else megabytes(run["planned"])

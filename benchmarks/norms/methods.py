@@ -5,14 +5,13 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import torch
 
 import jaxsrn
 from jaxsrn import bounds
 from norms.cases import Case
+from norms.in_jax import jax_call, two_liner
 from norms.peers import (
     DEVICE,
     FLAX,
@@ -42,34 +41,6 @@ GUARANTEED = {
 }
 
 
-@functools.cache
-def compiled(function: Callable, op, shape: tuple[int, ...]) -> Callable:
-    """`function(kernel, op)` for float32 kernels of a shape; only the call is left to be timed."""
-    spec = jax.ShapeDtypeStruct(shape, jnp.float32)
-    return jax.jit(lambda kernel: function(kernel, op)).lower(spec).compile()
-
-
-def jax_call(function: Callable, kernel: np.ndarray, op) -> Callable:
-    """The compiled `function(kernel, op)`, as a call without arguments."""
-    return functools.partial(compiled(function, op, kernel.shape), jnp.asarray(kernel))
-
-
-def values_by_frequency(kernel, op):
-    """The two lines of Sedghi, Gupta, Long 2019: the singular values at each frequency."""
-    symbol = jnp.fft.fft2(kernel, op.input_shape, axes=(0, 1))
-    return jnp.linalg.svd(symbol, compute_uv=False)
-
-
-def two_liner(kernel, op):
-    """The norm by the two lines."""
-    return jnp.max(values_by_frequency(kernel, op))
-
-
-def all_values(kernel, op):
-    """All singular values by the two lines, in descending order."""
-    return jnp.sort(values_by_frequency(kernel, op).reshape(-1))[::-1]
-
-
 def exact_calls(case: Case) -> dict[str, Callable]:
     """The methods that compute the norm, compiled for one kernel."""
     kernel, op = case.plain
@@ -95,14 +66,3 @@ def approximate_calls(case: Case) -> dict[str, Callable]:
     for steps, function in FLAX.items():
         calls[f"flax.nnx.SpectralNorm, {steps}"] = jax_call(function, kernel, op)
     return {name: call for name, call in calls.items() if call is not None}
-
-
-def ends(result) -> tuple[float, float]:
-    """An interval's lower and upper end; a number is both ends of its own."""
-    return (float(result.lower), float(result.upper)) if hasattr(result, "lower") else (float(result),) * 2
-
-
-def relative_width(interval) -> float:
-    """By how much the upper end exceeds the lower one, relative to the latter."""
-    lower, upper = ends(interval)
-    return upper / lower - 1

@@ -1,14 +1,15 @@
-"""What every part of the benchmark takes and gives back, and how it writes numbers."""
+"""What every part of the benchmark takes and gives back, and how it writes errors."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from _report import table
+from _report import Checks, table
 from matplotlib.figure import Figure
 
-Checks = list[tuple[bool, str]]
+NORMS = Path(__file__).parent  # this benchmark, as a script
 TOLERANCE = 1e-5  # relative error that a float32 norm may have
 
 
@@ -27,11 +28,6 @@ class Effort(NamedTuple):
     network: bool  # the kernels of the trained ResNet-50 too
     rounds: int  # at most, for each method and kernel
     seconds: float  # at most, for each method and kernel
-
-
-def duration(seconds: float) -> str:
-    """A time as a table shows it, in seconds or milliseconds."""
-    return f"{seconds:.2f} s" if seconds >= 1 else f"{1e3 * seconds:.{1 if seconds >= 0.01 else 3}f} ms"
 
 
 def error_table(title: str, errors: dict[str, list[float]]) -> str:

@@ -15,7 +15,7 @@ import torch
 
 import jaxsrn
 from jaxsrn import ZeroPaddedConv, bounds
-from norms.methods import ends, jax_call, relative_width
+from norms.in_jax import ends, jax_call, relative_width
 from norms.parts import TOLERANCE
 from norms.peers import torch_maps
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 import os
 
 import jax.numpy as jnp
-from _report import table
+from _clock import race
+from _processes import in_process
+from _report import duration, table
 from tqdm import tqdm
 
 import jaxsrn
 from norms.cases import gaussian
-from norms.clock import race
-from norms.methods import all_values, jax_call
-from norms.parts import TOLERANCE, Effort, Part, duration
-from norms.processes import in_process
+from norms.in_jax import all_values, jax_call
+from norms.parts import NORMS, TOLERANCE, Effort, Part
 
 # XLA's pool has one thread more than there are cores, OpenBLAS none beside the caller's.
 FREE = {"NPROC": str((os.cpu_count() or 1) + 1), "OPENBLAS_NUM_THREADS": "1"}
@@ -32,7 +32,7 @@ def spectrum_of_run(n: int, c: int, effort: Effort) -> tuple[float, float, float
         for name, function in (("jaxsrn", jaxsrn.singular_values), ("JAX", all_values))
     }
     # The calls are short, so that there is time for more rounds.
-    found = race(calls, effort if effort.fast else effort._replace(rounds=5 * effort.rounds))
+    found = race(calls, effort.rounds if effort.fast else 5 * effort.rounds, effort.seconds)
     (own, values), (peer, theirs) = found["jaxsrn"], found["JAX"]
     return peer, own, float(jnp.max(jnp.abs(values - theirs)) / theirs[0])
 
@@ -43,7 +43,7 @@ def spectrum(effort: Effort) -> Part:
     rows, checks = [], []
     for n, c in tqdm(sizes, desc="all singular values", leave=False):
         arguments = ("--spectrum", str(n), str(c), *(["--fast"] if effort.fast else []))
-        (peer, own, difference), by_default = in_process(*arguments, **FREE), in_process(*arguments)
+        (peer, own, difference), by_default = (in_process(NORMS, *arguments, **settings) for settings in (FREE, {}))
         name, ratio = f"({n}, {c}, 3)", peer / own
         default_ratio = f"{by_default[0] / by_default[1]:.2f}"
         rows.append([name, duration(peer), duration(own), f"{ratio:.2f}", f"{difference:.1e}", default_ratio])

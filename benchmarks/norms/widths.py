@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 from jaxsrn import CircularConv, bounds
 from norms.cases import trained
-from norms.methods import jax_call, relative_width
+from norms.in_jax import jax_call, relative_width
 from norms.parts import Effort, Part
 
 

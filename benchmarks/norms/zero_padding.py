@@ -6,16 +6,16 @@ import functools
 import itertools
 
 import numpy as np
-from _report import table
+from _clock import race
+from _report import duration, table
 from tqdm import tqdm
 
 import jaxsrn
 from jaxsrn import ZeroPaddedConv
 from norms.cases import Case, gaussian, trained
-from norms.clock import race
+from norms.in_jax import jax_call
 from norms.kinds import gaussian_kernel, peaked, waves
-from norms.methods import jax_call
-from norms.parts import TOLERANCE, Checks, Effort, Part, duration, error_table
+from norms.parts import TOLERANCE, Checks, Effort, Part, error_table
 from norms.peers import torch_power, torch_weight
 from norms.products import Search, search
 
@@ -94,7 +94,7 @@ def padded_times(case: Case, op: ZeroPaddedConv, steps: int, effort: Effort) -> 
         ),
         "own": jax_call(jaxsrn.spectral_norm, case.kernel, op),
     }
-    power, own = (run.seconds for run in race(calls, effort).values())
+    power, own = (run.seconds for run in race(calls, effort.rounds, effort.seconds).values())
     return [duration(power), duration(own), f"{power / own:.1f}"]
 
 
