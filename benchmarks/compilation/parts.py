@@ -71,4 +71,5 @@ def at_most(value: float | None, limit: float, text: str, unit: str = "") -> tup
     """A requirement from above; it is not met where the measurement failed."""
     if value is None:
         return False, f"{text}: failed, at most {limit:g}{unit}"
-    return bool(value <= limit), f"{text}: {value:,.2f}{unit}, at most {limit:g}{unit}".replace(".00", "")
+    shown = f"{value:,.3f}".rstrip("0").rstrip(".")
+    return bool(value <= limit), f"{text}: {shown}{unit}, at most {limit:g}{unit}"

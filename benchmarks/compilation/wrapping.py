@@ -10,12 +10,11 @@ from functools import partial
 import jax
 import numpy as np
 from _clock import interleaved, timed
-from _report import table
+from _report import Checks, table
 from _resnets import resnet18, resnet50
 from _training_step import first_of, training_step
 from _wrapping import PLAIN, SIZED, UNBOUNDED, VARIANTS, wrapped
 from flax import nnx
-from tqdm import tqdm
 
 from compilation.parts import ABSENT, Effort, Part, at_most, count, in_fresh_processes, memory_maps, seconds
 
@@ -26,7 +25,7 @@ line is a process of its own (medians of {repeats}); the network is there before
 STEPS = """\
 Steps of the same networks as multiples of the plain step. Time: the median over {rounds} interleaved rounds of the
 ratio within a round, in one process a line (medians of {repeats}); FLOPs: XLA's cost analysis."""
-WRAPPED = "StableRankNorm on the 53 convolutions of a ResNet-50, on images of {size}x{size} samples:"
+WRAPPED = "StableRankNorm on the 53 convolutions of a ResNet-50, on images of {images}x{images} samples:"
 BATCHES = (32, 128)
 # At most: seconds to wrap, the first step and each step as a multiple of the plain one.
 MOST_WRAPPING = {UNBOUNDED: 10.0, SIZED: 25.0}
@@ -89,55 +88,59 @@ def measure(effort: Effort, what: str, *arguments: str) -> dict[str, float]:
     return MEASURES[what](effort, *arguments)
 
 
-def ratio_of(found: dict | None, plain: dict | None) -> float | None:
-    """The first step as a multiple of the plain one."""
-    return None if found is None or plain is None else found["first"] / plain["first"]
+# The report
+
+
+def first_steps(effort: Effort) -> tuple[str, Checks]:
+    """A row is the plain network or a wrapped one."""
+    found = {name: in_fresh_processes(effort, "wrapping", "first step", name) for name in VARIANTS}
+    plain, rows, checks = found[PLAIN], [], []
+    for name, run in found.items():
+        ratio = run["first"] / plain["first"] if run and plain else None
+        shown = ABSENT if ratio is None else f"{ratio:.2f}"
+        rows.append([name, seconds(run, "wrapping"), seconds(run, "first"), shown, count(run, "maps")])
+        if name != PLAIN:
+            wrap = run and run["wrapping"]
+            checks.append(at_most(wrap, MOST_WRAPPING[name], f"ResNet-18 {name}: wrapped in", " s"))
+            checks.append(at_most(ratio, MOST_FIRST[name], f"ResNet-18 {name}: first step", " times the plain"))
+    return table(("StableRankNorm", "wrapping", "first step", "of the plain", "maps"), rows), checks
+
+
+def later_steps(effort: Effort) -> tuple[str, Checks]:
+    """A row is a wrapped network at one batch."""
+    rows, checks = [], []
+    places = {"plain": 1, "own": 1, "time": 3, "flops": 4}
+    for name in WRAPPERS:
+        for batch, limit in zip(BATCHES[:1] if effort.fast else BATCHES, MOST_STEP[name], strict=False):
+            run = in_fresh_processes(effort, "wrapping", "steps", name, str(batch))
+            rows.append([name, batch, *(f"{run[key]:.{n}f}" if run else ABSENT for key, n in places.items())])
+            text = f"ResNet-18 {name}, batch {batch}: step"
+            checks.append(at_most(run and run["time"], limit, text, " times the plain"))
+    return table(("StableRankNorm", "batch", "plain, ms", "wrapped, ms", "time", "FLOPs"), rows), checks
+
+
+def larger_network(effort: Effort) -> tuple[str, Checks]:
+    """A row is a way to wrap the convolutions of a ResNet-50."""
+    found = {name: in_fresh_processes(effort, "wrapping", "ResNet-50", name) for name in WRAPPERS}
+    rows = [[name, seconds(run, "wrapping"), count(run, "maps")] for name, run in found.items()]
+    checks = [
+        at_most(found[name] and found[name]["wrapping"], limit, f"ResNet-50 {name}: wrapped in", " s")
+        for name, limit in MOST_RESNET50.items()
+    ]
+    return table(("StableRankNorm", "wrapping", "maps"), rows), checks
 
 
 def measured(effort: Effort) -> Part:
     """The part: wrapping and first steps, then steps at each batch, then the convolutions of a larger network."""
-    fresh = partial(in_fresh_processes, effort, "wrapping")
-    firsts = {variant: fresh("first step", variant) for variant in tqdm(VARIANTS, desc="first steps", leave=False)}
-    batches = BATCHES[:1] if effort.fast else BATCHES
-    later = {(name, batch): fresh("steps", name, str(batch)) for name in WRAPPERS for batch in batches}
-    large = {variant: fresh("ResNet-50", variant) for variant in WRAPPERS}
-
-    rows, checks = [], []
-    for variant, found in firsts.items():
-        ratio = ratio_of(found, firsts[PLAIN])
-        shown = ABSENT if ratio is None else f"{ratio:.2f}"
-        wrap = "" if variant == PLAIN else seconds(found, "wrapping")
-        rows.append([variant, wrap, seconds(found, "first"), shown, count(found, "maps")])
-        if variant != PLAIN:
-            wrap = found and found["wrapping"]
-            checks.append(at_most(wrap, MOST_WRAPPING[variant], f"ResNet-18 {variant}: wrapped in", " s"))
-            checks.append(at_most(ratio, MOST_FIRST[variant], f"ResNet-18 {variant}: first step", " times the plain"))
-    first = table(("StableRankNorm", "wrapping", "first step", "of the plain", "maps"), rows)
-
-    rows = []
-    for (variant, batch), found in later.items():
-        numbers = (
-            [f"{found[key]:.{places}f}" for key, places in (("plain", 1), ("own", 1), ("time", 3), ("flops", 4))]
-            if found
-            else [ABSENT] * 4
-        )
-        rows.append([variant, batch, *numbers])
-        text = f"ResNet-18 {variant}, batch {batch}: step"
-        limit = MOST_STEP[variant][BATCHES.index(batch)]
-        checks.append(at_most(found and found["time"], limit, text, " times the plain"))
-    step = table(("StableRankNorm", "batch", "plain, ms", "wrapped, ms", "time", "FLOPs"), rows)
-
-    rows = [[variant, seconds(found, "wrapping"), count(found, "maps")] for variant, found in large.items()]
-    for variant, limit in MOST_RESNET50.items():
-        found = large[variant]
-        checks.append(at_most(found and found["wrapping"], limit, f"ResNet-50 {variant}: wrapped in", " s"))
-    wide = table(("StableRankNorm", "wrapping", "maps"), rows)
-
     small, images = (8, 56) if effort.fast else (32, 224)
-    about = {"size": small, "batch": BATCHES[0], "rounds": rounds(effort), "repeats": effort.repeats}
-    sections = [
-        ("Wrapping and first step", f"{FIRST.format(**about)}\n\n{first}"),
-        ("Steps", f"{STEPS.format(**about)}\n\n{step}"),
-        ("ResNet-50", f"{WRAPPED.format(size=images)}\n\n{wide}"),
-    ]
+    about = {"size": small, "batch": BATCHES[0], "rounds": rounds(effort), "repeats": effort.repeats, "images": images}
+    sections, checks = [], []
+    for heading, text, report in (
+        ("Wrapping and first step", FIRST, first_steps),
+        ("Steps", STEPS, later_steps),
+        ("ResNet-50", WRAPPED, larger_network),
+    ):
+        body, required = report(effort)
+        sections.append((heading, f"{text.format(**about)}\n\n{body}"))
+        checks += required
     return Part(sections, [] if effort.fast else checks)
