@@ -17,9 +17,10 @@ from compilation.parts import Effort, Part, at_most, count, in_fresh_processes, 
 
 ABOUT = """\
 {layer}. Functions are called as a user calls them, outside of
-`jax.jit`; JAX has been imported and its backend started before the clock starts. `maps`: the memory maps that the process has more after the first call than before it. Each
-line is a process of its own (medians of {repeats}), so that it shares no compiled program with another; `stable_rank`
-is called after `spectral_norm` on the same layer, and `srnc_step` after `srnc_state`, which are not counted."""
+`jax.jit`; JAX has been imported and its backend started before the clock starts. `maps`: the memory maps that the
+process has more after the first call than before it. Each line is a process of its own (medians of {repeats}), so that
+it shares no compiled program with another; `stable_rank` is called after `spectral_norm` on the same layer, and
+`srnc_step` after `srnc_state`, which are not counted."""
 MOST_AFTER_NORM = 0.3
 BATCH = 8
 
