@@ -4,8 +4,9 @@ A layer is taken for one of Flax's only where it provably computes the same map 
 class, or of a subclass that changes nothing that the class reads. The caller has to vouch for any other layer.
 
 A transposed convolution is the adjoint of a convolution with the same kernel (`transpose_kernel=True`), or a
-convolution with input dilation (`transpose_kernel=False`). An adjoint has the same singular values and the same
-Frobenius weights, so everything that jaxsrn does to a kernel is the same for both.
+convolution with input dilation (`transpose_kernel=False`), which is the adjoint of a convolution with strides whose
+kernel has its channels exchanged. An adjoint has the same singular values and the same Frobenius weights, so everything
+that jaxsrn does to a kernel is the same for both.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import jax
 
 from jaxsrn._tools.checks import ensure, errors_named
 from jaxsrn.operators.base import Dense, Operator
-from jaxsrn.operators.convolutions import CircularConv, ZeroPaddedConv
+from jaxsrn.operators.convolutions import CircularConv, UnboundedConv, ZeroPaddedConv
 
 __all__ = [
     "FlaxLayers",
@@ -62,8 +63,8 @@ class LayerMap:
       op: the operator of the layer, or of its adjoint.
       shape: the shape of the operator's kernel.
       stored_shape: the shape of the layer's kernel.
-      swapped: whether the two channel axes are exchanged. Taps are never mirrored, as mirrored taps are the same layer
-        up to a mirrored image.
+      swapped: whether the input and output channels of each group are exchanged. Taps are never mirrored, as mirrored
+        taps are the same layer up to a mirrored image.
     """
 
     op: Operator
@@ -78,11 +79,18 @@ class LayerMap:
 
     def to_operator(self, kernel: jax.Array) -> jax.Array:
         """The operator's kernel from the layer's."""
-        return (kernel.swapaxes(-1, -2) if self.swapped else kernel).reshape(self.shape)
+        return self._swap(kernel).reshape(self.shape)
 
     def to_layer(self, kernel: jax.Array) -> jax.Array:
         """The layer's kernel from the operator's."""
-        return (kernel.swapaxes(-1, -2) if self.swapped else kernel).reshape(self.stored_shape)
+        return self._swap(kernel).reshape(self.stored_shape)
+
+    def _swap(self, kernel: jax.Array) -> jax.Array:
+        if not self.swapped:
+            return kernel
+        groups = self.op.feature_group_count
+        by_group = kernel.reshape((*kernel.shape[:-1], groups, -1)).swapaxes(-1, -3)
+        return by_group.reshape((*by_group.shape[:-2], -1))
 
 
 def layer_name(layer) -> str:
@@ -174,12 +182,14 @@ def layer_map(layer, kernel_shape: tuple[int, ...], input_shape, kind: str) -> L
     Args:
       layer: a Linen or NNX layer.
       kernel_shape: the shape of its stored kernel.
-      input_shape: the spatial shape of its input, needed for convolutions.
+      input_shape: the spatial shape of its input, for convolutions. `None` is the unbounded operator, whose norm no
+        image size and no padding exceeds.
       kind: a field of `FlaxLayers`.
 
     Raises:
       ValueError: a layer that is no such map (REFLECT, a mask, batch axes, circular strides that do not divide the
-        image), or an `input_shape` that is missing or does not fit; the message names the layer.
+        image, strides beside input dilation without an `input_shape`), or an `input_shape` that does not fit; the
+        message names the layer.
     """
     with errors_named(layer_name(layer)):
         return _layer_map(layer, tuple(kernel_shape), input_shape, kind)
@@ -193,11 +203,9 @@ def _layer_map(layer, kernel_shape, input_shape, kind) -> LayerMap:
     if kind == "dense_general":
         return _general(layer, kernel_shape)
     ensure(layer.mask is None, "mask: got one, expected None; a masked kernel is not free to take its closest form.")
+    if input_shape is None:
+        return _unbounded(layer, kernel_shape, kind)
     num_axes = len(kernel_shape) - 2
-    ensure(
-        input_shape is not None,
-        f"input_shape: got None, expected the spatial shape ({num_axes} axes) that the layer's norm is taken at.",
-    )
     shape = (input_shape,) if isinstance(input_shape, int) else tuple(input_shape)
     ensure(
         len(shape) == num_axes,
@@ -233,18 +241,57 @@ def _padding(layer, num_axes: int):
     return tuple((p, p) if isinstance(p, int) else tuple(p) for p in per_axis)
 
 
+def _input_dilation(layer, padding, num_axes: int) -> tuple[int, ...]:
+    """The input dilation of a convolution."""
+    dilation = _per_axis(layer.input_dilation, num_axes)
+    ensure(
+        padding != "CIRCULAR" or max(dilation) == 1,
+        f"input_dilation: got {dilation} with padding='CIRCULAR', expected 1; Flax pads first and dilates the padded "
+        "image, which is not circular.",
+    )
+    return dilation
+
+
+def _unbounded(layer, kernel_shape, kind) -> LayerMap:
+    """The map of a convolution on an image without edges, where a padding has no effect."""
+    num_axes = len(kernel_shape) - 2
+    strides, padding = _per_axis(layer.strides, num_axes), _padding(layer, num_axes)
+    if kind == "conv":
+        groups, spread = layer.feature_group_count, _input_dilation(layer, padding, num_axes)
+    else:
+        _check_transposed_padding(padding)
+        # With `transpose_kernel` the kernel is stored as that of the adjoint, a convolution with strides.
+        groups, ones = 1, (1,) * num_axes
+        strides, spread = (strides, ones) if layer.transpose_kernel else (ones, strides)
+    swapped = max(spread) > 1
+    ensure(
+        not swapped or max(strides) == 1,
+        f"input_dilation: got {spread} with strides={strides} and input_shape=None, expected one of the two; give "
+        "input_shape=, the spatial shape of the input.",
+    )
+    op = UnboundedConv(
+        strides=_of_all_axes(spread if swapped else strides),
+        kernel_dilation=_of_all_axes(_per_axis(layer.kernel_dilation, num_axes)),
+        feature_group_count=groups,
+    )
+    *taps, channels_in, channels_out = kernel_shape
+    shape = (*taps, channels_out // groups, channels_in * groups) if swapped else kernel_shape
+    op._check_kernel_shape(shape)
+    return LayerMap(op, shape, kernel_shape, swapped)
+
+
+def _of_all_axes(sizes: tuple[int, ...]):
+    """The int that stands for all axes where they agree, so that equal operators compare equal."""
+    return sizes[0] if len(set(sizes)) == 1 else sizes
+
+
 def _convolution(layer, kernel_shape, shape) -> LayerMap:
     num_axes = len(shape)
     strides, dilation = _per_axis(layer.strides, num_axes), _per_axis(layer.kernel_dilation, num_axes)
-    input_dilation = _per_axis(layer.input_dilation, num_axes)
     options = {"strides": strides, "kernel_dilation": dilation, "feature_group_count": layer.feature_group_count}
     padding = _padding(layer, num_axes)
+    input_dilation = _input_dilation(layer, padding, num_axes)
     if padding == "CIRCULAR":
-        ensure(
-            max(input_dilation) == 1,
-            f"input_dilation: got {input_dilation} with padding='CIRCULAR', expected 1; Flax pads first and dilates "
-            "the padded image, which is not circular.",
-        )
         return LayerMap(CircularConv(shape, **options), kernel_shape, kernel_shape)
     op = ZeroPaddedConv(shape, padding=padding, input_dilation=input_dilation, **options)
     op._check_kernel_shape(kernel_shape)
@@ -265,7 +312,7 @@ def _transposed(layer, kernel_shape, shape) -> LayerMap:
         swapped = not layer.transpose_kernel and max(strides) > 1
         shape = (*kernel_shape[:-2], *kernel_shape[:-3:-1]) if swapped else kernel_shape
         return LayerMap(op, shape, kernel_shape, swapped)
-    ensure(padding != "CAUSAL", "padding: got 'CAUSAL', expected 'SAME', 'VALID', 'CIRCULAR' or (low, high) pairs.")
+    _check_transposed_padding(padding)
     pads = _transposed_pads(padding, extents, strides)
     if not layer.transpose_kernel:
         op = ZeroPaddedConv(shape, padding=pads, input_dilation=strides, kernel_dilation=dilation)
@@ -278,6 +325,10 @@ def _transposed(layer, kernel_shape, shape) -> LayerMap:
     op = ZeroPaddedConv(outputs, padding=adjoint_pads, strides=strides, kernel_dilation=dilation)
     op._check_kernel_shape(kernel_shape)
     return LayerMap(op, kernel_shape, kernel_shape)
+
+
+def _check_transposed_padding(padding) -> None:
+    ensure(padding != "CAUSAL", "padding: got 'CAUSAL', expected 'SAME', 'VALID', 'CIRCULAR' or (low, high) pairs.")
 
 
 def _transposed_pads(padding, extents, strides) -> tuple[tuple[int, int], ...]:
