@@ -2,7 +2,7 @@
 
     import jaxsrn.nnx as jnnx
 
-    self.conv = jnnx.StableRankNorm(nnx.Conv(3, 16, (3, 3), rngs=rngs), 0.5, input_shape=(32, 32), rngs=rngs)
+    self.conv = jnnx.StableRankNorm(nnx.Conv(3, 16, (3, 3), rngs=rngs), 0.5, rngs=rngs)
 
 The wrappers hold no mathematics: every forward calls `jaxsrn.srnc_step` on the layer's kernel. `jaxsrn.linen` is the
 same for Flax Linen.
@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxsrn._tools.checks import ensure, errors_named
-from jaxsrn.normalization.training.flax_constraint import CallRecord, Constraint, target_for, trace
+from jaxsrn.normalization.training.flax_constraint import CallRecord, Constraint, each_kind_once, target_for, trace
 from jaxsrn.operators.base import Operator
 from jaxsrn.operators.flax_layers import FlaxLayers, LayerMap, kind_of, layer_map, layer_name
 
@@ -54,7 +54,7 @@ class _Normalized(nnx.Module):
         self.constraint = nnx.static(constraint)
         # Module.train() and Module.eval() set this attribute, as they do for batch normalization.
         self.use_running_average = False
-        self.state = StableRankState(constraint.start(layer, layer.kernel[...], self._norm()))
+        self.state = StableRankState(self._start(layer.kernel[...]))
 
     @property
     def operator(self) -> Operator:
@@ -64,6 +64,10 @@ class _Normalized(nnx.Module):
     def _norm(self):
         # A norm has no sign, so that of a learned gain is dropped.
         return jnp.abs(self.norm[...]) if isinstance(self.norm, nnx.Variable) else self.norm
+
+    def _start(self, kernel):
+        """The converged state for a kernel, in the layer's layout."""
+        return self.constraint.start(self.layer, kernel, self._norm())
 
     def _step(self):
         """The kernel normalized by the stored state, in the layer's layout, and the next state."""
@@ -78,7 +82,7 @@ class _Normalized(nnx.Module):
         """The layer with its normalized kernel.
 
         Args:
-          x: the layer's input, of any spatial shape; the weights are those for `input_shape`.
+          x: the layer's input, of any spatial shape; the weights do not depend on it.
           update_stats: whether to store the stepped state afterwards. Without it, and after `model.eval()`, a forward
             only reads, so that any number of forwards see the same weights.
           **options: options of the layer itself, such as `out_sharding`.
@@ -98,10 +102,15 @@ class _Normalized(nnx.Module):
 
 
 class StableRankNorm(_Normalized):
-    """A layer with prescribed stable rank and spectral norm, those of the whole map, padding and strides included.
+    """A layer with prescribed stable rank and spectral norm: those of the linear map, not of the flattened kernel.
 
-    Every forward uses the closest kernel with `||T||_2 = norm` and stable rank `fraction * min(prod(in), prod(out))`,
-    by `jaxsrn.srnc_step`: for dense layers that is Algorithm 2 of Sanyal, Torr, Dokania 2020 (with two power steps),
+    Without an `input_shape` the map of a convolution is `jaxsrn.UnboundedConv`, with the layer's strides, dilation and
+    groups: the layer's norm is then at most `norm` at every image size and with every padding, and close to it on large
+    images. (Circular padding with strides that do not divide the image is no convolution, and can exceed it.) With an
+    `input_shape` the map is exactly the layer's at that size, padding included.
+
+    Every forward uses the closest kernel with `||T||_2 = norm` and a share `fraction` of the largest stable rank, by
+    `jaxsrn.srnc_step`: for dense layers that is Algorithm 2 of Sanyal, Torr, Dokania 2020 (with two power steps),
     for convolutions Zheng et al. 2025, eq. 7. The raw kernel stays the parameter and is never overwritten. A layer
     whose own stable rank is below the target keeps it. The state is converged from the start.
 
@@ -109,9 +118,9 @@ class StableRankNorm(_Normalized):
       layer: `nnx.Conv`, `nnx.ConvTranspose`, `nnx.Linear` or `nnx.LinearGeneral`, or a subclass that changes neither
         the call nor the parameter.
       fraction: the share, in (0, 1], of the largest stable rank that the layer's shapes allow (Sanyal's `c`, Zheng's
-        `beta`).
-      input_shape: the spatial shape of the layer's input for which norm and stable rank are held; needed for
-        convolutions.
+        `beta`): that of `min(prod(in), prod(out))`, and without an `input_shape`, per output sample, of
+        `min(c_in * prod(strides), c_out)` (per input sample, with the sides exchanged, where the input is dilated).
+      input_shape: the spatial shape of the layer's input for which norm and stable rank are held; for convolutions.
       norm: the spectral norm. `None` keeps the layer's own; an `nnx.Param` is a gain that is learned with the rest.
       cap: whether the norm is only reduced, to the smaller of `norm` and the layer's own.
       gradient: `"frozen"` or `"implicit"`, as for `jaxsrn.srnc_step`.
@@ -121,9 +130,9 @@ class StableRankNorm(_Normalized):
       rngs: not needed, as the start is not random; taken so that the wrapper can be written like every Flax layer.
 
     Raises:
-      ValueError: no kernel, a layer whose map may be another (`nnx.LoRALinear`), no `input_shape`, a fraction outside
-        (0, 1] or below what the layer's taps allow, REFLECT, a mask, circular strides that do not divide the image; the
-        message names the layer.
+      ValueError: no kernel, a layer whose map may be another (`nnx.LoRALinear`), a fraction outside (0, 1] or below
+        what the layer's taps allow, REFLECT, a mask, circular strides that do not divide the `input_shape`, strides
+        beside input dilation without one; the message names the layer.
     """
 
     def __init__(
@@ -143,11 +152,11 @@ class StableRankNorm(_Normalized):
 
 
 class SpectralNorm(_Normalized):
-    """A layer with prescribed spectral norm: that of the whole linear map, not of the kernel flattened to a matrix.
+    """A layer with prescribed spectral norm: that of the linear map, not of the kernel flattened to a matrix.
 
     It is `StableRankNorm` without a target for the stable rank: the kernel is only rescaled, after two power steps of
     `jaxsrn.srnc_step`. The raw kernel stays the parameter and is never overwritten. The state is converged from the
-    start, and follows the layer by frequency power iteration (circular) or by power steps of a few images.
+    start, and follows the layer by frequency power iteration (unbounded, circular) or by power steps of a few images.
 
     Args, errors: as for `StableRankNorm`. The gradient is exact with either choice.
     """
@@ -210,9 +219,13 @@ def fold(model: nnx.Module) -> nnx.Module:
 def constrain(model: nnx.Module, wrap: Callable[[tuple, nnx.Module], nnx.Module], where: Any = _LAYERS) -> nnx.Module:
     """The model with every matching layer wrapped.
 
+        model = constrain(model, lambda path, layer: SpectralNorm(layer))
+
+    With the norms at one image size:
+
         ops = layer_operators(model, x)
         shape = lambda path: getattr(ops[(*path, "kernel")], "input_shape", None)
-        model = constrain(model, lambda path, layer: SpectralNorm(layer, input_shape=shape(path), rngs=rngs))
+        model = constrain(model, lambda path, layer: SpectralNorm(layer, input_shape=shape(path)))
 
     Args:
       model: any module; layers inside wrappers are left alone.
@@ -230,49 +243,67 @@ def constrain(model: nnx.Module, wrap: Callable[[tuple, nnx.Module], nnx.Module]
     def change(path, node):
         if isinstance(node, _Normalized) or not isinstance(node, nnx.Module) or not matches(path, node):
             return node
-        found.append(path)
         with errors_named(".".join(map(str, path))):
-            return wrap(path, node)
+            found.append(wrap(path, node))
+        return found[-1]
 
     rewritten = _rewritten(nnx.clone(model), change)
     ensure(bool(found), f"where: got {where!r}, which matches no layer of {type(model).__name__}; expected some.")
+    _restart_traced([node for node in found if isinstance(node, _Normalized)])
     return rewritten
+
+
+def _restart_traced(wrappers: list[_Normalized]) -> None:
+    """Starts wrappers together whose kernels are traced; what started them one by one is dead code, which JAX drops."""
+    traced = [wrapper for wrapper in wrappers if isinstance(wrapper.layer.kernel[...], jax.core.Tracer)]
+    kinds = [(wrapper.constraint, wrapper.norm is None) for wrapper in traced]
+    kernels = [wrapper.layer.kernel[...] for wrapper in traced]
+    states = each_kind_once([wrapper._start for wrapper in traced], kinds, kernels)
+    for wrapper, state in zip(traced, states, strict=True):
+        wrapper.state.set_value(state)
 
 
 def layer_operators(
     model: nnx.Module, *inputs, computes: Mapping[type, type | None] = MappingProxyType({}), **options
 ) -> Mapping[tuple, Operator]:
-    """The operator of every layer of a model, found by tracing the model on the shapes of its inputs.
+    """The operator of every layer of a model: without inputs that of no image size, with inputs that of theirs.
 
     Args:
       model: any module. Wrapped layers appear with the operator of their wrapper.
-      *inputs: as for `model(*inputs, **options)`: arrays or `jax.ShapeDtypeStruct`s, and whatever else the model takes
-        (a flag `train`), which is passed on as it is.
+      *inputs: none, for `jaxsrn.UnboundedConv`s; or as for `model(*inputs, **options)`, to trace the model on their
+        shapes: arrays or `jax.ShapeDtypeStruct`s, and whatever else the model takes (a flag `train`), which is passed
+        on as it is.
       computes: `{class: class of Flax}`, the class whose map the layers of another class compute (as the option of the
         wrappers), or `None` to leave these layers out.
       **options: keyword arguments of `model`, passed on as the inputs are.
 
     Returns:
       `{path to the kernel: operator}`, the paths as `nnx.to_flat_state` names them. It leaves out layers that the
-      inputs do not reach, and layers that store their kernel in another shape than the operator's (`nnx.LinearGeneral`
-      of several axes, a circular `nnx.ConvTranspose` with strides and `transpose_kernel=False`).
+      inputs, if there are any, do not reach, and layers that store their kernel in another shape than the operator's:
+      `nnx.LinearGeneral` of several axes; with strides and `transpose_kernel=False`, an `nnx.ConvTranspose` that is
+      circular or without image size; without image size, an `nnx.Conv` with input dilation.
 
     Raises:
       ValueError: a layer called with images of different sizes, one that is no operator, or one whose map may be
         another; the message names it.
     """
-    calls = CallRecord(_LAYERS, computes)
+    is_called = bool(inputs or options)
+    calls = CallRecord(_LAYERS, computes, unbounded=not is_called)
     graphdef, state = nnx.split(model)
 
     def record(path, node):
         if isinstance(node, _Normalized):
             calls.found[(*path, "layer", "kernel")] = node.constraint.layer_map
         elif calls.concerns(node):
+            if not is_called:
+                calls.note((*path, "kernel"), node, node.kernel.shape)
             return _Recorder(node, (*path, "kernel"), calls)
         return node
 
     def run(state, inputs, options):
-        _rewritten(nnx.merge(graphdef, state, copy=True), record)(*inputs, **options)
+        recorded = _rewritten(nnx.merge(graphdef, state, copy=True), record)
+        if is_called:
+            recorded(*inputs, **options)
 
     trace(run, state, inputs, options)
     return calls.operators()

@@ -2,7 +2,7 @@
 
     import jaxsrn.linen as jlinen
 
-    x = jlinen.StableRankNorm(nn.Conv(16, (3, 3)), 0.5, input_shape=(32, 32))(x)
+    x = jlinen.StableRankNorm(nn.Conv(16, (3, 3)), 0.5)(x)
 
     variables = model.init(key, x)
     y, changed = model.apply(variables, x, mutable=["stable_rank"])

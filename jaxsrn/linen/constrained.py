@@ -7,6 +7,7 @@ by a wrapper beforehand, as `jaxsrn.nnx.constrain` does; the layers are found in
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -23,12 +24,12 @@ from jaxsrn.linen.wrappers import (
     Normalized,
     StableRankState,
     nested,
-    over_stack,
     stacked_axes,
     stepped,
     trace_keys,
 )
-from jaxsrn.normalization.training.flax_constraint import trace
+from jaxsrn.normalization.training.flax_constraint import each_kind_once, trace
+from jaxsrn.normalization.training.step import SRNCState
 from jaxsrn.operators.flax_layers import LayerMap
 
 __all__ = ["Constrained", "Rule", "Survey"]
@@ -57,13 +58,21 @@ class _Wrapped(NamedTuple):
     blank: StableRankState
     norm: Any
 
-    def start(self, raw: jax.Array, norm) -> StableRankState:
+    @property
+    def kind(self) -> tuple:
+        """What a start depends on beside the kernel; the value of a learned norm takes no part in it."""
+        return self.blank.constraint, self.blank.norm
+
+    def start(self, raw: jax.Array) -> SRNCState:
         """The converged state, for every layer of a stack."""
 
-        def one(raw, norm):
-            return self.blank.replace(value=self.blank.constraint.start(self.layer, raw, norm))
+        def one(kernel):
+            norm = 1.0 if self.blank.norm == LEARNED else self.blank.norm
+            return self.blank.constraint.start(self.layer, kernel, norm)
 
-        return over_stack(one, stacked_axes(raw, self.blank), self.blank.norm, ())(raw, norm)
+        for _ in range(stacked_axes(raw, self.blank)):
+            one = functools.partial(jax.lax.map, one)
+        return one(raw)
 
 
 class Constrained(nn.Module):
@@ -134,15 +143,15 @@ class Constrained(nn.Module):
     @nn.nowrap
     def _first_states(self, wrapped: Mapping[tuple, _Wrapped]) -> dict:
         norms = flatten_dict(self.variables["params"].get(_CONSTRAINED, {}))
-        started = {}
         for layer, one in wrapped.items():
-            is_learned = one.blank.norm == LEARNED
             ensure(
-                not is_learned or (*layer, "norm") in norms,
+                one.blank.norm != LEARNED or (*layer, "norm") in norms,
                 f"variables: 'params' has no norm for {'/'.join(layer)} under {_CONSTRAINED!r}; take it from init.",
             )
-            started[layer] = one.start(self._raw(layer), norms[*layer, "norm"] if is_learned else one.norm)
-        return nested(started, "state")
+        starts, kinds = ([getattr(one, name) for one in wrapped.values()] for name in ("start", "kind"))
+        values = each_kind_once(starts, kinds, [self._raw(layer) for layer in wrapped])
+        started = zip(wrapped, wrapped.values(), values, strict=True)
+        return nested({layer: one.blank.replace(value=value) for layer, one, value in started}, "state")
 
     @nn.nowrap
     def _raw(self, layer: tuple) -> jax.Array:

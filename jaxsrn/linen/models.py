@@ -30,6 +30,10 @@ __all__ = ["constrain", "fold", "layer_operators", "refresh"]
 def constrain(module: nn.Module, wrap: Callable[[tuple, nn.Module], nn.Module], where: Any = LAYERS) -> nn.Module:
     """The model with every matching layer wrapped.
 
+        model = constrain(module, lambda path, layer: SpectralNorm(layer))
+
+    With the norms at one image size:
+
         ops = layer_operators(module, variables, x)
         shape = lambda path: getattr(ops[(*path, "kernel")], "input_shape", None)
         model = constrain(module, lambda path, layer: SpectralNorm(layer, input_shape=shape(path)))
@@ -111,16 +115,21 @@ def layer_operators(
     module: nn.Module,
     variables: Mapping,
     *inputs,
+    unbounded: bool = False,
     computes: Mapping[type, type | None] = MappingProxyType({}),
     **options,
 ) -> Mapping[tuple, Operator]:
     """The operator of every layer of a model, found by tracing the model on the shapes of its inputs.
+
+    Modules of Linen have no layers before they are called. So inputs are needed even where their image size does not
+    matter; `jaxsrn.nnx.layer_operators` does without.
 
     Args:
       module: any module. Wrapped layers appear with the operator of their wrapper.
       variables: those that `init` returns, or their shapes.
       *inputs: as for `module.apply(variables, *inputs, **options)`: arrays or `jax.ShapeDtypeStruct`s, and whatever
         else the module takes (a flag `train`), which is passed on as it is.
+      unbounded: whether convolutions have the operators of no image size, `jaxsrn.UnboundedConv`.
       computes: `{class: class of Flax}`, the class whose map the layers of another class compute (as the option of the
         wrappers), or `None` to leave these layers out.
       **options: keyword arguments of `module.apply`, passed on as the inputs are.
@@ -128,14 +137,20 @@ def layer_operators(
     Returns:
       `{path to the kernel: operator}`, the paths as `flax.traverse_util.flatten_dict(variables["params"])` names them.
       Layers stacked by `nn.vmap` or `nn.scan` have the operator of one of them. It leaves out layers that the inputs do
-      not reach, and layers that store their kernel in another shape than the operator's (`nn.DenseGeneral` of several
-      axes, a circular `nn.ConvTranspose` with strides and `transpose_kernel=False`).
+      not reach, and layers that store their kernel in another shape than the operator's: `nn.DenseGeneral` of several
+      axes; with strides and `transpose_kernel=False`, an `nn.ConvTranspose` that is circular or without image size;
+      without image size, an `nn.Conv` with input dilation.
 
     Raises:
-      ValueError: a layer called with images of different sizes, one that is no operator, or one whose map may be
-        another (as those of `nn.vmap(nn.Dense)`); the message names it.
+      ValueError: no inputs, a layer called with images of different sizes, one that is no operator, or one whose map
+        may be another (as those of `nn.vmap(nn.Dense)`); the message names it.
     """
-    calls = CallRecord(LAYERS, computes)
+    ensure(
+        bool(inputs or options),
+        f"inputs: got none, expected those of {type(module).__name__} or their shapes, as a module of Linen has no "
+        "layers before it is called; unbounded=True gives the operators of no image size.",
+    )
+    calls = CallRecord(LAYERS, computes, unbounded=unbounded)
     inside, constrained = [], []
 
     def called(stack, layer, call, args, kwargs):

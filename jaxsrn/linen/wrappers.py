@@ -26,7 +26,6 @@ __all__ = [
     "StableRankNorm",
     "StableRankState",
     "nested",
-    "over_stack",
     "stacked_axes",
     "stepped",
     "trace_keys",
@@ -86,7 +85,7 @@ class Normalized(nn.Module):
         """The layer with its normalized kernel.
 
         Args:
-          x: the layer's input, of any spatial shape; the weights are those for `input_shape`.
+          x: the layer's input, of any spatial shape; the weights do not depend on it.
           update_stats: whether to store the stepped state afterwards, where the collection `"stable_rank"` is mutable.
             Without it a forward only reads, so that any number of forwards see the same weights.
           **options: options of the layer itself.
@@ -140,10 +139,15 @@ class Normalized(nn.Module):
 
 
 class StableRankNorm(Normalized):
-    """A layer with prescribed stable rank and spectral norm, those of the whole map, padding and strides included.
+    """A layer with prescribed stable rank and spectral norm: those of the linear map, not of the flattened kernel.
 
-    Every forward uses the closest kernel with `||T||_2 = norm` and stable rank `fraction * min(prod(in), prod(out))`,
-    by `jaxsrn.srnc_step`: for dense layers that is Algorithm 2 of Sanyal, Torr, Dokania 2020 (with two power steps),
+    Without an `input_shape` the map of a convolution is `jaxsrn.UnboundedConv`, with the layer's strides, dilation and
+    groups: the layer's norm is then at most `norm` at every image size and with every padding, and close to it on large
+    images. (Circular padding with strides that do not divide the image is no convolution, and can exceed it.) With an
+    `input_shape` the map is exactly the layer's at that size, padding included.
+
+    Every forward uses the closest kernel with `||T||_2 = norm` and a share `fraction` of the largest stable rank, by
+    `jaxsrn.srnc_step`: for dense layers that is Algorithm 2 of Sanyal, Torr, Dokania 2020 (with two power steps),
     for convolutions Zheng et al. 2025, eq. 7. The raw kernel stays the parameter, in `"params"`, and is never
     overwritten. A layer whose own stable rank is below the target keeps it. The state, in the collection
     `"stable_rank"`, is converged from `init` on. Where `apply` has the collection mutable but no state in it, as around
@@ -153,9 +157,9 @@ class StableRankNorm(Normalized):
       layer: `nn.Conv`, `nn.ConvTranspose`, `nn.Dense` or `nn.DenseGeneral`, or a subclass that changes neither the call
         nor the parameter.
       fraction: the share, in (0, 1], of the largest stable rank that the layer's shapes allow (Sanyal's `c`, Zheng's
-        `beta`).
-      input_shape: the spatial shape of the layer's input for which norm and stable rank are held; needed for
-        convolutions.
+        `beta`): that of `min(prod(in), prod(out))`, and without an `input_shape`, per output sample, of
+        `min(c_in * prod(strides), c_out)` (per input sample, with the sides exchanged, where the input is dilated).
+      input_shape: the spatial shape of the layer's input for which norm and stable rank are held; for convolutions.
       norm: the spectral norm. `None` keeps the layer's own; an initializer, such as `nn.initializers.ones`, makes it a
         gain that is learned with the rest, the parameter `"norm"` of the wrapper.
       cap: whether the norm is only reduced, to the smaller of `norm` and the layer's own.
@@ -165,9 +169,9 @@ class StableRankNorm(Normalized):
         that map.
 
     Raises:
-      ValueError: when called: another layer or one whose map may be another, no `input_shape`, a fraction outside
-        (0, 1] or below what the layer's taps allow, REFLECT, a mask, circular strides that do not divide the image, a
-        state that was made for another constraint; the message names the layer.
+      ValueError: when called: another layer or one whose map may be another, a fraction outside (0, 1] or below what
+        the layer's taps allow, REFLECT, a mask, circular strides that do not divide the `input_shape`, strides beside
+        input dilation without one, a state that was made for another constraint; the message names the layer.
     """
 
     fraction: Any
@@ -178,11 +182,11 @@ class StableRankNorm(Normalized):
 
 
 class SpectralNorm(Normalized):
-    """A layer with prescribed spectral norm: that of the whole linear map, not of the kernel flattened to a matrix.
+    """A layer with prescribed spectral norm: that of the linear map, not of the kernel flattened to a matrix.
 
     It is `StableRankNorm` without a target for the stable rank: the kernel is only rescaled, after two power steps of
     `jaxsrn.srnc_step`. The raw kernel stays the parameter and is never overwritten. The state is converged from `init`
-    on, and follows the layer by frequency power iteration (circular) or by power steps of a few images.
+    on, and follows the layer by frequency power iteration (unbounded, circular) or by power steps of a few images.
 
     Args, errors: as for `StableRankNorm`. The gradient is exact with either choice.
     """
@@ -240,7 +244,14 @@ def _stepped_kernel(kernel, state: StableRankState, norm) -> tuple[Any, StableRa
         all(leaf.ndim >= axes for leaf in jax.tree.leaves(state)),
         f"got kernels of shape {raw.shape} and a state that is not stacked along axis 0 in {COLLECTION!r}.",
     )
-    step = over_stack(lambda raw, norm, state: state.step(raw, norm), axes, state.norm, (0,))
+    is_learned = state.norm == LEARNED
+
+    def step(raw, norm, state):
+        # A norm has no sign, so that of a learned gain is dropped.
+        return state.step(raw, jnp.abs(norm) if is_learned else norm)
+
+    for _ in range(axes):
+        step = jax.vmap(step, in_axes=(0, 0 if is_learned else None, 0))
     normalized, state = step(raw, nn.meta.unbox(norm), state)
     return nn.meta.replace_boxed(kernel, normalized), state
 
@@ -254,18 +265,6 @@ def stacked_axes(raw: jax.Array, state: StableRankState) -> int:
         f"got kernels of shape {raw.shape}, expected {shape}, stacked along axis 0 in 'params' and {COLLECTION!r}.",
     )
     return axes
-
-
-def over_stack(function, axes: int, norm, others: tuple[int, ...]):
-    """`function(kernel, norm, ...)` mapped over the layers of a stack; a learned norm loses its sign."""
-    is_learned = norm == LEARNED
-
-    def one(raw, norm, *rest):
-        return function(raw, jnp.abs(norm) if is_learned else norm, *rest)
-
-    for _ in range(axes):
-        one = jax.vmap(one, in_axes=(0, 0 if is_learned else None, *others))
-    return one
 
 
 def nested(leaves: Mapping[tuple, Any], name: str) -> dict:

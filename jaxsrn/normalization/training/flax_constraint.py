@@ -1,12 +1,13 @@
-"""What the NNX and the Linen wrappers share: the constraint of a layer, and the map of each layer in a model."""
+"""What the NNX and the Linen wrappers share: the constraints of layers, and the map of each layer in a model."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from jaxsrn._tools.checks import ensure, errors_named
 from jaxsrn.normalization.training.step import SRNCState, check_gradient, srnc_state, srnc_step
@@ -14,7 +15,7 @@ from jaxsrn.operators.base import Operator
 from jaxsrn.operators.flax_layers import FlaxLayers, LayerMap, kind_of, layer_map, layer_name
 from jaxsrn.spectra.ranks import target_of_fraction
 
-__all__ = ["CallRecord", "Constraint", "target_for", "trace"]
+__all__ = ["CallRecord", "Constraint", "each_kind_once", "target_for", "trace"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +48,29 @@ class Constraint:
         return self.layer_map.to_layer(normalized), state
 
 
+def each_kind_once(
+    starts: Sequence[Callable[[jax.Array], SRNCState]], kinds: Sequence[Hashable], kernels: Sequence[jax.Array]
+) -> list[SRNCState]:
+    """`[start(kernel) for start, kernel in zip(starts, kernels)]`, where equal kinds have the same function.
+
+    XLA copies a function to every place that calls it, so a traced model of twenty layers would be a program with
+    twenty starts. There, kernels of one kind and shape go through one start in a loop. Concrete kernels of one shape
+    share a compiled program anyway; in a stack they would need another one, which is no faster.
+    """
+    groups: dict[Hashable, list[int]] = {}
+    for i, (kind, kernel) in enumerate(zip(kinds, kernels, strict=True)):
+        alike = (kind, kernel.shape, kernel.dtype) if isinstance(kernel, jax.core.Tracer) else i
+        groups.setdefault(alike, []).append(i)
+    states = {}
+    for first, *others in groups.values():
+        if not others:
+            states[first] = starts[first](kernels[first])
+            continue
+        stacked = jax.lax.map(starts[first], jnp.stack([kernels[i] for i in (first, *others)]))
+        states |= {i: jax.tree.map(lambda leaf, n=n: leaf[n], stacked) for n, i in enumerate((first, *others))}
+    return [states[i] for i in range(len(kernels))]
+
+
 def target_for(layer, seen: LayerMap, fraction) -> float:
     """`target_of_fraction` for a layer; errors name the layer."""
     with errors_named(layer_name(layer)):
@@ -59,18 +83,19 @@ class CallRecord:
     Attributes:
       found: `{path of the kernel: map}`.
       classes, computes: as for `kind_of`.
+      unbounded: whether the maps are those without an image size.
     """
 
-    def __init__(self, classes: FlaxLayers, computes: Mapping[type, type | None]):
+    def __init__(self, classes: FlaxLayers, computes: Mapping[type, type | None], *, unbounded: bool):
         self.found: dict[tuple, LayerMap] = {}
-        self.classes, self.computes = classes, computes
+        self.classes, self.computes, self.unbounded = classes, computes, unbounded
 
     def concerns(self, module) -> bool:
         """Whether a module is a layer."""
         return isinstance(module, (*self.classes, *self.computes))
 
-    def note(self, path: tuple, layer: Any, kernel_shape: tuple[int, ...], x) -> None:
-        """Notes the map of a layer that is called on `x`.
+    def note(self, path: tuple, layer: Any, kernel_shape: tuple[int, ...], x=None) -> None:
+        """Notes the map of a layer; the image size is that of `x`, on which it is called.
 
         Raises:
           ValueError: a layer that is no operator, or that was called with another image size; the message names it.
@@ -79,7 +104,8 @@ class CallRecord:
             kind = kind_of(layer, self.classes, self.computes)
             if kind is None:
                 return
-            shape = x.shape[-len(kernel_shape) + 1 : -1] if kind.startswith("conv") else None
+            is_sized = kind.startswith("conv") and not self.unbounded
+            shape = x.shape[-len(kernel_shape) + 1 : -1] if is_sized else None
             seen = layer_map(layer, kernel_shape, shape, kind)
             known = self.found.setdefault(path, seen)
             ensure(known == seen, f"called as {known.op} and as {seen.op}, expected one image size.")
