@@ -304,7 +304,8 @@ def test_a_layer_is_the_operator_that_its_twin_is(name):
     shape = jax.eval_shape(layer.init, KEY, jnp.ones((1, *in_shape)))["params"]["kernel"].shape
     kind, twin_kind = kind_of(layer, LAYERS_OF_LINEN, {}), kind_of(twin, jnnx._LAYERS, {})
     assert kind == twin_kind
-    assert layer_map(layer, shape, input_shape, kind) == layer_map(twin, twin.kernel.shape, input_shape, kind)
+    for size in (input_shape, None):
+        assert layer_map(layer, shape, size, kind) == layer_map(twin, twin.kernel.shape, size, kind)
 
 
 LAYERS = {
@@ -326,6 +327,28 @@ def test_a_wrapper_as_the_whole_model_by_its_outputs_at_all_basis_images(name):
     largest = min(len(basis), outputs[0].size)
     np.testing.assert_allclose((norm, rank), (1, min(0.6 * largest, own_rank)), rtol=1e-6)
     np.testing.assert_allclose(layer.apply(jlinen.fold(model, variables), basis), outputs, atol=1e-12)
+
+
+UNSIZED = {
+    "circular": nn.Conv(3, 3, padding="CIRCULAR", **FLOAT),
+    "stride-groups": nn.Conv(4, (3,), strides=2, feature_group_count=2, **FLOAT),
+    "ConvTranspose": nn.ConvTranspose(3, (3,), (2,), **FLOAT),
+    "input-dilation": nn.Conv(4, (3,), padding=((2, 2),), input_dilation=2, feature_group_count=2, **FLOAT),
+}
+
+
+@pytest.mark.parametrize("name", UNSIZED)
+def test_a_wrapper_without_an_input_shape_bounds_the_layer_at_every_size(name):
+    """From the outputs at all basis images of two sizes; the norm of the larger is nearly 1."""
+    layer = UNSIZED[name]
+    model, norms = jlinen.SpectralNorm(layer), []
+    variables = model.init(KEY, jnp.ones((1, 8, 2)))
+    for size in (4, 48):
+        basis = jnp.eye(2 * size).reshape((-1, size, 2))
+        outputs = model.apply(variables, basis) - model.apply(variables, 0 * basis[:1])
+        norms.append(norm_and_rank(outputs.reshape(len(basis), -1))[0])
+    assert max(norms) <= 1 + 1e-8
+    assert norms[1] > 0.994
 
 
 class Cell(nn.Module):
@@ -518,6 +541,31 @@ def test_layer_operators():
     variables = jax.eval_shape(Twice().init, KEY, *sizes)
     with pytest.raises(ValueError, match=r"shared: called as .*\(5, 5\).* and as .*\(4, 6\).*expected one image size"):
         jlinen.layer_operators(Twice(), variables, *sizes)
+    assert jlinen.layer_operators(Twice(), variables, *sizes, unbounded=True) == {
+        ("shared", "kernel"): jaxsrn.UnboundedConv()
+    }
+
+
+def test_layer_operators_of_no_image_size():
+    """Wrapped layers have the operator of their wrapper; the kernel of the last layer is that of its adjoint."""
+
+    class Sequence(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.Conv(4, (3, 3), strides=2, kernel_dilation=(1, 2), padding="CIRCULAR")(x)
+            x = jlinen.SpectralNorm(nn.Conv(4, (3, 3)), input_shape=(6, 6))(x)
+            x = nn.ConvTranspose(3, (3, 3), transpose_kernel=True, strides=(2, 1))(x)
+            return nn.ConvTranspose(3, (3, 3), strides=(2, 2))(x)
+
+    variables = jax.eval_shape(Sequence().init, KEY, IMAGES)
+    found = jlinen.layer_operators(Sequence(), variables, IMAGES, unbounded=True)
+    assert found == {
+        ("Conv_0", "kernel"): jaxsrn.UnboundedConv(strides=2, kernel_dilation=(1, 2)),
+        ("Conv_1", "kernel"): jaxsrn.ZeroPaddedConv((6, 6)),
+        ("ConvTranspose_0", "kernel"): jaxsrn.UnboundedConv(strides=(2, 1)),
+    }
+    with pytest.raises(ValueError, match=r"inputs: got none, expected those of Sequence .*unbounded=True"):
+        jlinen.layer_operators(Sequence(), variables)
 
 
 class PlainNNX(nnx.Module):
@@ -671,6 +719,37 @@ def test_constrain_in_a_model_of_many_parts():
     np.testing.assert_allclose(mean, 0.01 * ROWS.mean(0), rtol=1e-6)
 
 
+def test_states_that_start_under_jit():
+    """They are those of an eager start: layers of one shape and of another, learned norms, a stack."""
+
+    class Parts(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            axes = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}, "length": 2}
+            x, _ = nn.scan(Cell, **axes)(wrapped=False, name="stack")(x, None)
+            for features in (4, 4, 4, 3):
+                x = nn.Dense(features, **FLOAT)(x)
+            return x
+
+    def wrap(path, layer):
+        norm = nn.initializers.constant(2.0) if path == ("Dense_1",) else 2.0
+        return jlinen.StableRankNorm(layer, 0.4, norm=norm)
+
+    model = jlinen.constrain(Parts(), wrap)
+    eager, jitted = model.init(KEY, ROWS), jax.jit(model.init)(KEY, ROWS)
+    assert jax.tree.structure(eager) == jax.tree.structure(jitted)
+    assert jax.tree.map(jnp.shape, eager) == jax.tree.map(jnp.shape, jitted)
+    folded = [flatten_dict(jlinen.fold(model, variables)["params"]) for variables in (eager, jitted)]
+    norms = {}
+    for path, kernel in folded[0].items():
+        if path[-1] == "kernel":
+            np.testing.assert_allclose(folded[1][path], kernel, rtol=1e-8, atol=1e-10, err_msg=path)
+            norms[path[0]] = [norm_and_rank(one)[0] for one in kernel.reshape((-1, *kernel.shape[-2:]))]
+    assert {name: len(values) for name, values in norms.items()} == {"stack": 2} | {f"Dense_{i}": 1 for i in range(4)}
+    for name, values in norms.items():
+        np.testing.assert_allclose(values, 2, rtol=1e-8, err_msg=name)
+
+
 def test_constraints_around_trained_weights():
     """Their states are born converged where the collection is missing and mutable; a single layer is a model too."""
     model = jlinen.constrain(nn.Dense(4, **FLOAT), lambda path, layer: jlinen.StableRankNorm(layer, 0.3))
@@ -688,7 +767,11 @@ def test_constraints_around_trained_weights():
     [
         (wrap_by(jlinen, LEARNED), nn.Embed, r"where: got .*Embed.*, which matches no layer of Net"),
         (lambda path, layer: layer, nn.Dense, r"hidden: wrap: got a Dense, expected a StableRankNorm or a"),
-        (lambda path, layer: jlinen.SpectralNorm(layer), nn.Conv, r"conv: Conv\(.*input_shape: got None"),
+        (
+            lambda path, layer: jlinen.SpectralNorm(layer, input_shape=8),
+            nn.Conv,
+            r"conv: Conv\(.*input_shape: got \(8,\)",
+        ),
         (lambda path, layer: jlinen.SpectralNorm(layer), ..., r"Net\(\): layer: got Net, expected Conv"),
     ],
 )
@@ -708,7 +791,11 @@ NAME = r"Conv\(features=3, kernel_size=\(3, 3\)\): "
             r"BatchNorm\(.*got BatchNorm, expected Conv, ConvTranspose",
         ),
         (lambda: jlinen.SpectralNorm(nn.Einsum((2, 3), "ij,jk->ik")), "Einsum.*got Einsum, expected"),
-        (lambda: jlinen.SpectralNorm(nn.Conv(3, (3, 3))), NAME + "input_shape: got None, expected .*2 axes"),
+        (
+            lambda: jlinen.SpectralNorm(nn.Conv(3, (3, 3), strides=2, input_dilation=(1, 2), padding=2)),
+            NAME + r"input_dilation: got \(1, 2\) with strides=\(2, 2\) and .*give input_shape=",
+        ),
+        (lambda: jlinen.SpectralNorm(nn.Conv(3, (3, 3), padding="REFLECT")), NAME + "padding: got 'REFLECT'"),
         (lambda: jlinen.SpectralNorm(nn.Conv(3, (3, 3)), input_shape=8), NAME + r"input_shape: got \(8,\), expected 2"),
         (lambda: jlinen.StableRankNorm(nn.Conv(3, (3, 3)), 0.0, input_shape=(8, 8)), NAME + "fraction: got 0.0"),
         (lambda: jlinen.StableRankNorm(nn.Conv(3, (3, 3)), 1.1, input_shape=(8, 8)), NAME + "fraction: got 1.1"),
