@@ -159,7 +159,9 @@ def test_a_wrapped_layer_has_norm_one_from_the_first_forward(name):
     np.testing.assert_allclose(norm_and_rank(wrapped, in_shape)[0], 1, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", CONVOLUTIONS)
+@pytest.mark.parametrize(
+    "name", ["same", "circular-stride", "causal", "input-dilation-groups", "transposed-SAME-2-False"]
+)
 def test_a_layer_wrapped_without_an_input_shape(name):
     """Its norm and its stable rank per sample, by the fine grid; the outputs of no size exceed the norm."""
     make, shape = LAYERS[name]
