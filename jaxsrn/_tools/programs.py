@@ -6,7 +6,8 @@ Here every function has one `jax.jit` of its own for each shape. Nothing else in
 derived from it by `grad` and `vmap`, once its `jax.jit` is gone. So the programs that were not used for the longest
 time can be let go one by one, before the process has too many maps. A shape that is seen again is compiled again.
 
-What a user jits is the user's: it holds its own programs, and the trace of each function that it contains.
+What a user jits is the user's and is never let go. While it lives, it holds the traces of the functions that it
+contains, and with them the programs of eager calls of the same functions and shapes.
 """
 
 from __future__ import annotations
