@@ -18,6 +18,7 @@ from jax import lax
 from jaxtyping import Array, Float, PRNGKeyArray, Shaped
 
 from jaxsrn._tools.checks import ensure, float_dtype
+from jaxsrn._tools.programs import program
 
 __all__ = [
     "distance",
@@ -83,7 +84,7 @@ def _inputs(axis, **arrays):
     return *(array.astype(wide) for array in arrays.values()), _point_axes(axis, shapes[0]), dtype
 
 
-_core = functools.partial(jax.jit, static_argnames="axes")
+_core = functools.partial(program, static_argnums=2)
 
 
 # Smooth pieces. Sums keep the axes of a point, with length 1
@@ -288,7 +289,7 @@ def transport(x: Points, y: Points, v: Points, *, axis=-1) -> Float[Array, "..."
     return _transport(x, y, v, axes).astype(dtype)
 
 
-@_core
+@functools.partial(program, static_argnums=3)
 def _transport(x, y, v, axes):
     # Half of the geodesic keeps all digits up to the antipode, where `(x + y) / |x + y|` cancels.
     middle = _exp(x, 0.5 * _log(x, y, axes), axes)
@@ -343,7 +344,7 @@ def random(key: PRNGKeyArray, shape, *, axis=-1, dtype=None) -> Float[Array, "..
     return _random(key, shape, _point_axes(axis, shape), float_dtype(dtype)).astype(dtype)
 
 
-@functools.partial(jax.jit, static_argnames=("shape", "axes", "dtype"))
+@functools.partial(program, static_argnums=(1, 2, 3))
 def _random(key, shape, axes, dtype):
     normal = jax.random.normal(key, shape, dtype)
     # A point of one entry can be drawn as 0.

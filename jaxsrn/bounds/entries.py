@@ -16,6 +16,7 @@ from jaxtyping import Array, Float
 
 from jaxsrn._tools.checks import Kernel, kernel_array, static_int
 from jaxsrn._tools.linalg import einsum, safe_sqrt
+from jaxsrn._tools.programs import program
 from jaxsrn.bounds.coefficients import largest_form, num_terms, smallest_over_covers
 from jaxsrn.operators.base import Operator
 from jaxsrn.spectra.circular.fourier import axis_waves, complex_dtype
@@ -52,7 +53,7 @@ def lip_bound(kernel: Kernel, op: Operator, *, oversampling: int = 8) -> Float[A
     return _lip_bound(kernel, op, static_int(oversampling, "oversampling", 2))
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
+@functools.partial(program, static_argnums=(1, 2))
 def _lip_bound(kernel, op, oversampling):
     def bound(tensor):
         terms = tensor.shape[1:-2]
@@ -89,7 +90,7 @@ def l1(kernel: Kernel, op: Operator) -> Float[Array, ""]:
     return _l1(kernel_array(kernel, op), op)
 
 
-@jax.jit
+@program
 def _l1(kernel, op):
     return smallest_over_covers(lambda tensor: jnp.sum(jnp.abs(tensor)), kernel, op, guaranteed=True)
 
@@ -120,7 +121,7 @@ def channel_l1(kernel: Kernel, op: Operator) -> Float[Array, ""]:
     return _channel_l1(kernel_array(kernel, op), op)
 
 
-@jax.jit
+@program
 def _channel_l1(kernel, op):
     def bound(tensor):
         matrices = jnp.sum(jnp.abs(tensor), axis=range(1, tensor.ndim - 2))

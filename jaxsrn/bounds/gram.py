@@ -11,12 +11,12 @@ import dataclasses
 import functools
 import math
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxsrn._tools.checks import Kernel, float_dtype, kernel_array, static_int
 from jaxsrn._tools.linalg import gram_bound
+from jaxsrn._tools.programs import program
 from jaxsrn.bounds.covers import NormInterval, covers, widened
 from jaxsrn.operators.base import Dense, Operator
 from jaxsrn.operators.convolutions import CircularConv, UnboundedConv
@@ -55,7 +55,7 @@ def gram_iteration(kernel: Kernel, op: Operator, *, num_steps: int = 6, oversamp
     return _gram_iteration(kernel, op, num_steps, oversampling)
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+@functools.partial(program, static_argnums=(1, 2, 3))
 def _gram_iteration(kernel, op, num_steps, oversampling):
     kernel, scale = rescaled(kernel.astype(float_dtype(kernel.dtype)), op)
     if isinstance(op, Dense):

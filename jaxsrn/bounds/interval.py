@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import functools
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
 from jaxsrn._tools.checks import Kernel, ensure, float_dtype, kernel_array
+from jaxsrn._tools.programs import program
 from jaxsrn.bounds.covers import NormInterval, covers, slack_of, widened
 from jaxsrn.operators.base import Dense, Operator
 from jaxsrn.operators.convolutions import CircularConv, UnboundedConv, ZeroPaddedConv
@@ -79,7 +79,7 @@ def certified(kernel: Kernel, op: Operator, *, resolution: float = 0.01) -> Norm
     return _interval(kernel, op, below, above)
 
 
-@jax.jit
+@program
 def _interval(kernel, op, below: Pair, above: tuple[tuple[Pair, Float[Array, ""]], ...]):
     """The interval by the pair of its lower end, and by the pairs of the covers with what may exceed their values."""
     kernel, scale = rescaled(kernel, op)

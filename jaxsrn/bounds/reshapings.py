@@ -12,11 +12,11 @@ import functools
 import itertools
 import math
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxsrn._tools.checks import Kernel, kernel_array, static_int
+from jaxsrn._tools.programs import program
 from jaxsrn.bounds.coefficients import matrix_norm, num_terms, smallest_over_covers
 from jaxsrn.operators.base import Operator
 
@@ -53,7 +53,7 @@ def fantastic_four(kernel: Kernel, op: Operator, *, num_steps: int | None = None
     return _fantastic_four(kernel, op, num_steps if num_steps is None else static_int(num_steps, "num_steps"))
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
+@functools.partial(program, static_argnums=(1, 2))
 def _fantastic_four(kernel, op, num_steps):
     def bound(tensor):
         norms = [matrix_norm(matrix, num_steps) for matrix in _reshapings(tensor)]

@@ -21,6 +21,7 @@ from jaxtyping import Array, Complex, Float
 
 from jaxsrn._tools.checks import Kernel, kernel_array, static_int
 from jaxsrn._tools.linalg import einsum, unit
+from jaxsrn._tools.programs import program
 from jaxsrn._tools.subspaces import fixed_start
 from jaxsrn.bounds.coefficients import matrix_norm, num_terms, smallest_over_covers
 from jaxsrn.operators.base import Operator
@@ -69,7 +70,7 @@ def tensor_norm(kernel: Kernel, op: Operator, *, num_starts: int = 8, num_steps:
     return _tensor_norm(kernel, op, static_int(num_starts, "num_starts"), static_int(num_steps, "num_steps"))
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+@functools.partial(program, static_argnums=(1, 2, 3))
 def _tensor_norm(kernel, op, num_starts, num_steps):
     def bound(tensor):
         if num_terms(tensor) == 1:

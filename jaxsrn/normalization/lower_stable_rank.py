@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 
 from jaxsrn._tools.checks import Kernel, ensure, float_dtype, kernel_array, positive_scalar, static_int
 from jaxsrn._tools.linalg import safe_sqrt
+from jaxsrn._tools.programs import program
 from jaxsrn._tools.tolerances import kernel_tolerance
 from jaxsrn.normalization.closed_form import Problem, closed_form, functional
 from jaxsrn.normalization.iteration import minorise_maximise
@@ -110,7 +111,7 @@ def _as_pair(initial: SingularTriplet | Pair, op: Operator, kernel: Float[Array,
     return pair_of_images(initial.right.astype(kernel.dtype), initial.left.astype(kernel.dtype), op, kernel.shape)
 
 
-@functools.partial(jax.jit, static_argnums=(6, 7))
+@functools.partial(program, static_argnums=(6, 7))
 def _srnc(*args):
     return lowered_with_pair(*args)[0]
 
@@ -150,7 +151,7 @@ def _lowered(problem: Problem, op: Operator, own: Pair, initial, tolerance, keep
     return result, solution.pair, unchanged
 
 
-@functools.partial(jax.jit, static_argnums=(6, 7))
+@functools.partial(program, static_argnums=(6, 7))
 def _srnc_raised(kernel, op, own, target, initial, tolerance, keep_norm, max_steps):
     a, scale = rescaled(kernel.astype(float_dtype(kernel.dtype)), op)
     problem = problem_of(a, op, target, own)

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import functools
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
 from jaxsrn._tools.checks import Kernel, float_dtype, kernel_array, positive_scalar, static_int
 from jaxsrn._tools.linalg import safe_sqrt
+from jaxsrn._tools.programs import program
 from jaxsrn.normalization.result import SRNResult, deviation, in_own_scale, ratio
 from jaxsrn.operators.base import Dense
 from jaxsrn.spectra.singular_pair import rescaled
@@ -56,7 +56,7 @@ def srn(matrix: Kernel, target, *, num_preserved: int = 1, raise_rank: bool = Fa
     return srn_of_matrix(matrix, target, num_preserved, bool(raise_rank))
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3))
+@functools.partial(program, static_argnums=(2, 3))
 def srn_of_matrix(matrix, target, num_preserved, raise_rank):
     """`srn` for checked arguments."""
     a, scale = rescaled(matrix.astype(float_dtype(matrix.dtype)), Dense())

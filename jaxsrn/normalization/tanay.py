@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 
 from jaxsrn._tools.checks import Kernel, float_dtype, kernel_array, positive_scalar
 from jaxsrn._tools.linalg import safe_sqrt
+from jaxsrn._tools.programs import program
 from jaxsrn.normalization.closed_form import Problem
 from jaxsrn.normalization.lower_stable_rank import problem_of
 from jaxsrn.normalization.result import SRNResult, in_own_scale, measured, ratio
@@ -44,7 +44,7 @@ def srnc_tanay(kernel: Kernel, op: Operator, target) -> SRNResult:
     return _srnc_tanay(kernel, op, leading_pair(kernel, op), target)
 
 
-@jax.jit
+@program
 def _srnc_tanay(kernel, op, own, target):
     a, scale = rescaled(kernel.astype(float_dtype(kernel.dtype)), op)
     problem = problem_of(a, op, target, own)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import math
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
@@ -18,6 +17,7 @@ from jaxtyping import Array, Float
 from jaxsrn._tools.checks import Kernel, ensure, float_dtype, kernel_array, positive_scalar
 from jaxsrn._tools.lanczos import leading_singular_vectors
 from jaxsrn._tools.linalg import end_pairs, unit
+from jaxsrn._tools.programs import program
 from jaxsrn._tools.subspaces import fixed_start
 from jaxsrn._tools.tolerances import BOTH_ENDS_SIZE
 from jaxsrn.operators.base import Operator
@@ -91,7 +91,7 @@ def exceeds_output(op: Operator, kernel_shape) -> bool:
     return math.prod(op.in_shape(kernel_shape)) > math.prod(op.out_shape(kernel_shape))
 
 
-@functools.partial(jax.jit, static_argnums=(1, 3))
+@functools.partial(program, static_argnums=(1, 3))
 def _extreme(kernel, op, alpha, gram):
     kernel = kernel.astype(float_dtype(kernel.dtype))
     fixed, _ = rescaled(lax.stop_gradient(kernel), op)

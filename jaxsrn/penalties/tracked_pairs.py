@@ -13,7 +13,6 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
@@ -21,6 +20,7 @@ from jaxtyping import Array, Float
 from jaxsrn._tools.checks import Kernel, ensure, float_dtype, kernel_array, positive_scalar, static_int
 from jaxsrn._tools.lanczos import top_singular_vectors
 from jaxsrn._tools.linalg import matmul
+from jaxsrn._tools.programs import program
 from jaxsrn._tools.subspaces import orthonormal_rows, rayleigh_ritz, subspace_iteration
 from jaxsrn._tools.tolerances import vector_tolerance
 from jaxsrn.operators.base import Operator
@@ -68,7 +68,7 @@ def init_pairs(kernel: Kernel, op: Operator, *, alpha=1.0, gram: str = "small") 
     return _init_pairs(kernel, op, positive_scalar(alpha, "alpha", float_dtype(kernel.dtype)), gram)
 
 
-@functools.partial(jax.jit, static_argnums=(1, 3))
+@functools.partial(program, static_argnums=(1, 3))
 def _init_pairs(kernel, op, alpha, gram):
     kernel, alpha = lax.stop_gradient((kernel.astype(float_dtype(kernel.dtype)), alpha))
     shape = _side_shape(op, kernel.shape, gram)
@@ -113,7 +113,7 @@ def extreme_singular_values_step(
     return _stepped(kernel, pairs, op, alpha, gram, static_int(num_steps, "num_steps"))
 
 
-@functools.partial(jax.jit, static_argnums=(2, 4, 5))
+@functools.partial(program, static_argnums=(2, 4, 5))
 def _stepped(kernel, pairs, op, alpha, gram, num_steps):
     kernel = kernel.astype(float_dtype(kernel.dtype))
     fixed, fixed_alpha, vectors = lax.stop_gradient((kernel, alpha, pairs.vectors.astype(kernel.dtype)))

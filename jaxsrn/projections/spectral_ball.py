@@ -15,6 +15,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int, Shaped
 
 from jaxsrn._tools.checks import Kernel, ensure, float_dtype, kernel_array, positive_scalar, static_int
+from jaxsrn._tools.programs import program
 from jaxsrn._tools.tolerances import DENSE_SIZE, gap_tolerance
 from jaxsrn.operators.base import Dense, Operator
 from jaxsrn.projections.clipping import matrix_stack, smooth_clipped
@@ -86,7 +87,7 @@ def _checked(kernel, op: Operator, max_norm) -> tuple[jax.Array, jax.Array]:
     return kernel, positive_scalar(max_norm, "max_norm", float_dtype(kernel.dtype))
 
 
-@jax.jit
+@program
 def _clip_singular_values(kernel, op, max_norm):
     a, scale = rescaled(kernel.astype(float_dtype(kernel.dtype)), op)
     blocks = matrix_stack(op, a.shape, a.dtype)
@@ -145,7 +146,7 @@ def project_spectral_ball(
     return _project_spectral_ball(kernel, op, leading_pair(kernel, op), max_norm, tolerance, max_steps)
 
 
-@functools.partial(jax.jit, static_argnums=(5,))
+@functools.partial(program, static_argnums=(5,))
 def _project_spectral_ball(kernel, op, own, max_norm, tolerance, max_steps):
     a, scale = rescaled(kernel.astype(float_dtype(kernel.dtype)), op)
     limit = max_norm / scale

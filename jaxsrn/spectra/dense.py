@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxsrn._tools.linalg import matmul, top_pairs
+from jaxsrn._tools.programs import program
 from jaxsrn._tools.proofs import are_below, squared_limit
 from jaxsrn._tools.subspaces import fixed_start
 from jaxsrn._tools.tolerances import svds_are_dear, vector_tolerance
@@ -21,7 +22,7 @@ from jaxsrn.spectra.singular_pair import Pair, by_largest
 __all__ = ["leading_of_dense", "leading_of_matrix"]
 
 
-@jax.jit
+@program
 def leading_of_dense(kernel):
     """The leading pair of a dense layer whose kernel is of any scale."""
     return leading_of_matrix(by_largest(kernel)[0])

@@ -14,6 +14,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from jaxsrn._tools.checks import Kernel, ensure, float_dtype, kernel_array, positive_scalar
+from jaxsrn._tools.programs import program
 from jaxsrn.operators.base import Operator
 from jaxsrn.spectra.pairs_by_kind import leading_pair, pair_images, value_gradient
 from jaxsrn.spectra.singular_pair import Pair, rescaled
@@ -100,7 +101,7 @@ def check_triplet(initial: SingularTriplet, op: Operator, kernel_shape) -> None:
     )
 
 
-@jax.jit
+@program
 def _triplet(kernel, op, pair):
     kernel = kernel.astype(float_dtype(kernel.dtype))
     fixed, scale = rescaled(lax.stop_gradient(kernel), op)
@@ -143,7 +144,7 @@ def spectral_norm(kernel: Kernel, op: Operator) -> Float[Array, ""]:
     return _value(kernel, op, leading_pair(kernel, op))
 
 
-@jax.jit
+@program
 def _value(kernel, op, pair):
     return frozen_value(kernel.astype(float_dtype(kernel.dtype)), op, pair)
 

@@ -46,9 +46,9 @@ class _Kind(NamedTuple):
     leading: Callable
 
 
-_ON_TORUS = _Kind(site_pairs, lambda kernel, op, **options: leading_wave(kernel, op)[0])
+_ON_TORUS = _Kind(site_pairs, lambda kernel, op, *_: leading_wave(kernel, op)[0])
 _KINDS = {
-    Dense: _Kind(image_pairs, lambda kernel, op, **options: leading_of_dense(kernel)),
+    Dense: _Kind(image_pairs, lambda kernel, op, *_: leading_of_dense(kernel)),
     CircularConv: _ON_TORUS,
     UnboundedConv: _ON_TORUS,
     ZeroPaddedConv: _Kind(image_pairs, leading_of_padded),
@@ -77,7 +77,7 @@ def leading_pair(kernel: Float[Array, "..."], op: Operator, *, tolerance=None, s
     kernel = lax.stop_gradient(kernel.astype(float_dtype(kernel.dtype)))
     # A number is an argument of the compiled search, so that all tolerances share its program.
     tolerance = search_tolerance(kernel.dtype) if tolerance is None else tolerance
-    return _kind(op).leading(kernel, op, tolerance=tolerance, start=start, proven=proven)
+    return _kind(op).leading(kernel, op, tolerance, start, proven)
 
 
 def nearby(kernel: Float[Array, "..."], op: Operator, pair: Pair, tolerance) -> Pair:

@@ -9,11 +9,11 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
 from jaxsrn._tools.checks import Kernel, ensure, float_dtype, kernel_array
+from jaxsrn._tools.programs import program
 from jaxsrn.operators.base import Operator
 from jaxsrn.operators.convolutions import UnboundedConv
 from jaxsrn.spectra.norms import frozen_value
@@ -50,7 +50,7 @@ def stable_rank(kernel: Kernel, op: Operator) -> Float[Array, ""]:
     return _stable_rank(kernel, op, leading_pair(kernel, op))
 
 
-@jax.jit
+@program
 def _stable_rank(kernel, op, pair):
     kernel, _ = rescaled(kernel.astype(float_dtype(kernel.dtype)), op)
     norm = frozen_value(kernel, op, pair)

@@ -17,6 +17,7 @@ from jaxtyping import Array, Complex, Float
 
 from jaxsrn._tools.checks import Kernel, ensure, float_dtype, kernel_array
 from jaxsrn._tools.lanczos import top_singular_vectors
+from jaxsrn._tools.programs import program
 from jaxsrn._tools.tolerances import DENSE_SIZE, vector_tolerance
 from jaxsrn.operators.base import Operator
 from jaxsrn.operators.convolutions import CircularConv
@@ -57,7 +58,7 @@ def symbol(kernel: Kernel, op: Operator) -> Complex[Array, "..."]:
     return _symbol(kernel_array(kernel, op), op)
 
 
-@jax.jit
+@program
 def _symbol(kernel, op):
     out = symbol_on(kernel.astype(float_dtype(kernel.dtype)), op, op.grid)
     return out if op.feature_group_count > 1 else jnp.squeeze(out, op.num_axes)
@@ -87,7 +88,7 @@ def singular_values(kernel: Kernel, op: Operator) -> Float[Array, " n"]:
     return _singular_values(kernel, op)
 
 
-@jax.jit
+@program
 def _singular_values(kernel, op):
     kernel = kernel.astype(float_dtype(kernel.dtype))
     if not isinstance(op, CircularConv):
@@ -140,7 +141,7 @@ def top_singular_values(kernel: Kernel, op: Operator, k: int) -> Float[Array, " 
     return _top_matrix_free(kernel, op, int(k))
 
 
-@functools.partial(jax.jit, static_argnums=2)
+@functools.partial(program, static_argnums=2)
 def _top_matrix_free(kernel, op, k):
     kernel = kernel.astype(float_dtype(kernel.dtype))
     fixed, _ = rescaled(lax.stop_gradient(kernel), op)

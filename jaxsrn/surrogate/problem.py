@@ -12,11 +12,11 @@ from __future__ import annotations
 import functools
 import math
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxsrn._tools.checks import Kernel, ensure, float_dtype, kernel_array, positive_scalar
+from jaxsrn._tools.programs import program
 from jaxsrn.normalization.closed_form import Problem
 from jaxsrn.operators.base import Operator
 from jaxsrn.operators.convolutions import CircularConv
@@ -65,7 +65,7 @@ def objective(
     return _objective_of_kernel(x.astype(dtype), kernel.astype(dtype), op, target, alpha, penalty, bool(smooth))
 
 
-@functools.partial(jax.jit, static_argnums=(2, 6))
+@functools.partial(program, static_argnums=(2, 6))
 def _objective_of_kernel(x, kernel, op, target, alpha, penalty, smooth):
     weights = op.frobenius_weights(kernel.shape, kernel.dtype)
     return objective_at(x, Problem(kernel, weights, target, norm_of(kernel, op)), op, alpha, penalty, smooth)

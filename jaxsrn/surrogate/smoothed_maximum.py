@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jaxsrn._tools.checks import Kernel, ensure, float_dtype, kernel_array, positive_scalar
+from jaxsrn._tools.programs import program
 from jaxsrn.operators.base import Operator
 from jaxsrn.operators.convolutions import CircularConv
 from jaxsrn.spectra.circular.fourier import dft_rows, half_symbol
@@ -56,7 +57,7 @@ def log_sum_exp(kernel: Kernel, op: Operator, *, alpha, smooth: bool = False) ->
     return smoothed_maximum(kernel.astype(dtype), op, positive_scalar(alpha, "alpha", dtype), bool(smooth))
 
 
-@functools.partial(jax.jit, static_argnums=(1, 3))
+@functools.partial(program, static_argnums=(1, 3))
 def smoothed_maximum(kernel, op, alpha, smooth):
     """`log_sum_exp` of checked arguments."""
     squares = squared_values(kernel, op)

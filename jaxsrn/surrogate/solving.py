@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Int
 from jaxsrn import optim
 from jaxsrn._tools.checks import Kernel, ensure, float_dtype, static_int
 from jaxsrn._tools.linalg import unit
+from jaxsrn._tools.programs import program
 from jaxsrn.normalization.lower_stable_rank import problem_of
 from jaxsrn.normalization.result import SRNResult, in_own_scale
 from jaxsrn.normalization.tanay import assessed
@@ -119,7 +120,7 @@ def solve(
     return _solve(kernel, op, target, keys, initial, schedules, optimizer, num_steps, bool(smooth))
 
 
-@functools.partial(jax.jit, static_argnums=(1, 6, 7, 8))
+@functools.partial(program, static_argnums=(1, 6, 7, 8))
 def _solve(kernel, op, target, keys, initial, schedules, optimizer, num_steps, smooth):
     a, scale, problem, own, optimizer, loss = _prepared(kernel, op, target, schedules, optimizer, num_steps, smooth)
 
@@ -169,7 +170,7 @@ def trajectory(
     return _trajectory(kernel, op, target, keys, initial, schedules, optimizer, num_steps, every, bool(smooth))
 
 
-@functools.partial(jax.jit, static_argnums=(1, 6, 7, 8, 9))
+@functools.partial(program, static_argnums=(1, 6, 7, 8, 9))
 def _trajectory(kernel, op, target, keys, initial, schedules, optimizer, num_steps, every, smooth):
     a, _, _, _, optimizer, loss = _prepared(kernel, op, target, schedules, optimizer, num_steps, smooth)
 

@@ -16,6 +16,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from jaxsrn._tools.checks import Kernel, ensure, float_dtype, kernel_array, positive_scalar, static_int
+from jaxsrn._tools.programs import program
 from jaxsrn._tools.tolerances import kernel_tolerance
 from jaxsrn.normalization.closed_form import Problem, closed_form, functional, merit
 from jaxsrn.normalization.lower_stable_rank import problem_of
@@ -173,7 +174,7 @@ def _is_watched(op: Operator, target) -> bool:
     return target is None or not op._normalization_keeps_pairs
 
 
-@functools.partial(jax.jit, static_argnames=("follows_own",))
+@functools.partial(program, static_argnums=4)
 def _srnc_state(kernel, op, own, target, follows_own):
     kernel = lax.stop_gradient(kernel.astype(float_dtype(kernel.dtype)))
     a, _ = rescaled(kernel, op)
@@ -227,7 +228,7 @@ def _converged(a: Float[Array, "..."], op: Operator, target, pair: Pair) -> Trac
     return lax.while_loop(unfinished, one_pass, state).track
 
 
-@functools.partial(jax.jit, static_argnames=("cap", "gradient", "num_steps"))
+@functools.partial(program, static_argnums=(5, 6, 7))
 def _srnc_step(kernel, state, op, target, norm, cap, gradient, num_steps):
     a, scale = rescaled(kernel.astype(float_dtype(kernel.dtype)), op)
     # A model may have been cast as a whole, and its state with it.

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxsrn._tools.linalg import top_values
+from jaxsrn._tools.programs import program
 from jaxsrn._tools.tolerances import svds_are_dear, torus_excess
 from jaxsrn.operators.convolutions import CircularConv, UnboundedConv
 from jaxsrn.spectra.circular.boxes import grid_of, num_boxes
@@ -69,12 +70,12 @@ def search_arguments(op: CircularConv, kernel: Float[Array, "..."]):
     return dataclasses.replace(op, input_shape=op.strides), grid, counts, reduced
 
 
-@functools.partial(jax.jit, static_argnums=(3, 4, 6))
+@functools.partial(program, static_argnums=(3, 4, 6))
 def _branch_and_bound(kernel, op, grid, counts, reduced, excess, between):
     return highest(by_largest(kernel)[0], op, grid, counts, reduced, excess, between)
 
 
-@jax.jit
+@program
 def _by_svds(kernel, op):
     places = distinct_sites(op)[0]
     values = top_values(half_symbol(by_largest(kernel)[0], op)[places])
@@ -84,7 +85,7 @@ def _by_svds(kernel, op):
     return first_of(site_pairs(kernel, op, jax.tree.map(lambda leaf: leaf[None], site))[1])
 
 
-@jax.jit
+@program
 def _constant_wave(kernel, op):
     """The leading pair of a kernel of one tap, whose symbol is one matrix at all sites, in the first phase."""
     pair = leading_of_matrix(by_largest(kernel)[0].reshape(kernel.shape[-2:]))

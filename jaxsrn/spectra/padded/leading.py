@@ -9,10 +9,10 @@ from __future__ import annotations
 import functools
 import math
 
-import jax
 from jaxtyping import Array, Float
 
 from jaxsrn._tools.linalg import unit
+from jaxsrn._tools.programs import program
 from jaxsrn._tools.subspaces import fixed_start
 from jaxsrn._tools.tolerances import PROVEN_SIZE
 from jaxsrn.operators.convolutions import ZeroPaddedConv
@@ -31,8 +31,8 @@ __all__ = ["leading_of_padded", "search"]
 _WARM_NOISE = 1e-3
 
 
-@functools.partial(jax.jit, static_argnames="proven")
-def leading_of_padded(kernel, op, *, tolerance, start, proven):
+@functools.partial(program, static_argnums=4)
+def leading_of_padded(kernel, op, tolerance, start, proven):
     """The leading pair of a layer with zero padding; the arguments are those of `leading_pair` (`pairs_by_kind.py`)."""
     kernel, _ = rescaled(kernel, op)
     small = without_idle_axes(op, kernel.shape)
