@@ -11,7 +11,6 @@ instead. Zheng et al. 2025 take random starts on the sphere.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 from typing import NamedTuple
@@ -22,14 +21,21 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxsrn._tools.indexing import picked
-from jaxsrn._tools.linalg import einsum, safe_sqrt
+from jaxsrn._tools.linalg import einsum, safe_sqrt, top_values
 from jaxsrn.normalization.closed_form import INFEASIBLE, INFEASIBLE_FROM, Problem, is_feasible, squared_distance
 from jaxsrn.operators.base import Operator
 from jaxsrn.operators.convolutions import CircularConv, UnboundedConv, ZeroPaddedConv
-from jaxsrn.spectra.circular.boxes import degrees
-from jaxsrn.spectra.circular.fourier import axis_waves, complex_dtype, polynomial, site_shape, squared_phase_sums
+from jaxsrn.spectra.circular.boxes import degrees, with_angles
+from jaxsrn.spectra.circular.fourier import (
+    axis_waves,
+    complex_dtype,
+    polynomial,
+    site_shape,
+    site_symbol,
+    squared_phase_sums,
+)
 from jaxsrn.spectra.circular.site_pairs import site_pairs
-from jaxsrn.spectra.circular.sites import Site, half_grid, on_grid, sites_at
+from jaxsrn.spectra.circular.sites import Site, among, half_grid, on_grid, sites_at
 from jaxsrn.spectra.padded.circular_model import windowed
 from jaxsrn.spectra.ranks import largest_functional
 from jaxsrn.spectra.singular_pair import Pair
@@ -219,21 +225,16 @@ def _coarse(op: UnboundedConv | ZeroPaddedConv, kernel_shape: tuple[int, ...]) -
     layer = UnboundedConv(
         strides=op.strides, kernel_dilation=op.kernel_dilation, feature_group_count=op.feature_group_count
     )
-    layer = on_grid(layer, kernel_shape)
-    axes = [k > 1 for k in kernel_shape[:-2]]
-    angles = 2 ** int(math.log2(_COARSE_SITES) / max(1, sum(axes)) + 0.5)
-    grid = [angles if several else 1 for several in axes]
-    return dataclasses.replace(layer, input_shape=tuple(n * s for n, s in zip(grid, layer.strides, strict=True)))
+    taps = kernel_shape[:-2]
+    angles = 2 ** round(math.log2(_COARSE_SITES) / max(1, sum(k > 1 for k in taps)))
+    return with_angles(layer, kernel_shape, [angles] * len(taps))
 
 
 def _scanned_torus(problem: Problem, op: UnboundedConv) -> Survey:
     """The survey of an unbounded convolution: the frequencies of a coarse grid, each for the box around it."""
     coarse, fine = _coarse(op, problem.kernel.shape), on_grid(op, problem.kernel.shape)
     found = _scanned(problem, coarse, 1, has_boxes=True)
-    finer = np.array(fine.grid) // np.array(coarse.grid)
-    site = found.starts.site
-    index = site.index * jnp.asarray(finer, jnp.int32)[None]
-    return found._replace(starts=found.starts._replace(site=site._replace(index=index)))
+    return found._replace(starts=found.starts._replace(site=among(found.starts.site, coarse, fine)))
 
 
 def _image_starts(problem: Problem, op: ZeroPaddedConv, own: Pair) -> Pair:
@@ -244,15 +245,26 @@ def _image_starts(problem: Problem, op: ZeroPaddedConv, own: Pair) -> Pair:
     """
     shape = problem.kernel.shape
     model = _coarse(op, shape)
-    smallest = 1 / largest_functional(shape, UnboundedConv(strides=op.strides))
-    target = problem.target * largest_functional(shape, op) * smallest
-    squared = jnp.sum(problem.kernel**2)
+    norm, squared = _norm_of_model(problem.kernel, model), jnp.sum(problem.kernel**2)
+    target = (
+        problem.target * largest_functional(shape, op) / largest_functional(shape, UnboundedConv(strides=op.strides))
+    )
     # A target at the model's own stable rank or above it would leave nothing to lower.
-    norm = jnp.where(problem.norm == 0, 1.0, problem.norm)
-    target = jnp.minimum(target, 0.95 * squared / norm**2)
+    target = jnp.minimum(target, 0.95 * squared / jnp.where(norm == 0, 1.0, norm) ** 2)
     waves = _scanned(Problem(problem.kernel, jnp.ones_like(problem.weights), target, norm), model, 1, False).starts
     images = jax.vmap(lambda pair: windowed(pair, model, op, shape))(waves)
     return jax.tree.map(lambda a, b: jnp.concatenate([a[None], b]), own, images)
+
+
+def _norm_of_model(kernel: Float[Array, "..."], model: CircularConv) -> Float[Array, ""]:
+    """The largest singular value at the sites whose symbols have the largest Frobenius norms, an estimate from below.
+
+    It only says where to start.
+    """
+    sizes = _frobenius_norms(kernel, model)
+    places = jax.lax.top_k(sizes, min(_SCAN_CHUNK, sizes.size))[1]
+    sites = picked(Site(*map(jnp.asarray, sites_at(model, np.arange(sizes.size)))), places)
+    return jnp.max(top_values(jax.vmap(site_symbol, (None, None, 0))(kernel, model, sites)))
 
 
 def survey(problem: Problem, op: Operator, own: Pair) -> Survey:

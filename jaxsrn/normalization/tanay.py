@@ -40,6 +40,8 @@ def srnc_tanay(kernel: Kernel, op: Operator, target) -> SRNResult:
     """
     kernel = kernel_array(kernel, op)
     op._check_not_aliased(kernel.shape)
+    # The direction is that of images, and an image without edges has none.
+    op.in_shape(kernel.shape)
     target = positive_scalar(target, "target", float_dtype(kernel.dtype))
     return _srnc_tanay(kernel, op, leading_pair(kernel, op), target)
 

@@ -21,9 +21,10 @@ from jaxsrn._tools.programs import program
 from jaxsrn._tools.subspaces import fixed_start
 from jaxsrn._tools.tolerances import BOTH_ENDS_SIZE
 from jaxsrn.operators.base import Operator
-from jaxsrn.operators.convolutions import CircularConv
+from jaxsrn.operators.convolutions import CircularConv, UnboundedConv
+from jaxsrn.spectra.circular.boxes import degrees, with_angles
 from jaxsrn.spectra.circular.fourier import half_symbol, site_symbol
-from jaxsrn.spectra.circular.sites import Site, distinct_sites, sites_at, without_constant_axes
+from jaxsrn.spectra.circular.sites import Site, among, distinct_sites, on_grid, sites_at, without_constant_axes
 from jaxsrn.spectra.image_pairs import as_images, flat_products
 from jaxsrn.spectra.norms import frozen_value
 from jaxsrn.spectra.pairs_by_kind import leading_pair
@@ -38,6 +39,8 @@ __all__ = [
 # The residual, relative to the squared norm, at which Lanczos stops for the smallest eigenvalue of a Gram matrix. A
 # smaller one costs more restarts, above all where the small singular values lie close together.
 _LOWER_TOLERANCE = 1e-4
+# Angles per degree of the grid on which the smallest singular value of an unbounded convolution is looked for.
+_ANGLES = 16
 _SIDES = ("small", "input")
 
 
@@ -57,7 +60,8 @@ def extreme_singular_values(kernel: Kernel, op: Operator, *, alpha=1.0, gram: st
     `sigma_min` is the least of all `min(prod(in_shape), prod(out_shape))` singular values, and the theorem holds for
     it.
 
-    A circular layer takes its extreme singular values over all frequencies. Dense and small zero-padded layers (up to
+    A circular layer takes its extreme singular values over all frequencies, an unbounded one the largest over all and
+    the smallest over a grid of at least 16 angles per degree of its symbol. Dense and small zero-padded layers (up to
     2**20 matrix entries) take an SVD. Larger zero-padded layers take Lanczos: the upper end as in `spectral_norm`, the
     lower end to a residual of `1e-4 sigma_max^2` (at most 200 restarts). Some eigenvalue of the Gram matrix lies within
     this residual, and where the lower end decides, `R_alpha` may be too small by that much.
@@ -88,6 +92,9 @@ def check_side(gram) -> None:
 
 def exceeds_output(op: Operator, kernel_shape) -> bool:
     """Whether the input is larger than the output (static)."""
+    if isinstance(op, UnboundedConv):
+        channels_in, channels_out = op._channels(kernel_shape)
+        return channels_in * math.prod(op._axis_strides(kernel_shape)) > channels_out
     return math.prod(op.in_shape(kernel_shape)) > math.prod(op.out_shape(kernel_shape))
 
 
@@ -107,6 +114,8 @@ def _extreme_pairs(kernel: Float[Array, "..."], op: Operator) -> tuple[Pair, Pai
     """The pairs of the largest and of the smallest of the `min(prod(in_shape), prod(out_shape))` singular values."""
     if isinstance(op, CircularConv):
         return _extreme_at_sites(kernel, op)
+    if isinstance(op, UnboundedConv):
+        return leading_pair(kernel, op), _smallest_on_coarse_grid(kernel, op)
     if not op._needs_explicit_matrix or matrix_size(op, kernel.shape) <= BOTH_ENDS_SIZE:
         # `end_pairs` wants the inputs in the rows, as a symbol has them.
         matrix = op.to_dense(kernel).T[None]
@@ -126,6 +135,15 @@ def _extreme_at_sites(kernel, op: CircularConv):
         _, rows, columns = end_pairs(site_symbol(kernel, layer, site)[None])[end]
         pairs.append(Pair(site, rows[0], columns[0]))
     return tuple(pairs)
+
+
+def _smallest_on_coarse_grid(kernel, op: UnboundedConv) -> Pair:
+    """The pair of the smallest singular value among the frequencies of a coarse grid."""
+    fine = on_grid(op, kernel.shape)
+    angles = [2 ** math.ceil(math.log2(_ANGLES * max(d, 1))) for d in degrees(fine, kernel.shape)]
+    coarse = with_angles(op, kernel.shape, angles)
+    pair = _extreme_at_sites(kernel, coarse)[1]
+    return pair._replace(site=among(pair.site, coarse, fine))
 
 
 def _smallest_matrix_free(kernel, op: Operator, norm) -> Pair:

@@ -1,14 +1,16 @@
 """A layer as a stack of matrices that carries its norm, and the clipping of their singular values.
 
-The stack of a circular layer is its symbol at half of the frequencies; the stack of a dense or zero-padded layer is its
-one matrix. The map `S` from kernels to stacks keeps inner products (Parseval),
-`<K, L>_d = sum_b counts_b Re <S_b(K), S_b(L)>`, with the weighted inner product `<K, L>_d = sum_p d_p <K_p, L_p>` of
-kernels, where `d_p` counts the outputs that tap `p` meets. Clipping replaces each singular value `s` by `min(s, c)`:
-the nearest stack in the spectral ball (Sedghi, Gupta, Long 2019, Clip_OperatorNorm; Sanyal et al. 2020, Algorithm 3).
+The stack of a circular layer is its symbol at half of the frequencies; that of an unbounded layer is the same on a
+coarse grid; that of a dense or zero-padded layer is its one matrix. The map `S` from kernels to stacks keeps inner
+products (Parseval), `<K, L>_d = sum_b counts_b Re <S_b(K), S_b(L)>`, with the weighted inner product
+`<K, L>_d = sum_p d_p <K_p, L_p>` of kernels, where `d_p` counts the outputs that tap `p` meets. Clipping replaces each
+singular value `s` by `min(s, c)`: the nearest stack in the spectral ball (Sedghi, Gupta, Long 2019, Clip_OperatorNorm;
+Sanyal et al. 2020, Algorithm 3).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -18,9 +20,10 @@ from jaxtyping import Array, Float, Inexact
 
 from jaxsrn._tools.linalg import matmul
 from jaxsrn.operators.base import Operator
-from jaxsrn.operators.convolutions import CircularConv
+from jaxsrn.operators.convolutions import CircularConv, UnboundedConv
+from jaxsrn.spectra.circular.boxes import degrees, with_angles
 from jaxsrn.spectra.circular.fourier import half_symbol
-from jaxsrn.spectra.circular.sites import multiplicity, repetitions, without_constant_axes
+from jaxsrn.spectra.circular.sites import multiplicity, on_grid, repetitions, without_constant_axes
 
 __all__ = [
     "Clipping",
@@ -32,6 +35,11 @@ __all__ = [
     "smooth_clipped",
     "split",
 ]
+
+
+# Angles per degree of the symbol of an unbounded convolution. The frequencies between them can exceed them by
+# `1 / cos(pi / 32)`, 0.5% per axis, which the projection then gives away; twice as many take twice the SVDs per axis.
+_ANGLES = 16
 
 
 class MatrixStack(NamedTuple):
@@ -66,11 +74,24 @@ class MatrixStack(NamedTuple):
 def matrix_stack(op: Operator, kernel_shape: tuple[int, ...], dtype) -> MatrixStack:
     """The stack of an operator without aliased taps: those that fall on each other on the image."""
     weights = jnp.broadcast_to(op.frobenius_weights(kernel_shape, dtype), kernel_shape)
-    if isinstance(op, CircularConv):
-        layer = without_constant_axes(op, kernel_shape)
-        counts = repetitions(op, layer) * multiplicity(layer)[:, None, None]
+    if isinstance(op, (CircularConv, UnboundedConv)):
+        layer, repeated = _on_few_frequencies(op, kernel_shape)
+        counts = repeated * multiplicity(layer)[:, None, None]
         return MatrixStack(lambda kernel: half_symbol(kernel, layer), jnp.asarray(counts, dtype), weights)
     return MatrixStack(lambda kernel: op.to_dense(kernel)[None], jnp.ones((1, 1, 1), dtype), weights)
+
+
+def _on_few_frequencies(op: CircularConv | UnboundedConv, kernel_shape) -> tuple[CircularConv, float]:
+    """The layer whose matrices stand for the operator's, and how many of the operator's each of them counts for.
+
+    The frequencies of an unbounded convolution count for one output sample together.
+    """
+    if isinstance(op, CircularConv):
+        layer = without_constant_axes(op, kernel_shape)
+        return layer, repetitions(op, layer)
+    layer = on_grid(op, kernel_shape)
+    layer = with_angles(layer, kernel_shape, [_ANGLES * d for d in degrees(layer, kernel_shape)])
+    return layer, 1 / math.prod(layer.grid)
 
 
 class Clipping(NamedTuple):

@@ -89,13 +89,13 @@ def _circular(op: ZeroPaddedConv, kernel_shape: tuple[int, ...], dtype, tight: b
     With `tight` it is the stack of the tapered layer, on the smallest image that holds the layer's and separates taps.
     """
     weights = jnp.broadcast_to(op.frobenius_weights(kernel_shape, dtype), kernel_shape)
-    example, cover = covers(jnp.zeros(kernel_shape, dtype), op, False)[0]
+    example, cover = covers(jnp.zeros(kernel_shape, dtype), op)[0]
     taper = jnp.ones_like(weights)
     if tight:
         cover = dataclasses.replace(cover, input_shape=_smallest_image(op, kernel_shape, cover.strides))
         taper = weights / math.prod(cover.grid)
     own = matrix_stack(cover, example.shape, dtype)
-    return MatrixStack(lambda kernel: own.stack(covers(kernel * taper, op, False)[0][0]), own.counts, weights)
+    return MatrixStack(lambda kernel: own.stack(covers(kernel * taper, op)[0][0]), own.counts, weights)
 
 
 def _smallest_image(op: ZeroPaddedConv, kernel_shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...]:

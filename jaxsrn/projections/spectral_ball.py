@@ -57,6 +57,7 @@ def clip_singular_values(kernel: Kernel, op: Operator, max_norm) -> Shaped[Array
     what falls outside the kernel's support is dropped. Dropping can raise the norm again, so one pass neither ends in
     the ball nor is it the projection (`project_spectral_ball`). On a dense layer it is both (Sanyal et al. 2020,
     Algorithm 3). Zero padding clips the explicit matrix, up to 2**24 entries; each tap becomes its mean over the image.
+    An unbounded convolution is clipped at the frequencies of a coarse grid.
 
     Args:
       kernel: `(c_in, c_out)` or `(*taps, c_in // groups, c_out)`.
@@ -72,10 +73,9 @@ def clip_singular_values(kernel: Kernel, op: Operator, max_norm) -> Shaped[Array
         that is too large to form.
     """
     kernel, max_norm = _checked(kernel, op, max_norm)
-    size = matrix_size(op, kernel.shape)
     ensure(
-        not op._needs_explicit_matrix or size <= DENSE_SIZE,
-        f"kernel: the explicit matrix of {op} has {size} entries, expected at most {DENSE_SIZE}; "
+        not op._needs_explicit_matrix or matrix_size(op, kernel.shape) <= DENSE_SIZE,
+        f"kernel: the explicit matrix of {op} is too large, expected at most {DENSE_SIZE} entries; "
         "use project_spectral_ball(kernel, op, max_norm), which never forms it.",
     )
     return _clip_singular_values(kernel, op, max_norm)
@@ -115,6 +115,10 @@ def project_spectral_ball(
     semismooth Newton steps, one SVD of all matrices each (Zhao, Sun, Toh 2010). Alternating clips end elsewhere in the
     ball; Dykstra's algorithm finds the projection too, with many more SVDs (`python benchmarks/projections.py`). The
     singular values of a dense layer are clipped, which is exact (Sanyal et al. 2020, Algorithm 3).
+
+    Unbounded convolutions take the same on a grid of 16 angles per degree of the symbol, and the result is scaled by
+    its norm over all frequencies. The ball of the grid contains the true one, so that `gap` is proven; it is at most
+    about 0.5% per axis.
 
     Larger zero-padded layers have no small matrices. There the result is an inner approximation: the projection, in the
     layer's own distance, on the ball of its cover (the circular layer on the padded image), with the radius widened

@@ -82,6 +82,8 @@ def leading_triplet(
       ValueError: a kernel or an `initial` that does not fit, or a bad tolerance.
     """
     kernel = kernel_array(kernel, op)
+    # The vectors are images, which an operator without a size has none of.
+    op.in_shape(kernel.shape)
     dtype = float_dtype(kernel.dtype)
     tolerance = None if tolerance is None else positive_scalar(tolerance, "tolerance", dtype)
     if initial is not None:

@@ -53,7 +53,7 @@ def symbol(kernel: Kernel, op: Operator) -> Complex[Array, "..."]:
     """
     ensure(
         isinstance(op, CircularConv),
-        f"op: got {op}, expected a CircularConv; other operators have no symbol, use singular_values(kernel, op).",
+        f"op: got {op}, expected a CircularConv; other operators have no symbol at finitely many frequencies.",
     )
     return _symbol(kernel_array(kernel, op), op)
 

@@ -11,6 +11,7 @@ how fast such a polynomial can fall from its maximum, and so what a grid can mis
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from typing import NamedTuple
@@ -20,10 +21,10 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxsrn.operators.convolutions import CircularConv
+from jaxsrn.operators.convolutions import CircularConv, UnboundedConv
 from jaxsrn.spectra.circular.angles import Angles, angles_of
 from jaxsrn.spectra.circular.fourier import polyphase
-from jaxsrn.spectra.circular.sites import half_grid
+from jaxsrn.spectra.circular.sites import half_grid, on_grid
 
 __all__ = [
     "Grid",
@@ -36,6 +37,7 @@ __all__ = [
     "on_half_grid",
     "overshoot",
     "split",
+    "with_angles",
 ]
 
 # The widest boxes have at most this phi. Wider ones are discarded too rarely in a flat spectrum, and narrower ones are
@@ -56,6 +58,13 @@ def overshoot(op: CircularConv, kernel_shape: tuple[int, ...]) -> float:
     """
     ratios = [d / n for d, n in zip(degrees(op, kernel_shape), op.grid, strict=True)]
     return 1 / math.prod(math.cos(math.pi * r / 2) for r in ratios) if max(ratios) < 1 else math.inf
+
+
+def with_angles(op: CircularConv | UnboundedConv, kernel_shape: tuple[int, ...], angles: list[int]) -> CircularConv:
+    """The layer with the same symbol and so many angles on each axis; one on axes where the symbol is constant."""
+    layer = on_grid(op, kernel_shape)
+    grid = [m if d else 1 for m, d in zip(angles, degrees(layer, kernel_shape), strict=True)]
+    return dataclasses.replace(layer, input_shape=tuple(m * s for m, s in zip(grid, layer.strides, strict=True)))
 
 
 class Grid(NamedTuple):

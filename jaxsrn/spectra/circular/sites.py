@@ -21,6 +21,7 @@ from jaxsrn.operators.convolutions import CircularConv, UnboundedConv
 
 __all__ = [
     "Site",
+    "among",
     "distinct_sites",
     "half_grid",
     "is_self_conjugate",
@@ -60,6 +61,12 @@ def on_grid(op: CircularConv | UnboundedConv, kernel_shape: tuple[int, ...]) -> 
         kernel_dilation=tuple(1 if s == 1 else e for s, e in zip(strides, dilations, strict=True)),
         feature_group_count=op.feature_group_count,
     )
+
+
+def among(site: Site, coarse: CircularConv, fine: CircularConv) -> Site:
+    """A site of a coarse grid as that of a fine one, which has a multiple of its angles on each axis."""
+    finer = np.array(fine.grid) // np.array(coarse.grid)
+    return site._replace(index=site.index * finer.astype(np.int32))
 
 
 def half_grid(op: CircularConv) -> tuple[int, ...]:
