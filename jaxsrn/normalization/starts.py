@@ -55,8 +55,14 @@ _CHEAP_CHUNK = 4
 # The last interval is (2 / 15)^7 = 7e-7 of the first.
 _NUM_PHASES = 16
 _PHASE_ZOOMS = 7
-# Frequencies of a coarse grid of the torus: more make its boxes smaller and the bound closer.
-_COARSE_SITES = 2**11
+# Angles per degree of the coarse grid of an unbounded convolution, whose boxes have to be small for a close bound, and
+# of the model of a zero-padded one, which only says where to start: the best few sites of a finer grid would be
+# neighbours of one another.
+_TORUS_ANGLES, _MODEL_ANGLES = 16, 4
+# Coarse grids have at most two to the power of this many frequencies.
+_MOST_SITES = 13
+# Of kernels of more terms the symbols take less than the products of all pairs of terms.
+_MANY_TERMS = 256
 
 
 class Survey(NamedTuple):
@@ -99,13 +105,15 @@ def _reach(kernel: Float[Array, "..."], op: CircularConv, samples: int, has_boxe
 
 
 def _frobenius_norms(kernel: Float[Array, "..."], op: CircularConv) -> Float[Array, " sites"]:
-    """`||S(w)||_F` at every site, from the inner products of the terms, without the symbol."""
+    """`||S(w)||_F` at every site, from the inner products of the terms, without the symbol where these are few."""
     coefficients, terms = polynomial(kernel, op)
+    if len(terms) > _MANY_TERMS:
+        return jnp.linalg.norm(half_symbol(kernel, op), axis=(-2, -1))
     flat = coefficients.reshape((*coefficients.shape[:2], -1))
     products = einsum("gtc,gsc->gts", flat, flat).reshape((len(flat), -1))
     differences = (terms[:, None] - terms[None]).reshape((-1, op.num_axes))
     lags, which = np.unique(differences, axis=0, return_inverse=True)
-    sums = einsum("gp,pl->gl", products, jnp.asarray(np.eye(len(lags))[which.reshape(-1)], products.dtype))
+    sums = jnp.zeros((len(flat), len(lags)), products.dtype).at[:, which.reshape(-1)].add(products)
     rows = [axis_waves(n, lags[:, j])[:m] for j, (n, m) in enumerate(zip(op.grid, half_grid(op), strict=True))]
     cosines = functools.reduce(lambda a, b: (a[:, None] * b[None]).reshape((-1, len(lags))), rows).real
     return safe_sqrt(einsum("gl,fl->fg", sums, jnp.asarray(cosines, sums.dtype)).reshape(-1))
@@ -220,19 +228,20 @@ def _scanned(problem: Problem, op: CircularConv, samples: int, has_boxes: bool) 
     return Survey(scan.pairs, jnp.where(bound < INFEASIBLE_FROM, bound, jnp.inf))
 
 
-def _coarse(op: UnboundedConv | ZeroPaddedConv, kernel_shape: tuple[int, ...]) -> CircularConv:
-    """The circular layer of the same taps on a coarse grid, with as many angles on each axis of several taps."""
+def _coarse(op: UnboundedConv | ZeroPaddedConv, kernel_shape: tuple[int, ...], per_degree: int) -> CircularConv:
+    """The circular layer of the same taps on a grid of so many angles per degree of its symbol, or up to twice that."""
     layer = UnboundedConv(
         strides=op.strides, kernel_dilation=op.kernel_dilation, feature_group_count=op.feature_group_count
     )
-    taps = kernel_shape[:-2]
-    angles = 2 ** round(math.log2(_COARSE_SITES) / max(1, sum(k > 1 for k in taps)))
-    return with_angles(layer, kernel_shape, [angles] * len(taps))
+    most = _MOST_SITES // (len(kernel_shape) - 2)
+    per_axis = degrees(on_grid(layer, kernel_shape), kernel_shape)
+    powers = [min(math.ceil(math.log2(per_degree * max(d, 1))), most) for d in per_axis]
+    return with_angles(layer, kernel_shape, [2**power for power in powers])
 
 
 def _scanned_torus(problem: Problem, op: UnboundedConv) -> Survey:
     """The survey of an unbounded convolution: the frequencies of a coarse grid, each for the box around it."""
-    coarse, fine = _coarse(op, problem.kernel.shape), on_grid(op, problem.kernel.shape)
+    coarse, fine = _coarse(op, problem.kernel.shape, _TORUS_ANGLES), on_grid(op, problem.kernel.shape)
     found = _scanned(problem, coarse, 1, has_boxes=True)
     return found._replace(starts=found.starts._replace(site=among(found.starts.site, coarse, fine)))
 
@@ -244,7 +253,7 @@ def _image_starts(problem: Problem, op: ZeroPaddedConv, own: Pair) -> Pair:
     that the target is of this operator's.
     """
     shape = problem.kernel.shape
-    model = _coarse(op, shape)
+    model = _coarse(op, shape, _MODEL_ANGLES)
     norm, squared = _norm_of_model(problem.kernel, model), jnp.sum(problem.kernel**2)
     target = (
         problem.target * largest_functional(shape, op) / largest_functional(shape, UnboundedConv(strides=op.strides))
