@@ -29,6 +29,7 @@ from jaxsrn.spectra.circular.boxes import degrees, with_angles
 from jaxsrn.spectra.circular.fourier import (
     axis_waves,
     complex_dtype,
+    half_symbol,
     polynomial,
     site_shape,
     site_symbol,
