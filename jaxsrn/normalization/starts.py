@@ -30,6 +30,7 @@ from jaxsrn.spectra.circular.fourier import (
     axis_waves,
     complex_dtype,
     half_symbol,
+    lags_of,
     polynomial,
     site_shape,
     site_symbol,
@@ -112,9 +113,9 @@ def _frobenius_norms(kernel: Float[Array, "..."], op: CircularConv) -> Float[Arr
         return jnp.linalg.norm(half_symbol(kernel, op), axis=(-2, -1))
     flat = coefficients.reshape((*coefficients.shape[:2], -1))
     products = einsum("gtc,gsc->gts", flat, flat).reshape((len(flat), -1))
-    differences = (terms[:, None] - terms[None]).reshape((-1, op.num_axes))
-    lags, which = np.unique(differences, axis=0, return_inverse=True)
-    sums = jnp.zeros((len(flat), len(lags)), products.dtype).at[:, which.reshape(-1)].add(products)
+    lags, places = lags_of(terms)
+    which = (len(lags) // 2 + places[:, None] - places[None]).reshape(-1)
+    sums = jnp.zeros((len(flat), len(lags)), products.dtype).at[:, which].add(products)
     rows = [axis_waves(n, lags[:, j])[:m] for j, (n, m) in enumerate(zip(op.grid, half_grid(op), strict=True))]
     cosines = functools.reduce(lambda a, b: (a[:, None] * b[None]).reshape((-1, len(lags))), rows).real
     return safe_sqrt(einsum("gl,fl->fg", sums, jnp.asarray(cosines, sums.dtype)).reshape(-1))

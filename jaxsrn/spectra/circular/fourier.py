@@ -33,6 +33,7 @@ __all__ = [
     "dft_rows",
     "grouped",
     "half_symbol",
+    "lags_of",
     "polynomial",
     "polyphase",
     "site_shape",
@@ -126,6 +127,25 @@ def polynomial(kernel: Float[Array, "..."], op: CircularConv) -> tuple[Float[Arr
     coefficients = jnp.moveaxis(coefficients, -2, 0)
     coefficients = coefficients.reshape((*coefficients.shape[:2], -1, coefficients.shape[-1]))
     return coefficients, terms
+
+
+def lags_of(exponents: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The lags between terms, and a number for each term such that differences of these numbers count the lags.
+
+    The lags are a whole rectangle, symmetric about 0 in the middle, so that the lag from term `s` to term `t` is number
+    `middle + places[t] - places[s]`. Some of them may have no pair of terms.
+
+    Returns:
+      `(lags, places)`, of shapes `(lags, axes)` and `(terms,)`; static.
+    """
+    axes, places = [], np.zeros(len(exponents), int)
+    for column in exponents.T:
+        column = column - column.min()
+        spacing = max(int(np.gcd.reduce(column)), 1)
+        reach = int(column.max()) // spacing
+        axes.append(spacing * np.arange(-reach, reach + 1))
+        places = places * (2 * reach + 1) + column // spacing
+    return np.array(list(itertools.product(*axes))), places
 
 
 def half_symbol(kernel: Float[Array, "..."], op: CircularConv) -> Complex[Array, "sites in out"]:

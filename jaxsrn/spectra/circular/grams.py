@@ -25,7 +25,7 @@ from jaxsrn._tools.linalg import einsum, gram_bound, matmul, real_times
 from jaxsrn._tools.subspaces import fixed_start, subspace_iteration
 from jaxsrn.operators.convolutions import CircularConv
 from jaxsrn.spectra.circular.angles import Angles, phases
-from jaxsrn.spectra.circular.fourier import polynomial, site_shape
+from jaxsrn.spectra.circular.fourier import lags_of, polynomial, site_shape
 from jaxsrn.spectra.circular.sites import half_grid
 
 __all__ = [
@@ -120,20 +120,18 @@ def _leading_directions(coefficients: Float[Array, "groups terms rows columns"])
 def _autocorrelation(coefficients: Float[Array, "groups terms rows columns"], exponents: np.ndarray):
     """`(even, odd, lags)` of the Gram matrices: sums over the pairs of terms that lie one lag apart."""
     groups, terms, rows, columns = coefficients.shape
-    differences = exponents[None] - exponents[:, None]
-    # The lags are in lexicographic order, symmetric about 0 in the middle; the later half determines the earlier.
-    lags, which = np.unique(differences.reshape((-1, exponents.shape[-1])), axis=0, return_inverse=True)
-    which = which.reshape((terms, terms))
-    half = len(lags) // 2
+    lags, places = lags_of(exponents)
+    half, places = len(lags) // 2, jnp.asarray(places, jnp.int32)
     side_by_side = jnp.swapaxes(coefficients, 1, 2).reshape((groups, rows, terms * columns))
 
     def add(sums, term):
         """Adds the products of one term with all others, by a single large product."""
         products = matmul(term[0].mT, side_by_side).reshape((groups, columns, terms, columns))
-        return sums.at[term[1]].add(jnp.moveaxis(products, 2, 0)), None
+        which = places + (half - term[1])
+        return sums.at[which].add(jnp.moveaxis(products, 2, 0), mode="drop", wrap_negative_indices=False), None
 
     sums = jnp.zeros((len(lags), groups, columns, columns), coefficients.dtype)
-    sums, _ = lax.scan(add, sums, (jnp.swapaxes(coefficients, 0, 1), jnp.asarray(which)))
+    sums, _ = lax.scan(add, sums, (jnp.swapaxes(coefficients, 0, 1), places))
     later, earlier = sums[half:], sums[half::-1]
     return (later + earlier).at[0].set(sums[half]), earlier - later, lags[half:]
 
