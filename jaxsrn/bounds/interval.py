@@ -14,6 +14,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from jaxsrn._tools.checks import Kernel, ensure, float_dtype, kernel_array
+from jaxsrn._tools.linalg import unit
 from jaxsrn._tools.programs import program
 from jaxsrn.bounds.covers import NormInterval, covers, slack_of, widened
 from jaxsrn.operators.base import Dense, Operator
@@ -83,6 +84,8 @@ def certified(kernel: Kernel, op: Operator, *, resolution: float = 0.01) -> Norm
 def _interval(kernel, op, below: Pair, above: tuple[tuple[Pair, Float[Array, ""]], ...]):
     """The interval by the pair of its lower end, and by the pairs of the covers with what may exceed their values."""
     kernel, scale = rescaled(kernel, op)
+    # A vector whose norm is above 1 by rounding would lift the lower end above the norm.
+    below = below._replace(input=unit(below.input), output=unit(below.output))
     lower = frozen_value(kernel, op, below)
     covered = [] if isinstance(op, Dense) else covers(kernel, op)
     ends = [

@@ -77,8 +77,8 @@ def _branch_and_bound(kernel, op, grid, counts, reduced, excess, between):
 
 @program
 def _by_svds(kernel, op):
-    places = distinct_sites(op)[0]
-    values = top_values(half_symbol(by_largest(kernel)[0], op)[places])
+    kernel, places = by_largest(kernel)[0], distinct_sites(op)[0]
+    values = top_values(half_symbol(kernel, op)[places])
     index, group = sites_at(op, places)
     best = jnp.argmax(values)
     site = Site(jnp.asarray(index)[best], jnp.asarray(group)[best])
