@@ -88,7 +88,7 @@ def _on_few_frequencies(op: CircularConv | UnboundedConv, kernel_shape) -> tuple
     """
     if isinstance(op, CircularConv):
         layer = without_constant_axes(op, kernel_shape)
-        return layer, repetitions(op, layer)
+        return layer, float(repetitions(op, layer))
     layer = on_grid(op, kernel_shape)
     layer = with_angles(layer, kernel_shape, [_ANGLES * d for d in degrees(layer, kernel_shape)])
     return layer, 1 / math.prod(layer.grid)
