@@ -34,7 +34,6 @@ HOUSE = {
         "padded.idle_axes",
         "padded.circular_model",
         "padded.starts",
-        "padded.from_waves",
         "padded.few_channels",
         "padded.leading",
         "pairs_by_kind",

@@ -14,9 +14,8 @@ from jaxsrn.spectra.circular.fourier import half_symbol, site_symbol
 from jaxsrn.spectra.circular.grams import is_reduced
 from jaxsrn.spectra.circular.leading import search_arguments
 from jaxsrn.spectra.circular.peaks import several
-from jaxsrn.spectra.padded import few_channels, from_waves, leading
+from jaxsrn.spectra.padded import few_channels, leading
 from jaxsrn.spectra.padded.few_channels import _channel_directions
-from jaxsrn.spectra.padded.starts import _MOST_STARTS
 
 
 def searched(kernel, op):
@@ -34,12 +33,12 @@ def test_peaks_are_singular_values_at_frequencies_far_apart(size, shape):
     op, kernel, radius = CircularConv(size), jnp.asarray(gaussian(shape)), 2
     values, (sites, left, right) = several(kernel, *search_arguments(op, kernel), 4, radius)
     exact = np.linalg.svd(half_symbol(kernel, op), compute_uv=False)[:, 0]
-    np.testing.assert_allclose(values[0], exact.max(), rtol=1e-12)
+    np.testing.assert_allclose(values[0], exact.max(), rtol=1e-3)
     assert np.all(np.diff(values) <= 0)
     kept = np.flatnonzero(values)
     symbols = jax.vmap(site_symbol, (None, None, 0))(kernel, op, sites)
     own = np.linalg.svd(symbols, compute_uv=False)[:, 0]
-    # Of all but the first by power steps.
+    # By power steps.
     np.testing.assert_allclose(jnp.einsum("ki,kij,kj->k", left.conj(), symbols, right)[kept], values[kept], rtol=1e-3)
     assert np.all(values[kept] <= own[kept] * (1 + 1e-12))
     assert np.all(values[kept] >= 0.9 * own[kept])
@@ -176,7 +175,7 @@ def test_layers_of_many_channels(op, weights):
 
 
 def test_layers_of_many_channels_are_searched_in_few_first(monkeypatch):
-    """Twice, and in the whole layer at the end; here the few channels hold all there is."""
+    """And in the whole layer at the end; here the few channels hold all there is."""
     weights = np.einsum("tab,ia,ob->tio", gaussian((3, 5, 6)), gaussian((40, 5), 1), gaussian((36, 6), 2))
     op, shapes = ZeroPaddedConv((48,)), []
     search = few_channels.matrix_free
@@ -186,11 +185,12 @@ def test_layers_of_many_channels_are_searched_in_few_first(monkeypatch):
         shapes.append(kernel.shape)
         return found
 
-    for module in (from_waves, few_channels):
+    for module in (few_channels, leading):
         monkeypatch.setattr(module, "matrix_free", counted)
     value = searched(jnp.asarray(weights), op)
     np.testing.assert_allclose(value, np.linalg.norm(dense(weights, op), 2), rtol=1e-12)
-    assert shapes == [(3, 16, 16), (3, 16, 16), (3, 40, 36)]
+    # One program serves both searches in few channels.
+    assert shapes == [(3, 16, 16), (3, 40, 36)]
 
 
 @pytest.mark.parametrize("tolerance", [0.3, 1e-2, 1e-4])
@@ -208,7 +208,7 @@ def test_layers_of_many_channels_to_a_loose_tolerance(tolerance):
 
 
 def test_layers_of_many_channels_take_few_products_to_a_loose_tolerance(monkeypatch):
-    """Power steps of the whole layer and no Lanczos, counted as they run."""
+    """Power steps of the whole layer and one step of Lanczos, counted as they run."""
     weights, op, counts = jnp.asarray(decaying((3, 40, 33), 4)), ZeroPaddedConv((80,)), []
     apply = ZeroPaddedConv.apply
 
@@ -224,8 +224,8 @@ def test_layers_of_many_channels_take_few_products_to_a_loose_tolerance(monkeypa
         leading_triplet(weights, op, tolerance=tolerance, proven=False)
         jax.effects_barrier()
         taken.append(len(counts))
-    # Of the power steps of up to four peaks, of that of what is found in few channels, and of the returned residual.
-    assert taken[0] <= _MOST_STARTS + 2
+    # Each of two rounds takes a power step and looks at the other phase; then one step, the output, and the residual.
+    assert taken[0] <= 7
     assert taken[1] > taken[0] + 2
 
 
@@ -249,10 +249,8 @@ def test_zero_and_nan(channels):
 
 
 @quick_jit
-def lanczos(matrix, start, tolerance, floor):
-    return leading_singular_vectors(
-        lambda x: matrix @ x, lambda y: matrix.T @ y, start, len(matrix), tolerance, floor=floor
-    )
+def lanczos(matrix, start, tolerance):
+    return leading_singular_vectors(lambda x: matrix @ x, lambda y: matrix.T @ y, start, len(matrix), tolerance)
 
 
 def with_spectrum(values, shape):
@@ -270,7 +268,7 @@ def test_matrices_with_a_prescribed_spectrum(spectrum, shape):
         "geometric": 0.3 ** np.arange(min(shape)),
     }[spectrum]
     matrix = with_spectrum(values, shape)
-    value, v, u, residual = lanczos(matrix, jnp.asarray(gaussian((shape[1],), 3)), 1e-10, 0.0)
+    value, v, u, residual = lanczos(matrix, jnp.asarray(gaussian((shape[1],), 3)), 1e-10)
     np.testing.assert_allclose(value, 1, rtol=1e-12)
     assert residual <= 1e-10
     np.testing.assert_allclose([np.linalg.norm(u), np.linalg.norm(v)], 1, rtol=1e-12)
@@ -278,18 +276,8 @@ def test_matrices_with_a_prescribed_spectrum(spectrum, shape):
     np.testing.assert_allclose(matrix.T @ u, value * v, atol=1e-9)
 
 
-def test_a_search_that_leads_below_the_floor_is_given_up():
-    """No earlier than it is clear, and not where it leads above."""
-    matrix = with_spectrum(np.r_[1.0, 1 - 1e-4, np.linspace(0.99, 0, 78)], (80, 80))
-    start = jnp.asarray(gaussian((80,), 3))
-    value, _, _, residual = lanczos(matrix, start, 1e-10, 1.05)
-    assert value * (1 + residual) < 1.05
-    assert residual > 1e-4
-    np.testing.assert_allclose(lanczos(matrix, start, 1e-10, 0.9995)[0], 1, rtol=1e-12)
-
-
 def test_a_map_that_is_zero():
-    found = lanczos(jnp.zeros((40, 30)), jnp.ones(30), 1e-10, 0.0)
+    found = lanczos(jnp.zeros((40, 30)), jnp.ones(30), 1e-10)
     assert found.value == found.residual == 0
     np.testing.assert_array_equal(found.output, 0)
     np.testing.assert_allclose(np.linalg.norm(found.input), 1, rtol=1e-12)

@@ -4,10 +4,9 @@ The method builds an orthonormal basis of the Krylov space of `T^T T`, with full
 of the inputs in the bidiagonalization of Golub and Kahan 1965. A full basis is restarted from its leading Ritz vectors
 (thick restart, Wu and Simon 2000).
 
-It differs from `jax.experimental.sparse.linalg.lobpcg_standard` in three ways. That function asks for more than five
+It differs from `jax.experimental.sparse.linalg.lobpcg_standard` in two ways. That function asks for more than five
 rows for each vector; this one takes maps of any size. That one remembers only the current and the last block of
-vectors; this one remembers a basis of many, which nearly equal singular values need. This one can give up a search that
-is about to end below a known value.
+vectors; this one remembers a basis of many, which nearly equal singular values need.
 """
 
 from __future__ import annotations
@@ -17,11 +16,13 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from jaxsrn._tools.indexing import picked
 from jaxsrn._tools.linalg import matmul
-from jaxsrn._tools.subspaces import fixed_start, projected_out, rayleigh_ritz, unit_or_zero, without_rounding
+from jaxsrn._tools.subspaces import direction_of, fixed_start, projected_out, rayleigh_ritz
 
 __all__ = ["SingularVectors", "leading_singular_vectors", "top_singular_vectors"]
 
@@ -59,36 +60,42 @@ class _Basis(NamedTuple):
 
 
 class _State(NamedTuple):
-    """The basis, the number of its vectors in use, the leading Ritz pair, and the number of restarts so far."""
+    """The basis, the number of its vectors in use, the leading Ritz vector's weights, and the restarts so far."""
 
     basis: _Basis
     used: Int[Array, ""]
-    value: Float[Array, ""]
-    weights: Float[Array, " rows"]
+    leading: Float[Array, " rows"]
     residual: Float[Array, ""]
     restarts: Int[Array, ""]
 
 
 def _extend(gram: Callable, j: Int[Array, ""], basis: _Basis) -> _Basis:
-    """One step: column `j` of the projection, and the next vector, which is 0 where the space is exhausted."""
-    vectors = basis.vectors
-    image = gram(vectors[j])
+    """One step: row and column `j` of the projection, and the next vector, which is 0 where the space is exhausted."""
+    vectors, projected, coupling = basis
+    places = np.arange(len(vectors), dtype=np.int32)
+    # The first vector couples with none, so that any may stand before it.
+    vector, before = picked(vectors, j), picked(vectors, jnp.maximum(j - 1, 0))
+    image = gram(vector)
     # The three-term recurrence is the first pass; a pass with all rows would read the whole basis once more.
-    own = matmul(vectors[j], image)
-    rest, others = projected_out(image - own * vectors[j] - basis.coupling * vectors[j - 1], vectors)
-    rest = without_rounding(rest, image)
-    column = others.at[j].add(own).at[j - 1].add(basis.coupling)
-    projected = basis.projected.at[:, j].set(column).at[j].set(column)
-    return _Basis(vectors.at[j + 1].set(unit_or_zero(rest)), projected, jnp.linalg.norm(rest))
+    own = matmul(vector, image)
+    rest, row = projected_out(image - own * vector - coupling * before, vectors)
+    row = row + jnp.where(places == j, own, jnp.where(places == j - 1, coupling, 0))
+    following, coupling = direction_of(rest, image)
+    projected = jnp.where(places == j, row[:, None], _with_row(projected, j, row))
+    return _Basis(_with_row(vectors, j + 1, following), projected, coupling)
 
 
-def _restarted(basis: _Basis, kept: int) -> _Basis:
+def _with_row(matrix: Float[Array, "rows n"], j: Int[Array, ""], row: Float[Array, " n"]) -> Float[Array, "rows n"]:
+    """The matrix with another row `j`."""
+    return lax.dynamic_update_index_in_dim(matrix, row, j, 0, allow_negative_indices=False)
+
+
+def _restarted(basis: _Basis, values, weights, kept: int) -> _Basis:
     """A thick restart: the basis of the `kept` leading Ritz vectors, followed by the next vector of the full one."""
-    values, weights = rayleigh_ritz(basis.projected)
-    vectors = jnp.zeros_like(basis.vectors).at[:kept].set(matmul(weights[:kept], basis.vectors))
-    projected = jnp.zeros_like(basis.projected).at[jnp.arange(kept), jnp.arange(kept)].set(values[:kept])
+    rows = jnp.concatenate([matmul(weights[:kept], basis.vectors), basis.vectors[-1:]])
+    vectors = jnp.pad(rows, ((0, len(values) - len(rows)), (0, 0)))
     # The next vector couples with every kept one; its own step computes these couplings.
-    return _Basis(vectors.at[kept].set(basis.vectors[-1]), projected, jnp.zeros_like(basis.coupling))
+    return _Basis(vectors, jnp.diag(jnp.pad(values[:kept], (0, len(values) - kept))), jnp.zeros_like(basis.coupling))
 
 
 def leading_singular_vectors(
@@ -98,7 +105,6 @@ def leading_singular_vectors(
     out_size: int,
     tolerance: float | Float[Array, ""],
     first_check: int = _BASIS,
-    floor: float | Float[Array, ""] = 0.0,
 ) -> SingularVectors:
     """The leading singular triplet of the map `matvec`.
 
@@ -109,40 +115,41 @@ def leading_singular_vectors(
       tolerance: the relative residual at which the search stops.
       first_check: steps before the first look at the residual. The default is a whole basis, as a start near another
         singular vector could pass for the leading one earlier.
-      floor: the search is given up where the singular value that it has come near is below this. A larger value might
-        still follow, as it might after the end of any search.
     """
     # A basis of one vector more than the smaller side exhausts the space, and the last coupling is exactly zero.
     size = min(_BASIS, min(start.size, out_size) + 1)
-    kept = min(_KEPT, size // 2)
-    vectors = jnp.zeros((size + 1, start.size), start.dtype).at[0].set(unit_or_zero(start))
-    zero = jnp.zeros((), start.dtype)
-    empty = _Basis(vectors, jnp.zeros((size + 1, size + 1), start.dtype), zero)
+    kept, places = min(_KEPT, size // 2), np.arange(size + 1, dtype=np.int32)
     extend = functools.partial(_extend, lambda x: rmatvec(matvec(x)))
 
     def advance(state: _State) -> _State:
-        full = state.used == size
-        basis = lax.cond(full, lambda: _restarted(state.basis, kept), lambda: state.basis)
-        first = jnp.where(full, kept, state.used)
-        steps = jnp.where(first == 0, first_check, _BETWEEN_CHECKS)
-        used = jnp.minimum(first + steps, size)
-        basis = lax.fori_loop(first, used, extend, basis)
+        steps = jnp.where(state.used == 0, first_check, _BETWEEN_CHECKS)
+        used = jnp.minimum(state.used + steps, size)
+        basis = lax.fori_loop(state.used, used, extend, state.basis)
         values, weights = rayleigh_ritz(basis.projected)
         # This is `||T^T T v - theta v|| / theta` for the leading Ritz vector `v` and its Ritz value `theta`.
-        residual = basis.coupling * jnp.abs(weights[0, used - 1]) / jnp.where(values[0] == 0, 1.0, values[0])
-        return _State(basis, used, jnp.sqrt(values[0]), weights[0], residual, state.restarts + jnp.where(full, 1, 0))
+        last = jnp.sum(jnp.where(places == used - 1, jnp.abs(weights[0]), 0))
+        residual = basis.coupling * last / jnp.where(values[0] == 0, 1, values[0])
+        # A restart puts the leading Ritz vector first.
+        full = used == size
+        basis, leading = lax.cond(
+            full,
+            lambda: (_restarted(basis, values, weights, kept), jnp.asarray(places == 0, start.dtype)),
+            lambda: (basis, weights[0]),
+        )
+        return _State(basis, jnp.where(full, kept, used), leading, residual, state.restarts + full.astype(jnp.int32))
 
     def unfinished(state: _State):
-        # Some singular value is as near to this one as the residual says; the search goes on unless that is too low.
-        promising = ~(state.value * (1 + state.residual) < floor)
-        return (state.residual > tolerance) & promising & (state.restarts < _MAX_RESTARTS)
+        return (state.residual > tolerance) & (state.restarts < _MAX_RESTARTS)
 
-    infinite = jnp.asarray(jnp.inf, start.dtype)
-    state = _State(empty, jnp.asarray(0), infinite, jnp.zeros(size + 1, start.dtype), infinite, jnp.asarray(0))
+    vectors = jnp.pad(direction_of(start, start)[0][None], ((0, size), (0, 0)))
+    zero, none = np.zeros((), start.dtype), np.zeros((), np.int32)
+    basis = _Basis(vectors, jnp.zeros((size + 1, size + 1), start.dtype), zero)
+    state = _State(basis, none, jnp.zeros(size + 1, start.dtype), zero + np.inf, none)
     state = lax.while_loop(unfinished, advance, state)
-    best = matmul(state.weights, state.basis.vectors)
+    best = matmul(state.leading, state.basis.vectors)
     image = matvec(best)
-    return SingularVectors(jnp.linalg.norm(image), best, unit_or_zero(image), state.residual)
+    output, value = direction_of(image, image)
+    return SingularVectors(value, best, output, state.residual)
 
 
 def top_singular_vectors(

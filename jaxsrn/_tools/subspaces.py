@@ -13,14 +13,13 @@ from jaxtyping import Array, Float, Inexact, Int
 from jaxsrn._tools.linalg import matmul
 
 __all__ = [
+    "direction_of",
     "extended",
     "fixed_start",
     "orthonormal_rows",
     "projected_out",
     "rayleigh_ritz",
     "subspace_iteration",
-    "unit_or_zero",
-    "without_rounding",
 ]
 
 # Orthonormal vectors, and the best vectors of a span
@@ -33,7 +32,7 @@ def extended(basis: Inexact[Array, "rows n"], vector: Inexact[Array, " n"]) -> I
     """
     # One pass leaves rounding errors as large as the cancellation, a second is enough (Giraud, Langou, Rozloznik 2005).
     rest = projected_out(projected_out(vector, basis)[0], basis)[0]
-    return jnp.concatenate([basis, unit_or_zero(without_rounding(rest, vector))[None]])
+    return jnp.concatenate([basis, direction_of(rest, vector)[0][None]])
 
 
 def projected_out(vector: Inexact[Array, " n"], basis: Inexact[Array, "rows n"]):
@@ -42,19 +41,16 @@ def projected_out(vector: Inexact[Array, " n"], basis: Inexact[Array, "rows n"])
     return vector - matmul(along, basis), along
 
 
-def without_rounding(rest: Inexact[Array, " n"], vector: Inexact[Array, " n"]) -> Inexact[Array, " n"]:
-    """What two passes leave of a vector, and exactly 0 where that is rounding: the vector lies in the span.
+def direction_of(rest: Inexact[Array, " n"], vector: Inexact[Array, " n"]):
+    """What two passes leave of a vector: `(unit vector, norm)`, or zeros where only rounding is left.
 
-    A few units of rounding are left then; 10 of them are no new direction.
+    The vector lies in the span then. A few units of rounding are left of it; 10 of them are no new direction.
     """
-    before = jnp.linalg.norm(vector)
-    return jnp.where(jnp.linalg.norm(rest) <= 10 * jnp.finfo(before.dtype).eps * before, 0, rest)
-
-
-def unit_or_zero(vector: Inexact[Array, " n"]) -> Inexact[Array, " n"]:
-    """`vector` with norm 1, and zero for zero, where `linalg.unit` gives a basis vector."""
-    norm = jnp.linalg.norm(vector)
-    return vector / jnp.where(norm == 0, 1, norm).astype(vector.dtype)
+    norm, before = jnp.linalg.norm(rest), jnp.linalg.norm(vector)
+    is_rounding = norm <= 10 * jnp.finfo(norm.dtype).eps * before
+    return jnp.where(is_rounding, 0, rest / jnp.where(is_rounding, 1, norm).astype(rest.dtype)), jnp.where(
+        is_rounding, 0, norm
+    )
 
 
 def orthonormal_rows(vectors: Inexact[Array, "... rows n"]) -> Inexact[Array, "... rows n"]:

@@ -1,4 +1,4 @@
-"""Peaks of the symbol: the highest one, with a proof, and others as far as climbing finds them.
+"""Peaks of the symbol: the highest one, with a proof, and several as far as climbing finds them.
 
 A peak is a frequency where the largest singular value of the symbol has a local maximum (`climbing.py`). The search
 with zero padding starts from several of them.
@@ -6,7 +6,6 @@ with zero padding starts from several of them.
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -52,7 +51,7 @@ def highest(
 def several(
     kernel: Float[Array, "..."], op, grid: Grid, counts: tuple[int, ...], is_reduced: bool, count: int, radius
 ) -> tuple[Float[Array, " peaks"], Pair]:
-    """The largest singular value of the whole grid, and other peaks as far as climbing finds them.
+    """The highest peaks as far as climbing finds them, without a proof that none is higher.
 
     A frequency within `radius` indices of a higher one, or of its opposite, is no peak of its own.
 
@@ -64,10 +63,6 @@ def several(
     # Where every frequency was estimated, the largest estimates are neighbours of one peak.
     chosen = _estimates_apart(known, grid, count, radius) if is_reduced else most_promising(known, 2 * NUM_CLIMBERS)
     found = climbs(poly, grid, known, chosen)
-    top = highest_peak(poly, grid, corners, exists, found, 0.0)
-    # The highest comes first and wins among equal values, so values that exceed it by rounding are cut to it.
-    found = found._replace(value=jnp.minimum(found.value, top.value))
-    found = jax.tree.map(lambda first, rest: jnp.concatenate([first[None], rest]), top, found)
     chosen, values = _largest_apart(found.value, found.index, found.group, grid, count, radius)
     return values, at_site(picked(found, chosen), op, kernel.shape)
 
