@@ -47,7 +47,7 @@ _FEW_SAMPLES, _EQUAL = 512, 3
 # What a second phase adds to the first, below which it is the same.
 _SAME = 0.1
 # The frequencies are so many times as fine as the image's. A wave that is half a step off runs out of phase at the
-# edges; an eighth of a step is left. Finer grids have more frequencies to prove low.
+# edges; an eighth of a step is left.
 _FINER = 4
 
 
