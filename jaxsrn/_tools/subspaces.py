@@ -47,10 +47,8 @@ def direction_of(rest: Inexact[Array, " n"], vector: Inexact[Array, " n"]):
     The vector lies in the span then. A few units of rounding are left of it; 10 of them are no new direction.
     """
     norm, before = jnp.linalg.norm(rest), jnp.linalg.norm(vector)
-    is_rounding = norm <= 10 * jnp.finfo(norm.dtype).eps * before
-    return jnp.where(is_rounding, 0, rest / jnp.where(is_rounding, 1, norm).astype(rest.dtype)), jnp.where(
-        is_rounding, 0, norm
-    )
+    norm = jnp.where(norm <= 10 * jnp.finfo(norm.dtype).eps * before, 0, norm)
+    return rest * jnp.where(norm == 0, 0, 1 / jnp.where(norm == 0, 1, norm)).astype(rest.dtype), norm
 
 
 def orthonormal_rows(vectors: Inexact[Array, "... rows n"]) -> Inexact[Array, "... rows n"]:
