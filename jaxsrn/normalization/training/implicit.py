@@ -1,14 +1,15 @@
 """The true gradient of a training step: the derivative of the converged pair by the implicit function theorem.
 
 A converged pair is a fixed point of the training step at rest, so its derivative solves a linear system whose products
-are derivatives of one step. The system is solved by the kept `jax.scipy.sparse.linalg.gmres`, inside `lax.custom_root`
-and `lax.custom_linear_solve`, which give both modes. The frozen gradient leaves this derivative out.
+are derivatives of one step. An unbounded layer's frequency is part of the solution: the value of the pair is stationary
+in it. Other layers have no frequencies, or the frequencies of a grid, which stay. The system is solved by the kept
+`jax.scipy.sparse.linalg.gmres`, inside `lax.custom_root` and `lax.custom_linear_solve`, which give both modes. The
+frozen gradient leaves this derivative out.
 """
 
 from __future__ import annotations
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -16,10 +17,13 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from jaxsrn._tools.tolerances import kernel_tolerance
-from jaxsrn.normalization.training.normalized import normalized_with
+from jaxsrn.normalization.training.normalized import normalized
 from jaxsrn.normalization.training.reverse_mode import in_reverse
 from jaxsrn.operators.base import Operator
-from jaxsrn.spectra.pairs_by_kind import power_step
+from jaxsrn.operators.convolutions import UnboundedConv
+from jaxsrn.spectra.circular.boxes import degrees
+from jaxsrn.spectra.circular.sites import ShiftedSite, on_grid
+from jaxsrn.spectra.pairs_by_kind import power_step, value_gradient
 from jaxsrn.spectra.singular_pair import Pair
 
 __all__ = [
@@ -35,15 +39,17 @@ _ACCEPTED_RESIDUAL = 1e-3
 
 
 def moving_pair(a: Float[Array, "..."], op: Operator, target, pair: Pair) -> Pair:
-    """The pair as a function of the kernel: a fixed point of the power step on the kernel normalized with the pair."""
+    """The pair as a function of the kernel: a fixed point of the step on the kernel normalized with the pair."""
+    pair = _with_free_frequency(pair, op, a.dtype)
     fixed, rebuild = _real_vector(pair)
 
     def residual(op: Operator, vector):
         now = rebuild(vector)
         # A matrix has the same pair as its normalized form. It determines the pair where that form, of rank one, does
         # not.
-        kernel = a if op._normalization_keeps_pairs else normalized_with(a, op, target, now)
-        return vector - _real_vector(_aligned(power_step(kernel, op, now), pair))[0]
+        kernel = a if op._normalization_keeps_pairs else normalized(a, op, target, now)
+        new = _aligned(power_step(kernel, op, now), pair)
+        return vector - _real_vector(_with_better_frequency(kernel, op, new))[0]
 
     def tangent_solve(matvec, rhs):
         backward = jax.vjp(functools.partial(residual, in_reverse(op)), fixed)[1]
@@ -52,17 +58,44 @@ def moving_pair(a: Float[Array, "..."], op: Operator, target, pair: Pair) -> Pai
     return rebuild(lax.custom_root(functools.partial(residual, op), fixed, lambda _, vector: vector, tangent_solve))
 
 
+def _with_free_frequency(pair: Pair, op: Operator, dtype) -> Pair:
+    """The pair of an unbounded layer with a frequency that can be differentiated in; other pairs as they are."""
+    if not isinstance(op, UnboundedConv):
+        return pair
+    return pair._replace(site=ShiftedSite(*pair.site, jnp.zeros(pair.site.index.shape, dtype)))
+
+
+def _with_better_frequency(kernel: Float[Array, "..."], op: Operator, pair: Pair) -> Pair:
+    """A step uphill in the frequency, where that is free. The kernel has norm 1, so that the step has about its length.
+
+    Along an axis of a single tap the value is constant, and the frequency is held.
+    """
+    if not isinstance(op, UnboundedConv):
+        return pair
+
+    def value(shift):
+        moved = pair._replace(site=pair.site._replace(shift=shift))
+        return jnp.sum(value_gradient(moved, op, kernel.shape) * kernel)
+
+    shift = pair.site.shift
+    varies = jnp.asarray(degrees(on_grid(op, kernel.shape), kernel.shape)) > 0
+    return pair._replace(site=pair.site._replace(shift=jnp.where(varies, shift + jax.grad(value)(shift), 0)))
+
+
 def _real_vector(pair: Pair):
-    """The pair's vectors as one real vector, and the function that rebuilds the pair from it."""
-    shapes, is_complex = (pair.input.shape, pair.output.shape), jnp.iscomplexobj(pair.input)
+    """The pair's vectors, and its frequency where that is free, as one real vector; the function that rebuilds it."""
+    is_complex = jnp.iscomplexobj(pair.input)
     parts = [part for v in pair[1:] for part in ((v.real, v.imag) if is_complex else (v,))]
+    has_frequency = isinstance(pair.site, ShiftedSite)
+    parts += [pair.site.shift] if has_frequency else []
 
     def rebuild(vector):
-        sizes = [math.prod(shape) for shape in shapes for _ in range(2 if is_complex else 1)]
+        sizes = [part.size for part in parts]
         pieces = jnp.split(vector, [sum(sizes[:i]) for i in range(1, len(sizes))])
+        site = pair.site._replace(shift=pieces.pop()) if has_frequency else pair.site
         if is_complex:
             pieces = [lax.complex(*pieces[:2]), lax.complex(*pieces[2:])]
-        return Pair(pair.site, *(piece.reshape(shape) for piece, shape in zip(pieces, shapes, strict=True)))
+        return Pair(site, *(piece.reshape(v.shape) for piece, v in zip(pieces, pair[1:], strict=True)))
 
     return jnp.concatenate([part.reshape(-1) for part in parts]), rebuild
 

@@ -1,40 +1,59 @@
-"""The kernel normalized with a given pair: the closed form with norm 1, a function of the kernel and of the pair."""
+"""The kernel normalized with a given pair: the closed form with norm 1, a function of the kernel and of the pair.
+
+With the functional `E` of the pair (`closed_form.py`), `e = <E, E>_d` and `m = <A, E>_d`, the kernel `A` is
+`(m / e) E + R` with a rest `R` orthogonal to `E`. Both results have the form `E / e + c R`. The kernel rescaled to
+`<K, E>_d = 1` has `c = 1 / m`. The closed form has `|c R| = sqrt(r - 1 / e)`, for the stable rank `r`. The smaller `c`
+holds: a kernel of a lower stable rank is only rescaled.
+"""
 
 from __future__ import annotations
 
+import functools
+
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from jaxsrn.normalization.closed_form import Problem, closed_form, functional
+from jaxsrn._tools.linalg import safe_sqrt
+from jaxsrn.normalization.closed_form import functional
 from jaxsrn.operators.base import Operator
 from jaxsrn.spectra.pairs_by_kind import value_gradient
 from jaxsrn.spectra.singular_pair import Pair
 
-__all__ = [
-    "normalized_or_rescaled",
-    "normalized_with",
-]
+__all__ = ["is_only_rescaled", "normalized"]
 
 
-def normalized_with(a: Float[Array, "..."], op: Operator, target, pair: Pair) -> Float[Array, "..."]:
-    """The closed form for one pair, with norm 1."""
-    return normalized_or_rescaled(a, op, target, pair)[0]
-
-
-def normalized_or_rescaled(
-    a: Float[Array, "..."], op: Operator, target, pair: Pair
-) -> tuple[Float[Array, "..."], Bool[Array, ""]]:
-    """The closed form for one pair, with norm 1, and whether it is only the kernel rescaled.
-
-    The kernel is only rescaled where `target` is `None`, and where its own stable rank is not above the target.
-    """
+# Compiled as subroutines, as a training step takes them more than once.
+@functools.partial(jax.jit, static_argnums=1)
+def normalized(a: Float[Array, "..."], op: Operator, target, pair: Pair) -> Float[Array, "..."]:
+    """The closed form for one pair, with norm 1; with no target the kernel rescaled."""
     if target is None:
         value = jnp.sum(value_gradient(pair, op, a.shape) * a)
-        return a / jnp.where(value == 0, 1.0, value), jnp.asarray(True)
+        return a / jnp.where(value == 0, 1.0, value)
+    along, rest, factor, _ = _parts(a, op, target, pair)
+    return along + factor * rest
+
+
+def is_only_rescaled(a: Float[Array, "..."], op: Operator, target, pair: Pair) -> Bool[Array, ""]:
+    """Whether the normalized kernel is only the kernel rescaled."""
+    if target is None:
+        return jnp.asarray(True)
+    return _parts(a, op, target, pair)[3]
+
+
+def _parts(a: Float[Array, "..."], op: Operator, target, pair: Pair):
+    """`(E / e, R, c)`, and whether `c = 1 / m`."""
     weights = op.frobenius_weights(a.shape, a.dtype)
-    problem = Problem(a, weights, target, jnp.ones((), a.dtype))
     direction = functional(pair, op, weights, a.shape)
-    value, squared = problem.inner(a, direction), problem.inner(a, a)
-    is_low = (squared <= target * value**2) & (value >= 0)
-    scaled = a / jnp.where(value == 0, 1.0, value)
-    return jnp.where(is_low, scaled, closed_form(problem, direction).kernel), is_low
+    weighted = weights * direction
+    e, m = jnp.sum(weighted * direction), jnp.sum(weighted * a)
+    # A pair of zeros leaves the kernel as the rest.
+    along = direction / jnp.where(e == 0, 1.0, e)
+    rest = a - m * along
+    length = safe_sqrt(jnp.sum(weights * rest * rest))
+    radius = safe_sqrt(target - 1 / jnp.where(e == 0, 1.0, e))
+    # A zero kernel counts as rescaled, and NaN does not.
+    is_rescaled = (m >= 0) & (length <= m * radius)
+    over = jnp.where(is_rescaled, m, length)
+    factor = jnp.where(is_rescaled, 1.0, radius) / jnp.where(over == 0, 1.0, over)
+    return along, rest, factor, is_rescaled

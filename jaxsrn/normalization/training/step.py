@@ -12,22 +12,25 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxsrn._tools.checks import Kernel, ensure, float_dtype, kernel_array, positive_scalar, static_int
+from jaxsrn._tools.indexing import picked
 from jaxsrn._tools.programs import program
 from jaxsrn._tools.tolerances import kernel_tolerance
-from jaxsrn.normalization.closed_form import Problem, closed_form, functional, merit
+from jaxsrn.normalization.closed_form import Problem
 from jaxsrn.normalization.lower_stable_rank import problem_of
 from jaxsrn.normalization.starts import survey
 from jaxsrn.normalization.training.implicit import moving_pair
-from jaxsrn.normalization.training.normalized import normalized_or_rescaled, normalized_with
-from jaxsrn.normalization.training.tracking import Track, follow, has_turned, start_track, track_shapes
+from jaxsrn.normalization.training.normalized import is_only_rescaled, normalized
+from jaxsrn.normalization.training.tracking import Track, follow, start_track, track_shapes
 from jaxsrn.operators.base import Operator
+from jaxsrn.operators.convolutions import ZeroPaddedConv
 from jaxsrn.spectra.circular.fourier import complex_dtype
 from jaxsrn.spectra.norms import frozen_value
-from jaxsrn.spectra.pairs_by_kind import leading_pair, power_step
+from jaxsrn.spectra.pairs_by_kind import leading_pair
 from jaxsrn.spectra.singular_pair import Pair, rescaled
 
 __all__ = [
@@ -42,9 +45,9 @@ _GRADIENTS = ("frozen", "implicit")
 _START_PASSES = 10
 # A guard of the loop, the same as the default of `srnc`.
 _MAX_PASSES = 500
-# Power steps of matrices, and for the norm alone, where no stable rank is lowered: the leading singular values may lie
-# close together there, and one step lags. `benchmarks/training.py --only left` shows what two steps leave.
-_CLOSE_STEPS = 2
+# Power steps, except with zero padding and a target: there each takes several products with images. For the norm alone
+# the leading singular values may lie close together, and one step lags.
+_SEVERAL_STEPS = 2
 
 
 class SRNCState(NamedTuple):
@@ -62,9 +65,10 @@ class SRNCState(NamedTuple):
 def srnc_state(kernel: Kernel, op: Operator, target, *, norm=1.0, cap: bool = False) -> SRNCState:
     """The state that `srnc_step` starts from, already converged: its first step satisfies the constraints.
 
-    The starts are those of `srnc` (for circular convolutions the scan over frequencies and phases). The best of them
-    after a few passes is followed to the end by training steps of the kernel at rest. With zero padding the time is
-    proportional to the size of the image.
+    The starts are those of `srnc` (for circular and unbounded convolutions the scan over frequencies and phases). The
+    best of them after a few passes is followed to the end by training steps of the kernel at rest. With zero padding
+    the time is proportional to the size of the image. Without a target, and for dense layers, the kernel's own leading
+    pair is the start. What may overtake it is unknown then, and is found in the first steps.
 
     Args:
       kernel, op, target, norm, cap: as for `srnc_step`.
@@ -100,9 +104,10 @@ def srnc_step(
     infeasible target), the result has the lowest stable rank for that pair.
 
     Dense layers take Algorithm 2 of Sanyal, Torr, Dokania 2020, with two power steps for its one. Any other layer takes
-    a pass of the iteration of `srnc` for Zheng et al. 2025, eq. 7, or two where another pair takes over. Its power step
-    is one on the kernel normalized with the stored pair, and its state also has vectors that may overtake that pair.
-    Without a target every layer takes two power steps, and the state of dense layers has such vectors too.
+    passes of the iteration of `srnc` for Zheng et al. 2025, eq. 7: two, or with zero padding one unless another pair
+    takes over. Its power step is one on the kernel normalized with the stored pair, and its state also has vectors that
+    may overtake that pair. The steps of circular and unbounded layers need no image. Without a target every layer takes
+    two power steps, and the state of dense layers has such vectors too.
 
     Problem (7) is not convex, and the step follows a local solution. Where the kernel's own stable rank falls just
     below the target, a result that meets both constraints may stay for a while although the kernel itself would do. The
@@ -122,8 +127,8 @@ def srnc_step(
         converged step by the implicit function theorem. It takes a linear system in the vectors, each product a further
         power step, and is the frozen one where that system is singular (the two leading values meet). A second
         derivative is the true one only with `"implicit"` and a target; otherwise it takes the vectors for constants.
-      num_steps: static. Power steps of the pair before the kernel is normalized with it. The default is two for dense
-        layers and for the norm alone, whose leading singular values may lie close together, and otherwise one.
+      num_steps: static. Power steps of the pair before the kernel is normalized with it. The default is one with zero
+        padding and a target, where each takes products with images, and otherwise two.
 
     Returns:
       The kernel in its dtype, with taps that meet no sample as they were, and the new state. Derivatives go through the
@@ -135,10 +140,10 @@ def srnc_step(
     """
     kernel, target, norm = _checked(kernel, op, target, norm, cap)
     check_gradient(gradient)
-    is_close = target is None or op._normalization_keeps_pairs
-    num_steps = (_CLOSE_STEPS if is_close else 1) if num_steps is None else static_int(num_steps, "num_steps")
-    track = track_shapes(op, kernel.shape, _is_watched(op, target))
-    expected = SRNCState(track, track if _follows_own(op, target, norm, cap) else None)
+    few = target is not None and isinstance(op, ZeroPaddedConv)
+    num_steps = static_int((1 if few else _SEVERAL_STEPS) if num_steps is None else num_steps, "num_steps")
+    own = track_shapes(op, kernel.shape, True) if _follows_own(op, target, norm, cap) else None
+    expected = SRNCState(track_shapes(op, kernel.shape, target is None), own)
     ensure(
         jax.tree.map(jnp.shape, state) == expected,
         f"state: it does not fit a kernel of shape {kernel.shape} with {op}, {norm=}, {cap=}; take it from "
@@ -169,63 +174,78 @@ def _follows_own(op: Operator, target, norm, cap) -> bool:
     return (norm is None or bool(cap)) and target is not None and not op._normalization_keeps_pairs
 
 
-def _is_watched(op: Operator, target) -> bool:
-    """Whether tracks have a watch (`tracking.py`): Sanyal's algorithm carries one vector alone."""
-    return target is None or not op._normalization_keeps_pairs
-
-
 @functools.partial(program, static_argnums=4)
 def _srnc_state(kernel, op, own, target, follows_own):
     kernel = lax.stop_gradient(kernel.astype(float_dtype(kernel.dtype)))
     a, _ = rescaled(kernel, op)
+    track = start_track(a, op, own, target is None)
     if target is None or op._normalization_keeps_pairs:
-        return SRNCState(start_track(a, op, own, _is_watched(op, target)), None)
+        return SRNCState(track, None)
     problem = problem_of(a, op, target, own)
     unchanged = problem.inner(a, a) <= target * problem.norm**2
-    pair = jax.tree.map(lambda a, b: jnp.where(unchanged, a, b), own, _best_start(problem, op, own))
-    track = _without_pair_of_zero(a, _converged(a, op, target, pair))
-    return SRNCState(track, start_track(a, op, own, True) if follows_own else None)
+    starts = jax.tree.map(lambda a, b: jnp.where(unchanged, a[None], b), own, survey(problem, op, own).starts)
+    settled = _without_pair_of_zero(a, _settled(problem, op, starts, track))
+    return SRNCState(settled, start_track(a, op, own, True) if follows_own else None)
 
 
-def _best_start(problem: Problem, op: Operator, own: Pair) -> Pair:
-    """The start of `srnc` that is the best one after a few passes, where `srnc` would follow all to the end."""
+class _Search(NamedTuple):
+    """The track that takes passes, the last normalized kernel and how much it changed, and the best pair so far."""
 
-    def climb(pair: Pair):
-        def one_pass(_, pair):
-            kernel = normalized_with(problem.kernel, op, problem.target, pair)
-            return power_step(kernel, op, power_step(kernel, op, pair))
-
-        pair = lax.fori_loop(0, _START_PASSES, one_pass, pair)
-        return pair, closed_form(problem, functional(pair, op, problem.weights, problem.kernel.shape))
-
-    pairs, candidates = jax.vmap(climb)(survey(problem, op, own).starts)
-    best = jnp.argmin(merit(candidates))
-    return jax.tree.map(lambda leaf: leaf[best], pairs)
-
-
-class _Passes(NamedTuple):
     track: Track
     kernel: Float[Array, "..."]
     change: Float[Array, ""]
+    best: Pair
+    merit: tuple[Array, Array]
     count: Int[Array, ""]
 
 
-def _converged(a: Float[Array, "..."], op: Operator, target, pair: Pair) -> Track:
-    """The track after training steps of a kernel at rest, until the normalized kernel is at rest too."""
+def _settled(problem: Problem, op: Operator, starts: Pair, track: Track) -> Track:
+    """The track of the best start: training steps of the kernel at rest, until the normalized kernel is at rest too.
+
+    Every start takes a few passes, one start after the other, and then the best pair that was seen takes the rest. The
+    loop of `srnc` follows all of them to the end.
+    """
+    a, target = problem.kernel, problem.target
     tolerance = kernel_tolerance(a.dtype)
+    num_starts = len(starts.input)
+    num_first = num_starts * _START_PASSES
 
-    def one_pass(state: _Passes) -> _Passes:
-        track = follow(state.kernel, op, state.track)
-        kernel = normalized_with(a, op, target, track.pair)
+    def one_pass(state: _Search) -> _Search:
+        turn = lax.div(state.count, np.int32(_START_PASSES))
+        given = picked(starts, jnp.minimum(turn, num_starts - 1))
+        is_first = (lax.rem(state.count, np.int32(_START_PASSES)) == 0) & (turn <= num_starts)
+        given = _where(turn < num_starts, given, state.best)
+        pair = _where(is_first, given, state.track.pair)
+        kernel = normalized(a, op, target, pair)
         change = jnp.linalg.norm(kernel - state.kernel) / jnp.linalg.norm(kernel)
-        return _Passes(track, kernel, change, state.count + 1)
+        merit = _merit(problem, kernel)
+        is_better = (merit[0] < state.merit[0]) | ((merit[0] == state.merit[0]) & (merit[1] < state.merit[1]))
+        best = _where(is_better, (pair, merit), (state.best, state.merit))
+        track, _ = follow(kernel, op, Track(pair, state.track.watch), False)
+        return _Search(track, kernel, change, *best, state.count + 1)
 
-    def unfinished(state: _Passes):
-        return (state.change > tolerance) & (state.count < _MAX_PASSES)
+    def unfinished(state: _Search):
+        # The second pass of the best is the first that can be compared with the one before.
+        return (state.count < num_first + 2) | ((state.change > tolerance) & (state.count < num_first + _MAX_PASSES))
 
-    kernel = normalized_with(a, op, target, pair)
-    state = _Passes(start_track(kernel, op, pair, True), kernel, jnp.asarray(jnp.inf, a.dtype), jnp.asarray(0))
-    return lax.while_loop(unfinished, one_pass, state).track
+    infinite = jnp.asarray(jnp.inf, a.dtype)
+    nothing = _Search(track, a, infinite, track.pair, (jnp.asarray(True), infinite), jnp.asarray(0, jnp.int32))
+    return lax.while_loop(unfinished, one_pass, nothing).track
+
+
+def _merit(problem: Problem, kernel: Float[Array, "..."]) -> tuple[Bool[Array, ""], Float[Array, ""]]:
+    """A sort key of normalized kernels, smaller is better: feasible ones by distance, then others by stable rank.
+
+    All feasible kernels have the same `<K, K>_d`, so that their distance decreases in `<K, A>_d`.
+    """
+    squared = problem.inner(kernel, kernel)
+    feasible = squared <= problem.target * (1 + 100 * jnp.finfo(kernel.dtype).eps)
+    return ~feasible, jnp.where(feasible, -problem.inner(kernel, problem.kernel), squared)
+
+
+def _where(condition, a, b):
+    """One tree or the other."""
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), a, b)
 
 
 @functools.partial(program, static_argnums=(5, 6, 7))
@@ -235,22 +255,18 @@ def _srnc_step(kernel, state, op, target, norm, cap, gradient, num_steps):
     fixed, (track, own) = lax.stop_gradient((a, jax.tree.map(functools.partial(_in_precision_of, a), state)))
 
     # The power step comes first, on this kernel: the stored pair is that of the kernel before the optimizer's step.
-    def advance(_, tracks):
-        track, own = tracks
-        return _followed(fixed, op, target, track), None if own is None else follow(fixed, op, own)
-
-    track, own = lax.fori_loop(0, num_steps, advance, (track, own))
+    track, own = _followed(fixed, op, target, SRNCState(track, own), num_steps)
     # Where the norm alone is asked for, the frozen gradient is the true one.
     pair = track.pair if gradient == "frozen" or target is None else moving_pair(a, op, target, track.pair)
     # The solution is proportional to the norm and does not depend on the scale of the kernel.
-    unit_kernel, is_rescaled = normalized_or_rescaled(a, op, target, pair)
+    unit_kernel = normalized(a, op, target, pair)
     unchanged = jnp.asarray(op._tap_counts(kernel.shape) == 0)
     if norm is None or cap:
         own_norm = scale * frozen_value(a, op, (own or track).pair)
         norm = own_norm if norm is None else jnp.minimum(norm, own_norm)
         # The map is the identity here. The product below has the same value, but no derivative at a zero kernel, where
         # both of its factors vanish.
-        unchanged = unchanged | (is_rescaled & (own_norm <= norm))
+        unchanged = unchanged | (is_only_rescaled(a, op, target, pair) & (own_norm <= norm))
     return jnp.where(unchanged, kernel, (norm * unit_kernel).astype(kernel.dtype)), SRNCState(track, own)
 
 
@@ -261,24 +277,25 @@ def _in_precision_of(kernel: Float[Array, "..."], leaf: jax.Array) -> jax.Array:
     return leaf.astype(complex_dtype(kernel.dtype) if jnp.iscomplexobj(leaf) else kernel.dtype)
 
 
-def _followed(a: Float[Array, "..."], op: Operator, target, track: Track) -> Track:
-    """The track after a step on the kernel normalized with its pair."""
-    if target is None or op._normalization_keeps_pairs:
-        # The normalized kernel has the same pairs as the kernel itself.
-        return follow(a, op, track)
+def _followed(a: Float[Array, "..."], op: Operator, target, state: SRNCState, num_steps: int) -> SRNCState:
+    """The state after steps of its tracks: on the kernel normalized with the pair of the first, and on the kernel."""
+    # Without a target, and for matrices, the normalized kernel has the same pairs as the kernel itself.
+    keeps_pairs = target is None or op._normalization_keeps_pairs
 
-    def one_pass(state):
-        count, _, track = state
-        new = follow(normalized_with(a, op, target, track.pair), op, track)
-        return count + 1, has_turned(track.pair, new.pair), new
+    def one_pass(passes):
+        count, _, (track, own) = passes
+        kernel = a if keeps_pairs else normalized(a, op, target, track.pair)
+        track, turned = follow(kernel, op, track, target is None)
+        own = None if own is None else follow(a, op, own, True)[0]
+        return count + 1, turned, SRNCState(track, own)
 
-    def unfinished(state):
+    def unfinished(passes):
         # Where another pair takes over, the kernel normalized with that pair is another one, which no step has seen.
-        count, turned, _ = state
-        return (count == 0) | ((count == 1) & turned)
+        count, turned, _ = passes
+        return (count < num_steps) | (turned & (count < 2))
 
-    new = lax.while_loop(unfinished, one_pass, (jnp.asarray(0), jnp.asarray(False), track))[2]
-    return _without_pair_of_zero(a, new)
+    state = lax.while_loop(unfinished, one_pass, (jnp.asarray(0), jnp.asarray(False), state))[2]
+    return state if keeps_pairs else state._replace(normalized=_without_pair_of_zero(a, state.normalized))
 
 
 def _without_pair_of_zero(a: Float[Array, "..."], track: Track) -> Track:

@@ -1,16 +1,17 @@
-"""The watch of a circular layer: vectors at other frequencies of the torus (defined in `spectra/circular/sites.py`).
+"""The watch of a circular or unbounded layer: pairs that climb elsewhere on the torus (`spectra/circular/sites.py`).
 
-**Climbing** (frequency power iteration) alternates: for fixed vectors it takes the best frequency, and for a fixed
-frequency better vectors. It would not see another frequency with other vectors overtake. So a coarse grid of
-frequencies is watched: one vector at each takes a power step of its own each time. The grid is cut into parts, and the
-best watched vector of each part climbs along with the pair of the track. `spectra/circular/climbing.py` climbs from a
-cold start, and looks only at frequencies around; here the whole half grid is looked at, in two rounds from a warm
-start.
+A step of a pair is a power step, and between its two products the frequency moves to the best one for the vectors. For
+fixed vectors `u` and `v` the symbol is a scalar filter `u^H S(w) v = sum_t exp(-i <w, t>) u^H C_t v` with one term for
+each tap, so that many frequencies are compared at the price of the product that the power step takes anyway, whatever
+the size of the image. The frequencies that are compared lie around the pair, from far away to the nearest.
+
+Such a step would not see another frequency with other vectors overtake. So the half grid is cut into **cells**, with a
+**climber** in each: a pair of every group that takes the same steps, and does not leave its cell. The best of them, if
+it is better than the pair of the track, takes its place. `spectra/circular/climbing.py` climbs from a cold start.
 """
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 from typing import NamedTuple
@@ -19,171 +20,144 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Complex, Float, Inexact, Int
+from jaxtyping import Array, Complex, Float, Int
 
-from jaxsrn._tools.linalg import einsum, real_times, unit
-from jaxsrn._tools.subspaces import extended, fixed_start, rayleigh_ritz
-from jaxsrn.operators.convolutions import CircularConv
+from jaxsrn._tools.indexing import picked
+from jaxsrn._tools.linalg import einsum, real_times
+from jaxsrn._tools.subspaces import fixed_start
+from jaxsrn.operators.convolutions import CircularConv, UnboundedConv
+from jaxsrn.spectra.circular.angles import angles_of, waves
 from jaxsrn.spectra.circular.boxes import degrees
-from jaxsrn.spectra.circular.fourier import axis_exponents, axis_waves, complex_dtype, polynomial, site_shape
-from jaxsrn.spectra.circular.sites import Site, half_grid
+from jaxsrn.spectra.circular.fourier import complex_dtype, polynomial, site_shape
+from jaxsrn.spectra.circular.sites import Site, half_grid, on_grid
 from jaxsrn.spectra.singular_pair import Pair
 
-__all__ = ["begin", "follow", "watch_shape"]
+__all__ = ["begin", "follow", "watch_shapes"]
 
-# Rounds of "best frequency, better vectors" in a training step, and power steps in each round. More follow a faster
-# kernel, and each round costs its products for every climber.
-_CLIMBS = 2
-_KRYLOV_STEPS = 2
-# Watched frequencies per axis: all those of a grid of up to 16, otherwise so many per degree of the symbol. Between
-# them the symbol can be larger by 1 / cos(pi / 12), 3.5%, per axis (`grid_certificate.py`), which climbing makes up
-# for.
-_WATCH_ALL = 16
-_WATCHED_PER_DEGREE = 6
-# Parts of the watched grid, each of which sends its best: more miss fewer peaks, at the cost of a climb each.
-_NUM_CLIMBERS = 8
-# Power steps from a random start until the watched vectors are near the leading ones; they need not be exact.
-_COLD_STEPS = 30
+# Cells per degree of the symbol in a full turn of an axis: more miss fewer peaks, at the cost of a climber each. Where
+# the stable rank is lowered, the leading value stands out among the others, and few are enough. Otherwise others may be
+# close to it all over the torus. The last number is the most of them.
+_CELLS_PER_DEGREE, _CELLS_IF_CLOSE, _MOST_CELLS = 2, 8, 16
 
 
-class _Climbers(NamedTuple):
-    """Pairs of vectors that climb, each with its group."""
+class Climbers(NamedTuple):
+    """A pair of every group in each cell: the index of its frequency, and its output."""
 
-    group: Int[Array, " k"]
-    input: Complex[Array, "k rows"]
-    output: Complex[Array, "k columns"]
-
-
-def watch_shape(op: CircularConv, kernel_shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape of the watch: a unit output of the symbol at every watched frequency of every group (static)."""
-    watched = math.prod(_watched_half(op, kernel_shape)[0])
-    return watched, op.feature_group_count, site_shape(op, kernel_shape)[1]
+    index: Int[Array, "cells groups axes"]
+    output: Complex[Array, "cells groups columns"]
 
 
-def begin(kernel: Float[Array, "..."], op: CircularConv, pair: Pair) -> Complex[Array, "..."]:
-    """Outputs near the leading ones at every watched frequency; the leading pair takes no part."""
-    coefficients, exponents = polynomial(kernel, op)
-    waves = _watched_waves(op, kernel.shape, exponents, coefficients.dtype)
-    start = fixed_start(watch_shape(op, kernel.shape), coefficients.dtype)
-    step = functools.partial(_watch_step, coefficients, waves)
-    return lax.fori_loop(0, _COLD_STEPS, lambda _, outputs: step(outputs)[1], _unit_rows(start.astype(waves.dtype)))
+def watch_shapes(op: CircularConv | UnboundedConv, kernel_shape: tuple[int, ...], is_close: bool) -> Climbers:
+    """The shapes of the climbers' arrays, in their places (static)."""
+    layer = on_grid(op, kernel_shape)
+    first = len(_cells(layer, kernel_shape, is_close)), layer.feature_group_count
+    return Climbers((*first, layer.num_axes), (*first, site_shape(layer, kernel_shape)[1]))
 
 
-def follow(kernel: Float[Array, "..."], op: CircularConv, pair: Pair, watch: Complex[Array, "..."]):
-    """The best pair that the track's own and the best watched ones climb to: `(pair, watch)`, a step further."""
-    coefficients, exponents = polynomial(kernel, op)
-    waves = _watched_waves(op, kernel.shape, exponents, coefficients.dtype)
-    inputs, watch = _watch_step(coefficients, waves, watch)
-    best = _best_watched(inputs, watch)
-    incumbent = _Climbers(pair.site.group, pair.input, pair.output)
-    # The track's own pair goes first: argmax takes the first of equal values, so nothing moves without need.
-    climbers = jax.tree.map(lambda one, many: jnp.concatenate([one[None], many.astype(one.dtype)]), incumbent, best)
-    for _ in range(_CLIMBS):
-        sites, values, climbers = _climb_once(coefficients, op, kernel.shape, climbers)
-    winner = jnp.argmax(values)
-    sides = (_unit_rows(vectors)[winner] for vectors in (climbers.input, climbers.output))
-    site = jax.tree.map(lambda leaf, old: leaf[winner].astype(old.dtype), sites, pair.site)
-    return Pair(site, *sides), watch
+def begin(kernel: Float[Array, "..."], op: CircularConv | UnboundedConv, is_close: bool) -> Climbers:
+    """Climbers in the middle of their cells, with vectors that know nothing of the kernel."""
+    index, outputs = watch_shapes(op, kernel.shape, is_close)
+    cells = _cells(on_grid(op, kernel.shape), kernel.shape, is_close)
+    middles = np.sum(cells, axis=-1, dtype=np.int32) // 2
+    vectors = fixed_start(outputs, kernel.dtype).astype(complex_dtype(kernel.dtype))
+    return Climbers(jnp.broadcast_to(jnp.asarray(middles)[:, None], index), vectors)
 
 
-def _unit_rows(vectors: Inexact[Array, "... n"]) -> Inexact[Array, "... n"]:
-    """Every vector along the last axis with norm 1, and the first basis vector in place of zero."""
-    flat = jax.vmap(unit)(vectors.reshape((-1, vectors.shape[-1])))
-    return flat.reshape(vectors.shape)
+def follow(kernel: Float[Array, "..."], op: CircularConv | UnboundedConv, pair: Pair, watch: Climbers, is_close: bool):
+    """A step of the pair and of the climbers; the best of them is the new pair.
 
-
-# The watched frequencies
-
-
-def _watched_half(op: CircularConv, kernel_shape) -> tuple[tuple[int, ...], list[int]]:
-    """Watched frequencies per axis, with half of the last as the kernel is real, and how many make a full turn."""
-    enough = [max(_WATCH_ALL, _WATCHED_PER_DEGREE * d) if d else 1 for d in degrees(op, kernel_shape)]
-    counts = [min(n, m) for n, m in zip(op.grid, enough, strict=True)]
-    return (*counts[:-1], counts[-1] // 2 + 1), counts
-
-
-def _watched_waves(op: CircularConv, kernel_shape, exponents: np.ndarray, dtype) -> Complex[Array, "points terms"]:
-    """`exp(-i <w, t>)` at the watched frequencies."""
-    half, counts = _watched_half(op, kernel_shape)
-    turns = np.array(list(itertools.product(*map(np.arange, half)))) / counts
-    return jnp.asarray(np.exp(-2j * np.pi * (turns @ exponents.T)), complex_dtype(dtype))
-
-
-def _watch_step(coefficients, waves, outputs):
-    """A power step at every watched frequency, `(S v, S^H S v / |S^H S v|)`, without forming the symbols."""
-    inputs = einsum("pt,pgtr->pgr", waves, real_times("gtrc,pgc->pgtr", coefficients, outputs))
-    back = einsum("pt,pgtc->pgc", waves.conj(), real_times("gtrc,pgr->pgtc", coefficients, inputs))
-    return inputs, _unit_rows(back)
-
-
-def _best_watched(inputs, outputs) -> _Climbers:
-    """The best watched pair of each part of the grid; parts are contiguous, as neighbours climb to the same peak."""
-    values = jnp.linalg.norm(inputs, axis=-1).reshape(-1)
-    num_parts = min(_NUM_CLIMBERS, values.size)
-    size = -(-values.size // num_parts)
-    padded = jnp.pad(values, (0, num_parts * size - values.size), constant_values=-1.0).reshape((num_parts, size))
-    chosen = jnp.argmax(padded, axis=-1) + size * jnp.arange(num_parts)
-    # A part that holds nothing but padding repeats the last frequency.
-    chosen = jnp.minimum(chosen, values.size - 1)
-    groups = outputs.shape[1]
-    flat = (_unit_rows(vectors).reshape((-1, vectors.shape[-1]))[chosen] for vectors in (inputs, outputs))
-    return _Climbers(chosen % groups, *flat)
-
-
-# Climbing
-
-
-def _climb_once(coefficients, op: CircularConv, kernel_shape, climbers: _Climbers):
-    """The best frequency of the half grid for each pair, and better vectors there: `(sites, values, climbers)`."""
-    group, inputs, outputs = climbers
-    # With one group all climbers share the coefficients, and no copies are made.
-    own, k = (coefficients[0], "") if len(coefficients) == 1 else (coefficients[group], "k")
-    reached = real_times(f"{k}trc,kc->ktr", own, outputs)
-    index, waves = _best_frequency(op, kernel_shape, einsum("kr,ktr->kt", inputs.conj(), reached))
-
-    def matvec(outputs):
-        return einsum("kt,ktr->kr", waves, real_times(f"{k}trc,kc->ktr", own, outputs))
-
-    def rmatvec(inputs):
-        return einsum("kt,ktc->kc", waves.conj(), real_times(f"{k}trc,kr->ktc", own, inputs))
-
-    outputs, inputs = _krylov_step(matvec, rmatvec, outputs)
-    values = jnp.linalg.norm(matvec(outputs), axis=-1)
-    return Site(jnp.stack(index, axis=-1), group), values, _Climbers(group, inputs, outputs)
-
-
-def _krylov_step(matvec, rmatvec, start: Inexact[Array, "k n"]):
-    """The best pairs in the spaces of `v` and its power steps, for `k` maps side by side in the rows.
-
-    In a cluster of singular values they are closer than the last power step alone. Returns the vectors that `matvec`
-    takes, and those that it gives.
+    Returns:
+      `(pair, watch, turned)`: whether a climber has taken the place of the pair.
     """
-    basis, images = _unit_rows(start)[:, None], []
-    for _ in range(_KRYLOV_STEPS):
-        images.append(matvec(basis[:, -1]))
-        basis = jax.vmap(extended)(basis, rmatvec(images[-1]))
-    images = jnp.stack([*images, matvec(basis[:, -1])], axis=1)
-    # The weights y of the largest |T V y| over unit y.
-    weights = rayleigh_ritz(einsum("kim,kjm->kij", images.conj(), images))[1][..., 0, :]
-    return tuple(_unit_rows(einsum("kj,kjn->kn", weights, vectors)) for vectors in (basis, images))
+    layer = on_grid(op, kernel.shape)
+    groups, samples = layer.feature_group_count, jnp.asarray(layer.grid, jnp.int32)
+    coefficients, exponents = polynomial(kernel, layer)
+    # The pair is the first row, in every group.
+    rows = jax.tree.map(
+        lambda one, many: jnp.concatenate([jnp.broadcast_to(one, (1, *many.shape[1:])), many]),
+        Climbers(pair.site.index, pair.output),
+        watch,
+    )
+    factors = waves(angles_of(layer.grid, kernel.dtype), 2 * rows.index, exponents)
+    reached = real_times("gtrc,kgc->kgtr", coefficients, rows.output)
+    inputs = _units(einsum("kgt,kgtr->kgr", factors, reached))[1]
+    filters = factors * einsum("kgr,kgtr->kgt", inputs.conj(), reached)
+    steps, turns = _best_steps(layer, kernel.shape, exponents, rows.index, filters, is_close)
+    returned = real_times("gtrc,kgr->kgtc", coefficients, inputs)
+    values, outputs = _units(einsum("kgt,kgtc->kgc", (factors * turns).conj(), returned))
+    # The first of equal values wins, so that nothing moves without need.
+    winner = lax.argmax(_preferring_first(values, 0).reshape(-1), 0, jnp.int32)
+    rows = rows.index + steps, inputs, outputs
+    index, *sides = picked([leaf.reshape((-1, leaf.shape[-1])) for leaf in rows], winner)
+    group = jnp.zeros_like(winner) if groups == 1 else lax.rem(winner, np.int32(groups))
+    new = Pair(Site(lax.rem(index + samples, samples), group), *sides)
+    return new, Climbers(rows[0][1:], outputs[1:]), winner != pair.site.group
 
 
-def _best_frequency(op: CircularConv, kernel_shape, filters: Complex[Array, "k terms"]):
-    """Where on the half grid each scalar filter is largest: the indices of the frequency, and the waves there."""
-    rows = _term_rows(op, kernel_shape, filters.dtype)
-    values = filters.reshape((len(filters), *(row.shape[1] for row in rows)))
-    for row in rows:
-        # Each contraction takes the foremost axis of terms and puts the axis of its frequencies last.
-        values = jnp.tensordot(values, row, axes=((1,), (1,)), precision=lax.Precision.HIGHEST)
-    half = half_grid(op)
-    index = jnp.unravel_index(jnp.argmax(jnp.abs(values).reshape((len(filters), -1)), axis=-1), half)
-    waves = jnp.ones((len(filters), 1), filters.dtype)
-    for row, i in zip(rows, index, strict=True):
-        waves = (waves[:, :, None] * row[i][:, None, :]).reshape((len(filters), -1))
-    return index, waves
+def _units(vectors: Complex[Array, "... n"]) -> tuple[Float[Array, "..."], Complex[Array, "... n"]]:
+    """The norms of the vectors, and their directions; a vector without structure takes the place of zero."""
+    places = (1,) * (vectors.ndim - 1) + (-1,)
+    # Far below rounding, and its square is a normal number.
+    spare = 1e3 * math.sqrt(jnp.finfo(vectors.dtype).tiny) * np.cos(np.arange(vectors.shape[-1]) ** 2)
+    vectors = vectors + jnp.asarray(spare.reshape(places), vectors.dtype)
+    norms = jnp.sqrt(jnp.sum(vectors.real**2 + vectors.imag**2, axis=-1))
+    return norms, vectors / norms[..., None].astype(vectors.dtype)
 
 
-def _term_rows(op: CircularConv, kernel_shape, dtype) -> list[Complex[Array, "points terms"]]:
-    """The waves `exp(-i w t)` on the half grid, axis by axis, for the exponents of `polynomial`."""
-    axes = zip(op.grid, half_grid(op), axis_exponents(op, kernel_shape), strict=True)
-    return [jnp.asarray(axis_waves(n, exponents)[:m], dtype) for n, m, exponents in axes]
+def _preferring_first(values: Float[Array, "..."], axis: int) -> Float[Array, "..."]:
+    """The values, the first along an axis raised by what rounding may hide."""
+    shape = [1] * values.ndim
+    shape[axis] = -1
+    factors = 1 + 4 * float(jnp.finfo(values.dtype).eps) * (np.arange(values.shape[axis]) == 0)
+    return values * jnp.asarray(factors.reshape(shape), values.dtype)
+
+
+# Frequencies
+
+
+def _cells(layer: CircularConv, kernel_shape, is_close: bool) -> np.ndarray:
+    """The first and the last index of every cell on each axis, `(cells, axes, 2)` (static)."""
+    ranges = []
+    for n, indices, degree in zip(layer.grid, half_grid(layer), degrees(layer, kernel_shape), strict=True):
+        per_turn = min(_MOST_CELLS, (_CELLS_IF_CLOSE if is_close else _CELLS_PER_DEGREE) * degree)
+        # The last axis has half of the indices, and of the cells.
+        count = min(indices, max(1, per_turn * indices // n))
+        edges = np.arange(count + 1) * indices // count
+        ranges.append(np.stack([edges[:-1], edges[1:] - 1], axis=-1))
+    return np.array(list(itertools.product(*ranges)), np.int32)
+
+
+def _offsets(layer: CircularConv, kernel_shape, dtype) -> np.ndarray:
+    """The frequencies around one that are compared with it, itself first, as differences of indices (static).
+
+    They are its neighbours at strides that halve from an eighth of a turn, down to single indices or to where rounding
+    hides the differences.
+    """
+    finest = math.sqrt(jnp.finfo(dtype).eps) / 8
+    strides, share = {(0,) * layer.num_axes}, 0.125
+    while share >= finest:
+        strides.add(tuple(math.ceil(share * n) for n in layer.grid))
+        share /= 2
+    free = [(-1, 0, 1) if degree else (0,) for degree in degrees(layer, kernel_shape)]
+    steps = {tuple(np.multiply(stride, side)) for stride in strides for side in itertools.product(*free)}
+    return np.array(sorted(steps, key=any), np.int32)
+
+
+def _best_steps(layer: CircularConv, kernel_shape, exponents: np.ndarray, index, filters, is_close: bool):
+    """From each row's frequency to the best in its cell: differences of indices, and factors of `exp(-i <w, t>)`."""
+    offsets = _offsets(layer, kernel_shape, filters.real.dtype)
+    turns = jnp.asarray(np.exp(-2j * np.pi * (offsets / layer.grid) @ exponents.T), filters.dtype)
+    values = _preferring_first(jnp.abs(einsum("kgt,nt->kgn", filters, turns)), 2)
+    allowed = _in_cells(layer, kernel_shape, index, offsets, is_close)
+    return picked((jnp.asarray(offsets), turns), lax.argmax(jnp.where(allowed, values, 0), 2, jnp.int32))
+
+
+def _in_cells(layer: CircularConv, kernel_shape, index, offsets: np.ndarray, is_close: bool):
+    """Which offsets lead to a frequency in the row's cell; the first row is free."""
+    cells = _cells(layer, kernel_shape, is_close)
+    free = np.broadcast_to(np.array([-1, 2], np.int32) * np.max(layer.grid), (1, *cells.shape[1:]))
+    cells = np.concatenate([free, cells]).astype(np.int32)[:, None, None]
+    middles = np.sum(cells, axis=-1, dtype=np.int32)
+    doubled = 2 * (index[:, :, None] + jnp.asarray(offsets)[None, None])
+    outside = jnp.abs(doubled - jnp.asarray(middles)) > jnp.asarray(np.ptp(cells, axis=-1))
+    return ~jnp.any(outside, axis=-1)

@@ -38,7 +38,9 @@ def phases(angles: Angles, doubled: Int[Array, "... axes"], exponents: np.ndarra
     steps = doubled.astype(whole.dtype)
     shape = (1,) * (doubled.ndim - 1) + whole.shape
     units = steps * whole.reshape(shape)
-    units = units + jnp.round(steps.astype(rest.dtype) * rest.reshape(shape)).astype(whole.dtype)
+    # A static grid of a power of two has no rest.
+    if not isinstance(angles.rest, np.ndarray) or np.any(angles.rest):
+        units = units + jnp.round(steps.astype(rest.dtype) * rest.reshape(shape)).astype(whole.dtype)
     turns = lax.dot_general(units, jnp.asarray(exponents, whole.dtype), (((doubled.ndim - 1,), (1,)), ((), ())))
     return turns.astype(rest.dtype) * (2 * math.pi * 2.0 ** -jnp.finfo(rest.dtype).bits)
 

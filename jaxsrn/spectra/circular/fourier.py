@@ -21,7 +21,7 @@ from jaxsrn._tools.indexing import picked
 from jaxsrn._tools.linalg import einsum
 from jaxsrn.operators.convolutions import CircularConv, ZeroPaddedConv
 from jaxsrn.spectra.circular.angles import angles_of, waves
-from jaxsrn.spectra.circular.sites import Site, half_grid
+from jaxsrn.spectra.circular.sites import ShiftedSite, Site, half_grid
 
 __all__ = [
     "FREQUENCY_AXES",
@@ -159,13 +159,17 @@ def site_shape(op: CircularConv, kernel_shape) -> tuple[int, int]:
     return math.prod(op.strides) * kernel_shape[-2], kernel_shape[-1] // op.feature_group_count
 
 
-def site_waves(op: CircularConv, kernel_shape, site: Site, dtype) -> Complex[Array, "... terms"]:
+def site_waves(op: CircularConv, kernel_shape, site: Site | ShiftedSite, dtype) -> Complex[Array, "... terms"]:
     """`exp(-i <w, t>)` of every term of `polynomial` at the frequency of a site, or of several."""
     terms = np.array(list(itertools.product(*axis_exponents(op, kernel_shape))))
-    return waves(angles_of(op.grid, dtype), 2 * site.index, terms)
+    factors = waves(angles_of(op.grid, dtype), 2 * site.index, terms)
+    if not isinstance(site, ShiftedSite):
+        return factors
+    turned = einsum("j,tj->t", site.shift, jnp.asarray(terms, dtype))
+    return factors * lax.complex(jnp.cos(turned), -jnp.sin(turned))
 
 
-def site_symbol(kernel: Float[Array, "..."], op: CircularConv, site: Site) -> Complex[Array, "in out"]:
+def site_symbol(kernel: Float[Array, "..."], op: CircularConv, site: Site | ShiftedSite) -> Complex[Array, "in out"]:
     """The symbol at one site, `(phases * c_in // groups, c_out // groups)`."""
     coefficients = polynomial(kernel, op)[0]
     own = coefficients[0] if len(coefficients) == 1 else picked(coefficients, site.group)

@@ -15,11 +15,12 @@ import math
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
 from jaxsrn.operators.convolutions import CircularConv, UnboundedConv
 
 __all__ = [
+    "ShiftedSite",
     "Site",
     "among",
     "distinct_sites",
@@ -47,6 +48,14 @@ class Site(NamedTuple):
 
     index: Int[Array, "... axes"]
     group: Int[Array, "..."]
+
+
+class ShiftedSite(NamedTuple):
+    """A site whose frequency has radians added to it, for derivatives in the frequency."""
+
+    index: Int[Array, " axes"]
+    group: Int[Array, ""]
+    shift: Float[Array, " axes"]
 
 
 def on_grid(op: CircularConv | UnboundedConv, kernel_shape: tuple[int, ...]) -> CircularConv:

@@ -14,11 +14,10 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Complex, Float
 
-from jaxsrn._tools.linalg import einsum
 from jaxsrn.operators.convolutions import CircularConv
 from jaxsrn.spectra.circular.angles import angles_of, phases
 from jaxsrn.spectra.circular.fourier import polynomial, site_waves
-from jaxsrn.spectra.circular.sites import Site, half_grid
+from jaxsrn.spectra.circular.sites import ShiftedSite, Site, half_grid
 
 __all__ = [
     "site_gradient",
@@ -27,14 +26,16 @@ __all__ = [
 ]
 
 
-def site_gradient(op: CircularConv, kernel_shape, site: Site, u: Complex[Array, " in"], v: Complex[Array, " out"]):
+def site_gradient(
+    op: CircularConv, kernel_shape, site: Site | ShiftedSite, u: Complex[Array, " in"], v: Complex[Array, " out"]
+):
     """`grad_K Re(u^H S_K(w) v)` of a unit pair `(u, v)` at a site, of shape `kernel_shape`."""
     groups, dtype = op.feature_group_count, u.real.dtype
-    factors = site_waves(op, kernel_shape, site, dtype)
-    turned = factors[:, None] * v[None]
-    terms = einsum("zi,zto->tio", jnp.stack([u.real, u.imag]), jnp.stack([turned.real, turned.imag]))
-    in_group = jnp.ones(1, dtype) if groups == 1 else (jnp.arange(groups, dtype=jnp.int32) == site.group).astype(dtype)
-    terms = in_group[:, None, None, None] * terms[None]
+    turned = site_waves(op, kernel_shape, site, dtype)[:, None] * v[None]
+    terms = (u.conj()[None, :, None] * turned[:, None]).real[None]
+    if groups > 1:
+        in_group = (jnp.arange(groups, dtype=jnp.int32) == site.group).astype(dtype)
+        terms = in_group[:, None, None, None] * terms
     transpose = jax.linear_transpose(
         lambda kernel: polynomial(kernel, op)[0], jax.ShapeDtypeStruct(kernel_shape, dtype)
     )
