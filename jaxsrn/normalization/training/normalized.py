@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import functools
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from jaxsrn._tools.linalg import safe_sqrt
+from jaxsrn._tools.programs import program
 from jaxsrn.normalization.closed_form import functional
 from jaxsrn.operators.base import Operator
 from jaxsrn.spectra.pairs_by_kind import value_gradient
@@ -24,7 +24,7 @@ __all__ = ["is_only_rescaled", "normalized"]
 
 
 # Compiled as subroutines, as a training step takes them more than once.
-@functools.partial(jax.jit, static_argnums=1)
+@functools.partial(program, static_argnums=1)
 def normalized(a: Float[Array, "..."], op: Operator, target, pair: Pair) -> Float[Array, "..."]:
     """The closed form for one pair, with norm 1; with no target the kernel rescaled."""
     if target is None:
