@@ -74,8 +74,8 @@ def on_grid(op: CircularConv | UnboundedConv, kernel_shape: tuple[int, ...]) -> 
 
 def among(site: Site, coarse: CircularConv, fine: CircularConv) -> Site:
     """A site of a coarse grid as that of a fine one, which has a multiple of its angles on each axis."""
-    finer = np.array(fine.grid) // np.array(coarse.grid)
-    return site._replace(index=site.index * finer.astype(np.int32))
+    finer = (np.array(fine.grid) // np.array(coarse.grid)).astype(np.int32)
+    return site._replace(index=site.index * finer.reshape((1,) * (site.index.ndim - 1) + finer.shape))
 
 
 def half_grid(op: CircularConv) -> tuple[int, ...]:
