@@ -31,17 +31,17 @@ _EXPANDED = 2
 _SAME_OVERLAP = 0.9
 
 
-def watch_shapes(op: Operator, kernel_shape: tuple[int, ...], is_close: bool) -> tuple[int, ...]:
+def watch_shapes(op: Operator, kernel_shape: tuple[int, ...]) -> tuple[int, ...]:
     """The shape of the watch, the inputs of the runners-up (static)."""
     return (_RUNNERS_UP, *op.in_shape(kernel_shape))
 
 
-def begin(kernel: Float[Array, "..."], op: Operator, is_close: bool) -> Float[Array, "..."]:
+def begin(kernel: Float[Array, "..."], op: Operator) -> Float[Array, "..."]:
     """Runners-up that know nothing of the kernel."""
-    return fixed_start(watch_shapes(op, kernel.shape, is_close), kernel.dtype)
+    return fixed_start(watch_shapes(op, kernel.shape), kernel.dtype)
 
 
-def follow(kernel: Float[Array, "..."], op: Operator, pair: Pair, watch: Float[Array, "..."], is_close: bool):
+def follow(kernel: Float[Array, "..."], op: Operator, pair: Pair, watch: Float[Array, "..."]):
     """The best pairs in the space of the leading inputs and power steps of the first two of them.
 
     Returns:

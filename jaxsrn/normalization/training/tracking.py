@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Inexact
 
@@ -46,13 +47,20 @@ def _watched(op: Operator):
 
 
 def start_track(kernel: Float[Array, "..."], op: Operator, pair: Pair, is_close: bool) -> Track:
-    """The track of a pair, with a watch that knows nothing of the kernel yet."""
-    return Track(pair, _watched(op).begin(kernel, op, is_close) if _has_watch(op, is_close) else None)
+    """The track of a pair, with a watch that knows nothing of the kernel yet, except that a NaN reaches it."""
+    if not _has_watch(op, is_close):
+        return Track(pair, None)
+    nothing = 0.0 * jnp.sum(kernel)
+
+    def reached(leaf):
+        return leaf + nothing.astype(leaf.dtype) if jnp.issubdtype(leaf.dtype, jnp.inexact) else leaf
+
+    return Track(pair, jax.tree.map(reached, _watched(op).begin(kernel, op)))
 
 
 def track_shapes(op: Operator, kernel_shape: tuple[int, ...], is_close: bool) -> Track:
     """A track with the shapes of its arrays in their places (static)."""
-    watch = _watched(op).watch_shapes(op, kernel_shape, is_close) if _has_watch(op, is_close) else None
+    watch = _watched(op).watch_shapes(op, kernel_shape) if _has_watch(op, is_close) else None
     return Track(pair_shapes(op, kernel_shape), watch)
 
 
@@ -63,7 +71,7 @@ def follow(kernel: Float[Array, "..."], op: Operator, track: Track, is_close: bo
     """
     if track.watch is None:
         return Track(power_step(kernel, op, track.pair), None), jnp.asarray(False)
-    pair, watch, turned = _watched(op).follow(kernel, op, *track, is_close)
+    pair, watch, turned = _watched(op).follow(kernel, op, *track)
     return Track(pair, watch), turned
 
 
