@@ -13,6 +13,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from hypothesis import strategies as st
 
 from jaxsrn import CircularConv, Dense, ZeroPaddedConv
 
@@ -289,3 +290,18 @@ def spectral_kinds(count: int, taps: tuple[int, ...], channels: int) -> dict[str
     near = delta + 1e-3 * rng.standard_normal(shape)
     gauss = rng.standard_normal(shape)
     return {"gaussian": gauss, "delta": delta, "two taps": two_taps, "smooth": smooth, "signs": signs, "near": near}
+
+
+def one_dimensional_geometries(lowest_pad: int, highest_pad: int):
+    """A strategy for the arguments of `one_dimensional`."""
+    sizes = (st.integers(1, 6), st.integers(1, 5), *3 * [st.integers(1, 3)])
+    return st.tuples(*sizes, st.tuples(*2 * [st.integers(lowest_pad, highest_pad)]))
+
+
+def one_dimensional(n: int, taps: int, stride: int, input_dilation: int, kernel_dilation: int, pads: tuple[int, int]):
+    """`(op, kernel shape, whether it has an output)` of a zero-padded layer of one axis and one channel."""
+    op = ZeroPaddedConv(
+        (n,), padding=(pads,), strides=stride, input_dilation=input_dilation, kernel_dilation=kernel_dilation
+    )
+    has_output = (n - 1) * input_dilation + 1 + sum(pads) >= (taps - 1) * kernel_dilation + 1
+    return op, (taps, 1, 1), has_output

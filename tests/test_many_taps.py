@@ -9,9 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import CASES, by_name, gaussian, kernel, quick_jit
+from cases import CASES, by_name, gaussian, kernel, one_dimensional_geometries, quick_jit
 from hypothesis import given, settings
-from hypothesis import strategies as st
 from jax import lax
 
 import jaxsrn.operators.convolutions
@@ -72,21 +71,12 @@ def test_products_by_fft_equal_the_definition(case):
 
 
 @settings(derandomize=True, deadline=None, max_examples=12)
-@given(
-    n=st.integers(1, 6),
-    taps=st.integers(1, 5),
-    stride=st.integers(1, 3),
-    input_dilation=st.integers(1, 3),
-    kernel_dilation=st.integers(1, 3),
-    pads=st.tuples(st.integers(-3, 9), st.integers(-3, 9)),
-)
-def test_any_one_dimensional_geometry(n, taps, stride, input_dilation, kernel_dilation, pads):
-    op = ZeroPaddedConv(
-        (n,), padding=(pads,), strides=stride, input_dilation=input_dilation, kernel_dilation=kernel_dilation
-    )
-    if (n - 1) * input_dilation + 1 + sum(pads) < (taps - 1) * kernel_dilation + 1:
+@given(geometry=one_dimensional_geometries(-3, 9))
+def test_any_one_dimensional_geometry(geometry):
+    op, shape, has_output = cases.one_dimensional(*geometry)
+    if not has_output:
         return
-    weights, basis = gaussian((taps, 1, 1)), np.eye(n)[..., None]
+    weights, basis = gaussian(shape), np.eye(*op.input_shape)[..., None]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jaxsrn.operators.convolutions, "is_cheaper_by_fft", lambda *_: True)
         columns = quick_jit(functools.partial(op.apply, precision=HIGHEST))(jnp.asarray(weights), jnp.asarray(basis))

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import CASES, by_name, gaussian, is_aliased, kernel, quick_jit
+from cases import CASES, by_name, gaussian, is_aliased, kernel, one_dimensional_geometries, quick_jit
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -220,20 +220,10 @@ def dense_and_wrapped(kernel, op):
 
 
 @settings(derandomize=True, deadline=None, max_examples=20)
-@given(
-    n=st.integers(1, 6),
-    taps=st.integers(1, 5),
-    stride=st.integers(1, 3),
-    input_dilation=st.integers(1, 3),
-    kernel_dilation=st.integers(1, 3),
-    pads=st.tuples(st.integers(-2, 5), st.integers(-2, 5)),
-)
-def test_any_one_dimensional_geometry(n, taps, stride, input_dilation, kernel_dilation, pads):
-    op = ZeroPaddedConv(
-        (n,), padding=(pads,), strides=stride, input_dilation=input_dilation, kernel_dilation=kernel_dilation
-    )
-    shape = (taps, 1, 1)
-    if (n - 1) * input_dilation + 1 + sum(pads) < (taps - 1) * kernel_dilation + 1:
+@given(geometry=one_dimensional_geometries(-2, 5))
+def test_any_one_dimensional_geometry(geometry):
+    op, shape, has_output = cases.one_dimensional(*geometry)
+    if not has_output:
         with pytest.raises(ValueError, match="leave no output"):
             op._check_kernel_shape(shape)
         return
