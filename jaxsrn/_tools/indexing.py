@@ -1,11 +1,15 @@
-"""Indexing with indices that are known to be valid: without the code for negative ones, which takes 12 operations."""
+"""Indexing and choosing in trees of arrays.
+
+Indices are known to be valid, so that the code for negative ones, which takes 12 operations, is left out.
+"""
 
 from __future__ import annotations
 
 import jax
-from jaxtyping import Array, Int
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int
 
-__all__ = ["picked", "put"]
+__all__ = ["chosen", "picked", "put"]
 
 _VALID = {"mode": "promise_in_bounds", "wrap_negative_indices": False}
 
@@ -13,6 +17,11 @@ _VALID = {"mode": "promise_in_bounds", "wrap_negative_indices": False}
 def picked(tree, index: Int[Array, "..."]):
     """`leaf[index]` of every array of a tree, for one index or an array of them."""
     return jax.tree.map(lambda leaf: leaf.at[index].get(**_VALID), tree)
+
+
+def chosen(condition: Bool[Array, ""], a, b):
+    """The tree `a` where the condition holds, else the tree `b`."""
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), a, b)
 
 
 def put(array, index: Int[Array, " n"], rows):

@@ -7,7 +7,6 @@ factor between the frequencies of a coarse grid is the cosine of `grid_certifica
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 
@@ -20,7 +19,7 @@ from jaxsrn._tools.programs import program
 from jaxsrn.bounds.covers import NormInterval, covers, widened
 from jaxsrn.operators.base import Dense, Operator
 from jaxsrn.operators.convolutions import CircularConv, UnboundedConv
-from jaxsrn.spectra.circular.boxes import degrees, overshoot, with_angles
+from jaxsrn.spectra.circular.boxes import on_coarse_grid, overshoot
 from jaxsrn.spectra.circular.fourier import half_symbol
 from jaxsrn.spectra.circular.sites import on_grid
 from jaxsrn.spectra.singular_pair import rescaled
@@ -69,11 +68,7 @@ def _gram_iteration(kernel, op, num_steps, oversampling):
 
 def _squared_symbol(kernel: Float[Array, "..."], op: CircularConv | UnboundedConv, num_steps: int, oversampling: int):
     """The bound on the layer's own grid, or on a coarse grid for all frequencies where that one is smaller."""
-    op = on_grid(op, kernel.shape)
-    # Without a stride the dilation only repeats the spectrum.
-    dilation = tuple(1 if s == 1 else e for s, e in zip(op.strides, op.kernel_dilation, strict=True))
-    once = dataclasses.replace(op, kernel_dilation=dilation)
-    coarse = with_angles(once, kernel.shape, [oversampling * d for d in degrees(once, kernel.shape)])
-    if math.prod(coarse.grid) >= math.prod(op.grid):
-        return gram_bound(half_symbol(kernel, op), num_steps)
+    own, coarse = on_grid(op, kernel.shape), on_coarse_grid(op, kernel.shape, oversampling)
+    if math.prod(coarse.grid) >= math.prod(own.grid):
+        return gram_bound(half_symbol(kernel, own), num_steps)
     return gram_bound(half_symbol(kernel, coarse), num_steps) * overshoot(coarse, kernel.shape)

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxsrn._tools.indexing import picked
+from jaxsrn._tools.indexing import chosen, picked
 from jaxsrn._tools.linalg import matmul, safe_sqrt
 from jaxsrn._tools.tolerances import vector_tolerance
 from jaxsrn.normalization.closed_form import Candidate, Problem, closed_form, functional, merit
@@ -116,7 +116,7 @@ def _ascend(problem: Problem, op: Operator, start: Pair, max_steps: int | Int[Ar
         finished = (change <= tolerance) | (~gained & (state.memory.count == 0))
         go_on = (mixed, memory, new, pair)
         retry = (state.best.kernel, _anderson_start(new.kernel), state.best, state.pair)
-        point, memory, best, pair = jax.tree.map(lambda a, b: jnp.where(gained, a, b), go_on, retry)
+        point, memory, best, pair = chosen(gained, go_on, retry)
         return _Ascent(point, best, pair, memory, finished, state.num_steps + 1)
 
     first = closed_form(problem, functional(start, op, weights, shape))
@@ -168,7 +168,7 @@ def minorise_maximise(problem: Problem, op: Operator, starts: Pair, max_steps: i
 def _larger(kernel: Float[Array, "..."], op: Operator, known: Pair, found: Pair) -> Pair:
     """The pair with the larger value: a search without a proof may miss the pair that is known."""
     is_larger = frozen_value(kernel, op, found) >= frozen_value(kernel, op, known)
-    return jax.tree.map(lambda a, b: jnp.where(is_larger, a, b), found, known)
+    return chosen(is_larger, found, known)
 
 
 def _nothing(problem: Problem, starts: Pair) -> Fixpoint:

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxsrn._tools.indexing import chosen
 from jaxsrn._tools.linalg import safe_sqrt
 from jaxsrn._tools.tolerances import kernel_tolerance, largest_scaling
 from jaxsrn.normalization.closed_form import Problem
@@ -108,7 +109,7 @@ def _search(problem: Problem, op: Operator, own: Pair, max_steps: int, tolerance
         closer = ~(jnp.abs(trial.rank - problem.target) >= jnp.abs(state.best.rank - problem.target))
         # On the way to the limit the last trial counts, whether it is closer or not.
         better = closer | jnp.isinf(state.high)
-        best = jax.tree.map(lambda new, old: jnp.where(better, new, old), trial, state.best)
+        best = chosen(better, trial, state.best)
         bracket = _narrowed(state, trial.rank - problem.target)
         num_steps = state.num_steps + trial.found.num_steps
         return bracket._replace(best=best, num_steps=num_steps, count=state.count + 1)

@@ -25,7 +25,7 @@ from jaxsrn._tools.linalg import einsum, safe_sqrt, top_values
 from jaxsrn.normalization.closed_form import INFEASIBLE, INFEASIBLE_FROM, Problem, is_feasible, squared_distance
 from jaxsrn.operators.base import Operator
 from jaxsrn.operators.convolutions import CircularConv, UnboundedConv, ZeroPaddedConv
-from jaxsrn.spectra.circular.boxes import degrees, with_angles
+from jaxsrn.spectra.circular.boxes import degrees, on_dividing_grid
 from jaxsrn.spectra.circular.fourier import (
     axis_waves,
     complex_dtype,
@@ -35,9 +35,10 @@ from jaxsrn.spectra.circular.fourier import (
     site_shape,
     site_symbol,
     squared_phase_sums,
+    terms_of,
 )
 from jaxsrn.spectra.circular.site_pairs import site_pairs
-from jaxsrn.spectra.circular.sites import Site, among, half_grid, on_grid, sites_at
+from jaxsrn.spectra.circular.sites import Site, among, half_grid, on_grid, sites_at, without_edges
 from jaxsrn.spectra.padded.circular_model import windowed
 from jaxsrn.spectra.ranks import largest_functional
 from jaxsrn.spectra.singular_pair import Pair
@@ -84,15 +85,17 @@ class _Reach(NamedTuple):
       e: the largest `e` of the pairs in the box of a site, static.
       sizes: the Frobenius norm of the symbol, which bounds its singular values.
       phi: how far apart the frequencies of a box are (`branch_and_bound.py`), static; 0 where a box is one frequency.
+      samples: the number of output samples that the Frobenius norm counts, static.
     """
 
     e: Float[np.ndarray, " sites"]
     sizes: Float[Array, " sites"]
     phi: float
+    samples: int
 
 
 def _reach(kernel: Float[Array, "..."], op: CircularConv, samples: int, has_boxes: bool) -> _Reach:
-    """The reach of all sites; `samples` is the number of output samples that the Frobenius norm counts."""
+    """The reach of all sites, each for itself or for the box around it."""
     counts, sums = squared_phase_sums(op, kernel.shape)
     e = np.max(counts + np.abs(sums), axis=-1) / 2
     phi = 0.0
@@ -100,10 +103,15 @@ def _reach(kernel: Float[Array, "..."], op: CircularConv, samples: int, has_boxe
         half_steps = np.pi / np.array(op.grid)
         phi = float(np.sum(half_steps * np.array(degrees(op, kernel.shape)) / 2))
         # The sum of exp(2i <w, t>) over the terms changes at most as fast as its terms turn around their middle.
-        terms = polynomial(kernel, op)[1]
+        terms = terms_of(op, kernel.shape)
         turning = 2 * np.abs(terms - (terms.max(axis=0) + terms.min(axis=0)) / 2).sum(axis=0)
         e = np.minimum(e + np.sum(turning * half_steps) / 2, counts.max())
-    return _Reach(e / samples, _frobenius_norms(kernel, op), phi)
+    return _Reach(e / samples, _frobenius_norms(kernel, op), phi, samples)
+
+
+def _all_sites(op: CircularConv, reach: _Reach) -> Site:
+    """The sites that the reach is of."""
+    return Site(*map(jnp.asarray, sites_at(op, np.arange(len(reach.e)))))
 
 
 def _frobenius_norms(kernel: Float[Array, "..."], op: CircularConv) -> Float[Array, " sites"]:
@@ -171,7 +179,7 @@ class _Scan(NamedTuple):
     position: Int[Array, ""]
 
 
-def _scanned(problem: Problem, op: CircularConv, samples: int, has_boxes: bool) -> Survey:
+def _scanned(problem: Problem, op: CircularConv, reach: _Reach) -> Survey:
     """The best few sites with their best phases, by the closed form for the leading pair of `A` at each site.
 
     Sites are taken in the order of a bound that needs no SVD, until it exceeds the best distance found: all others
@@ -181,9 +189,8 @@ def _scanned(problem: Problem, op: CircularConv, samples: int, has_boxes: bool) 
     """
     kernel = problem.kernel
     counts, sums = squared_phase_sums(op, kernel.shape)
-    reach = _reach(kernel, op, samples, has_boxes)
     e, count = jnp.asarray(reach.e, problem.norm.dtype), len(reach.e)
-    sites = Site(*map(jnp.asarray, sites_at(op, np.arange(count))))
+    sites = _all_sites(op, reach)
     one_channel = site_shape(op, kernel.shape) == (1, 1)
     chunk, kept = (_CHEAP_CHUNK, 1) if one_channel else (_SCAN_CHUNK, _NUM_STARTS)
     chunk, kept = min(chunk, count), min(kept, count)
@@ -198,8 +205,8 @@ def _scanned(problem: Problem, op: CircularConv, samples: int, has_boxes: bool) 
         values, pairs = site_pairs(kernel, op, picked(sites, places))
         by_phase = pairs.input.reshape((chunk, counts.size, -1))
         squares = jnp.sum(by_phase.conj() ** 2, axis=-1) * picked(factors, places).astype(by_phase.dtype)
-        q = einsum("kpi,p->k", jnp.abs(by_phase) ** 2, weights) / (2 * samples)
-        c = jnp.sum(pairs.output**2, axis=-1) * jnp.sum(squares, axis=-1) / (2 * samples)
+        q = einsum("kpi,p->k", jnp.abs(by_phase) ** 2, weights) / (2 * reach.samples)
+        c = jnp.sum(pairs.output**2, axis=-1) * jnp.sum(squares, axis=-1) / (2 * reach.samples)
         scores, theta = _best_phases(problem, q, c, values)
         turn = jax.lax.complex(jnp.cos(theta), jnp.sin(theta))[:, None]
         pairs = pairs._replace(output=pairs.output * turn)
@@ -221,7 +228,7 @@ def _scanned(problem: Problem, op: CircularConv, samples: int, has_boxes: bool) 
     )
     infinite = jnp.full(kept, jnp.inf, kernel.dtype)
     scan = jax.lax.while_loop(unfinished, look, _Scan(infinite, nothing, infinite[0], jnp.zeros((), jnp.int32)))
-    if one_channel and not has_boxes:
+    if one_channel and not reach.phi:
         bound = scan.scores[0]
     else:
         unseen = (jnp.arange(num_chunks, dtype=jnp.int32) >= scan.position)[:, None]
@@ -230,22 +237,17 @@ def _scanned(problem: Problem, op: CircularConv, samples: int, has_boxes: bool) 
     return Survey(scan.pairs, jnp.where(bound < INFEASIBLE_FROM, bound, jnp.inf))
 
 
-def _coarse(op: UnboundedConv | ZeroPaddedConv, kernel_shape: tuple[int, ...], per_degree: int) -> CircularConv:
-    """The circular layer of the same taps on a grid of so many angles per degree of its symbol, or up to twice that."""
-    layer = UnboundedConv(
-        strides=op.strides, kernel_dilation=op.kernel_dilation, feature_group_count=op.feature_group_count
-    )
-    most = _MOST_SITES // (len(kernel_shape) - 2)
-    per_axis = degrees(on_grid(layer, kernel_shape), kernel_shape)
-    powers = [min(math.ceil(math.log2(per_degree * max(d, 1))), most) for d in per_axis]
-    return with_angles(layer, kernel_shape, [2**power for power in powers])
-
-
 def _scanned_torus(problem: Problem, op: UnboundedConv) -> Survey:
     """The survey of an unbounded convolution: the frequencies of a coarse grid, each for the box around it."""
-    coarse, fine = _coarse(op, problem.kernel.shape, _TORUS_ANGLES), on_grid(op, problem.kernel.shape)
-    found = _scanned(problem, coarse, 1, has_boxes=True)
+    kernel = problem.kernel
+    coarse, fine = _coarse(op, kernel.shape, _TORUS_ANGLES), on_grid(op, kernel.shape)
+    found = _scanned(problem, coarse, _reach(kernel, coarse, 1, has_boxes=True))
     return found._replace(starts=found.starts._replace(site=among(found.starts.site, coarse, fine)))
+
+
+def _coarse(op: UnboundedConv | ZeroPaddedConv, kernel_shape: tuple[int, ...], per_degree: int) -> CircularConv:
+    """The circular layer of the same taps on a coarse grid of at most so many sites."""
+    return on_dividing_grid(op, kernel_shape, per_degree, _MOST_SITES // (len(kernel_shape) - 2))
 
 
 def _image_starts(problem: Problem, op: ZeroPaddedConv, own: Pair) -> Pair:
@@ -254,27 +256,25 @@ def _image_starts(problem: Problem, op: ZeroPaddedConv, own: Pair) -> Pair:
     The model is the convolution without edges, on a coarse grid. Its target is the multiple of its smallest stable rank
     that the target is of this operator's.
     """
-    shape = problem.kernel.shape
+    kernel, shape = problem.kernel, problem.kernel.shape
     model = _coarse(op, shape, _MODEL_ANGLES)
-    norm, squared = _norm_of_model(problem.kernel, model), jnp.sum(problem.kernel**2)
-    target = (
-        problem.target * largest_functional(shape, op) / largest_functional(shape, UnboundedConv(strides=op.strides))
-    )
+    reach = _reach(kernel, model, 1, has_boxes=False)
+    norm, squared = _norm_of_model(kernel, model, reach), jnp.sum(kernel**2)
+    target = problem.target * largest_functional(shape, op) / largest_functional(shape, without_edges(op))
     # A target at the model's own stable rank or above it would leave nothing to lower.
     target = jnp.minimum(target, 0.95 * squared / jnp.where(norm == 0, 1.0, norm) ** 2)
-    waves = _scanned(Problem(problem.kernel, jnp.ones_like(problem.weights), target, norm), model, 1, False).starts
+    waves = _scanned(Problem(kernel, jnp.ones_like(problem.weights), target, norm), model, reach).starts
     images = jax.vmap(lambda pair: windowed(pair, model, op, shape))(waves)
     return jax.tree.map(lambda a, b: jnp.concatenate([a[None], b]), own, images)
 
 
-def _norm_of_model(kernel: Float[Array, "..."], model: CircularConv) -> Float[Array, ""]:
+def _norm_of_model(kernel: Float[Array, "..."], model: CircularConv, reach: _Reach) -> Float[Array, ""]:
     """The largest singular value at the sites whose symbols have the largest Frobenius norms, an estimate from below.
 
     It only says where to start.
     """
-    sizes = _frobenius_norms(kernel, model)
-    places = jax.lax.top_k(sizes, min(_SCAN_CHUNK, sizes.size))[1]
-    sites = picked(Site(*map(jnp.asarray, sites_at(model, np.arange(sizes.size)))), places)
+    places = jax.lax.top_k(reach.sizes, min(_SCAN_CHUNK, reach.sizes.size))[1]
+    sites = picked(_all_sites(model, reach), places)
     return jnp.max(top_values(jax.vmap(site_symbol, (None, None, 0))(kernel, model, sites)))
 
 
@@ -284,7 +284,7 @@ def survey(problem: Problem, op: Operator, own: Pair) -> Survey:
     The bound takes `e` and `m` at their largest: at every site on the torus, `e*` and `M` otherwise.
     """
     if isinstance(op, CircularConv):
-        return _scanned(problem, op, math.prod(op.grid), has_boxes=False)
+        return _scanned(problem, op, _reach(problem.kernel, op, math.prod(op.grid), has_boxes=False))
     if isinstance(op, UnboundedConv):
         return _scanned_torus(problem, op)
     e = jnp.asarray(largest_functional(problem.kernel.shape, op), problem.norm.dtype)

@@ -22,7 +22,7 @@ from jaxsrn._tools.subspaces import fixed_start
 from jaxsrn._tools.tolerances import BOTH_ENDS_SIZE
 from jaxsrn.operators.base import Operator
 from jaxsrn.operators.convolutions import CircularConv, UnboundedConv
-from jaxsrn.spectra.circular.boxes import degrees, with_angles
+from jaxsrn.spectra.circular.boxes import on_dividing_grid
 from jaxsrn.spectra.circular.fourier import half_symbol, site_symbol
 from jaxsrn.spectra.circular.sites import Site, among, distinct_sites, on_grid, sites_at, without_constant_axes
 from jaxsrn.spectra.image_pairs import as_images, flat_products
@@ -139,9 +139,7 @@ def _extreme_at_sites(kernel, op: CircularConv):
 
 def _smallest_on_coarse_grid(kernel, op: UnboundedConv) -> Pair:
     """The pair of the smallest singular value among the frequencies of a coarse grid."""
-    fine = on_grid(op, kernel.shape)
-    angles = [2 ** math.ceil(math.log2(_ANGLES * max(d, 1))) for d in degrees(fine, kernel.shape)]
-    coarse = with_angles(op, kernel.shape, angles)
+    coarse, fine = on_dividing_grid(op, kernel.shape, _ANGLES), on_grid(op, kernel.shape)
     pair = _extreme_at_sites(kernel, coarse)[1]
     return pair._replace(site=among(pair.site, coarse, fine))
 

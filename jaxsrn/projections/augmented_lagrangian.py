@@ -28,6 +28,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Inexact, Int
 
+from jaxsrn._tools.indexing import chosen
 from jaxsrn._tools.linalg import safe_sqrt
 from jaxsrn._tools.tolerances import largest_penalty, search_tolerance
 from jaxsrn.projections.clipping import Clipping, MatrixStack, clipped, excess_derivative, overshooting, split
@@ -276,7 +277,7 @@ def _advance(state: Iterate, target: Float[Array, "..."], blocks: MatrixStack, l
         multiplier=jnp.where(ends, found.multiplier, state.multiplier),
         penalty=jnp.where(ends, grown, state.penalty),
         largest_penalty=state.largest_penalty,
-        best=jax.tree.map(lambda new, old: jnp.where(better, new, old), found.candidate, state.best),
+        best=chosen(better, found.candidate, state.best),
         excess=jnp.where(better, excess_found, state.excess),
         stalled=jnp.where(better, 0, state.stalled + 1),
         num_steps=state.num_steps + 1,

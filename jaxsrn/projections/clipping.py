@@ -21,9 +21,9 @@ from jaxtyping import Array, Float, Inexact
 from jaxsrn._tools.linalg import matmul
 from jaxsrn.operators.base import Operator
 from jaxsrn.operators.convolutions import CircularConv, UnboundedConv
-from jaxsrn.spectra.circular.boxes import degrees, with_angles
+from jaxsrn.spectra.circular.boxes import on_coarse_grid
 from jaxsrn.spectra.circular.fourier import half_symbol
-from jaxsrn.spectra.circular.sites import multiplicity, on_grid, repetitions, without_constant_axes
+from jaxsrn.spectra.circular.sites import multiplicity, repetitions, without_constant_axes
 
 __all__ = [
     "Clipping",
@@ -89,8 +89,7 @@ def _on_few_frequencies(op: CircularConv | UnboundedConv, kernel_shape) -> tuple
     if isinstance(op, CircularConv):
         layer = without_constant_axes(op, kernel_shape)
         return layer, float(repetitions(op, layer))
-    layer = on_grid(op, kernel_shape)
-    layer = with_angles(layer, kernel_shape, [_ANGLES * d for d in degrees(layer, kernel_shape)])
+    layer = on_coarse_grid(op, kernel_shape, _ANGLES)
     return layer, 1 / math.prod(layer.grid)
 
 

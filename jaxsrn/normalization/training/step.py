@@ -14,13 +14,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from jaxsrn._tools.checks import Kernel, ensure, float_dtype, kernel_array, positive_scalar, static_int
-from jaxsrn._tools.indexing import picked
+from jaxsrn._tools.indexing import chosen, picked
 from jaxsrn._tools.programs import program
 from jaxsrn._tools.tolerances import kernel_tolerance
-from jaxsrn.normalization.closed_form import Problem
+from jaxsrn.normalization.closed_form import INFEASIBLE, Problem
 from jaxsrn.normalization.lower_stable_rank import problem_of
 from jaxsrn.normalization.starts import survey
 from jaxsrn.normalization.training.implicit import moving_pair
@@ -183,7 +183,7 @@ def _srnc_state(kernel, op, own, target, follows_own):
         return SRNCState(track, None)
     problem = problem_of(a, op, target, own)
     unchanged = problem.inner(a, a) <= target * problem.norm**2
-    starts = jax.tree.map(lambda a, b: jnp.where(unchanged, a[None], b), own, survey(problem, op, own).starts)
+    starts = chosen(unchanged, jax.tree.map(lambda leaf: leaf[None], own), survey(problem, op, own).starts)
     settled = _without_pair_of_zero(a, _settled(problem, op, starts, track))
     return SRNCState(settled, start_track(a, op, own, True) if follows_own else None)
 
@@ -195,7 +195,7 @@ class _Search(NamedTuple):
     kernel: Float[Array, "..."]
     change: Float[Array, ""]
     best: Pair
-    merit: tuple[Array, Array]
+    merit: Float[Array, ""]
     count: Int[Array, ""]
 
 
@@ -214,13 +214,12 @@ def _settled(problem: Problem, op: Operator, starts: Pair, track: Track) -> Trac
         turn = lax.div(state.count, np.int32(_START_PASSES))
         given = picked(starts, jnp.minimum(turn, num_starts - 1))
         is_first = (lax.rem(state.count, np.int32(_START_PASSES)) == 0) & (turn <= num_starts)
-        given = _where(turn < num_starts, given, state.best)
-        pair = _where(is_first, given, state.track.pair)
+        given = chosen(turn < num_starts, given, state.best)
+        pair = chosen(is_first, given, state.track.pair)
         kernel = normalized(a, op, target, pair)
         change = jnp.linalg.norm(kernel - state.kernel) / jnp.linalg.norm(kernel)
         merit = _merit(problem, kernel)
-        is_better = (merit[0] < state.merit[0]) | ((merit[0] == state.merit[0]) & (merit[1] < state.merit[1]))
-        best = _where(is_better, (pair, merit), (state.best, state.merit))
+        best = chosen(merit < state.merit, (pair, merit), (state.best, state.merit))
         track, _ = follow(kernel, op, Track(pair, state.track.watch), False)
         return _Search(track, kernel, change, *best, state.count + 1)
 
@@ -229,23 +228,18 @@ def _settled(problem: Problem, op: Operator, starts: Pair, track: Track) -> Trac
         return (state.count < num_first + 2) | ((state.change > tolerance) & (state.count < num_first + _MAX_PASSES))
 
     infinite = jnp.asarray(jnp.inf, a.dtype)
-    nothing = _Search(track, a, infinite, track.pair, (jnp.asarray(True), infinite), jnp.asarray(0, jnp.int32))
+    nothing = _Search(track, a, infinite, track.pair, infinite, jnp.asarray(0, jnp.int32))
     return lax.while_loop(unfinished, one_pass, nothing).track
 
 
-def _merit(problem: Problem, kernel: Float[Array, "..."]) -> tuple[Bool[Array, ""], Float[Array, ""]]:
-    """A sort key of normalized kernels, smaller is better: feasible ones by distance, then others by stable rank.
+def _merit(problem: Problem, kernel: Float[Array, "..."]) -> Float[Array, ""]:
+    """A sort key of normalized kernels as `closed_form.merit` is one of candidates; the numbers are others.
 
     All feasible kernels have the same `<K, K>_d`, so that their distance decreases in `<K, A>_d`.
     """
     squared = problem.inner(kernel, kernel)
     feasible = squared <= problem.target * (1 + 100 * jnp.finfo(kernel.dtype).eps)
-    return ~feasible, jnp.where(feasible, -problem.inner(kernel, problem.kernel), squared)
-
-
-def _where(condition, a, b):
-    """One tree or the other."""
-    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), a, b)
+    return jnp.where(feasible, -problem.inner(kernel, problem.kernel), INFEASIBLE * squared)
 
 
 @functools.partial(program, static_argnums=(5, 6, 7))

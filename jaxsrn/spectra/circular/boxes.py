@@ -21,10 +21,10 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxsrn.operators.convolutions import CircularConv, UnboundedConv
+from jaxsrn.operators.convolutions import CircularConv, UnboundedConv, ZeroPaddedConv
 from jaxsrn.spectra.circular.angles import Angles, angles_of
 from jaxsrn.spectra.circular.fourier import polyphase
-from jaxsrn.spectra.circular.sites import half_grid, on_grid
+from jaxsrn.spectra.circular.sites import half_grid, on_grid, without_edges
 
 __all__ = [
     "Grid",
@@ -34,10 +34,11 @@ __all__ = [
     "edges",
     "grid_of",
     "num_boxes",
+    "on_coarse_grid",
+    "on_dividing_grid",
     "on_half_grid",
     "overshoot",
     "split",
-    "with_angles",
 ]
 
 # The widest boxes have at most this phi. Wider ones are discarded too rarely in a flat spectrum, and narrower ones are
@@ -60,11 +61,28 @@ def overshoot(op: CircularConv, kernel_shape: tuple[int, ...]) -> float:
     return 1 / math.prod(math.cos(math.pi * r / 2) for r in ratios) if max(ratios) < 1 else math.inf
 
 
-def with_angles(op: CircularConv | UnboundedConv, kernel_shape: tuple[int, ...], angles: list[int]) -> CircularConv:
-    """The layer with the same symbol and so many angles on each axis; one on axes where the symbol is constant."""
-    layer = on_grid(op, kernel_shape)
-    grid = [m if d else 1 for m, d in zip(angles, degrees(layer, kernel_shape), strict=True)]
-    return dataclasses.replace(layer, input_shape=tuple(m * s for m, s in zip(grid, layer.strides, strict=True)))
+def on_coarse_grid(op: CircularConv | UnboundedConv, kernel_shape: tuple[int, ...], per_degree: int) -> CircularConv:
+    """The layer of the same taps on a grid of so many angles per degree of its symbol on each axis."""
+    layer = on_grid(without_edges(op), kernel_shape)
+    return _with_angles(layer, [per_degree * d for d in degrees(layer, kernel_shape)])
+
+
+def on_dividing_grid(
+    op: CircularConv | UnboundedConv | ZeroPaddedConv, kernel_shape: tuple[int, ...], per_degree: int, most=math.inf
+) -> CircularConv:
+    """The same with the next powers of two, which divide the grid of an unbounded convolution; at most `2**most`."""
+    layer = on_grid(without_edges(op), kernel_shape)
+    powers = [min(math.ceil(math.log2(per_degree * max(d, 1))), most) for d in degrees(layer, kernel_shape)]
+    return _with_angles(
+        layer, [2**power if d else 0 for power, d in zip(powers, degrees(layer, kernel_shape), strict=True)]
+    )
+
+
+def _with_angles(layer: CircularConv, angles: list[int]) -> CircularConv:
+    """The layer with so many angles on each axis; one where the symbol is constant."""
+    return dataclasses.replace(
+        layer, input_shape=tuple(max(m, 1) * s for m, s in zip(angles, layer.strides, strict=True))
+    )
 
 
 class Grid(NamedTuple):

@@ -18,12 +18,11 @@ from __future__ import annotations
 import functools
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Int
 
-from jaxsrn._tools.indexing import picked, put
+from jaxsrn._tools.indexing import chosen, picked, put
 from jaxsrn._tools.lanczos import leading_singular_vectors
 from jaxsrn._tools.linalg import einsum, unit
 from jaxsrn._tools.proofs import are_below, squared_limit
@@ -31,7 +30,8 @@ from jaxsrn._tools.tolerances import vector_tolerance
 from jaxsrn.spectra.circular.angles import waves
 from jaxsrn.spectra.circular.boxes import Grid, centres, edges, split
 from jaxsrn.spectra.circular.climbing import Peak, chunk_of
-from jaxsrn.spectra.circular.grams import GramPolynomial, grams_at, symbol_of, whole_grams
+from jaxsrn.spectra.circular.fourier import of_group, symbol_of
+from jaxsrn.spectra.circular.grams import GramPolynomial, grams_at, whole_grams
 
 __all__ = [
     "highest_peak",
@@ -144,12 +144,12 @@ def _larger_of(symbol, index, known: Peak) -> Peak:
     leading = rows[:, :, 0], columns[:, 0].conj(), values[:, 0]
     group = lax.argmax(leading[-1], 0, jnp.int32)
     found = Peak(index, group, *picked(leading, group))
-    return jax.tree.map(lambda a, b: jnp.where(found.value > known.value, a, b), found, known)
+    return chosen(found.value > known.value, found, known)
 
 
 def _polished(poly: GramPolynomial, grid: Grid, peak: Peak) -> Peak:
     """The leading pair of the symbol at the frequency and group of a peak, by the Lanczos method from its vector."""
-    symbol = symbol_of(waves(grid.angles, 2 * peak.index, poly.exponents), poly.coefficients[peak.group])
+    symbol = symbol_of(waves(grid.angles, 2 * peak.index, poly.exponents), of_group(poly.coefficients, peak.group))
 
     def complex_of(x):
         return lax.complex(*jnp.split(x, 2))

@@ -24,7 +24,8 @@ from jaxsrn._tools.linalg import einsum, real_times
 from jaxsrn._tools.subspaces import fixed_start
 from jaxsrn.spectra.circular.angles import waves
 from jaxsrn.spectra.circular.boxes import Grid, centres, on_half_grid
-from jaxsrn.spectra.circular.grams import CHUNK, GramPolynomial, grams_at, symbol_of, with_all_directions
+from jaxsrn.spectra.circular.fourier import of_group, symbol_of
+from jaxsrn.spectra.circular.grams import CHUNK, GramPolynomial, grams_at, with_all_directions
 
 __all__ = [
     "NUM_CLIMBERS",
@@ -159,8 +160,7 @@ def _uphill(poly: GramPolynomial, grid: Grid, index, group, column) -> Peak:
     The steps over frequencies start at half a box, and halve wherever the frequency stays, until they are finer than
     rounding tells apart.
     """
-    # A static index of the only group spares each climber a copy of the coefficients.
-    coefficients = picked(poly.coefficients, group) if len(poly.coefficients) > 1 else poly.coefficients[0]
+    coefficients = of_group(poly.coefficients, group)
 
     def step(state: _Climb) -> _Climb:
         peak, stride, count = state

@@ -15,7 +15,7 @@ import math
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Complex, Float, Shaped
+from jaxtyping import Array, Complex, Float, Int, Shaped
 
 from jaxsrn._tools.indexing import picked
 from jaxsrn._tools.linalg import einsum
@@ -34,13 +34,16 @@ __all__ = [
     "grouped",
     "half_symbol",
     "lags_of",
+    "of_group",
     "polynomial",
     "polyphase",
     "site_shape",
     "site_symbol",
     "site_waves",
     "squared_phase_sums",
+    "symbol_of",
     "symbol_on",
+    "terms_of",
 ]
 
 FREQUENCY_AXES, PHASE_AXES, TAP_AXES = "abc", "xyz", "hwd"
@@ -61,6 +64,11 @@ def polyphase(op: CircularConv, kernel_shape: tuple[int, ...]) -> list[tuple[np.
 def axis_exponents(op: CircularConv, kernel_shape: tuple[int, ...]) -> list[np.ndarray]:
     """Per axis, the distinct exponents of the symbol, which are tap offsets in whole strides."""
     return [np.unique(exponent) for exponent, _ in polyphase(op, kernel_shape)]
+
+
+def terms_of(op: CircularConv, kernel_shape: tuple[int, ...]) -> np.ndarray:
+    """The exponents of the symbol's terms, `(terms, axes)` (static)."""
+    return np.array(list(itertools.product(*axis_exponents(op, kernel_shape))))
 
 
 def axis_waves(n: int, exponents: np.ndarray) -> np.ndarray:
@@ -106,8 +114,7 @@ def polynomial(kernel: Float[Array, "..."], op: CircularConv) -> tuple[Float[Arr
       `(coefficients, exponents)`: `C` of shape `(groups, terms, phases * c_in // groups, c_out // groups)`, and the
       static integers `t`, `(terms, axes)`.
     """
-    exponents = axis_exponents(op, kernel.shape)
-    terms = np.array(list(itertools.product(*exponents)))
+    exponents, terms = axis_exponents(op, kernel.shape), terms_of(op, kernel.shape)
     taps = grouped(kernel, op)
     taps = taps.reshape((-1, *taps.shape[op.num_axes :]))
     if max(op.strides) == 1:
@@ -161,7 +168,7 @@ def site_shape(op: CircularConv, kernel_shape) -> tuple[int, int]:
 
 def site_waves(op: CircularConv, kernel_shape, site: Site | ShiftedSite, dtype) -> Complex[Array, "... terms"]:
     """`exp(-i <w, t>)` of every term of `polynomial` at the frequency of a site, or of several."""
-    terms = np.array(list(itertools.product(*axis_exponents(op, kernel_shape))))
+    terms = terms_of(op, kernel_shape)
     factors = waves(angles_of(op.grid, dtype), 2 * site.index, terms)
     if not isinstance(site, ShiftedSite):
         return factors
@@ -171,10 +178,18 @@ def site_waves(op: CircularConv, kernel_shape, site: Site | ShiftedSite, dtype) 
 
 def site_symbol(kernel: Float[Array, "..."], op: CircularConv, site: Site | ShiftedSite) -> Complex[Array, "in out"]:
     """The symbol at one site, `(phases * c_in // groups, c_out // groups)`."""
-    coefficients = polynomial(kernel, op)[0]
-    own = coefficients[0] if len(coefficients) == 1 else picked(coefficients, site.group)
     factors = site_waves(op, kernel.shape, site, kernel.dtype)
-    return lax.complex(*(einsum("t,tio->io", part, own) for part in (factors.real, factors.imag)))
+    return symbol_of(factors, of_group(polynomial(kernel, op)[0], site.group))
+
+
+def of_group(coefficients: Float[Array, "groups ..."], group: Int[Array, ""]) -> Float[Array, "..."]:
+    """The coefficients of one group. The index of an only group is static, which spares a copy of them."""
+    return coefficients[0] if len(coefficients) == 1 else picked(coefficients, group)
+
+
+def symbol_of(factors: Complex[Array, " terms"], coefficients: Float[Array, "... terms rows columns"]):
+    """The symbol at the frequency of the given waves, of the coefficients of all groups or of one."""
+    return lax.complex(*(einsum("t,...trc->...rc", part, coefficients) for part in (factors.real, factors.imag)))
 
 
 def squared_phase_sums(op: CircularConv, kernel_shape) -> tuple[np.ndarray, np.ndarray]:

@@ -35,7 +35,6 @@ __all__ = [
     "grams_at",
     "is_reduced",
     "is_transposed",
-    "symbol_of",
     "whole_grams",
     "with_all_directions",
 ]
@@ -141,11 +140,6 @@ def grams_at(poly: GramPolynomial, angles: Angles, doubled) -> Complex[Array, "p
     turned = phases(angles, doubled, poly.lags)
     parts = ((jnp.cos(turned), poly.even), (jnp.sin(turned), poly.odd))
     return lax.complex(*(einsum("pl,lgij->pgij", wave, part) for wave, part in parts))
-
-
-def symbol_of(factors: Complex[Array, " terms"], coefficients: Float[Array, "... terms rows columns"]):
-    """The symbol at the frequency of the given waves, of the coefficients of all groups or of one."""
-    return lax.complex(*(einsum("t,...trc->...rc", part, coefficients) for part in (factors.real, factors.imag)))
 
 
 def whole_grams(symbol: Complex[Array, "groups rows columns"]) -> Complex[Array, "groups columns columns"]:

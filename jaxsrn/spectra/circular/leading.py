@@ -66,8 +66,14 @@ def search_arguments(op: CircularConv, kernel: Float[Array, "..."]):
     All but the grid is static, and the same for most image sizes. The operator is the one on a single frequency.
     """
     reduced = is_reduced(op, kernel.shape)
-    grid, counts = grid_of(op, kernel.shape, kernel.dtype, reduced), num_boxes(op, kernel.shape, reduced)
-    return dataclasses.replace(op, input_shape=op.strides), grid, counts, reduced
+    return *_geometry(op, kernel.shape, jnp.dtype(kernel.dtype), reduced), reduced
+
+
+# NumPy takes 0.4 ms for it, which every eager call would pay.
+@functools.lru_cache(maxsize=1024)
+def _geometry(op: CircularConv, kernel_shape: tuple[int, ...], dtype, reduced: bool):
+    single = dataclasses.replace(op, input_shape=op.strides)
+    return single, grid_of(op, kernel_shape, dtype, reduced), num_boxes(op, kernel_shape, reduced)
 
 
 @functools.partial(program, static_argnums=(3, 4, 6))

@@ -17,10 +17,12 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Complex
 
+from jaxsrn._tools.indexing import chosen
 from jaxsrn._tools.linalg import einsum
 from jaxsrn.spectra.circular.angles import waves
 from jaxsrn.spectra.circular.boxes import Grid
 from jaxsrn.spectra.circular.climbing import Peak
+from jaxsrn.spectra.circular.fourier import of_group
 from jaxsrn.spectra.circular.grams import GramPolynomial
 
 __all__ = ["at_maximum"]
@@ -33,7 +35,7 @@ _RIDGE = 1e-6
 
 def at_maximum(poly: GramPolynomial, grid: Grid, peak: Peak) -> Peak:
     """The maximum near a peak, as long as each step finds a larger value."""
-    coefficients = poly.coefficients[peak.group]
+    coefficients = of_group(poly.coefficients, peak.group)
 
     def step(state):
         _, count, index, best = state
@@ -41,7 +43,7 @@ def at_maximum(poly: GramPolynomial, grid: Grid, peak: Peak) -> Peak:
         rows, values, columns = jnp.linalg.svd(symbol, full_matrices=False)
         here = Peak(index, peak.group, rows[:, 0], columns[0].conj(), values[0])
         gained = (here.value > best.value) | (count == 0)
-        best = jax.tree.map(lambda new, old: jnp.where(gained, new, old), here, best)
+        best = chosen(gained, here, best)
         radians = _newton_step(symbol, first, second, (rows, values, columns))
         # Where the maximum is not concave the factorization fails, and the frequency stays.
         per_radian = jnp.asarray(grid.samples).astype(radians.dtype) / (2 * math.pi)

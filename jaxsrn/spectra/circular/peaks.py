@@ -39,7 +39,8 @@ def highest(
     """The pair of the largest singular value of the whole grid, up to a relative `2 sqrt(channels) eps`.
 
     With `allowed` no other singular value exceeds that of the pair by more than this share. With `between` the grid
-    stands for the whole torus, and the frequency is exact. The kernel's scale must not be extreme (`pair.rescaled`).
+    stands for the whole torus, and the frequency is exact. The kernel's scale must not be extreme (`rescaled` in
+    `singular_pair.py`).
     """
     poly, (corners, exists) = gram_polynomial(kernel, op, is_reduced), coarse_boxes(grid, counts)
     known = estimates(poly, grid, corners, exists)

@@ -11,12 +11,11 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
-from jaxsrn._tools.indexing import picked
 from jaxsrn._tools.linalg import einsum, real_where_possible, top_pairs, unit
 from jaxsrn.operators.convolutions import CircularConv, UnboundedConv
 from jaxsrn.spectra.circular.angles import angles_of
 from jaxsrn.spectra.circular.climbing import better_frequency, filter_of
-from jaxsrn.spectra.circular.fourier import polynomial, site_shape, site_symbol
+from jaxsrn.spectra.circular.fourier import of_group, polynomial, site_shape, site_symbol
 from jaxsrn.spectra.circular.sites import Site, on_grid
 from jaxsrn.spectra.circular.waves import site_gradient, site_of_images, wave
 from jaxsrn.spectra.singular_pair import Pair, first_of
@@ -76,8 +75,8 @@ def nearby(kernel: Float[Array, "..."], op: CircularConv | UnboundedConv, pair: 
 def _better_site(kernel, layer: CircularConv, pair: Pair) -> Site:
     """The site nearby where the value of the pair's vectors is largest."""
     coefficients, exponents = polynomial(kernel, layer)
-    own = coefficients[0] if len(coefficients) == 1 else picked(coefficients, pair.site.group)
-    filters, angles = filter_of(own, pair.input, pair.output), angles_of(layer.grid, kernel.dtype)
+    filters = filter_of(of_group(coefficients, pair.site.group), pair.input, pair.output)
+    angles = angles_of(layer.grid, kernel.dtype)
 
     def step(_, state):
         return better_frequency(angles, exponents, filters, *state)[::2]

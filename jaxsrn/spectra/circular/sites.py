@@ -2,7 +2,7 @@
 
 The **torus** is the set of all frequencies, one angle for each spatial axis. A circular layer with `n` output samples
 on an axis sees `n` equidistant angles of it; these frequencies are its **grid**. A layer on an unbounded image sees the
-whole torus, for which a grid of `2**24` angles stands (`fine_layer`). The kernel is real, so the symbol has
+whole torus, for which a grid of `2**24` angles stands (`on_grid`). The kernel is real, so the symbol has
 `S(-w) = conj(S(w))`, and half of the last axis determines the rest: the **half grid**. A **site** is one frequency of
 the half grid and one group.
 """
@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jaxsrn.operators.convolutions import CircularConv, UnboundedConv
+from jaxsrn.operators.convolutions import CircularConv, UnboundedConv, ZeroPaddedConv
 
 __all__ = [
     "ShiftedSite",
@@ -31,6 +31,7 @@ __all__ = [
     "repetitions",
     "sites_at",
     "without_constant_axes",
+    "without_edges",
 ]
 
 # Angles per axis that stand for a whole axis of the torus. By the grid certificate (`boxes.py`) the supremum exceeds
@@ -56,6 +57,13 @@ class ShiftedSite(NamedTuple):
     index: Int[Array, " axes"]
     group: Int[Array, ""]
     shift: Float[Array, " axes"]
+
+
+def without_edges(op: CircularConv | UnboundedConv | ZeroPaddedConv) -> UnboundedConv:
+    """The convolution of the same taps on an image without edges; an input dilation is left out."""
+    return UnboundedConv(
+        strides=op.strides, kernel_dilation=op.kernel_dilation, feature_group_count=op.feature_group_count
+    )
 
 
 def on_grid(op: CircularConv | UnboundedConv, kernel_shape: tuple[int, ...]) -> CircularConv:
