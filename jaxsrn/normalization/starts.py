@@ -111,7 +111,7 @@ def _reach(kernel: Float[Array, "..."], op: CircularConv, samples: int, has_boxe
 
 def _all_sites(op: CircularConv, reach: _Reach) -> Site:
     """The sites that the reach is of."""
-    return Site(*map(jnp.asarray, sites_at(op, np.arange(len(reach.e)))))
+    return jax.tree.map(jnp.asarray, sites_at(op, np.arange(len(reach.e))))
 
 
 def _frobenius_norms(kernel: Float[Array, "..."], op: CircularConv) -> Float[Array, " sites"]:

@@ -10,11 +10,13 @@ from __future__ import annotations
 import functools
 import math
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
 from jaxsrn._tools.checks import Kernel, ensure, float_dtype, kernel_array, positive_scalar
+from jaxsrn._tools.indexing import picked
 from jaxsrn._tools.lanczos import leading_singular_vectors
 from jaxsrn._tools.linalg import end_pairs, unit
 from jaxsrn._tools.programs import program
@@ -24,7 +26,7 @@ from jaxsrn.operators.base import Operator
 from jaxsrn.operators.convolutions import CircularConv, UnboundedConv
 from jaxsrn.spectra.circular.boxes import on_dividing_grid
 from jaxsrn.spectra.circular.fourier import half_symbol, site_symbol
-from jaxsrn.spectra.circular.sites import Site, among, distinct_sites, on_grid, sites_at, without_constant_axes
+from jaxsrn.spectra.circular.sites import among, distinct_sites, on_grid, sites_at, without_constant_axes
 from jaxsrn.spectra.image_pairs import as_images, flat_products
 from jaxsrn.spectra.norms import frozen_value
 from jaxsrn.spectra.pairs_by_kind import leading_pair
@@ -129,9 +131,9 @@ def _extreme_at_sites(kernel, op: CircularConv):
     layer = without_constant_axes(op, kernel.shape)
     places = distinct_sites(layer)[0]
     values = jnp.linalg.svd(half_symbol(kernel, layer)[places], compute_uv=False)
-    sites, pairs = Site(*map(jnp.asarray, sites_at(layer, places))), []
+    sites, pairs = jax.tree.map(jnp.asarray, sites_at(layer, places)), []
     for end, place in enumerate((jnp.argmax(values[:, 0]), jnp.argmin(values[:, -1]))):
-        site = Site(sites.index[place], sites.group[place])
+        site = picked(sites, place)
         _, rows, columns = end_pairs(site_symbol(kernel, layer, site)[None])[end]
         pairs.append(Pair(site, rows[0], columns[0]))
     return tuple(pairs)

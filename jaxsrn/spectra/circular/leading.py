@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxsrn._tools.indexing import picked
 from jaxsrn._tools.linalg import top_values
 from jaxsrn._tools.programs import program
 from jaxsrn._tools.tolerances import svds_are_dear, torus_excess
@@ -22,10 +23,10 @@ from jaxsrn.spectra.circular.boxes import grid_of, num_boxes
 from jaxsrn.spectra.circular.fourier import complex_dtype, half_symbol, site_shape
 from jaxsrn.spectra.circular.grams import is_reduced
 from jaxsrn.spectra.circular.peaks import highest
-from jaxsrn.spectra.circular.site_pairs import site_pairs
+from jaxsrn.spectra.circular.site_pairs import pair_at
 from jaxsrn.spectra.circular.sites import Site, distinct_sites, half_grid, on_grid, sites_at, without_constant_axes
 from jaxsrn.spectra.dense import leading_of_matrix
-from jaxsrn.spectra.singular_pair import Pair, by_largest, first_of
+from jaxsrn.spectra.singular_pair import Pair, by_largest
 
 __all__ = [
     "branch_and_bound_pays",
@@ -85,10 +86,8 @@ def _branch_and_bound(kernel, op, grid, counts, reduced, excess, between):
 def _by_svds(kernel, op):
     kernel, places = by_largest(kernel)[0], distinct_sites(op)[0]
     values = top_values(half_symbol(kernel, op)[places])
-    index, group = sites_at(op, places)
-    best = jnp.argmax(values)
-    site = Site(jnp.asarray(index)[best], jnp.asarray(group)[best])
-    return first_of(site_pairs(kernel, op, jax.tree.map(lambda leaf: leaf[None], site))[1])
+    sites = jax.tree.map(jnp.asarray, sites_at(op, places))
+    return pair_at(kernel, op, picked(sites, jnp.argmax(values)))
 
 
 @program

@@ -20,7 +20,7 @@ from jaxsrn.spectra.circular.sites import Site, on_grid
 from jaxsrn.spectra.circular.waves import site_gradient, site_of_images, wave
 from jaxsrn.spectra.singular_pair import Pair, first_of
 
-__all__ = ["gradient", "images", "nearby", "of_images", "power_step", "shapes", "site_pairs"]
+__all__ = ["gradient", "images", "nearby", "of_images", "pair_at", "power_step", "shapes", "site_pairs"]
 
 # The search nearby starts with this share of a turn, which halves where the frequency stays, and ends after so many
 # steps, at 1e-8 of a turn if it stays every time. More follow in the next pass.
@@ -69,7 +69,7 @@ def nearby(kernel: Float[Array, "..."], op: CircularConv | UnboundedConv, pair: 
     """
     layer = on_grid(op, kernel.shape)
     site = _better_site(kernel, layer, pair) if isinstance(op, UnboundedConv) else pair.site
-    return first_of(site_pairs(kernel, layer, jax.tree.map(lambda leaf: leaf[None], site))[1])
+    return pair_at(kernel, layer, site)
 
 
 def _better_site(kernel, layer: CircularConv, pair: Pair) -> Site:
@@ -84,6 +84,11 @@ def _better_site(kernel, layer: CircularConv, pair: Pair) -> Site:
     samples = jnp.asarray(layer.grid, jnp.int32)
     index = lax.fori_loop(0, _STEPS, step, (pair.site.index, samples // _NEAR))[0]
     return Site(lax.rem(index + samples, samples), pair.site.group)
+
+
+def pair_at(kernel: Float[Array, "..."], op: CircularConv, site: Site) -> Pair:
+    """The leading pair at one site."""
+    return first_of(site_pairs(kernel, op, jax.tree.map(lambda leaf: leaf[None], site))[1])
 
 
 def site_pairs(kernel, op: CircularConv, sites: Site) -> tuple[Float[Array, " k"], Pair]:

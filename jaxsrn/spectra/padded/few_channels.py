@@ -39,7 +39,6 @@ def through_few_channels(kernel, op: ZeroPaddedConv, waves: Waves, tolerance) ->
     and its value is at least the norm of the image's output, so that no search ends below what it starts from. The
     values left to the search in the whole layer are far from the leading one.
     """
-
     start = cold_start(waves)
 
     def search(k, image):
