@@ -15,6 +15,7 @@ number alone, so a run that was stopped and resumed gives the same curve, bit fo
 """
 
 import argparse
+import copy
 import json
 import sys
 from pathlib import Path
@@ -191,7 +192,8 @@ def arrays_of(model, optimizer) -> dict:
 
 
 def save_checkpoint(manager, step: int, model, optimizer, curve: dict) -> None:
-    state, log = ocp.args.StandardSave(arrays_of(model, optimizer)), ocp.args.JsonSave(curve)
+    # The curve is written in the background, while the training loop goes on appending to its lists.
+    state, log = ocp.args.StandardSave(arrays_of(model, optimizer)), ocp.args.JsonSave(copy.deepcopy(curve))
     manager.save(step, args=ocp.args.Composite(state=state, curve=log))
 
 

@@ -11,13 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.signal
 import scipy.sparse.linalg
+from _clock import race
 from _report import table
 from tqdm import tqdm
 
 import jaxsrn
 import jaxsrn.operators.convolutions
 from jaxsrn import ZeroPaddedConv
-from norms.clock import race
 from norms.methods import jax_call
 from norms.parts import TOLERANCE, Checks, Effort, Part, duration
 
