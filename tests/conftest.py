@@ -4,10 +4,12 @@ import os
 
 import jaxlib.version
 
-# Nearly all of the time of these tests is compilation; with XLA's former code generator it is half as long. Read when
-# JAX is imported; XLA aborts at a flag that it does not know.
+# Nearly all of the time of these tests is compilation. With XLA's former code generator and without LLVM's expensive
+# passes it is less than half as long. The flags are read when JAX is imported; XLA aborts at one that it does not know.
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + (
-    " --xla_cpu_use_fusion_emitters=false" if jaxlib.version.__version__.startswith("0.10.") else ""
+    " --xla_cpu_use_fusion_emitters=false --xla_llvm_disable_expensive_passes=true"
+    if jaxlib.version.__version__.startswith("0.10.")
+    else ""
 )
 
 # jaxlib's batched SVDs hold a thread of XLA's pool each while they wait for others to work (0.10.2): where one program

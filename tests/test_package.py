@@ -13,7 +13,7 @@ import jaxsrn
 SOURCE = Path(jaxsrn.__file__).parent
 # A folder may import only from folders before it, and within a folder a file only from files before it.
 HOUSE = {
-    "_tools": ["checks", "programs", "indexing", "linalg", "tolerances", "proofs", "subspaces", "lanczos"],
+    "_tools": ["checks", "programs", "loops", "indexing", "linalg", "tolerances", "proofs", "subspaces", "lanczos"],
     "operators": ["layouts", "many_taps", "base", "convolutions", "flax_layers", "layers"],
     "spectra": [
         "singular_pair",
@@ -45,8 +45,8 @@ HOUSE = {
     "projections": ["clipping", "augmented_lagrangian", "nearest", "spectral_ball"],
     "normalization": [
         "closed_form",
-        "iteration",
         "starts",
+        "iteration",
         "result",
         "matrices",
         "raise_stable_rank",

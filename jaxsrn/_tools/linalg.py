@@ -18,6 +18,7 @@ __all__ = [
     "end_pairs",
     "gram_bound",
     "matmul",
+    "ratio",
     "real_times",
     "real_where_possible",
     "safe_sqrt",
@@ -46,6 +47,12 @@ def safe_sqrt(x: Float[Array, "..."]) -> Float[Array, "..."]:
     return jnp.where(clipped, 0.0, jnp.sqrt(jnp.where(clipped, 1.0, x)))
 
 
+def ratio(numerator, denominator):
+    """`numerator / denominator`, and 0 where the denominator is 0."""
+    zero = denominator == 0
+    return jnp.where(zero, 0.0, numerator / jnp.where(zero, 1.0, denominator))
+
+
 def real_times(spec: str, real: Float[Array, "..."], vectors: Inexact[Array, "..."]) -> Inexact[Array, "..."]:
     """`einsum` of real coefficients and complex vectors, by two real products and without a complex copy."""
     return lax.complex(einsum(spec, real, vectors.real), einsum(spec, real, vectors.imag))
@@ -54,25 +61,28 @@ def real_times(spec: str, real: Float[Array, "..."], vectors: Inexact[Array, "..
 def top_pairs(matrices: Inexact[Array, "batch in out"]):
     """Leading singular values and vectors of a stack of matrices: `(values, u, v)` with `u^H A v = value`.
 
-    The largest entry of `u` is real and positive, so that both vectors are real where the matrix is real.
+    Both vectors are real where the matrix is.
     """
-    return end_pairs(matrices)[0]
+    return end_pairs(matrices, (0,))[0]
 
 
-def end_pairs(matrices: Inexact[Array, "batch in out"]):
-    """The pairs of the largest and of the smallest of the `min(in, out)` singular values, each as in `top_pairs`."""
+def end_pairs(matrices: Inexact[Array, "batch in out"], places: tuple[int, ...]):
+    """As `top_pairs`, for each of the given places among the `min(in, out)` singular values, which decrease."""
     if min(matrices.shape[-2:]) == 1:
         u, v, values = _pair_of_vector(matrices)
-        pair = values, *real_where_possible(u, v)
-        return pair, pair
+        return ((values, *real_where_possible(u, v)),) * len(places)
     u, values, vh = jnp.linalg.svd(matrices, full_matrices=False)
-    return tuple((values[..., i], *real_where_possible(u[..., i], jnp.conj(vh[..., i, :]))) for i in (0, -1))
+    return tuple((values[..., i], *real_where_possible(u[..., i], jnp.conj(vh[..., i, :]))) for i in places)
 
 
 def real_where_possible(u, v):
-    """A pair with both vectors turned by the phase that makes the largest entry of `u` real and positive."""
-    largest = jnp.take_along_axis(u, jnp.argmax(jnp.abs(u), axis=-1, keepdims=True), axis=-1)
-    turn = jnp.conj(largest) / jnp.abs(largest).astype(u.dtype)
+    """A pair with both vectors turned by the same phase, which makes them real where one phase can.
+
+    The sum of the squares of a real unit vector turned by a phase is the square of that phase.
+    """
+    square = jnp.sum(u * u, axis=-1, keepdims=True)
+    phase = jnp.sqrt(jnp.where(square == 0, 1.0, square))
+    turn = jnp.conj(phase) / jnp.abs(phase).astype(u.dtype)
     return u * turn, v * turn
 
 

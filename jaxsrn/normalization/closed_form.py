@@ -17,7 +17,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from jaxsrn._tools.linalg import safe_sqrt
+from jaxsrn._tools.linalg import ratio, safe_sqrt
 from jaxsrn.operators.base import Operator
 from jaxsrn.spectra.pairs_by_kind import value_gradient
 from jaxsrn.spectra.singular_pair import Pair
@@ -25,40 +25,60 @@ from jaxsrn.spectra.singular_pair import Pair
 __all__ = [
     "INFEASIBLE",
     "INFEASIBLE_FROM",
+    "Candidate",
     "Problem",
     "closed_form",
     "functional",
     "is_feasible",
-    "merit",
+    "problem_of",
     "squared_distance",
 ]
 
 
-# What the merit of an infeasible candidate is, times its stable rank: more than any squared distance of kernels whose
+# What the merit of an infeasible candidate is, over its stable rank: more than any squared distance of kernels whose
 # largest entry is 1. Merits of at least `INFEASIBLE_FROM` are those of infeasible candidates.
 INFEASIBLE, INFEASIBLE_FROM = 1e30, 1e20
 
 
 class Problem(NamedTuple):
-    """The data of (7): the kernel `A`, the Frobenius weights `d`, the target `r` and the norm `M`."""
+    """The data of (7): the kernel `A`, the Frobenius weights `d`, the target `r`, the norm `M`, and `||A||_d^2`."""
 
     kernel: Float[Array, "..."]
     weights: Float[Array, "..."]
     target: Float[Array, ""]
     norm: Float[Array, ""]
+    squared: Float[Array, ""]
+
+    @property
+    def stable_rank(self) -> Float[Array, ""]:
+        """That of `A`, 0 for zero kernels."""
+        return ratio(self.squared, self.norm**2)
 
     def inner(self, a: Float[Array, "..."], b: Float[Array, "..."]) -> Float[Array, ""]:
         """`<a, b>_d`."""
         return jnp.sum(self.weights * a * b)
 
 
+def problem_of(kernel: Float[Array, "..."], op: Operator, target, norm: Float[Array, ""]) -> Problem:
+    """Problem (7) for a kernel of known norm."""
+    weights = op.frobenius_weights(kernel.shape, kernel.dtype)
+    return Problem(kernel, weights, target, norm, jnp.sum(weights * kernel**2))
+
+
 class Candidate(NamedTuple):
-    """The optimum for one pair, its squared distance from `A`, and `functional_norm = <E, E>_d` of the pair."""
+    """The optimum for one pair, and its merit, a sort key of candidates: smaller is better.
+
+    The merit of a feasible candidate is its squared distance from `A`. That of an infeasible one is larger, and
+    proportional to its stable rank.
+    """
 
     kernel: Float[Array, "..."]
-    feasible: Bool[Array, "..."]
-    squared_distance: Float[Array, "..."]
-    functional_norm: Float[Array, "..."]
+    merit: Float[Array, "..."]
+
+    @property
+    def feasible(self) -> Bool[Array, "..."]:
+        """Whether the constraints can hold together at this pair."""
+        return self.merit < INFEASIBLE_FROM
 
 
 def functional(pair: Pair, op: Operator, weights: Float[Array, "..."], kernel_shape) -> Float[Array, "..."]:
@@ -67,15 +87,15 @@ def functional(pair: Pair, op: Operator, weights: Float[Array, "..."], kernel_sh
     return jnp.where(weights == 0, 0.0, plain / jnp.where(weights == 0, 1.0, weights))
 
 
-def squared_distance(e, m, target, norm, squared_frobenius):
+def squared_distance(e, m, problem: Problem):
     """Squared distance of the closed form from `A`, by `e = <E, E>_d` and `m = <A, E>_d`.
 
     It is `(rho - |A_perp|)^2 + (M - m)^2 / e`, where `A_perp` is the part of `A` orthogonal to `E`, and `rho` its new
     length. The form `r M^2 + a - 2 <K, A>_d` would lose digits to cancellation. The distance decreases in `e` and in
     `m` wherever `r <= srank(A)`.
     """
-    radius = norm * safe_sqrt(target - 1 / e)
-    return (radius - safe_sqrt(squared_frobenius - m**2 / e)) ** 2 + (norm - m) ** 2 / e
+    radius = problem.norm * safe_sqrt(problem.target - 1 / e)
+    return (radius - safe_sqrt(problem.squared - m**2 / e)) ** 2 + (problem.norm - m) ** 2 / e
 
 
 def is_feasible(e, target):
@@ -98,9 +118,4 @@ def closed_form(problem: Problem, direction: Float[Array, "..."]) -> Candidate:
     radius = problem.norm * safe_sqrt(problem.target - 1 / e)
     kernel = (problem.norm / e) * direction + radius / jnp.where(rest_norm == 0, 1.0, rest_norm) * rest
     distance = (radius - rest_norm) ** 2 + (problem.norm - m) ** 2 / e
-    return Candidate(kernel, is_feasible(e, problem.target), distance, e)
-
-
-def merit(candidate: Candidate):
-    """A sort key, smaller is better: feasible candidates by distance, then infeasible ones by stable rank `1 / e`."""
-    return jnp.where(candidate.feasible, candidate.squared_distance, INFEASIBLE / candidate.functional_norm)
+    return Candidate(kernel, jnp.where(is_feasible(e, problem.target), distance, INFEASIBLE / e))

@@ -17,14 +17,18 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxsrn._tools.checks import float_dtype
 from jaxsrn._tools.indexing import chosen, picked
 from jaxsrn._tools.linalg import matmul, safe_sqrt
+from jaxsrn._tools.loops import while_loop
+from jaxsrn._tools.programs import program
 from jaxsrn._tools.tolerances import vector_tolerance
-from jaxsrn.normalization.closed_form import Candidate, Problem, closed_form, functional, merit
+from jaxsrn.normalization.closed_form import INFEASIBLE, Candidate, Problem, closed_form, functional, problem_of
+from jaxsrn.normalization.starts import Survey, survey
 from jaxsrn.operators.base import Operator
 from jaxsrn.spectra.norms import frozen_value
-from jaxsrn.spectra.pairs_by_kind import leading_pair, nearby
-from jaxsrn.spectra.singular_pair import Pair
+from jaxsrn.spectra.pairs_by_kind import leading_pair, nearby, no_pair
+from jaxsrn.spectra.singular_pair import Pair, rescaled
 
 __all__ = [
     "Fixpoint",
@@ -38,13 +42,33 @@ _MAX_ROUNDS = 10
 
 
 class Fixpoint(NamedTuple):
-    """The best kernel found, with the pair that made it, its own leading pair and norm, and the passes taken."""
+    """What the rounds end with, in the scale of `rescaled`.
+
+    Attributes:
+      candidate: the best kernel found.
+      pair: the pair that made it; the leading pair of `A` where nothing is to be done.
+      leading: its own leading pair.
+      norm: the value of that pair.
+      own: the leading pair of `A`.
+      own_norm: the value of that pair, `M`.
+      bound: a squared distance that no feasible kernel beats.
+      unchanged: whether the target is at the stable rank of `A` or above it, so that nothing is to be done.
+      num_steps: the passes taken.
+      count: the rounds taken.
+      unfinished: whether another round follows.
+    """
 
     candidate: Candidate
     pair: Pair
     leading: Pair
     norm: Float[Array, ""]
+    own: Pair
+    own_norm: Float[Array, ""]
+    bound: Float[Array, ""]
+    unchanged: Bool[Array, ""]
     num_steps: Int[Array, ""]
+    count: Int[Array, ""]
+    unfinished: Bool[Array, ""]
 
 
 class _Anderson(NamedTuple):
@@ -77,20 +101,22 @@ def _anderson(memory: _Anderson, weights, point, residual) -> tuple[_Anderson, F
     weighted = (residuals * weights[None]).reshape((_ANDERSON_DEPTH, -1))
     gram = matmul(weighted, flat.T)
     # Without the ridge, rows that are empty or that hold only rounding errors would blow up the coefficients.
-    ridge = 10 * jnp.finfo(point.dtype).eps * jnp.trace(gram)
+    ridge = 10 * jnp.finfo(point.dtype).eps * jnp.sum(weighted * flat)
     gram = gram + jnp.where(ridge == 0, 1.0, ridge) * jnp.eye(_ANDERSON_DEPTH, dtype=point.dtype)
-    coefficients = jnp.linalg.solve(gram, matmul(weighted, residual.reshape(-1)))
+    factor = lax.linalg.cholesky(gram, symmetrize_input=False)
+    half = lax.linalg.triangular_solve(factor, matmul(weighted, residual.reshape(-1, 1)), left_side=True, lower=True)
+    coefficients = lax.linalg.triangular_solve(factor, half, left_side=True, lower=True, transpose_a=True)[:, 0]
     correction = matmul(coefficients, (steps + residuals).reshape(flat.shape)).reshape(point.shape)
     return _Anderson(steps, residuals, point, residual, memory.count + 1), point + residual - correction
 
 
 class _Ascent(NamedTuple):
-    """The kernel where the next pass starts, the best candidate so far with its pair, and the memory."""
+    """The kernel where the next pass starts, the memory, and the best candidate so far with its pair."""
 
     point: Float[Array, "..."]
+    memory: _Anderson
     best: Candidate
     pair: Pair
-    memory: _Anderson
     finished: Bool[Array, ""]
     num_steps: Int[Array, ""]
 
@@ -103,76 +129,100 @@ def _ascend(problem: Problem, op: Operator, start: Pair, max_steps: int | Int[Ar
     repeated plainly from the best kernel. A plain pass fails to gain only at the end.
     """
     shape, weights = problem.kernel.shape, problem.weights
-    scale = problem.inner(problem.kernel, problem.kernel)
 
     def step(state: _Ascent) -> _Ascent:
-        pair = nearby(state.point, op, state.pair, vector_tolerance(weights.dtype))
+        # The closed form of the start itself is no pass; it stands here so that the program holds it once.
+        first = state.num_steps < 0
+        tolerance_here = jnp.where(first, jnp.inf, vector_tolerance(weights.dtype))
+        pair = chosen(first, state.pair, nearby(state.point, op, state.pair, tolerance_here))
         new = closed_form(problem, functional(pair, op, weights, shape))
         residual = new.kernel - state.point
         size = safe_sqrt(problem.inner(new.kernel, new.kernel))
         change = safe_sqrt(problem.inner(residual, residual)) / jnp.where(size == 0, 1.0, size)
         memory, mixed = _anderson(state.memory, jnp.broadcast_to(weights, shape), state.point, residual)
-        gained = _gains(new, state.best, scale)
-        finished = (change <= tolerance) | (~gained & (state.memory.count == 0))
-        go_on = (mixed, memory, new, pair)
-        retry = (state.best.kernel, _anderson_start(new.kernel), state.best, state.pair)
-        point, memory, best, pair = chosen(gained, go_on, retry)
-        return _Ascent(point, best, pair, memory, finished, state.num_steps + 1)
+        gained = first | _gains(new, state.best, problem.squared)
+        finished = ~first & ((change <= tolerance) | (~gained & (state.memory.count == 0)))
+        best, pair = chosen(gained, (new, pair), (state.best, state.pair))
+        plain = best.kernel, _anderson_start(best.kernel)
+        return _Ascent(*chosen(gained & ~first, (mixed, memory), plain), best, pair, finished, state.num_steps + 1)
 
-    first = closed_form(problem, functional(start, op, weights, shape))
-    state = _Ascent(first.kernel, first, start, _anderson_start(first.kernel), jnp.asarray(False), jnp.asarray(0))
+    nothing = Candidate(problem.kernel, jnp.full_like(problem.squared, INFEASIBLE))
+    memory = _anderson_start(problem.kernel)
+    state = _Ascent(problem.kernel, memory, nothing, start, jnp.asarray(False), jnp.asarray(-1))
     return lax.while_loop(lambda s: ~s.finished & (s.num_steps < max_steps), step, state)
 
 
 def _gains(new: Candidate, old: Candidate, scale) -> Bool[Array, ""]:
     """Whether `new` is better than `old` by more than rounding; `scale` is the size of squared distances."""
-    old_value = merit(old)
-    return merit(new) < old_value - 4 * jnp.finfo(scale.dtype).eps * jnp.where(old.feasible, scale, old_value)
+    return new.merit < old.merit - 4 * jnp.finfo(scale.dtype).eps * jnp.where(old.feasible, scale, old.merit)
 
 
-class _Rounds(NamedTuple):
-    """The starts of the next round, and what the last round found."""
-
-    starts: Pair
-    solution: Fixpoint
-    count: Int[Array, ""]
-
-
-def minorise_maximise(problem: Problem, op: Operator, starts: Pair, max_steps: int, tolerance) -> Fixpoint:
+def minorise_maximise(
+    kernel: Float[Array, "..."], op: Operator, target, initial: Pair | None, max_steps: int, tolerance
+) -> Fixpoint:
     """The best kernel that the passes from several starts end at, its norm checked over the whole operator.
 
-    Passes follow one pair, and see one frequency or one Krylov space. Where another pair of the kernel at their end has
-    a value above `M`, a new round of passes starts from the kernel's leading pair.
+    A round takes the leading pair of the kernel that it is given, and passes from there. The first round is given `A`:
+    its pair tells `M`, and the starts are `initial` or those of the survey. Passes follow one pair, and see one
+    frequency or one Krylov space. So each further round is given the kernel at their end. Where a pair of that kernel
+    has a value above `M`, passes start from it; otherwise the rounds are finished.
+
+    The program holds the search for a leading pair once, and eager calls share it with all other functions.
     """
-    norm_tolerance = vector_tolerance(problem.weights.dtype)
 
-    def round_(state: _Rounds) -> _Rounds:
-        steps_left = max_steps - state.solution.num_steps
-        ends = jax.vmap(lambda start: _ascend(problem, op, start, steps_left, tolerance))(state.starts)
-        end = picked(ends, lax.argmin(merit(ends.best), 0, jnp.int32))
-        leading = _larger(end.best.kernel, op, end.pair, leading_pair(end.best.kernel, op))
-        norm = frozen_value(end.best.kernel, op, leading)
-        solution = Fixpoint(end.best, end.pair, leading, norm, state.solution.num_steps + end.num_steps)
-        # All starts are the same from here on: passes from a single start would be compiled a second time.
-        starts = jax.tree.map(lambda many, one: jnp.broadcast_to(one, many.shape), state.starts, leading)
-        return _Rounds(starts, solution, state.count + 1)
+    start = _begin(kernel, op)
 
-    def unfinished(state: _Rounds) -> Bool[Array, ""]:
-        exceeds = state.solution.norm > problem.norm * (1 + norm_tolerance)
-        more = exceeds & (state.solution.num_steps < max_steps) & (state.count < _MAX_ROUNDS)
-        return (state.count == 0) | more
+    def step(state: Fixpoint) -> Fixpoint:
+        leading = leading_pair(state.candidate.kernel, op)
+        return _round(start.candidate.kernel, op, target, initial, max_steps, tolerance, state, leading)
 
-    return lax.while_loop(unfinished, round_, _Rounds(starts, _nothing(problem, starts), jnp.asarray(0))).solution
+    return while_loop(lambda state: state.unfinished, step, start)
 
 
-def _larger(kernel: Float[Array, "..."], op: Operator, known: Pair, found: Pair) -> Pair:
-    """The pair with the larger value: a search without a proof may miss the pair that is known."""
-    is_larger = frozen_value(kernel, op, found) >= frozen_value(kernel, op, known)
-    return chosen(is_larger, found, known)
+@program
+def _begin(kernel, op) -> Fixpoint:
+    """The state before the first round: the kernel itself, and placeholders."""
+    a = rescaled(kernel.astype(float_dtype(kernel.dtype)), op)[0]
+    zero, nothing, no = jnp.zeros((), a.dtype), no_pair(op, a.shape, a.dtype), jnp.asarray(False)
+    candidate = Candidate(a, jnp.full_like(zero, INFEASIBLE))
+    count = jnp.asarray(0)
+    return Fixpoint(candidate, nothing, nothing, zero, nothing, zero, zero, no, count, count, ~no)
 
 
-def _nothing(problem: Problem, starts: Pair) -> Fixpoint:
-    """The state before the first round: placeholders of the right shapes."""
-    zero, pair = jnp.zeros_like(problem.norm), jax.tree.map(lambda leaf: leaf[0], starts)
-    candidate = Candidate(problem.kernel, jnp.asarray(False), zero, zero)
-    return Fixpoint(candidate, pair, pair, zero, jnp.asarray(0))
+@program
+def _round(a, op, target, initial, max_steps, tolerance, state: Fixpoint, found: Pair) -> Fixpoint:
+    """The state after one round; `found` is what a search for the leading pair of its kernel found, and `a` is `A`."""
+    first = state.count == 0
+    # The pair that made a kernel has the value `M` there. A search without a proof may miss it; there is none at first.
+    known, value = jnp.where(first, 0.0, state.own_norm), frozen_value(state.candidate.kernel, op, found)
+    reached, leading = chosen(value < known, (known, state.pair), (value, found))
+    own, norm = chosen(first, (leading, reached), (state.own, state.own_norm))
+    problem = problem_of(a, op, target, norm)
+    unchanged = target >= problem.stable_rank
+    exceeds = reached > norm * (1 + vector_tolerance(a.dtype))
+    steps_left = max_steps - state.num_steps
+    unfinished = ~unchanged & (first | (exceeds & (steps_left > 0) & (state.count < _MAX_ROUNDS)))
+    starts, bound = _starts(problem, op, initial, leading, first & unfinished, state.bound)
+    most = jnp.where(unfinished, steps_left, -1)
+    ends = jax.vmap(lambda start: _ascend(problem, op, start, most, tolerance))(starts)
+    end = picked(ends, lax.argmin(ends.best.merit, 0, jnp.int32))
+    made = chosen(first, leading, state.pair)
+    candidate, pair = chosen(unfinished, (end.best, end.pair), (state.candidate, made))
+    num_steps = state.num_steps + jnp.maximum(end.num_steps, 0)
+    count = state.count + 1
+    return Fixpoint(candidate, pair, leading, reached, own, norm, bound, unchanged, num_steps, count, unfinished)
+
+
+def _starts(problem: Problem, op: Operator, initial: Pair | None, leading: Pair, wanted, bound) -> Survey:
+    """The starts of a round and the bound: those of the survey where it is `wanted`, else all at the leading pair."""
+
+    def surveyed() -> Survey:
+        found = survey(problem, op, leading, wanted)
+        return found if initial is None else found._replace(starts=jax.tree.map(lambda leaf: leaf[None], initial))
+
+    def followed() -> Survey:
+        # As many as the survey's, so that the passes stand in the program once.
+        count = len(jax.tree.leaves(jax.eval_shape(surveyed).starts)[0])
+        return Survey(jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (count, *leaf.shape)), leading), bound)
+
+    return lax.cond(wanted, surveyed, followed)

@@ -11,21 +11,19 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
 
 from jaxsrn._tools.checks import Kernel, ensure, float_dtype, kernel_array, positive_scalar, static_int
-from jaxsrn._tools.linalg import safe_sqrt
+from jaxsrn._tools.linalg import ratio, safe_sqrt
 from jaxsrn._tools.programs import program
 from jaxsrn._tools.tolerances import kernel_tolerance
-from jaxsrn.normalization.closed_form import Problem, closed_form, functional
-from jaxsrn.normalization.iteration import minorise_maximise
+from jaxsrn.normalization.closed_form import Problem, closed_form, functional, problem_of
+from jaxsrn.normalization.iteration import Fixpoint, minorise_maximise
 from jaxsrn.normalization.matrices import srn_of_matrix
 from jaxsrn.normalization.raise_stable_rank import raised
-from jaxsrn.normalization.result import SRNResult, in_own_scale, measured, proven_gap, ratio
-from jaxsrn.normalization.starts import survey
+from jaxsrn.normalization.result import SRNResult, in_own_scale, measured, proven_gap
 from jaxsrn.operators.base import Dense, Operator
 from jaxsrn.spectra.norms import SingularTriplet, check_triplet, frozen_value
-from jaxsrn.spectra.pairs_by_kind import leading_pair, pair_of_images, pair_shapes
+from jaxsrn.spectra.pairs_by_kind import pair_of_images, pair_shapes
 from jaxsrn.spectra.singular_pair import Pair, rescaled
 
 __all__ = [
@@ -94,8 +92,12 @@ def srnc(
         _check_initial(initial, op, kernel.shape)
     if isinstance(op, Dense):
         return srn_of_matrix(kernel, target, 1 if keep_norm else 0, bool(raise_rank))
-    solve = _srnc_raised if raise_rank else _srnc
-    return solve(kernel, op, leading_pair(kernel, op), target, initial, tolerance, bool(keep_norm), max_steps)
+    if isinstance(initial, SingularTriplet):
+        initial = _stored(initial.right, initial.left, op, kernel)
+    solution = lowest(kernel, op, target, initial, tolerance, max_steps)
+    if raise_rank:
+        return _raised_or_lowered(kernel, op, target, solution, tolerance, max_steps)
+    return _lowered(kernel, op, target, solution, bool(keep_norm))
 
 
 def _check_initial(initial, op: Operator, kernel_shape) -> None:
@@ -105,80 +107,64 @@ def _check_initial(initial, op: Operator, kernel_shape) -> None:
     return ensure(shapes == expected, f"initial: got {shapes}, expected {expected} for {op}; take it from srnc_state.")
 
 
-def _as_pair(initial: SingularTriplet | Pair, op: Operator, kernel: Float[Array, "..."]) -> Pair:
-    if isinstance(initial, Pair):
-        return initial
-    return pair_of_images(initial.right.astype(kernel.dtype), initial.left.astype(kernel.dtype), op, kernel.shape)
+@program
+def _stored(inputs, outputs, op, kernel) -> Pair:
+    dtype = float_dtype(kernel.dtype)
+    return pair_of_images(inputs.astype(dtype), outputs.astype(dtype), op, kernel.shape)
 
 
-@functools.partial(program, static_argnums=(6, 7))
-def _srnc(*args):
-    return lowered_with_pair(*args)[0]
+def lowest(kernel, op: Operator, target, initial: Pair | None, tolerance, max_steps: int) -> Fixpoint:
+    """The solution of (7) for checked arguments, a constant for derivatives."""
+    kernel, target, initial, tolerance = lax.stop_gradient((kernel, target, initial, tolerance))
+    return minorise_maximise(kernel, op, target, initial, max_steps, tolerance)
 
 
-def lowered_with_pair(kernel, op, own, target, initial, tolerance, keep_norm, max_steps) -> tuple[SRNResult, Pair]:
-    """`srnc` for checked arguments, and the pair that its kernel was made with, from which a next call can start.
+@functools.partial(program, static_argnums=4)
+def _lowered(*args):
+    return lowered(*args)
 
-    `own` is the leading pair of the kernel.
+
+def lowered(kernel, op: Operator, target, solution: Fixpoint, keep_norm: bool) -> SRNResult:
+    """The result of `lowest`.
+
+    Derivatives see the closed form as a function of the kernel, and nothing of the iteration.
     """
     a, scale = rescaled(kernel.astype(float_dtype(kernel.dtype)), op)
-    problem = problem_of(a, op, target, own)
-    result, pair, unchanged = _lowered(problem, op, own, initial, tolerance, keep_norm, max_steps)
-    return in_own_scale(result, scale, kernel, op, unchanged), pair
-
-
-def _lowered(problem: Problem, op: Operator, own: Pair, initial, tolerance, keep_norm: bool, max_steps: int):
-    """The solution of (7), the pair that it was made with, and whether the kernel is unchanged."""
-    a = problem.kernel
-    frozen, tolerance = lax.stop_gradient((problem, tolerance))
-    starts, bound = survey(frozen, op, own)
-    if initial is not None:
-        starts = jax.tree.map(lambda leaf: leaf[None], _as_pair(lax.stop_gradient(initial), op, a))
-    solution = lax.stop_gradient(minorise_maximise(frozen, op, starts, max_steps, tolerance))
-    # Derivatives see the closed form as a function of the kernel, and nothing of the iteration.
+    problem = problem_of(a, op, target, frozen_value(a, op, solution.own))
+    frozen, unchanged = lax.stop_gradient(problem), solution.unchanged
     direction = lax.stop_gradient(functional(solution.pair, op, frozen.weights, a.shape))
-    lowered = closed_form(problem, direction).kernel
+    new = closed_form(problem, direction).kernel
     if not keep_norm:
-        lowered = lowered * ratio(problem.inner(lowered, a), problem.inner(lowered, lowered))
-    squared = problem.inner(a, a)
-    unchanged = problem.target >= ratio(squared, problem.norm**2)
-    result = jnp.where(unchanged, a, lowered)
+        new = new * ratio(problem.inner(new, a), problem.inner(new, new))
+    result = jnp.where(unchanged, a, new)
     feasible = unchanged | (solution.candidate.feasible & jnp.isfinite(solution.norm))
     norm = jnp.where(unchanged, problem.norm, frozen_value(result, op, solution.leading))
-    distance = ratio(safe_sqrt(problem.inner(result - a, result - a)), safe_sqrt(squared))
-    gap = proven_gap(frozen, bound, lax.stop_gradient(distance), keep_norm, feasible, unchanged)
-    result = measured(result, problem, norm, distance, gap, solution.num_steps, keep_norm, feasible)
-    return result, solution.pair, unchanged
+    distance = ratio(safe_sqrt(problem.inner(result - a, result - a)), safe_sqrt(problem.squared))
+    gap = proven_gap(frozen, solution.bound, lax.stop_gradient(distance), keep_norm, feasible, unchanged)
+    found = measured(result, problem, norm, distance, gap, solution.num_steps, keep_norm, feasible)
+    return in_own_scale(found, scale, kernel, op, unchanged)
 
 
-@functools.partial(program, static_argnums=(6, 7))
-def _srnc_raised(kernel, op, own, target, initial, tolerance, keep_norm, max_steps):
+@functools.partial(program, static_argnums=5)
+def _raised_or_lowered(kernel, op, target, solution, tolerance, max_steps):
     a, scale = rescaled(kernel.astype(float_dtype(kernel.dtype)), op)
-    problem = problem_of(a, op, target, own)
-    raises = (target > ratio(problem.inner(a, a), problem.norm**2)) & (problem.norm > 0)
+    problem = problem_of(a, op, target, frozen_value(a, op, solution.own))
+    raises = solution.unchanged & (target > problem.stable_rank) & (problem.norm > 0)
     # Under vmap both branches are computed, so nothing may be divided by the norm of a zero kernel.
     guarded = problem._replace(norm=jnp.where(problem.norm == 0, 1.0, problem.norm))
 
-    def lower() -> SRNResult:
-        result, _, unchanged = _lowered(problem, op, own, initial, tolerance, keep_norm, max_steps)
-        return in_own_scale(result, scale, kernel, op, unchanged)
-
     def raise_() -> SRNResult:
-        return in_own_scale(_raised(guarded, op, own, max_steps, tolerance), scale, kernel, op, jnp.asarray(False))
+        found = _raised(guarded, op, solution.own, max_steps, tolerance)
+        return in_own_scale(found, scale, kernel, op, jnp.asarray(False))
 
-    return lax.cond(raises, raise_, lower)
+    return lax.cond(raises, raise_, lambda: lowered(kernel, op, target, solution, True))
 
 
 def _raised(problem: Problem, op: Operator, own: Pair, max_steps: int, tolerance) -> SRNResult:
     found = raised(problem, op, own, max_steps, tolerance)
-    change, squared = found.kernel - problem.kernel, problem.inner(problem.kernel, problem.kernel)
-    distance = ratio(safe_sqrt(problem.inner(change, change)), safe_sqrt(squared))
+    change = found.kernel - problem.kernel
+    distance = ratio(safe_sqrt(problem.inner(change, change)), safe_sqrt(problem.squared))
     fixed, known = lax.stop_gradient((problem, distance))
     gap = proven_gap(fixed, found.squared_bound, known, True, found.feasible, False)
     norm = frozen_value(found.kernel, op, found.leading)
     return measured(found.kernel, problem, norm, distance, gap, found.num_steps, True, found.feasible)
-
-
-def problem_of(a: Float[Array, "..."], op: Operator, target, own: Pair) -> Problem:
-    """Problem (7) for a kernel with its leading pair; its norm is a function of the kernel."""
-    return Problem(a, op.frobenius_weights(a.shape, a.dtype), target, frozen_value(a, op, own))

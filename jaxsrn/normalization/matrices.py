@@ -13,9 +13,9 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from jaxsrn._tools.checks import Kernel, float_dtype, kernel_array, positive_scalar, static_int
-from jaxsrn._tools.linalg import safe_sqrt
+from jaxsrn._tools.linalg import ratio, safe_sqrt
 from jaxsrn._tools.programs import program
-from jaxsrn.normalization.result import SRNResult, deviation, in_own_scale, ratio
+from jaxsrn.normalization.result import SRNResult, deviation, in_own_scale
 from jaxsrn.operators.base import Dense
 from jaxsrn.spectra.singular_pair import rescaled
 

@@ -99,7 +99,7 @@ def raised(problem: Problem, op: Operator, own: Pair, max_steps: int, tolerance:
 
 
 def _search(problem: Problem, op: Operator, own: Pair, max_steps: int, tolerance) -> _State:
-    size = safe_sqrt(problem.inner(problem.kernel, problem.kernel))
+    size = safe_sqrt(problem.squared)
     # The stable rank is as smooth in tau as the projections are exact, and not more.
     largest_excess = jnp.maximum(_EXACTNESS * tolerance, 100 * jnp.finfo(size.dtype).eps) * size
 
@@ -130,7 +130,7 @@ def _search(problem: Problem, op: Operator, own: Pair, max_steps: int, tolerance
 def _begin(problem: Problem, op: Operator, own: Pair) -> _State:
     """The state before the first trial: the bracket is open above and starts at `tau = 1`, the kernel itself."""
     zero = jnp.zeros_like(problem.norm)
-    rank = problem.inner(problem.kernel, problem.kernel) / problem.norm**2
+    rank = problem.squared / problem.norm**2
     infinite = zero + jnp.inf
     solution, found = not_yet(problem.kernel, op, problem.norm, own)
     return _State(
@@ -182,7 +182,7 @@ def _squared_bound(problem: Problem, trial: _Trial) -> Float[Array, ""]:
     missing = problem.target * norm**2 - problem.inner(kernel, kernel)
     twice_gap = trial.found.excess * (2 * trial.found.distance - trial.found.excess)
     by_gap = problem.inner(change, change) + missing - (missing + twice_gap) / trial.tau
-    by_size = safe_sqrt(problem.target) * norm - safe_sqrt(problem.inner(problem.kernel, problem.kernel))
+    by_size = safe_sqrt(problem.target) * norm - safe_sqrt(problem.squared)
     return jnp.maximum(by_gap, by_size**2)
 
 

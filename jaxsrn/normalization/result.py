@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from jaxsrn._tools.linalg import safe_sqrt
+from jaxsrn._tools.linalg import ratio, safe_sqrt
 from jaxsrn.normalization.closed_form import Problem
 from jaxsrn.operators.base import Operator
 
@@ -16,7 +16,6 @@ __all__ = [
     "deviation",
     "measured",
     "proven_gap",
-    "ratio",
 ]
 
 
@@ -55,12 +54,6 @@ class SRNResult(NamedTuple):
     feasible: Bool[Array, "..."]
 
 
-def ratio(numerator, denominator):
-    """`numerator / denominator`, and 0 where the denominator is 0."""
-    zero = denominator == 0
-    return jnp.where(zero, 0.0, numerator / jnp.where(zero, 1.0, denominator))
-
-
 def deviation(value, wanted):
     """`|value / wanted - 1|`, and 0 where `wanted` is 0, as it is for zero kernels."""
     return jnp.where(wanted == 0, 0.0, jnp.abs(ratio(value, wanted) - 1))
@@ -95,7 +88,7 @@ def measured(result, problem, norm, distance, gap, num_steps, keep_norm, feasibl
 
 def proven_gap(problem: Problem, bound, distance, keep_norm: bool, feasible, unchanged):
     """How much closer than `distance` (relative) a feasible kernel could be at most; `bound` is a squared distance."""
-    squared = problem.inner(problem.kernel, problem.kernel)
+    squared = problem.squared
     bound = jnp.maximum(bound, 0)
     if not keep_norm:
         # Without the norm any multiple of `K` will do: the closest is `|A| sin` of the angle between `A` and `K` away.

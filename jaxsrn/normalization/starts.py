@@ -18,11 +18,19 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxsrn._tools.indexing import picked
 from jaxsrn._tools.linalg import einsum, safe_sqrt, top_values
-from jaxsrn.normalization.closed_form import INFEASIBLE, INFEASIBLE_FROM, Problem, is_feasible, squared_distance
+from jaxsrn.normalization.closed_form import (
+    INFEASIBLE,
+    INFEASIBLE_FROM,
+    Problem,
+    is_feasible,
+    problem_of,
+    squared_distance,
+)
 from jaxsrn.operators.base import Operator
 from jaxsrn.operators.convolutions import CircularConv, UnboundedConv, ZeroPaddedConv
 from jaxsrn.spectra.circular.boxes import degrees, on_dividing_grid
@@ -136,38 +144,37 @@ def _bounds(problem: Problem, e, values, phi: float):
         # A singular value can be larger elsewhere in the box, by the inequality of Bernstein and Szegoe.
         angle = jnp.arccos(m / jnp.where(problem.norm == 0, 1.0, problem.norm))
         m = problem.norm * jnp.cos(jnp.maximum(angle - phi, 0))
-    squared = problem.inner(problem.kernel, problem.kernel)
-    distance = squared_distance(e, m, problem.target, problem.norm, squared)
+    distance = squared_distance(e, m, problem)
     return jnp.where(is_feasible(e, problem.target), distance, INFEASIBLE / e)
 
 
 def _best_phases(problem: Problem, q, c, values):
-    """The best phase `theta` of each pair `(u, e^{i theta} v)`: `(scores, theta)`, the scores as `merit` has them.
+    """The best phase `theta` of each pair `(u, e^{i theta} v)`: `(scores, theta)`, the scores as `Candidate.merit`.
 
     A pair has `m = sigma cos(theta)` and `e = q + Re(e^{2 i theta} c)`. The distance decreases in both, `m` is largest
     at 0, and so the best phase lies between 0 and the maximiser of `e`. That interval is searched on a grid of phases,
     again and again around its best one.
     """
     size, angle = jnp.abs(c), jnp.angle(c)
-    squared, norm = problem.inner(problem.kernel, problem.kernel), jnp.where(problem.norm == 0, 1.0, problem.norm)
-    shares = np.linspace(0, 1, _NUM_PHASES)
+    norm = jnp.where(problem.norm == 0, 1.0, problem.norm)
+    shares = jnp.asarray(np.linspace(0, 1, _NUM_PHASES), q.dtype)
 
     def zoom(_, state):
         _, _, low, high = state
-        theta = low[:, None] + (high - low)[:, None] * jnp.asarray(shares, low.dtype)[None]
+        theta = low[:, None] + (high - low)[:, None] * shares[None]
         e = q[:, None] + size[:, None] * jnp.cos(2 * theta + angle[:, None])
         m = values[:, None] * jnp.cos(theta)
         feasible = is_feasible(e, problem.target)
-        distance = squared_distance(jnp.where(feasible, e, 1.0), m, problem.target, problem.norm, squared)
+        distance = squared_distance(jnp.where(feasible, e, 1.0), m, problem)
         # Among pairs of equal infeasible `e` the one with the largest value is closest.
         scores = jnp.where(feasible, distance, INFEASIBLE / e * (1 - 1e-3 * m / norm))
-        best = jnp.argmin(scores, axis=-1)[:, None]
-        places = jnp.clip(best + np.array([[-1, 0, 1]]), 0, _NUM_PHASES - 1)
-        low, middle, high = jnp.take_along_axis(theta, places, axis=-1).T
-        return jnp.take_along_axis(scores, best, axis=-1)[:, 0], middle, low, high
+        best, step = lax.argmin(scores, 1, jnp.int32).astype(q.dtype), (high - low) / (_NUM_PHASES - 1)
+        middle = low + best * step
+        around = jnp.where(best == 0, low, middle - step), jnp.where(best == _NUM_PHASES - 1, high, middle + step)
+        return jnp.min(scores, axis=-1), middle, *around
 
     nothing = jnp.zeros_like(q), jnp.zeros_like(q), jnp.zeros_like(q), -angle / 2
-    return jax.lax.fori_loop(0, _PHASE_ZOOMS, zoom, nothing)[:2]
+    return lax.fori_loop(0, _PHASE_ZOOMS, zoom, nothing)[:2]
 
 
 class _Scan(NamedTuple):
@@ -179,7 +186,7 @@ class _Scan(NamedTuple):
     position: Int[Array, ""]
 
 
-def _scanned(problem: Problem, op: CircularConv, reach: _Reach) -> Survey:
+def _scanned(problem: Problem, op: CircularConv, reach: _Reach, wanted: Bool[Array, ""] | bool) -> Survey:
     """The best few sites with their best phases, by the closed form for the leading pair of `A` at each site.
 
     Sites are taken in the order of a bound that needs no SVD, until it exceeds the best distance found: all others
@@ -208,16 +215,16 @@ def _scanned(problem: Problem, op: CircularConv, reach: _Reach) -> Survey:
         q = einsum("kpi,p->k", jnp.abs(by_phase) ** 2, weights) / (2 * reach.samples)
         c = jnp.sum(pairs.output**2, axis=-1) * jnp.sum(squares, axis=-1) / (2 * reach.samples)
         scores, theta = _best_phases(problem, q, c, values)
-        turn = jax.lax.complex(jnp.cos(theta), jnp.sin(theta))[:, None]
+        turn = lax.complex(jnp.cos(theta), jnp.sin(theta))[:, None]
         pairs = pairs._replace(output=pairs.output * turn)
         bound = jnp.min(_bounds(problem, picked(e, places), values, reach.phi))
         scores, pairs = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), state[:2], (scores, pairs))
-        best = jax.lax.top_k(-scores, kept)[1]
+        best = lax.top_k(-scores, kept)[1]
         return _Scan(*picked((scores, pairs), best), jnp.minimum(state.bound, bound), state.position + 1)
 
     def unfinished(state: _Scan):
         following = picked(lowest, picked(order, jnp.minimum(state.position, num_chunks - 1))[0])
-        return (state.position < num_chunks) & (following < state.scores[0])
+        return wanted & (state.position < num_chunks) & (following < state.scores[0])
 
     rows, columns = site_shape(op, kernel.shape)
     complex_type = complex_dtype(kernel.dtype)
@@ -227,21 +234,21 @@ def _scanned(problem: Problem, op: CircularConv, reach: _Reach) -> Survey:
         jnp.zeros((kept, columns), complex_type),
     )
     infinite = jnp.full(kept, jnp.inf, kernel.dtype)
-    scan = jax.lax.while_loop(unfinished, look, _Scan(infinite, nothing, infinite[0], jnp.zeros((), jnp.int32)))
+    scan = lax.while_loop(unfinished, look, _Scan(infinite, nothing, infinite[0], jnp.zeros((), jnp.int32)))
     if one_channel and not reach.phi:
         bound = scan.scores[0]
     else:
         unseen = (jnp.arange(num_chunks, dtype=jnp.int32) >= scan.position)[:, None]
-        beyond = picked(_bounds(problem, e, reach.sizes, reach.phi), order)
-        bound = jnp.minimum(scan.bound, jnp.min(jnp.where(unseen, beyond, jnp.inf)))
+        beyond = _bounds(problem, e, reach.sizes, reach.phi) if reach.phi else lowest
+        bound = jnp.minimum(scan.bound, jnp.min(jnp.where(unseen, picked(beyond, order), jnp.inf)))
     return Survey(scan.pairs, jnp.where(bound < INFEASIBLE_FROM, bound, jnp.inf))
 
 
-def _scanned_torus(problem: Problem, op: UnboundedConv) -> Survey:
+def _scanned_torus(problem: Problem, op: UnboundedConv, wanted: Bool[Array, ""] | bool) -> Survey:
     """The survey of an unbounded convolution: the frequencies of a coarse grid, each for the box around it."""
     kernel = problem.kernel
     coarse, fine = _coarse(op, kernel.shape, _TORUS_ANGLES), on_grid(op, kernel.shape)
-    found = _scanned(problem, coarse, _reach(kernel, coarse, 1, has_boxes=True))
+    found = _scanned(problem, coarse, _reach(kernel, coarse, 1, has_boxes=True), wanted)
     return found._replace(starts=found.starts._replace(site=among(found.starts.site, coarse, fine)))
 
 
@@ -250,7 +257,7 @@ def _coarse(op: UnboundedConv | ZeroPaddedConv, kernel_shape: tuple[int, ...], p
     return on_dividing_grid(op, kernel_shape, per_degree, _MOST_SITES // (len(kernel_shape) - 2))
 
 
-def _image_starts(problem: Problem, op: ZeroPaddedConv, own: Pair) -> Pair:
+def _image_starts(problem: Problem, op: ZeroPaddedConv, own: Pair, wanted: Bool[Array, ""] | bool) -> Pair:
     """The kernel's own leading pair, and the best pairs of a circular model, windowed to the image.
 
     The model is the convolution without edges, on a coarse grid. Its target is the multiple of its smallest stable rank
@@ -263,7 +270,7 @@ def _image_starts(problem: Problem, op: ZeroPaddedConv, own: Pair) -> Pair:
     target = problem.target * largest_functional(shape, op) / largest_functional(shape, without_edges(op))
     # A target at the model's own stable rank or above it would leave nothing to lower.
     target = jnp.minimum(target, 0.95 * squared / jnp.where(norm == 0, 1.0, norm) ** 2)
-    waves = _scanned(Problem(kernel, jnp.ones_like(problem.weights), target, norm), model, reach).starts
+    waves = _scanned(problem_of(kernel, without_edges(op), target, norm), model, reach, wanted).starts
     images = jax.vmap(lambda pair: windowed(pair, model, op, shape))(waves)
     return jax.tree.map(lambda a, b: jnp.concatenate([a[None], b]), own, images)
 
@@ -273,23 +280,24 @@ def _norm_of_model(kernel: Float[Array, "..."], model: CircularConv, reach: _Rea
 
     It only says where to start.
     """
-    places = jax.lax.top_k(reach.sizes, min(_SCAN_CHUNK, reach.sizes.size))[1]
+    places = lax.top_k(reach.sizes, min(_SCAN_CHUNK, reach.sizes.size))[1]
     sites = picked(_all_sites(model, reach), places)
     return jnp.max(top_values(jax.vmap(site_symbol, (None, None, 0))(kernel, model, sites)))
 
 
-def survey(problem: Problem, op: Operator, own: Pair) -> Survey:
+def survey(problem: Problem, op: Operator, own: Pair, wanted: Bool[Array, ""] | bool = True) -> Survey:
     """The pairs to start from, and the bound of all kernels; `own` is the leading pair of `A`.
 
-    The bound takes `e` and `m` at their largest: at every site on the torus, `e*` and `M` otherwise.
+    The bound takes `e` and `m` at their largest: at every site on the torus, `e*` and `M` otherwise. Where the survey
+    is not `wanted`, as for some kernels of a batch, the scan ends at once, and what it returns says nothing.
     """
     if isinstance(op, CircularConv):
-        return _scanned(problem, op, _reach(problem.kernel, op, math.prod(op.grid), has_boxes=False))
+        return _scanned(problem, op, _reach(problem.kernel, op, math.prod(op.grid), has_boxes=False), wanted)
     if isinstance(op, UnboundedConv):
-        return _scanned_torus(problem, op)
+        return _scanned_torus(problem, op, wanted)
     e = jnp.asarray(largest_functional(problem.kernel.shape, op), problem.norm.dtype)
     bound = _bounds(problem, e, problem.norm, 0.0)
     bound = jnp.where(bound < INFEASIBLE_FROM, bound, jnp.inf)
     if isinstance(op, ZeroPaddedConv):
-        return Survey(_image_starts(problem, op, own), bound)
+        return Survey(_image_starts(problem, op, own, wanted), bound)
     return Survey(jax.tree.map(lambda leaf: leaf[None], own), bound)

@@ -6,11 +6,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxsrn._tools.checks import Kernel, float_dtype, kernel_array, positive_scalar
-from jaxsrn._tools.linalg import safe_sqrt
+from jaxsrn._tools.linalg import ratio, safe_sqrt
 from jaxsrn._tools.programs import program
-from jaxsrn.normalization.closed_form import Problem
-from jaxsrn.normalization.lower_stable_rank import problem_of
-from jaxsrn.normalization.result import SRNResult, in_own_scale, measured, ratio
+from jaxsrn.normalization.closed_form import Problem, problem_of
+from jaxsrn.normalization.result import SRNResult, in_own_scale, measured
 from jaxsrn.normalization.starts import survey
 from jaxsrn.operators.base import Operator
 from jaxsrn.spectra.norms import frozen_value
@@ -49,11 +48,11 @@ def srnc_tanay(kernel: Kernel, op: Operator, target) -> SRNResult:
 @program
 def _srnc_tanay(kernel, op, own, target):
     a, scale = rescaled(kernel.astype(float_dtype(kernel.dtype)), op)
-    problem = problem_of(a, op, target, own)
+    problem = problem_of(a, op, target, frozen_value(a, op, own))
     first = problem.norm * lax.stop_gradient(value_gradient(own, op, a.shape))
     rest = a - first
     gamma = ratio(safe_sqrt(target - 1) * problem.norm, safe_sqrt(problem.inner(rest, rest)))
-    unchanged = target >= ratio(problem.inner(a, a), problem.norm**2)
+    unchanged = target >= problem.stable_rank
     result = assessed(jnp.where(unchanged, a, first + gamma * rest), problem, own, op, jnp.asarray(0))
     return in_own_scale(result._replace(gap=jnp.where(unchanged, 0.0, result.gap)), scale, kernel, op, unchanged)
 
@@ -61,7 +60,7 @@ def _srnc_tanay(kernel, op, own, target):
 def assessed(candidate, problem: Problem, own: Pair, op: Operator, num_steps) -> SRNResult:
     """What is known about a candidate for (7), whoever found it; `own` is the leading pair of the original kernel."""
     leading = leading_pair(lax.stop_gradient(candidate), op)
-    change, squared = candidate - problem.kernel, problem.inner(problem.kernel, problem.kernel)
+    change, squared = candidate - problem.kernel, problem.squared
     distance = ratio(safe_sqrt(problem.inner(change, change)), safe_sqrt(squared))
     low, high = stable_rank_range(candidate.shape, op)
     feasible = (problem.target >= low) & (problem.target <= high) & jnp.isfinite(distance)

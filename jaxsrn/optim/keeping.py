@@ -19,13 +19,13 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxsrn._tools.checks import ensure, errors_named, float_dtype, static_int
 from jaxsrn._tools.tolerances import kernel_tolerance, vector_tolerance
-from jaxsrn.normalization.lower_stable_rank import lowered_with_pair, srnc
+from jaxsrn.normalization.lower_stable_rank import lowered, lowest, srnc
 from jaxsrn.normalization.result import SRNResult
 from jaxsrn.operators.base import Operator
 from jaxsrn.operators.convolutions import ZeroPaddedConv
 from jaxsrn.operators.layers import Layers, after, find_kernels, named_kernels, stacked
 from jaxsrn.projections.spectral_ball import project_spectral_ball
-from jaxsrn.spectra.pairs_by_kind import leading_pair, pair_shapes
+from jaxsrn.spectra.pairs_by_kind import no_pair
 from jaxsrn.spectra.ranks import target_of_fraction
 from jaxsrn.spectra.singular_pair import Pair
 
@@ -187,7 +187,7 @@ def of_stable_rank(fraction: float) -> Rule:
     def begin(op: Operator, kernel_shape, dtype):
         op._check_not_aliased(kernel_shape)
         target_of_fraction(fraction, kernel_shape, op)
-        return _no_pair(op, kernel_shape, dtype) if isinstance(op, ZeroPaddedConv) else ()
+        return no_pair(op, kernel_shape, dtype) if isinstance(op, ZeroPaddedConv) else ()
 
     def correct(kernels, op: Operator, memories):
         target = jnp.asarray(target_of_fraction(fraction, kernels.shape[1:], op), kernels.dtype)
@@ -196,12 +196,6 @@ def of_stable_rank(fraction: float) -> Rule:
         return jax.vmap(lambda kernel: srnc(kernel, op, target).kernel)(kernels), memories
 
     return Rule(begin, correct)
-
-
-def _no_pair(op: Operator, kernel_shape: tuple[int, ...], dtype) -> Pair:
-    """The memory before the first correction: zeros, which no pair of unit vectors is."""
-    shapes = pair_shapes(op, kernel_shape)
-    return Pair(jnp.asarray(0), jnp.zeros(shapes.input, dtype), jnp.zeros(shapes.output, dtype))
 
 
 def _followed(kernels, op: Operator, target, pairs: Pair):
@@ -214,18 +208,17 @@ def _followed(kernels, op: Operator, target, pairs: Pair):
     dtype = kernels.dtype
     tolerance = jnp.asarray(kernel_tolerance(dtype), dtype)
 
-    def lowered(kernel, pair):
-        result, pair = lowered_with_pair(
-            kernel, op, leading_pair(kernel, op), target, pair, tolerance, True, _MAX_PASSES
-        )
-        return result.kernel, pair, _is_met(result)
+    def corrected(kernel, pair):
+        solution = lowest(kernel, op, target, pair, tolerance, _MAX_PASSES)
+        result = lowered(kernel, op, target, solution, keep_norm=True)
+        return result.kernel, solution.pair, _is_met(result)
 
-    *warm, met = jax.vmap(lowered)(kernels, pairs)
+    *warm, met = jax.vmap(corrected)(kernels, pairs)
     known = jnp.any(pairs.input != 0, axis=tuple(range(1, pairs.input.ndim)))
     return lax.cond(
         jnp.all(met & known),
         lambda: tuple(warm),
-        lambda: jax.vmap(lambda kernel: lowered(kernel, None)[:2])(kernels),
+        lambda: jax.vmap(lambda kernel: corrected(kernel, None)[:2])(kernels),
     )
 
 

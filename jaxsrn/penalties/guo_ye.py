@@ -121,7 +121,7 @@ def _extreme_pairs(kernel: Float[Array, "..."], op: Operator) -> tuple[Pair, Pai
     if not op._needs_explicit_matrix or matrix_size(op, kernel.shape) <= BOTH_ENDS_SIZE:
         # `end_pairs` wants the inputs in the rows, as a symbol has them.
         matrix = op.to_dense(kernel).T[None]
-        return tuple(as_images(u[0], v[0], op, kernel.shape) for _, u, v in end_pairs(matrix))
+        return tuple(as_images(u[0], v[0], op, kernel.shape) for _, u, v in end_pairs(matrix, (0, -1)))
     largest = leading_pair(kernel, op)
     return largest, _smallest_matrix_free(kernel, op, frozen_value(kernel, op, largest))
 
@@ -132,9 +132,9 @@ def _extreme_at_sites(kernel, op: CircularConv):
     places = distinct_sites(layer)[0]
     values = jnp.linalg.svd(half_symbol(kernel, layer)[places], compute_uv=False)
     sites, pairs = jax.tree.map(jnp.asarray, sites_at(layer, places)), []
-    for end, place in enumerate((jnp.argmax(values[:, 0]), jnp.argmin(values[:, -1]))):
+    for end, place in ((0, jnp.argmax(values[:, 0])), (-1, jnp.argmin(values[:, -1]))):
         site = picked(sites, place)
-        _, rows, columns = end_pairs(site_symbol(kernel, layer, site)[None])[end]
+        _, rows, columns = end_pairs(site_symbol(kernel, layer, site)[None], (end,))[0]
         pairs.append(Pair(site, rows[0], columns[0]))
     return tuple(pairs)
 

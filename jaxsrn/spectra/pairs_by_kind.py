@@ -11,6 +11,8 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import NamedTuple
 
+import jax
+import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
@@ -78,6 +80,13 @@ def leading_pair(kernel: Float[Array, "..."], op: Operator, *, tolerance=None, s
     # A number is an argument of the compiled search, so that all tolerances share its program.
     tolerance = search_tolerance(kernel.dtype) if tolerance is None else tolerance
     return _kind(op).leading(kernel, op, tolerance, start, proven)
+
+
+def no_pair(op: Operator, kernel_shape: tuple[int, ...], dtype) -> Pair:
+    """Zeros in the place of a pair that is not known yet, of the types of `leading_pair`."""
+    kernel = jax.ShapeDtypeStruct(kernel_shape, dtype)
+    found = jax.eval_shape(lambda kernel: leading_pair(kernel, op), kernel)
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), found)
 
 
 def nearby(kernel: Float[Array, "..."], op: Operator, pair: Pair, tolerance) -> Pair:

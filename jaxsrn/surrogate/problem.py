@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 
 from jaxsrn._tools.checks import Kernel, ensure, float_dtype, kernel_array, positive_scalar
 from jaxsrn._tools.programs import program
-from jaxsrn.normalization.closed_form import Problem
+from jaxsrn.normalization.closed_form import Problem, problem_of
 from jaxsrn.operators.base import Operator
 from jaxsrn.operators.convolutions import CircularConv
 from jaxsrn.spectra.norms import norm_of
@@ -67,8 +67,8 @@ def objective(
 
 @functools.partial(program, static_argnums=(2, 6))
 def _objective_of_kernel(x, kernel, op, target, alpha, penalty, smooth):
-    weights = op.frobenius_weights(kernel.shape, kernel.dtype)
-    return objective_at(x, Problem(kernel, weights, target, norm_of(kernel, op)), op, alpha, penalty, smooth)
+    problem = problem_of(kernel, op, target, norm_of(kernel, op))
+    return objective_at(x, problem, op, alpha, penalty, smooth)
 
 
 def objective_at(x, problem: Problem, op: CircularConv, alpha, penalty, smooth: bool):

@@ -21,11 +21,11 @@ from jaxsrn import optim
 from jaxsrn._tools.checks import Kernel, ensure, float_dtype, static_int
 from jaxsrn._tools.linalg import unit
 from jaxsrn._tools.programs import program
-from jaxsrn.normalization.lower_stable_rank import problem_of
+from jaxsrn.normalization.closed_form import problem_of
 from jaxsrn.normalization.result import SRNResult, in_own_scale
 from jaxsrn.normalization.tanay import assessed
 from jaxsrn.operators.base import Operator
-from jaxsrn.spectra.norms import norm_of
+from jaxsrn.spectra.norms import frozen_value, norm_of
 from jaxsrn.spectra.pairs_by_kind import leading_pair
 from jaxsrn.spectra.singular_pair import rescaled
 from jaxsrn.surrogate.descent import State, advance, begin, by_step, geometric, starting_points
@@ -199,7 +199,7 @@ def _prepared(kernel, op, target, schedules, optimizer, num_steps: int, smooth: 
     """The problem in the scale of its largest entry, the optimizer of a descent, and its `loss(x, step)`."""
     a, scale = rescaled(kernel.astype(float_dtype(kernel.dtype)), op)
     own = leading_pair(a, op)
-    problem = problem_of(a, op, target, own)
+    problem = problem_of(a, op, target, frozen_value(a, op, own))
     frozen = lax.stop_gradient(problem)
     level = num_frequencies(op) / frozen.target
     # With this weight both terms of `h` are relative to `(N / r)^2`.

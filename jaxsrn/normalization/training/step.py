@@ -20,8 +20,7 @@ from jaxsrn._tools.checks import Kernel, ensure, float_dtype, kernel_array, posi
 from jaxsrn._tools.indexing import chosen, picked
 from jaxsrn._tools.programs import program
 from jaxsrn._tools.tolerances import kernel_tolerance
-from jaxsrn.normalization.closed_form import INFEASIBLE, Problem
-from jaxsrn.normalization.lower_stable_rank import problem_of
+from jaxsrn.normalization.closed_form import INFEASIBLE, Problem, problem_of
 from jaxsrn.normalization.starts import survey
 from jaxsrn.normalization.training.implicit import moving_pair
 from jaxsrn.normalization.training.normalized import is_only_rescaled, normalized
@@ -181,8 +180,8 @@ def _srnc_state(kernel, op, own, target, follows_own):
     track = start_track(a, op, own, target is None)
     if target is None or op._normalization_keeps_pairs:
         return SRNCState(track, None)
-    problem = problem_of(a, op, target, own)
-    unchanged = problem.inner(a, a) <= target * problem.norm**2
+    problem = problem_of(a, op, target, frozen_value(a, op, own))
+    unchanged = problem.squared <= target * problem.norm**2
     starts = chosen(unchanged, jax.tree.map(lambda leaf: leaf[None], own), survey(problem, op, own).starts)
     settled = _without_pair_of_zero(a, _settled(problem, op, starts, track))
     return SRNCState(settled, start_track(a, op, own, True) if follows_own else None)
@@ -233,7 +232,7 @@ def _settled(problem: Problem, op: Operator, starts: Pair, track: Track) -> Trac
 
 
 def _merit(problem: Problem, kernel: Float[Array, "..."]) -> Float[Array, ""]:
-    """A sort key of normalized kernels as `closed_form.merit` is one of candidates; the numbers are others.
+    """A sort key of normalized kernels as `Candidate.merit` is one of candidates; the numbers are others.
 
     All feasible kernels have the same `<K, K>_d`, so that their distance decreases in `<K, A>_d`.
     """
