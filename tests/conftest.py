@@ -1,13 +1,14 @@
 """Strict numerics for every test: float64 where it is meant, no silent promotion of dtypes or ranks."""
 
 import os
+from pathlib import Path
 
 import jaxlib.version
 
-# Nearly all of the time of these tests is compilation. With XLA's former code generator and without LLVM's expensive
-# passes it is less than half as long. The flags are read when JAX is imported; XLA aborts at one that it does not know.
+# Nearly all of the time of these tests is compilation. With XLA's former code generator, and with code that LLVM does
+# not optimize, it is a third as long. The flags are read when JAX is imported; XLA aborts at one that it does not know.
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + (
-    " --xla_cpu_use_fusion_emitters=false --xla_llvm_disable_expensive_passes=true"
+    " --xla_cpu_use_fusion_emitters=false --xla_backend_optimization_level=0"
     if jaxlib.version.__version__.startswith("0.10.")
     else ""
 )
@@ -23,6 +24,24 @@ import pytest
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+# Tests that take longest, a name a line. Nearly every one is one of several cases of a test whose others always run.
+SLOW = set(Path(__file__).with_name("slow.txt").read_text().split("\n"))
+
+
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="run the tests of slow.txt too")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leaves out the slow tests, unless they were asked for."""
+    if config.getoption("--slow"):
+        return
+    # Names are relative to the root, wherever the tests are started.
+    left_out = [item for item in items if f"tests/{item.nodeid.rpartition('tests/')[2]}" in SLOW]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in left_out]
 
 
 @pytest.fixture

@@ -134,14 +134,13 @@ def test_degenerate_kernels(case, data):
 
 def test_a_cold_start_is_near_the_answer_whatever_the_image():
     """Differences of neighbours: their leading frequency, pi, is none of an image of 21 samples."""
-    channels = np.linalg.qr(gaussian((64, 64)))[0] * np.linspace(1, 0, 64)
+    channels = np.linalg.qr(gaussian((64, 64)))[0] * 0.8 ** np.arange(64)
     weights, op = np.stack([channels, -channels]), ZeroPaddedConv((21,))
     phases = circular_waves(jnp.asarray(weights), op).phases[0]
     # The layer is the tensor product of both factors.
     _, _, samples = np.linalg.svd(cases.dense(np.asarray([1.0, -1.0]).reshape((2, 1, 1)), op))
     leading, _, _ = np.linalg.svd(channels)
-    # Climbing takes few power steps, and the channels lie close together.
-    assert np.linalg.norm(np.tensordot(phases, np.outer(samples[0], leading[:, 0]), 2)) > 0.8
+    assert np.linalg.norm(np.tensordot(phases, np.outer(samples[0], leading[:, 0]), 2)) > 0.95
 
 
 def gaussian32(seed, shape):
