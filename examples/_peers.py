@@ -22,9 +22,9 @@ import check_exact_norms
 
 # Power iteration on these small matrices: enough for 1e-7 where neighbouring singular values differ by 1%.
 POWER_STEPS = 300
-# Gram iterations. A circular layer's are cheap. With zero padding the kernel doubles in size with each: at 6, 3x3 taps
-# have become 129x129, and what the bound has too much is its 64th root.
-CIRCULAR_GRAM_STEPS, PADDED_GRAM_STEPS = 12, 6
+# Gram iterations. A circular layer's are cheap. With zero padding the taps on an axis double with each: at 5 (the default
+# is 4) 7x7 taps have become 193x193 and take gigabytes, and what is left of the excess of the bound is its 32nd root.
+CIRCULAR_GRAM_STEPS, PADDED_GRAM_STEPS = 12, 5
 # Samples on each axis for layers of cases without edges, where a library needs an image.
 SOME_SIZE = 8
 
@@ -33,7 +33,7 @@ SOME_SIZE = 8
 
 
 def operator_of(case: dict) -> jaxsrn.Operator:
-    """The operator of a case; padding goes by its name where it has one."""
+    """The operator of a case."""
     if not case["strides"]:
         return jaxsrn.Dense()
     options = {"kernel_dilation": case["kernel_dilation"], "feature_group_count": case["groups"]}
@@ -42,7 +42,7 @@ def operator_of(case: dict) -> jaxsrn.Operator:
         return jaxsrn.UnboundedConv(**options)
     if case["boundary"] == "circular":
         return jaxsrn.CircularConv(case["input_shape"], **options)
-    padding = case["padding_name"] or case["padding"]
+    padding = _padding_of(case)
     return jaxsrn.ZeroPaddedConv(case["input_shape"], padding=padding, input_dilation=case["input_dilation"], **options)
 
 
@@ -76,7 +76,7 @@ def ask_flax(case: dict) -> float:
     options = {"use_bias": False, "param_dtype": jnp.float64, "rngs": nnx.Rngs(0)}
     if case["strides"]:
         # Without edges the layer has some padding, which its one number does not depend on.
-        padding = case["padding_name"] or case["padding"] or "SAME"
+        padding = "SAME" if case["padding"] is None else _padding_of(case)
         geometry = {name: case[name] for name in ("strides", "input_dilation", "kernel_dilation")}
         taps, groups = case["kernel"].shape[:-2], case["groups"]
         layer = nnx.Conv(c_in, c_out, taps, padding=padding, feature_group_count=groups, **geometry, **options)
@@ -85,7 +85,7 @@ def ask_flax(case: dict) -> float:
     layer.kernel[...] = jnp.asarray(case["kernel"])
     _is_the_layer(case, layer)
     wrapper = nnx.SpectralNorm(layer, n_steps=POWER_STEPS, param_dtype=jnp.float64, rngs=nnx.Rngs(0))
-    wrapper(jnp.zeros((1, *_image_shape(case), c_in)))
+    wrapper(jnp.zeros((2, *_image_shape(case), c_in)))
     return float(wrapper.batch_stats["kernel", "sigma"][...])
 
 
@@ -172,14 +172,15 @@ def torchlip_kernel(case: dict) -> np.ndarray | None:
     import torch
     from deel import torchlip
 
-    axes, transposed = len(case["strides"]), {*case["input_dilation"]} - {1}
-    if axes == 3 or case["groups"] != 1 or {*case["kernel_dilation"]} - {1} or (transposed and axes != 2):
+    axes = len(case["strides"])
+    dilated, transposed = {*case["kernel_dilation"]} - {1}, {*case["input_dilation"]} - {1}
+    if axes == 3 or case["groups"] != 1 or (dilated and axes == 2) or (transposed and axes == 1):
         return None
     *_, plain = torch_layers(case)
     torch.manual_seed(0)
     if axes:
         make = getattr(torchlip, f"SpectralConv{'Transpose' if transposed else ''}{axes}d")
-        # The constraint depends on the taps and the stride alone.
+        # The constraint depends on the taps and the stride alone, not on padding or dilation.
         layer = make(plain.in_channels, plain.out_channels, plain.kernel_size, stride=plain.stride, bias=False)
     else:
         layer = torchlip.SpectralLinear(plain.in_features, plain.out_features, bias=False)
@@ -216,7 +217,7 @@ def ask_weightwatcher(case: dict) -> float | None:
     import weightwatcher
 
     with contextlib.redirect_stdout(io.StringIO()):
-        details = weightwatcher.WeightWatcher(model=torch_layers(case)).analyze(min_evals=1)
+        details = weightwatcher.WeightWatcher(model=torch_layers(case)).analyze(min_evals=1, conv2d_norm=False)
     if not len(details):
         return None
     # Its spectral norm is an eigenvalue of W^T W.
@@ -224,6 +225,11 @@ def ask_weightwatcher(case: dict) -> float | None:
 
 
 # What they are asked with.
+
+
+def _padding_of(case: dict) -> str | list[tuple[int, int]]:
+    """The padding as JAX and Flax take it, by its name where it has one."""
+    return case["padding_name"] or [(low, high) for low, high in case["padding"]]
 
 
 def _image_shape(case: dict) -> tuple[int, ...]:

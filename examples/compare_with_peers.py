@@ -95,7 +95,7 @@ PEERS = (
         "orthogonium",
         "`get_conv_sv(layer, n_iter, imsize=...)`: Gram iteration, a bound that falls to the norm of a circular layer "
         f"(Delattre et al. 2023, {CIRCULAR_GRAM_STEPS} iterations) or to the supremum over all image sizes with zero "
-        f"padding (2024, {PADDED_GRAM_STEPS} iterations, beyond which its kernels are too large); the norm of the "
+        f"padding (2024, {PADDED_GRAM_STEPS} iterations, as its kernels double with each); the norm of the "
         "reshaped kernel where the stride is the size of the taps. Two axes and square taps only, circular square "
         "images only. It is written for orthogonium's own layers, and reads no stride and no dilation of others: a "
         "layer without them has no smaller norm. Over groups it returns the product of their norms (the norm is the "
@@ -109,8 +109,8 @@ PEERS = (
         "`SpectralLinear`, `SpectralConv1d`, `SpectralConv2d`, `SpectralConvTranspose2d`: the layer that is made of "
         f"the kernel by the norm of the reshaped kernel ({POWER_STEPS} power steps), Bjorck's orthonormalization and a "
         "factor for the overlap of the taps promises a norm of at most 1. The number compared with 1 is the exact norm "
-        "of that layer, at the size and padding of the case: `bound +50%` says that it is 1 / 1.5. Groups and dilation "
-        '"have to be one".',
+        "of that layer, at the size and padding of the case: `bound +50%` says that it is 1 / 1.5. Groups, and with "
+        'two axes dilation, "have to be one".',
         _peers.ask_torchlip_layer,
         promises_bound=True,
         truth=_peers.truth_of_torchlip_layer,
@@ -126,8 +126,9 @@ PEERS = (
     Peer(
         "weightwatcher",
         "weightwatcher",
-        "`WeightWatcher(model).analyze(min_evals=1)`, the square root of `spectral_norm`, which it defines as an "
-        "eigenvalue of W^T W: the largest over the matrices of single taps for two axes.",
+        "`WeightWatcher(model).analyze(min_evals=1, conv2d_norm=False)`, the square root of `spectral_norm`, which is "
+        "an eigenvalue of W^T W (by default divided by 2 with two axes): the largest over the matrices of single taps "
+        "with two axes, of single output channels with one.",
         _peers.ask_weightwatcher,
     ),
 )

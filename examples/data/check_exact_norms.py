@@ -2,8 +2,8 @@
 
 `exact_norms.json`, beside this file, holds small layers of every geometry, each with its kernel and its spectral norm,
 the largest singular value of the layer as a linear map of images. Compute the norms of its cases with the library in
-question, write them as JSON, `{"circular-1d": 3.2, ...}`, and ask (cases that are left out count as not offered, other
-keys are an error):
+question, write them as JSON, `{"circular-1d": 3.2, ...}`, and ask (cases that are left out, or null, count as not
+offered; other keys are an error):
 
     python check_exact_norms.py answers.json            # right, bound or wrong, and by how much
     python check_exact_norms.py answers.json --exact    # answers that promise the norm itself: too much is wrong too
@@ -164,7 +164,7 @@ def check_answers(cases: dict[str, dict], answers: dict[str, float], exact: bool
     wrong = []
     for name, case in cases.items():
         text = "not offered"
-        if name in answers:
+        if answers.get(name) is not None:
             text = verdict(answers[name], case["norm"], promises_norm=exact, tolerance=tolerance)
         print(f"{name:32} {text}")
         # A NaN has no sign: it is wrong as well.
