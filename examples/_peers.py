@@ -22,8 +22,8 @@ import check_exact_norms
 
 # Power iteration on these small matrices: enough for 1e-7 where neighbouring singular values differ by 1%.
 POWER_STEPS = 300
-# Gram iterations. A circular layer's are cheap. With zero padding the taps on an axis double with each: at 5 (the default
-# is 4) 7x7 taps have become 193x193 and take gigabytes, and what is left of the excess of the bound is its 32nd root.
+# Gram iterations. A circular layer's are cheap. With zero padding the taps on an axis double with each: after 5 (the
+# default is 4) 7x7 taps have become 193x193, which takes gigabytes. What is too much is then a 32nd root.
 CIRCULAR_GRAM_STEPS, PADDED_GRAM_STEPS = 12, 5
 # Samples on each axis for layers of cases without edges, where a library needs an image.
 SOME_SIZE = 8
