@@ -35,6 +35,15 @@ jax.config.update("jax_enable_x64", True)
 FAST_PACKAGES, FAST_STEP = ("jaxsrn", "numpy", "flax"), 6
 
 
+HOW_TO_READ = (
+    "Kernels are in float64; `examples/data/exact_norms.json` holds them. `right`: the norm to a relative error "
+    "of 1e-5. `bound`: so much above it, from a library that promises a bound. `wrong`: so much above or below it "
+    "from a library that promises no bound, or below it from one that does. A library that computes another norm, "
+    "and says so, is not in error; its number is not the norm of the layer. `not offered`: what the library does "
+    "not claim to do, or does not accept."
+)
+
+
 class Peer(NamedTuple):
     """A library, or a formula, that gives a number for the norm of a layer."""
 
@@ -170,6 +179,7 @@ def report(asked: Sequence[Peer], cases: dict[str, dict], found: dict[str, list[
     rows = [[name, f"{case['norm']:.6g}", *cells] for (name, case), *cells in zip(cases.items(), *columns, strict=True)]
     return {
         "Who is asked for what": "\n".join(who),
+        "How to read it": HOW_TO_READ,
         "Summary": table(head, [summary(peer, found[peer.name]) for peer in peers]),
         "Case by case": table(["case", "norm", *(peer.name for peer in peers)], rows),
     }
