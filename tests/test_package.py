@@ -17,6 +17,7 @@ HOUSE = {
     "operators": ["layouts", "many_taps", "base", "convolutions", "flax_layers", "layers"],
     "spectra": [
         "singular_pair",
+        "common_shapes",
         "image_pairs",
         "dense",
         "circular.sites",

@@ -22,6 +22,7 @@ from jaxsrn.operators.convolutions import CircularConv, UnboundedConv, ZeroPadde
 from jaxsrn.spectra.circular.boxes import overshoot
 from jaxsrn.spectra.circular.leading import leading_wave
 from jaxsrn.spectra.circular.sites import on_grid
+from jaxsrn.spectra.common_shapes import in_common_shape
 from jaxsrn.spectra.norms import frozen_value
 from jaxsrn.spectra.pairs_by_kind import leading_pair
 from jaxsrn.spectra.singular_pair import Pair, rescaled, without_idle_taps
@@ -67,7 +68,7 @@ def certified(kernel: Kernel, op: Operator, *, resolution: float = 0.01) -> Norm
         isinstance(resolution, (int, float)) and 0 <= resolution < 1,
         f"resolution: got {resolution!r}, expected a static number from 0 to 1, such as 0.01.",
     )
-    kernel = kernel.astype(float_dtype(kernel.dtype))
+    kernel, op = in_common_shape(kernel.astype(float_dtype(kernel.dtype)), op)
     # The pairs are found by compiled functions that the norms share.
     fixed = without_idle_taps(lax.stop_gradient(kernel), op)
     covered = [] if isinstance(op, Dense) else covers(fixed, op)

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float
 from jaxsrn._tools.checks import Kernel, ensure, float_dtype, kernel_array, positive_scalar
 from jaxsrn._tools.programs import program
 from jaxsrn.operators.base import Operator
+from jaxsrn.spectra.common_shapes import in_common_shape
 from jaxsrn.spectra.pairs_by_kind import leading_pair, pair_images, value_gradient
 from jaxsrn.spectra.singular_pair import Pair, rescaled
 
@@ -143,7 +144,7 @@ def spectral_norm(kernel: Kernel, op: Operator) -> Float[Array, ""]:
     Raises:
       ValueError: a kernel that does not fit.
     """
-    kernel = kernel_array(kernel, op)
+    kernel, op = in_common_shape(kernel_array(kernel, op), op)
     return _value(kernel, op, leading_pair(kernel, op))
 
 

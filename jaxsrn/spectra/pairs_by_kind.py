@@ -48,12 +48,12 @@ class _Kind(NamedTuple):
     leading: Callable
 
 
-_ON_TORUS = _Kind(site_pairs, lambda kernel, op, *_: leading_wave(kernel, op)[0])
+_ON_TORUS = _Kind(site_pairs, lambda kernel, op, *_, excess: leading_wave(kernel, op, excess)[0])
 _KINDS = {
-    Dense: _Kind(image_pairs, lambda kernel, op, *_: leading_of_dense(kernel)),
+    Dense: _Kind(image_pairs, lambda kernel, *_, excess: leading_of_dense(kernel)),
     CircularConv: _ON_TORUS,
     UnboundedConv: _ON_TORUS,
-    ZeroPaddedConv: _Kind(image_pairs, leading_of_padded),
+    ZeroPaddedConv: _Kind(image_pairs, lambda *args, excess: leading_of_padded(*args)),
 }
 
 
@@ -62,24 +62,27 @@ def _kind(op: Operator) -> _Kind:
     return next(_KINDS[base] for base in type(op).__mro__ if base in _KINDS)
 
 
-def leading_pair(kernel: Float[Array, "..."], op: Operator, *, tolerance=None, start=None, proven: bool = True) -> Pair:
+def leading_pair(
+    kernel: Float[Array, "..."], op: Operator, *, tolerance=None, start=None, proven: bool = True, excess=0.0
+) -> Pair:
     """The leading pair of a kernel of any scale and dtype, from a cold start, a constant for derivatives.
 
     Public functions call this stage before what they make of the pair, so that they share its program: one that was
-    called on a shape leaves little to compile to the next. Layers without zero padding have a proof whatever the
-    options, small layers with zero padding unless `proven=False`. `tolerance` and `start` concern searches alone, which
-    have no proof.
+    called on a shape leaves little to compile to the next. Layers without zero padding have a proof, small layers with
+    zero padding unless `proven=False`. `tolerance` and `start` concern searches alone, which have no proof.
 
     Args:
       kernel, op: the layer.
       tolerance: the relative residual at which a search stops, `search_tolerance` by default.
       start: an input at which the search starts, with a fixed part mixed in, in place of its own starts.
       proven: static; with `False` small layers with zero padding are searched too, without a proof.
+      excess: the share by which the norm may exceed the value of the pair, as far as is proven, for layers without
+        edges and circular ones. With 1 the pair is the highest peak that climbing finds.
     """
     kernel = lax.stop_gradient(kernel.astype(float_dtype(kernel.dtype)))
     # A number is an argument of the compiled search, so that all tolerances share its program.
     tolerance = search_tolerance(kernel.dtype) if tolerance is None else tolerance
-    return _kind(op).leading(kernel, op, tolerance, start, proven)
+    return _kind(op).leading(kernel, op, tolerance, start, proven, excess=excess)
 
 
 def no_pair(op: Operator, kernel_shape: tuple[int, ...], dtype) -> Pair:

@@ -16,6 +16,7 @@ from jaxsrn._tools.checks import Kernel, ensure, float_dtype, kernel_array
 from jaxsrn._tools.programs import program
 from jaxsrn.operators.base import Operator
 from jaxsrn.operators.convolutions import UnboundedConv
+from jaxsrn.spectra.common_shapes import in_common_shape
 from jaxsrn.spectra.norms import frozen_value
 from jaxsrn.spectra.pairs_by_kind import leading_pair
 from jaxsrn.spectra.singular_pair import rescaled
@@ -46,7 +47,7 @@ def stable_rank(kernel: Kernel, op: Operator) -> Float[Array, ""]:
     Raises:
       ValueError: a kernel that does not fit.
     """
-    kernel = kernel_array(kernel, op)
+    kernel, op = in_common_shape(kernel_array(kernel, op), op)
     return _stable_rank(kernel, op, leading_pair(kernel, op))
 
 

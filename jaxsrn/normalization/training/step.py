@@ -67,7 +67,8 @@ def srnc_state(kernel: Kernel, op: Operator, target, *, norm=1.0, cap: bool = Fa
     The starts are those of `srnc` (for circular and unbounded convolutions the scan over frequencies and phases). The
     best of them after a few passes is followed to the end by training steps of the kernel at rest. With zero padding
     the time is proportional to the size of the image. Without a target, and for dense layers, the kernel's own leading
-    pair is the start. What may overtake it is unknown then, and is found in the first steps.
+    pair is the start; circular and unbounded convolutions take the highest peak that climbing finds, without a proof.
+    What may overtake it is unknown then, and is found in the first steps.
 
     Args:
       kernel, op, target, norm, cap: as for `srnc_step`.
@@ -80,7 +81,10 @@ def srnc_state(kernel: Kernel, op: Operator, target, *, norm=1.0, cap: bool = Fa
       ValueError: as `srnc_step` does.
     """
     kernel, target, _ = _checked(kernel, op, target, norm, cap)
-    return _srnc_state(kernel, op, leading_pair(kernel, op), target, _follows_own(op, target, norm, cap))
+    # The watch replaces a pair that the kernel outgrows, so that a proof would buy nothing. It would take nearly all of
+    # the time for random kernels of many channels, whose largest singular values are alike at all frequencies.
+    own = leading_pair(kernel, op, excess=1.0)
+    return _srnc_state(kernel, op, own, target, _follows_own(op, target, norm, cap))
 
 
 def srnc_step(
