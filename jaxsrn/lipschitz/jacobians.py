@@ -54,11 +54,12 @@ class LocalFrobeniusNorm(NamedTuple):
 def local(f: Callable, params, x, *, tolerance=None) -> LocalConstant:
     """The local Lipschitz constants `||J(x)||_2` of a network, at each sample of a batch.
 
-    `J` is the Jacobian of the output in the input. Where `f` is differentiable, its norm is the Lipschitz constant in
-    an arbitrarily small ball around the sample (Sanyal, Torr, Dokania 2020, section 2). It is a lower bound of the
-    global constant of `f`. The Lanczos method finds it from products with `J` and `J^T`, at most 20 of each where the
-    smaller of input and output has fewer than 20 entries. It works on the smaller side, and holds up to 21 vectors of
-    that size a sample. A small residual proves a singular value, not that none is larger.
+    `J` is the Jacobian of the output in the input. Where it is continuous, its norm is the limit of the Lipschitz
+    constants in ever smaller balls around the sample (Sanyal, Torr, Dokania 2020, section 2). It is a lower bound of
+    the global constant of `f`. The Lanczos method finds it from products with `J` and `J^T`, on the smaller of the two
+    sides, input and output: about `n` products with each where that has `n < 20` entries, and 20 or more otherwise. It
+    holds up to 21 vectors of that side for each sample, beside what `jax.linearize` stores of the network. A small
+    residual proves a singular value, not that none is larger.
 
     Args:
       f: a function `f(params, x)` from a batch of inputs to a batch of outputs, which may have any shape. The samples

@@ -19,12 +19,15 @@ __all__ = ["certified_upper_bound", "log_of", "of_layers", "upper_bound"]
 def upper_bound(layers: Layers, params, *, norm: Callable = spectral_norm, log: bool = False) -> Float[Array, ""]:
     """The product of the norms of layers: an upper bound of the Lipschitz constant of a chain.
 
-    It bounds a network that applies these layers one after the other, each followed by activations of Lipschitz
-    constant at most 1 (ReLU, tanh, sigmoid, maximum and average pooling; not GELU or swish), without skips: a residual
-    block `x + g(x)` has the bound `1 + L_g`, and branches that are added have the sum of theirs. Attention and batch
-    normalization are no such layers; fold the latter into its convolution (`penalties.fold_batch_norm`). All layers of
-    the chain that are not 1-Lipschitz must be named. Sanyal, Torr, Dokania 2020, section 2. It is as good as `norm`:
-    `spectral_norm` is exact to rounding; where a proof is asked for, `certified_upper_bound`.
+    It bounds a network that applies these layers one after the other, between them only functions of Lipschitz
+    constant at most 1: ReLU, tanh, sigmoid, pooling in windows that do not overlap; not GELU or swish. There must be no
+    skips: a residual block `x + g(x)` has the bound `1 + L_g`, and branches that are added have the sum of theirs.
+    Attention is no such layer, nor is batch normalization; fold it into its convolution (`penalties.fold_batch_norm`).
+    Every layer that is not 1-Lipschitz must be named: the function does not see the network, and cannot check it.
+    Source: Sanyal, Torr, Dokania 2020, section 2.
+
+    The product is an upper bound as far as `norm` is one. `spectral_norm` is exact to rounding, but of large layers
+    with zero padding not proven; `certified_upper_bound` is guaranteed.
 
     Args:
       layers: `{path: operator}`, as `penalties.total` takes it and `layer_operators` of the Flax modules gives it.

@@ -19,8 +19,8 @@ __all__ = ["check_network", "checked_batches", "full_precision", "norms_of_sampl
 def full_precision():
     """A context in which products of a network that asks for no precision are at least in float32.
 
-    Recent GPUs round the factors to TF32 by default. A search for singular vectors would then see another Jacobian in
-    every product, and not converge.
+    The default precision of TPUs and of recent GPUs is below float32, and the residual of a search for singular
+    vectors could not fall below that rounding.
     """
     return jax.default_matmul_precision("highest")
 
