@@ -5,8 +5,8 @@ pairs of images, pairs that climb, norms of the Jacobian, and products of the la
 measures of sample complexity of Sanyal, Torr, Dokania 2020.
 
     pip install "jaxsrn[examples]"
-    python examples/lipschitz_constants.py          # a minute or two, most of it compilation
-    python examples/lipschitz_constants.py --fast   # fewer epochs and images
+    python examples/lipschitz_constants.py          # some minutes, on 512 images
+    python examples/lipschitz_constants.py --fast   # fewer epochs, half of the images
 """
 
 import argparse
@@ -86,7 +86,7 @@ def main():
     f = function_of(models["plain"])
     for name, model in models.items():
         train(model, images, labels, epochs=2 if fast else 20, seed=0, name=name)
-        count = 256 if fast else len(images)
+        count = 256 if fast else 512
         found[name] = numbers_of(f, jnnx.fold(model), images[:count], labels[:count])
     lines = [(what, *(f"{numbers[what]:.4g}" for numbers in found.values())) for what in found["plain"]]
     print_table("Lipschitz constants and generalization measures", ("", *models), *lines)

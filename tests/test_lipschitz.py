@@ -165,7 +165,7 @@ def test_pairs_climb():
     start = lipschitz.pairwise(chain, params, x, y)
     found = lipschitz.ascent(chain, params, x, y)
     np.testing.assert_allclose(found.ratio, lipschitz.pairwise(chain, params, found.x, found.y), rtol=1e-12)
-    assert np.all(found.ratio >= start)
+    assert np.all(found.ratio >= start * (1 - 1e-12))
     assert np.median(found.ratio / start) > 1.5
 
     # The points stay in the box, the ratio holds for them, and its gradient in the parameters holds them constant.

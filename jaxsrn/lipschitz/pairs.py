@@ -66,19 +66,20 @@ def _pairwise(f, params, x, y):
 def ascent(f: Callable, params, x, y, *, num_steps: int = 100, box=None) -> Ascent:
     """Pairs that climb: each pair is moved to where its ratio `||f(x) - f(y)|| / ||x - y||` is larger.
 
-    Each final ratio is a lower bound of the global Lipschitz constant, never below that of the given pair, and no
-    proof that none is larger. Pairs keep their distance, so that rounding does not drown the difference of outputs. A
-    trial step moves both the direction of the difference and the centre of the pair along the gradient. A full step of
-    the direction is a power step: on a linear map it is the power method, whose limit is the spectral norm. A step that
-    does not raise the ratio is taken back, and the next one is half as long.
+    Each final ratio is a lower bound of the global Lipschitz constant, up to rounding not below that of the given
+    pair, and no proof that none is larger. Pairs keep their distance, so that rounding does not drown the difference
+    of outputs. A trial step moves both the direction of the difference and the centre of the pair along the gradient.
+    A full step of the direction is a power step: on a linear map it is the power method, whose limit is the spectral
+    norm. A step that does not raise the ratio is taken back, and the next one is half as long.
 
     Args:
       f, params: as in `local`.
       x, y: `(samples, ...)`, of equal shape; the pairs to start from. Pairs of one point and the same with noise give
         constants of that neighbourhood.
       num_steps: the number of trial steps; each costs one gradient of the network for all pairs.
-      box: the interval `(low, high)` in which all entries of the points are kept, such as `(0, 1)` for images. The
-        distance of a pair may shrink there. By default there is none.
+      box: static; the interval `(low, high)` in which all entries of the points are kept, such as `(0, 1)` for images.
+        Points outside of it are moved into it first, and the distance of a pair may shrink there. By default there is
+        none.
 
     Returns:
       An `Ascent` in float32 or wider; a pair whose ratio is NaN at the start keeps it. The ratio is differentiable in
