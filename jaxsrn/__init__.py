@@ -1,8 +1,8 @@
 """Singular values, norms and stable rank of layers, convolutions above all.
 
 Every function of a layer has the form `f(kernel, op, *, options)`: the kernel is in Flax's layout, and the operator
-says which linear map it stands for. The modules `bounds`, `optim`, `penalties`, `sphere` and `surrogate` are imported
-when they are first used; `jaxsrn.nnx` and `jaxsrn.linen`, the wrappers for Flax, are imported by name.
+says which linear map it stands for. The modules `bounds`, `lipschitz`, `optim`, `penalties`, `sphere` and `surrogate`
+are imported when they are first used; `jaxsrn.nnx` and `jaxsrn.linen`, the wrappers for Flax, are imported by name.
 """
 
 import importlib
@@ -38,6 +38,7 @@ __all__ = [
     "bounds",
     "clip_singular_values",
     "leading_triplet",
+    "lipschitz",
     "optim",
     "penalties",
     "project_spectral_ball",
@@ -57,7 +58,7 @@ __all__ = [
     "top_singular_values",
 ]
 
-_MODULES = ("bounds", "optim", "penalties", "sphere", "surrogate")
+_MODULES = ("bounds", "lipschitz", "optim", "penalties", "sphere", "surrogate")
 
 
 def __getattr__(name: str):

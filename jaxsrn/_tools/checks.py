@@ -69,9 +69,9 @@ def kernel_array(kernel, op) -> jax.Array:
     return kernel
 
 
-def float_dtype(dtype) -> jnp.dtype:
-    """The dtype of the computation: float32, or wider where the input is."""
-    return jnp.dtype(dtype) if jnp.finfo(dtype).bits >= 32 else jnp.dtype(jnp.float32)
+def float_dtype(*dtypes) -> jnp.dtype:
+    """The dtype of the computation: float32, or wider where one of the inputs is."""
+    return max(jnp.dtype(jnp.float32), *map(jnp.dtype, dtypes), key=lambda dtype: jnp.finfo(dtype).bits)
 
 
 def positive_scalar(value, name: str, dtype, *, or_zero: bool = False) -> jax.Array:

@@ -6,7 +6,7 @@ a stack share one compiled program.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -25,6 +25,7 @@ __all__ = [
     "named_kernels",
     "stacked",
     "stacks",
+    "values_of_stacks",
 ]
 
 Path = tuple[Any, ...]
@@ -110,3 +111,25 @@ def after(kernels: Shaped[Array, "..."], value: Shaped[Array, ""]) -> Shaped[Arr
     depend on `value`, because XLA does not know that no number is below minus infinity.
     """
     return jnp.where(value < -jnp.inf, 0, kernels)
+
+
+def values_of_stacks(function: Callable, layers: Layers, params) -> list:
+    """`function(kernel, op)` of every layer: for each stack the tree of its values, along a first axis.
+
+    The stacks are worked on in turn, and `function` is compiled once for each.
+
+    Raises:
+      ValueError: what `named_kernels` refuses, or a function whose values are not scalars.
+    """
+    latest, found = jnp.zeros(()), []
+    for stack in stacks(layers, params):
+        values = jax.vmap(function, (0, None))(after(stack.kernels, latest), stack.op)
+        leaves = jax.tree.leaves(values)
+        for leaf in leaves:
+            ensure(
+                jnp.shape(leaf) == (len(stack.paths),),
+                f"function: got a value of shape {jnp.shape(leaf)[1:]} for {stack.paths[0]!r}, expected a scalar.",
+            )
+        latest = jnp.sum(leaves[0])
+        found.append(values)
+    return found

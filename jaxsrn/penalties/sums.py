@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxsrn._tools.checks import ensure
-from jaxsrn.operators.layers import Layers, after, stacks
+from jaxsrn._tools.checks import float_dtype
+from jaxsrn.operators.layers import Layers, values_of_stacks
 
 __all__ = [
     "total",
@@ -37,13 +36,7 @@ def total(function: Callable, layers: Layers, params) -> Float[Array, ""]:
         whose value is not a scalar.
     """
     running = jnp.zeros((), jnp.float32)
-    for stack in stacks(layers, params):
-        # `after` lets the stacks run in turn.
-        values = jax.vmap(function, (0, None))(after(stack.kernels, running), stack.op)
-        ensure(
-            jnp.shape(values) == (len(stack.paths),),
-            f"function: got a value of shape {jnp.shape(values)[1:]} for {stack.paths[0]!r}, expected a scalar.",
-        )
-        dtype = max(running.dtype, values.dtype, key=lambda dtype: dtype.itemsize)
+    for values in values_of_stacks(function, layers, params):
+        dtype = float_dtype(running.dtype, values.dtype)
         running = running.astype(dtype) + jnp.sum(values).astype(dtype)
     return running

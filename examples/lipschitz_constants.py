@@ -1,0 +1,96 @@
+"""Lipschitz constants and generalization measures of two networks for the digits: plain, and with constrained layers.
+
+The networks are those of `quickstart.py`. The table goes from what is measured on data to what is guaranteed: ratios of
+pairs of images, pairs that climb, norms of the Jacobian, and products of the layers' norms. Below are the three
+measures of sample complexity of Sanyal, Torr, Dokania 2020.
+
+    pip install "jaxsrn[examples]"
+    python examples/lipschitz_constants.py          # some minutes, on 512 images
+    python examples/lipschitz_constants.py --fast   # fewer epochs, half of the images
+"""
+
+import argparse
+
+import numpy as np
+from flax import nnx
+from quickstart import CNN, print_table, train
+from sklearn.datasets import load_digits
+
+import jaxsrn.nnx as jnnx
+from jaxsrn import lipschitz
+
+BATCH = 256
+
+
+def function_of(model):
+    """The network as `f(params, x, tap)`, its hidden layers passed through `tap`."""
+    graph = nnx.graphdef(model)
+
+    def f(params, x, tap=lambda h: h):
+        model = nnx.merge(graph, params)
+        for conv in (model.conv1, model.conv2, model.conv3):
+            x = tap(nnx.relu(conv(x)))
+        return model.dense(x.reshape(len(x), -1))
+
+    return f
+
+
+def over(function, *data):
+    return lipschitz.over_batches(function, *data, batch_size=BATCH)
+
+
+def numbers_of(f, model, images, labels):
+    """What is printed of a network, by name."""
+    params = nnx.state(model)
+    at_size, at_every_size = jnnx.layer_operators(model, images[:1]), jnnx.layer_operators(model)
+    others = images[np.random.default_rng(0).permutation(len(images))]
+    pairs = lipschitz.histogram(over(lambda x, y: lipschitz.pairwise(f, params, x, y), images, others))
+    climbed = over(lambda x, y: lipschitz.ascent(f, params, x, y, box=(0, 1)).ratio, images, others)
+    local = over(lambda x: lipschitz.local(f, params, x).value, images)
+    frobenius = over(lambda x: lipschitz.local_frobenius(f, params, x).value, images)
+    margins = over(lambda x, y: lipschitz.margins(f(params, x), y), images, labels)
+    margin = np.percentile(margins, 10)
+    jac_norms = over(lambda x, y: lipschitz.jac_norm(f, params, x, y, margin=margin), images, labels)
+    logs = [measure(at_size, params, margin, log=True) for measure in (lipschitz.spec_fro, lipschitz.spec_l1)]
+    return {
+        "pairs of images, 95th percentile": pairs.percentile,
+        "pairs of images, largest (from below)": pairs.largest,
+        "pairs that climb in [0, 1], largest (from below)": climbed.max(),
+        "norm of the Jacobian at the images, median": np.median(local),
+        "norm of the Jacobian at the images, largest (from below)": local.max(),
+        "its Frobenius norm, median": np.median(frobenius),
+        "product of norms, 8x8 images (from above)": lipschitz.upper_bound(at_size, params),
+        "certified, 8x8 images (from above)": lipschitz.certified_upper_bound(at_size, params),
+        "certified, images of every size (from above)": lipschitz.certified_upper_bound(at_every_size, params),
+        "margin, 10th percentile": margin,
+        "Spec-Fro, log10": logs[0] / np.log(10),
+        "Spec-L1, log10": logs[1] / np.log(10),
+        "Jac-Norm, median": np.median(jac_norms),
+    }
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--fast", action="store_true", help="a few epochs, 256 images")
+    fast = parser.parse_args().fast
+
+    images, labels = load_digits(return_X_y=True)
+    images = (images / 16).astype(np.float32).reshape(-1, 8, 8, 1)
+    rngs = nnx.Rngs(0)
+
+    def constrained(layer, input_shape):
+        return jnnx.StableRankNorm(layer, 0.2, input_shape=input_shape, norm=3.0, rngs=rngs)
+
+    # Of one architecture, so that both share one function and its compiled programs.
+    models, found = {"plain": CNN(nnx.Rngs(0)), "constrained": CNN(rngs, constrained)}, {}
+    f = function_of(models["plain"])
+    for name, model in models.items():
+        train(model, images, labels, epochs=2 if fast else 20, seed=0, name=name)
+        count = 256 if fast else 512
+        found[name] = numbers_of(f, jnnx.fold(model), images[:count], labels[:count])
+    lines = [(what, *(f"{numbers[what]:.4g}" for numbers in found.values())) for what in found["plain"]]
+    print_table("Lipschitz constants and generalization measures", ("", *models), *lines)
+
+
+if __name__ == "__main__":
+    main()
