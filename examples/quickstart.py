@@ -7,6 +7,8 @@ with norm and stable rank of every layer held, by one line of `jaxsrn.nnx`, lear
     python examples/quickstart.py              # half a minute to a minute; writes quickstart.png
     python examples/quickstart.py --seeds 3    # three times: other weights, batches and random labels
     python examples/quickstart.py --fast       # two epochs, to see that it runs
+
+The picture of the README is `python examples/quickstart.py --figure docs/images/quickstart.png`.
 """
 
 import argparse
@@ -187,7 +189,7 @@ def main():
     parser.add_argument("--epochs", type=int, default=50, help="(default: %(default)s)")
     parser.add_argument("--random", type=float, default=0.3, help="share of random labels (default: %(default)s)")
     parser.add_argument("--norm", type=float, default=3.0, help="spectral norm of every layer (default: %(default)s)")
-    parser.add_argument("--fraction", type=float, default=0.2, help="of the largest stable rank (default: %(default)s)")
+    parser.add_argument("--fraction", type=float, default=0.15, help="of the largest stable rank (default: %(default)s)")
     parser.add_argument("--figure", default="quickstart.png", help="where to save the figure (default: %(default)s)")
     args = parser.parse_args()
 

@@ -38,7 +38,8 @@ def symbol_norms(kernel: Kernel, op: Operator, *, resolution: int = 64, ax: Axes
     ax = axes_of(ax, (6.5, 5.0) if norms.ndim == 2 else (7.5, 4.0))
     best = np.unravel_index(np.argmax(norms), norms.shape)
     where = [axis[i] for axis, i in zip(frequencies, best, strict=True)]
-    label = f"largest: {norms[best]:.4g}\nat ±({', '.join(f'{w:.2f}' for w in where)})"
+    place = f"{abs(where[0]):.2f}" if norms.ndim == 1 else f"({where[0]:.2f}, {where[1]:.2f})"
+    label = f"largest: {norms[best]:.4g}\nat ±{place}"
     mark = {"color": "white", "mec": "black", "ms": 11, "ls": "", "label": label}
     if norms.ndim == 1:
         marker = "o" if isinstance(op, CircularConv) else ""
