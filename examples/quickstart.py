@@ -189,7 +189,7 @@ def main():
     parser.add_argument("--epochs", type=int, default=50, help="(default: %(default)s)")
     parser.add_argument("--random", type=float, default=0.3, help="share of random labels (default: %(default)s)")
     parser.add_argument("--norm", type=float, default=3.0, help="spectral norm of every layer (default: %(default)s)")
-    parser.add_argument("--fraction", type=float, default=0.15, help="of the largest stable rank (default: %(default)s)")
+    parser.add_argument("--fraction", type=float, default=0.15, help="of the largest stable rank (%(default)s)")
     parser.add_argument("--figure", default="quickstart.png", help="where to save the figure (default: %(default)s)")
     args = parser.parse_args()
 
