@@ -4,7 +4,7 @@ A network that is trained plainly learns the random labels by heart, and is wors
 with norm and stable rank of every layer held, by one line of `jaxsrn.nnx`, learns the digits and not the noise.
 
     pip install "jaxsrn[examples]"
-    python examples/quickstart.py              # half a minute to a minute; writes quickstart.png
+    python examples/quickstart.py              # about a minute, most of it compilation; writes quickstart.png
     python examples/quickstart.py --seeds 3    # three times: other weights, batches and random labels
     python examples/quickstart.py --fast       # two epochs, to see that it runs
 

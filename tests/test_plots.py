@@ -327,6 +327,8 @@ def test_sphere_refuses():
             plots.sphere(op, 24.0)
     with pytest.raises(ValueError, match="three taps"):
         plots.sphere(OP, 24.0, points={"a": np.ones(4)})
+    with pytest.raises(ValueError, match="direction"):
+        plots.sphere(OP, 24.0, points={"a": np.zeros(3)})
 
 
 def test_without_matplotlib_the_extra_is_named(monkeypatch):

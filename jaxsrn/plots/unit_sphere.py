@@ -61,7 +61,7 @@ def sphere(
       ax: axes to draw on.
 
     Raises:
-      ValueError: another operator, or paths and points that are not made of three taps.
+      ValueError: another operator, or paths and points that are not made of three taps or have no direction.
     """
     ensure(
         isinstance(op, CircularConv) and op.grid == op.input_shape[:1] and op.feature_group_count == 1,
@@ -87,7 +87,9 @@ def _on_sphere(kernels, name: str) -> np.ndarray:
     kernels = kernels.reshape(kernels.shape[:-2] if kernels.shape[-2:] == (1, 1) else kernels.shape)
     ensure(kernels.shape[-1:] == (3,), f"{name}: got shape {kernels.shape}, expected vectors of three taps.")
     kernels = kernels.reshape(-1, 3)
-    return kernels / np.linalg.norm(kernels, axis=-1, keepdims=True)
+    lengths = np.linalg.norm(kernels, axis=-1, keepdims=True)
+    ensure(bool((lengths > 0).all()), f"{name}: got a zero or NaN vector, expected vectors that have a direction.")
+    return kernels / lengths
 
 
 def _draw_ball(ax, op, target, view):
