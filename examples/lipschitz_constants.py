@@ -13,8 +13,7 @@ import argparse
 
 import numpy as np
 from flax import nnx
-from quickstart import CNN, print_table, train
-from sklearn.datasets import load_digits
+from quickstart import CNN, constrained, digits, print_table, train
 
 import jaxsrn.nnx as jnnx
 from jaxsrn import lipschitz
@@ -74,20 +73,14 @@ def main():
     parser.add_argument("--fast", action="store_true", help="a few epochs, 256 images")
     fast = parser.parse_args().fast
 
-    images, labels = load_digits(return_X_y=True)
-    images = (images / 16).astype(np.float32).reshape(-1, 8, 8, 1)
-    rngs = nnx.Rngs(0)
-
-    def constrained(layer, input_shape):
-        return jnnx.StableRankNorm(layer, 0.2, input_shape=input_shape, norm=3.0, rngs=rngs)
-
+    data = digits(seed=0, share=0.0)
     # Of one architecture, so that both share one function and its compiled programs.
-    models, found = {"plain": CNN(nnx.Rngs(0)), "constrained": CNN(rngs, constrained)}, {}
+    models, found = {"plain": CNN(nnx.Rngs(0)), "constrained": constrained(CNN(nnx.Rngs(0)), 3.0, 0.2)}, {}
     f = function_of(models["plain"])
     for name, model in models.items():
-        train(model, images, labels, epochs=2 if fast else 20, seed=0, name=name)
-        count = 256 if fast else 512
-        found[name] = numbers_of(f, jnnx.fold(model), images[:count], labels[:count])
+        train(model, data, epochs=2 if fast else 20, seed=0, name=name)
+        count = BATCH if fast else 2 * BATCH
+        found[name] = numbers_of(f, jnnx.fold(model), data.x_train[:count], data.y_train[:count])
     lines = [(what, *(f"{numbers[what]:.4g}" for numbers in found.values())) for what in found["plain"]]
     print_table("Lipschitz constants and generalization measures", ("", *models), *lines)
 

@@ -29,7 +29,7 @@ from _report import paragraphs, requirement, resnet50, run_parts, save, table, w
 from tqdm import tqdm
 
 import jaxsrn
-from jaxsrn import CircularConv, Dense
+from jaxsrn import CircularConv, Dense, plots
 from jaxsrn.operators import Operator
 
 matplotlib.use("Agg")
@@ -157,20 +157,14 @@ def layers_of(fast: bool) -> dict:
 
 def draw_spectra(spectra: list[Spectrum], path):
     """The paper's figure, and all layers on one scale."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 5), layout="constrained")
-    colors = plt.get_cmap("plasma_r")(np.linspace(0.08, 1, len(spectra)))
-    for spectrum, color in zip(spectra, colors, strict=True):
-        share = np.linspace(0, 1, len(spectrum.values))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(17, 5), layout="constrained", width_ratios=[1, 1.3])
+    plots.singular_values({spectrum.name: spectrum.values for spectrum in spectra}, relative=True, ax=right)
+    for spectrum, line in zip(spectra, right.lines, strict=True):
         if spectrum.has_taps:
-            left.plot(spectrum.values, color=color, lw=1.2)
-        style = "-" if spectrum.has_taps else ":"
-        right.plot(share, spectrum.values / spectrum.values[0], style, color=color, lw=1.2)
+            left.plot(spectrum.values, color=line.get_color(), ls=line.get_linestyle(), lw=1.2)
     left.set(xlabel="index", ylabel="singular value", title="Layers with more than one tap")
     left.set_xscale("symlog", linthresh=100)
-    right.set(xlabel="index / number", ylabel="over the norm", title="All layers (dotted: 1x1)", yscale="log")
-    right.set_ylim(1e-4, 1.3)
-    depth = plt.cm.ScalarMappable(plt.Normalize(1, len(spectra)), matplotlib.colors.ListedColormap(colors))
-    figure.colorbar(depth, ax=right, label="depth (1 = next to the input)")
+    right.set_title("All layers")
     save(figure, path, dpi=110)
 
 

@@ -24,12 +24,10 @@ from _report import command_line, paragraphs, prepared, save, steps_of, table, w
 from tqdm import tqdm
 
 import jaxsrn
-from jaxsrn import CircularConv, optim, surrogate
+from jaxsrn import CircularConv, optim, plots, surrogate
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from matplotlib.colors import ListedColormap
-from matplotlib.legend_handler import HandlerTuple
 
 jax.config.update("jax_enable_x64", True)
 
@@ -52,8 +50,7 @@ SHARES = (0.15, 0.2, 0.25, 0.3, 0.35)
 TOLERANCE = 1e-10
 # From Okabe and Ito's palette, safe for colour-blind readers.
 FIRST, SECOND, EXACT, FEASIBLE = "#0072B2", "#D55E00", "#000000", "#009E73"
-# Light greys, which lines stand out from.
-SHADES = ListedColormap(plt.get_cmap("gray")(np.linspace(0.62, 1, 256)))
+STYLES = ((FIRST, "-"), (SECOND, "--"))
 
 
 class Size(NamedTuple):
@@ -401,51 +398,14 @@ def draw_forms(values, path):
     save(figure, path, dpi=150)
 
 
-def camera(azimuth: float, elevation: float) -> np.ndarray:
-    """Rows: to the right, upwards, towards the viewer."""
-    az, el = np.radians([azimuth, elevation])
-    right = [-np.sin(az), np.cos(az), 0.0]
-    towards = [np.cos(el) * np.cos(az), np.cos(el) * np.sin(az), np.sin(el)]
-    return np.array([right, np.cross(towards, right), towards])
-
-
-CAMERA = camera(16, 12)
-
-
-def draw_sphere(ax, target):
-    """An orthographic view: the stable rank as shades, and where it is the target; what is behind, dashed."""
-    x, y = np.meshgrid(*2 * [np.linspace(-1, 1, 601)])
-    depth = np.sqrt(np.maximum(1 - x**2 - y**2, 0))
-    for side, style, width, opacity in ((-1, "dashed", 1, 0.5), (1, "solid", 2.2, 1)):
-        ranks = N / largest_form(np.stack([x, y, side * depth], -1) @ CAMERA)
-        inside = np.ma.masked_where(x**2 + y**2 > 1, ranks)
-        ax.contour(x, y, inside, [target], colors=FEASIBLE, linewidths=width, linestyles=style, alpha=opacity)
-    shades = ax.imshow(ranks, SHADES, extent=(-1, 1, -1, 1), origin="lower", vmin=N / 3, vmax=N, zorder=0)
-    shades.set_clip_path(ax.add_patch(plt.Circle((0, 0), 1, fill=False, color="0.4", lw=1)))
-    for i in (1, 2):
-        foot = CAMERA[:2, i]
-        ax.annotate("", 1.15 * foot, foot, arrowprops={"arrowstyle": "->", "color": "0.3", "lw": 1})
-        ax.text(*(1.25 * foot), f"$x_{i}$", ha="center", va="center", color="0.3")
-    ax.plot(*CAMERA[:2, 0], "+", color=EXACT, ms=9, mew=1.6, zorder=7)
-    # Room for the legend below.
-    ax.set(xlim=(-1.2, 1.3), ylim=(-1.75, 1.3), aspect="equal")
-    ax.axis("off")
-    return shades
-
-
-def draw_path(ax, path, color, label):
-    right, up, towards = CAMERA @ path.T
-    for visible, style, alpha in ((towards < 0, ":", 0.7), (towards >= 0, "-", 1.0)):
-        ax.plot(np.where(visible, right, np.nan), up, style, color=color, lw=2, alpha=alpha, zorder=3)
-    ax.plot(right[0], up[0], "o", color=color, mfc="white", mew=1.5, ms=7, zorder=4)
-    ax.plot(right[-1], up[-1], "o", color=color, ms=7, zorder=5, label=label)
+VIEW = plots.camera(16, 12)
 
 
 def shown_starts(run: Descents) -> list[int]:
     """For every end at the first target, at most two, the start farthest from it whose whole way is visible."""
     chosen = []
     for end in ends_of(run.settled[0], TARGETS[0])[:2]:
-        depth = np.min(run.points[:, end.starts] @ CAMERA[2], axis=(0, -1))
+        depth = np.min(run.points[:, end.starts] @ VIEW[2], axis=(0, -1))
         cosine = run.points[0, end.starts, 0] @ end.point
         chosen.append(int(end.starts[np.argmin(np.where(depth > 0.4, cosine, 2 - depth))]))
     return chosen
@@ -454,27 +414,15 @@ def shown_starts(run: Descents) -> list[int]:
 def draw_trajectories(run: Descents, exact, path):
     """Figure 2."""
     figure, axes = plt.subplots(1, len(TARGETS), figsize=(13, 5.6), layout="constrained")
+    shown = shown_starts(run)
     for i, (ax, target) in enumerate(zip(axes, TARGETS, strict=True)):
-        shades = draw_sphere(ax, target)
-        for start, color in zip(shown_starts(run), (FIRST, SECOND), strict=False):
-            draw_path(ax, run.points[i, start], color, f"end of the descent: {run.ranks[i, start, -1]:.2f}")
+        ways = {f"descent {k}, ends at {run.ranks[i, j, -1]:.2f}": run.points[i, j] for k, j in enumerate(shown, 1)}
         solution = on_sphere(exact[target].kernel)
         # An odd tap negated shifts every frequency by half the sampling rate: the same stable rank, norm and distance.
-        pair = CAMERA @ np.stack([solution, solution * [1, -1, 1]], -1)
-        label = f"exact solutions: {measure(exact[target].kernel)[0]:.2f}"
-        ax.plot(*pair[:2], "*", color=EXACT, mec="white", ms=16, zorder=6, ls="", label=label)
+        pair = np.stack([solution, solution * [1, -1, 1]])
+        marks = {f"exact solutions: {measure(exact[target].kernel)[0]:.2f}": pair, "$a = (1, 0, 0)$": np.ravel(KERNEL)}
+        plots.sphere(OP, target, paths=ways, points=marks, view=VIEW, ax=ax)
         ax.set_title(f"target $r = {target:g}$")
-        ax.legend(
-            frameon=False, handletextpad=0.3, loc="lower center", bbox_to_anchor=(0.48, 0), title="stable rank at"
-        )
-    marks = [
-        plt.Line2D([], [], color=FEASIBLE, lw=2.2, label=r"feasible for $r$: $\max_l g_l(x) = N/r$"),
-        plt.Line2D([], [], color=FEASIBLE, lw=1, ls="--", alpha=0.5, label="the same, behind"),
-        plt.Line2D([], [], color="0.3", marker="o", mfc="white", mew=1.5, ms=7, lw=2, label="iterates from a start"),
-        plt.Line2D([], [], color=EXACT, marker="+", ms=9, mew=1.6, ls="", label="$a = (1, 0, 0)$"),
-    ]
-    figure.legend(handles=marks, frameon=False, loc="outside upper center", ncols=len(marks))
-    figure.colorbar(shades, ax=axes, label="stable rank", shrink=0.6, pad=0.01)
     save(figure, path, dpi=120)
 
 
@@ -485,8 +433,8 @@ def draw_progress(run: Descents, exact, path):
     for i, (target, (top, bottom)) in enumerate(zip(TARGETS, axes.T, strict=True)):
         for ax, values in ((top, run.losses[i]), (bottom, run.ranks[i])):
             ax.plot(run.steps, values.T, color="0.85", lw=0.6, zorder=1)
-            for start, color in zip(shown, (FIRST, SECOND), strict=False):
-                ax.plot(run.steps, values[start], color=color, lw=2, zorder=3)
+            for start, (color, style) in zip(shown, STYLES, strict=False):
+                ax.plot(run.steps, values[start], color=color, ls=style, lw=2, zorder=3)
         at_exact = local(on_sphere(exact[target].kernel), target).value
         top.axhline(at_exact, color=EXACT, lw=1, ls=":", zorder=2, label="at the exact solution")
         bottom.axhline(target, color=FEASIBLE, lw=1.5, ls="--", zorder=2, label=f"target: {target:g}")
@@ -502,11 +450,13 @@ def draw_progress(run: Descents, exact, path):
             ax.legend(frameon=False, loc="best" if ax is bottom else "upper right")
     axes[0, 0].set_ylabel("loss $h$")
     axes[1, 0].set_ylabel("stable rank")
-    lines = [plt.Line2D([], [], color=color, lw=2) for color in (FIRST, SECOND)]
-    lines = [tuple(lines[: len(shown)]), plt.Line2D([], [], color="0.75", lw=1)]
-    labels = ["the descents of figure 2", f"all {run.ranks.shape[1]} starts"]
-    handler = {tuple: HandlerTuple(None)}
-    figure.legend(lines, labels, frameon=False, loc="outside upper center", ncols=2, handler_map=handler)
+    styles = zip(shown, STYLES, strict=False)
+    lines = {
+        f"descent {k} of figure 2": plt.Line2D([], [], color=color, ls=style, lw=2)
+        for k, (_, (color, style)) in enumerate(styles, 1)
+    }
+    lines[f"all {run.ranks.shape[1]} starts"] = plt.Line2D([], [], color="0.75", lw=1)
+    figure.legend(lines.values(), lines.keys(), frameon=False, loc="outside upper center", ncols=len(lines))
     save(figure, path, dpi=120)
 
 

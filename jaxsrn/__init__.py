@@ -2,7 +2,8 @@
 
 Every function of a layer has the form `f(kernel, op, *, options)`: the kernel is in Flax's layout, and the operator
 says which linear map it stands for. The modules `bounds`, `lipschitz`, `optim`, `penalties`, `sphere` and `surrogate`
-are imported when they are first used; `jaxsrn.nnx` and `jaxsrn.linen`, the wrappers for Flax, are imported by name.
+are imported when they are first used; `jaxsrn.nnx` and `jaxsrn.linen`, the wrappers for Flax, and `jaxsrn.plots`, the
+pictures, are imported by name.
 """
 
 import importlib

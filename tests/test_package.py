@@ -79,6 +79,7 @@ HOUSE = {
     "surrogate": ["smoothed_maximum", "problem", "descent", "solving"],
     "nnx": [],
     "linen": ["wrappers", "constrained", "models"],
+    "plots": ["canvas", "spectra", "symbols", "ranks", "lipschitz", "training", "unit_sphere"],
 }
 ORDER = [f"{folder}.{file}" if file else folder for folder, files in HOUSE.items() for file in files or [""]]
 FOLDERS = list(HOUSE)
