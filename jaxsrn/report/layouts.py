@@ -67,14 +67,14 @@ def leaf_of(name: str) -> str:
 def likely_layout(name: str, shape: tuple[int, ...]) -> tuple[str, str] | None:
     """The layout that the name and the shape speak for, with the rule that decided; `None` where neither does.
 
-    A name decides where the shape does not contradict it: where the other layout alone has at most 32 taps an axis, the
-    shape decides. Without a known name it does so too, then by equal numbers of taps, and then by fewer taps.
+    A name decides where the shape does not contradict it: where, of four axes or more, the other layout alone has at
+    most 32 taps on each, the shape decides. Without a known name it does so too, then by equal numbers of taps, and then by fewer taps.
     """
     named = _layout_by_name(leaf_of(name))
     if len(shape) == 2:
         return named or ("HWIO", "a matrix, whose singular values are those of its transpose")
     few = {layout: _has_few_taps(layout, shape) for layout in LAYOUTS[:2]}
-    if named and (few[named[0]] or not any(few.values())):
+    if named and (len(shape) == 3 or few[named[0]] or not any(few.values())):
         return named
     if sum(few.values()) == 1:
         return next(layout for layout in few if few[layout]), f"at most {_MOST_TAPS} taps an axis"

@@ -9,6 +9,9 @@ import sys
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
+import numpy as np
+
 from jaxsrn._tools.checks import ensure
 from jaxsrn.operators.flax_layers import LayerMap
 from jaxsrn.report.files import NamedArrays, Tree
@@ -93,7 +96,10 @@ def _of_linen(module, inputs, computes, options) -> Model:
 
 
 def _known(seen: LayerMap) -> KnownLayer:
-    return KnownLayer(seen.op, seen.shape, seen.stored_shape, seen.to_operator)
+    def to_operator(kernel: np.ndarray) -> np.ndarray:
+        return np.asarray(seen.to_operator(jnp.asarray(kernel)))
+
+    return KnownLayer(seen.op, seen.shape, seen.stored_shape, to_operator)
 
 
 def _joined(path: tuple) -> str:
