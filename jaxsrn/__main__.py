@@ -114,7 +114,10 @@ def _report(args) -> None:
         raise NoKernels(f"{args.file}: no kernels found among {len(report.skipped)} arrays: {'; '.join(reasons)}.")
     show_lines([report.source, ""])
     header, rows = report.cells()
-    show_table(header, rows, report.outliers, left=3)
+    dispensable = ("range", "certified", "operator", "flattened", "kernel")
+    # The row of a folded layer says so after the name.
+    marked = {row[0] for row, layer in zip(rows, report.layers, strict=True) if layer.name in report.outliers}
+    show_table(header, rows, marked, left=3, dispensable=dispensable)
     show_lines(["", *report.summary()])
     if args.json:
         args.json.write_text(json.dumps(report.to_dict(), indent=1) + "\n")
@@ -174,7 +177,8 @@ def _compare(args) -> None:
         for a, b in ((first.spectral_norm, second.spectral_norm), (first.stable_rank, second.stable_rank)):
             numbers += [digits(a), digits(b), digits(b / a, 4) if a else "-"]
         rows.append([first.name, "x".join(map(str, first.kernel_shape)), *numbers, f"{100 * distance:.2f}%"])
-    show_table(header, rows, {pairing.first.name for pairing in found.layers if pairing.distance}, left=2)
+    moved = {pairing.first.name for pairing in found.layers if pairing.distance}
+    show_table(header, rows, moved, left=2, dispensable=("kernel",))
     for path, names in ((args.first, found.only_first), (args.second, found.only_second)):
         show_lines([f"In {path} alone: {', '.join(names)}."] if names else [])
 

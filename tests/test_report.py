@@ -38,9 +38,13 @@ def supremum(kernel, groups: int = 1) -> float:
     for _ in range(7):
         axes = [c + radius * np.linspace(-1, 1, 41) for c in centre]
         points = np.stack(np.meshgrid(*axes, indexing="ij"), -1).reshape((-1, len(taps)))
-        phases = np.exp(-1j * points @ np.stack(np.meshgrid(*map(np.arange, taps), indexing="ij")).reshape((len(taps), -1)))
+        phases = np.exp(
+            -1j * points @ np.stack(np.meshgrid(*map(np.arange, taps), indexing="ij")).reshape((len(taps), -1))
+        )
         symbols = np.tensordot(phases, kernel.reshape((-1, width, outputs)), 1)
-        values = [np.linalg.svd(symbols[..., g * per_group : (g + 1) * per_group], compute_uv=False) for g in range(groups)]
+        values = [
+            np.linalg.svd(symbols[..., g * per_group : (g + 1) * per_group], compute_uv=False) for g in range(groups)
+        ]
         values = np.max(values, axis=(0, 2))
         centre, radius = points[np.argmax(values)], radius / 10
     return float(values.max())
@@ -69,7 +73,7 @@ def check(layer, kernel, op):
     assert layer.stable_rank == pytest.approx(squared_frobenius(kernel, op) / norm**2, rel=2e-5)
     flat = kernel.reshape((-1, kernel.shape[-1]))
     assert layer.flattened_norm == pytest.approx(np.linalg.norm(flat, 2), rel=1e-5)
-    least, most = layer.stable_rank_range
+    least, most = layer.stable_rank_low, layer.stable_rank_high
     assert layer.share == pytest.approx((layer.stable_rank - least) / (most - least))
 
 
@@ -91,7 +95,11 @@ def test_numbers_of_bare_weights_are_those_of_numpy():
     assert list(layers) == ["conv.weight", "depthwise.weight", "fc.weight", "pointwise.weight"]
     for name in ("conv.weight", "pointwise.weight"):
         check(layers[name], WEIGHTS[name].transpose(2, 3, 1, 0), UnboundedConv())
-    check(layers["depthwise.weight"], WEIGHTS["depthwise.weight"].transpose(2, 3, 1, 0), UnboundedConv(feature_group_count=4))
+    check(
+        layers["depthwise.weight"],
+        WEIGHTS["depthwise.weight"].transpose(2, 3, 1, 0),
+        UnboundedConv(feature_group_count=4),
+    )
     check(layers["fc.weight"], WEIGHTS["fc.weight"].T, Dense())
     assert [skipped.name for skipped in report.skipped] == ["fc.bias"]
     norms = [layer.spectral_norm for layer in report.layers]
@@ -112,7 +120,10 @@ def test_numbers_at_an_image_size_and_of_all_singular_values():
 
 def test_small_matrices_go_through_one_call_in_any_number(monkeypatch):
     monkeypatch.setattr("jaxsrn.report.analysis._MOST_ENTRIES", 2 * 24)
-    kernels = {f"layer{i}.kernel": gaussian(shape, i).astype(np.float32) for i, shape in enumerate([MATRIX, MATRIX[::-1], MATRIX])}
+    kernels = {
+        f"layer{i}.kernel": gaussian(shape, i).astype(np.float32)
+        for i, shape in enumerate([MATRIX, MATRIX[::-1], MATRIX])
+    }
     calls = []
     report = analyze(kernels, progress=lambda *args: calls.append(args))
     for layer, kernel in zip(report.layers, kernels.values(), strict=True):
@@ -123,7 +134,8 @@ def test_small_matrices_go_through_one_call_in_any_number(monkeypatch):
 def test_zero_and_broken_kernels_stand_out():
     bad = array(*MATRIX)
     bad[0, 0] = np.nan
-    weights = {"a.kernel": array(*MATRIX), "b.kernel": 10 * array(*MATRIX), "c.kernel": bad, "d.kernel": np.zeros(MATRIX, np.float32), "e.kernel": array(*MATRIX)}  # fmt: skip
+    plain, zero = array(*MATRIX), np.zeros(MATRIX, np.float32)
+    weights = {"a.kernel": plain, "b.kernel": 10 * plain, "c.kernel": bad, "d.kernel": zero, "e.kernel": plain}
     report = analyze(weights)
     by_name = {layer.name: layer for layer in report.layers}
     assert math.isnan(by_name["c.kernel"].spectral_norm)
@@ -282,7 +294,7 @@ READINGS = {
     ),
     "PyTorch LSTM": (
         {"r.weight_ih_l0": (8, 3), "r.weight_hh_l0": (8, 2), "r.bias_ih_l0": (8,)},
-        {f"r.weight_{side}_l0[{gate}]": (Dense(), (size, 2)) for side, size in (("ih", 3), ("hh", 2)) for gate in "ifgo"},
+        {f"r.weight_{side}_l0[{gate}]": (Dense(), (n, 2)) for side, n in (("ih", 3), ("hh", 2)) for gate in "ifgo"},
     ),
     "PyTorch GRU, reversed": (
         {"r.weight_ih_l1_reverse": (6, 3), "r.weight_hh_l1_reverse": (6, 2)},
@@ -298,11 +310,15 @@ READINGS = {
     ),
     "Flax's optimized GRU": (
         {"c/dense_i/kernel": (4, 6), "c/dense_h/kernel": (2, 6)},
-        {f"c/dense_{side}/kernel[{gate}]": (Dense(), (size, 2)) for side, size in (("i", 4), ("h", 2)) for gate in "rzn"},
+        {f"c/dense_{side}/kernel[{gate}]": (Dense(), (n, 2)) for side, n in (("i", 4), ("h", 2)) for gate in "rzn"},
     ),
     "Keras LSTM": (
         {"l/kernel": (3, 8), "l/recurrent_kernel": (2, 8), "l/bias": (8,)},
-        {f"l/{name}[{gate}]": (Dense(), (size, 2)) for name, size in (("kernel", 3), ("recurrent_kernel", 2)) for gate in "ifco"},
+        {
+            f"l/{name}[{gate}]": (Dense(), (n, 2))
+            for name, n in (("kernel", 3), ("recurrent_kernel", 2))
+            for gate in "ifco"
+        },
     ),
     "Flax attention": (
         {
@@ -320,14 +336,24 @@ READINGS = {
         },
     ),
     "scanned attention and convolution": (
-        {"l/query/kernel": (2, 4, 2, 3), "l/query/bias": (2, 2, 3), "l/conv/kernel": (2, 3, 3, 4, 5), "l/n/scale": (2, 4)},
+        {
+            "l/query/kernel": (2, 4, 2, 3),
+            "l/query/bias": (2, 2, 3),
+            "l/conv/kernel": (2, 3, 3, 4, 5),
+            "l/n/scale": (2, 4),
+        },
         {
             **{f"l/query/kernel[{i}]": (Dense(), (4, 6)) for i in range(2)},
             **{f"l/conv/kernel[{i}]": (UNBOUNDED, (3, 3, 4, 5)) for i in range(2)},
         },
     ),
     "PyTorch attention": (
-        {"attn.in_proj_weight": (12, 4), "attn.in_proj_bias": (12,), "attn.out_proj.weight": (4, 4), "emb.weight": (9, 4)},
+        {
+            "attn.in_proj_weight": (12, 4),
+            "attn.in_proj_bias": (12,),
+            "attn.out_proj.weight": (4, 4),
+            "emb.weight": (9, 4),
+        },
         {
             **{f"attn.in_proj_weight[{name}]": (Dense(), (4, 4)) for name in "qkv"},
             "attn.out_proj.weight": (Dense(), (4, 4)),
@@ -351,31 +377,34 @@ def test_options_say_what_names_and_shapes_do_not():
 
 
 def test_what_is_skipped_has_its_reason():
-    shapes = {
-        "empty.weight": (0, 3),
-        "bias": (4,),
-        "step": (),
-        "norm.running_var": (4,),
-        "attn/relative_bias": (4, 4),
-        "opt_state/0/mu/conv/kernel": (3, 3, 2, 4),
-        "batch_stats/sn/kernel/u": (1, 4),
-        "conv.weight_v": (4, 2, 3),
-        "pos_embedding": (1, 9, 4),
-        "many": (2, 2, 2, 2, 2, 2),
-        "undecided": (3, 3, 3, 3),
-        "experts.weight": (8, 4096, 14336),
+    cases = {
+        "empty.weight": ((0, 3), "no entries"),
+        "bias": ((4,), "a bias"),
+        "step": ((), "a number"),
+        "norm.running_var": ((4,), "statistic"),
+        "attn/relative_bias": ((4, 4), "several axes"),
+        "opt_state/0/mu/conv/kernel": ((3, 3, 2, 4), "optimizer"),
+        "batch_stats/sn/kernel/u": ((1, 4), "statistic"),
+        "conv.weight_v": ((4, 2, 3), "weight normalization"),
+        "pos_embedding": ((1, 9, 4), "added to the input"),
+        "many": ((2,) * 6, "6 axes"),
+        "undecided": ((3,) * 4, "say it by layout="),
+        "experts.weight": ((8, 4096, 14336), "taps on an axis"),
     }
-    kernels, reasons = found(shapes)
+    kernels, reasons = found({name: shape for name, (shape, _) in cases.items()})
     assert kernels == {}
-    texts = ["no entries", "a bias", "a number", "statistic", "several axes", "optimizer", "statistic",
-             "weight normalization", "added to the input", "6 axes", "say it by layout=", "taps on an axis"]  # fmt: skip
-    for name, text in zip(shapes, texts, strict=True):
+    for name, (_, text) in cases.items():
         assert text in reasons[name], (name, reasons[name])
     assert "int32" in found({"ids.weight": (3, 3)}, np.int32)[1]["ids.weight"]
 
 
 def test_views_are_the_kernels_and_write_through():
-    shapes = {"r.weight_ih_l0": (8, 3), "r.weight_hh_l0": (8, 2), "conv.weight": (4, 2, 3, 3), "d/depthwise_kernel": (3, 3, 4, 2)}
+    shapes = {
+        "r.weight_ih_l0": (8, 3),
+        "r.weight_hh_l0": (8, 2),
+        "conv.weight": (4, 2, 3, 3),
+        "d/depthwise_kernel": (3, 3, 4, 2),
+    }
     kernels, _ = find_kernels({name: ArrayInfo(shape, np.dtype("f4")) for name, shape in shapes.items()})
     arrays = {name: array(*shape) for name, shape in shapes.items()}
     for kernel in kernels:
@@ -396,11 +425,14 @@ def test_batch_norms_are_paired_by_name():
     weights = {name: np.abs(array(*shape)) + 0.5 for name, shape in shapes.items()}
     report = analyze(weights, fold_batch_norm=True)
     layers = {layer.name: layer for layer in report.layers}
-    for name, norm, factors in (
-        ("layer1/conv/kernel", "layer1/bn", weights["layer1/bn/gamma"] / np.sqrt(weights["layer1/bn/moving_variance"] + 1e-3)),
-        ("seq.0.weight", "seq.1", 1 / np.sqrt(weights["seq.1.running_var"] + 1e-5)),
-        ("params/Conv_0/kernel", "batch_stats/BatchNorm_0", weights["params/BatchNorm_0/scale"] / np.sqrt(weights["batch_stats/BatchNorm_0/var"] + 1e-5)),
-    ):  # fmt: skip
+    stats = "batch_stats"
+    cases = [
+        ("layer1/conv/kernel", "layer1/bn", "layer1/bn/gamma", "layer1/bn/moving_variance", 1e-3),
+        ("seq.0.weight", "seq.1", None, "seq.1.running_var", 1e-5),
+        ("params/Conv_0/kernel", f"{stats}/BatchNorm_0", "params/BatchNorm_0/scale", f"{stats}/BatchNorm_0/var", 1e-5),
+    ]
+    for name, norm, scale, variance, epsilon in cases:
+        factors = (1.0 if scale is None else weights[scale]) / np.sqrt(weights[variance] + epsilon)
         stored = weights[name]
         kernel = (stored.T if name == "seq.0.weight" else stored).reshape((2, 4)) * factors
         assert layers[name].batch_norm == norm

@@ -14,10 +14,10 @@ import numpy as np
 
 from jaxsrn._tools.checks import ensure, errors_named
 from jaxsrn.operators import Dense, Operator, UnboundedConv, ZeroPaddedConv
-from jaxsrn.report.stacks_and_heads import Scopes, heads_of
 from jaxsrn.report.files import ArrayInfo
 from jaxsrn.report.layouts import axes_of, check_layout, leaf_of, likely_layout, parts_of
 from jaxsrn.report.recurrent import gates_of
+from jaxsrn.report.stacks_and_heads import Scopes, heads_of
 
 __all__ = ["Kernel", "KnownLayer", "Skipped", "find_kernels"]
 

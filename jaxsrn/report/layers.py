@@ -16,7 +16,7 @@ from jaxsrn._tools.tolerances import DENSE_SIZE, svds_are_dear
 from jaxsrn.bounds import certified
 from jaxsrn.bounds.covers import NormInterval
 from jaxsrn.operators import Dense, Operator, UnboundedConv
-from jaxsrn.spectra import StableRankRange, singular_values, spectral_norm, stable_rank_range
+from jaxsrn.spectra import singular_values, spectral_norm, stable_rank_range
 from jaxsrn.spectra.norms import frozen_value
 from jaxsrn.spectra.pairs_by_kind import leading_pair
 from jaxsrn.spectra.ranks import squared_frobenius_norm
@@ -49,7 +49,7 @@ class LayerReport:
       flattened_norm: for contrast, the norm of the kernel reshaped to a matrix `(prod(taps) * c_in // groups, c_out)`,
         the common shortcut.
       stable_rank: `||T||_F^2 / ||T||_2^2`; that per output sample where the operator is unbounded.
-      stable_rank_range: the stable ranks that kernels of this shape can have.
+      stable_rank_low, stable_rank_high: the interval of stable ranks that kernels of this shape can have.
       condition_number: the largest singular value over the smallest; `None` where it was not asked for, or where the
         singular values are not listed (unbounded operators, large images).
       effective_rank: the exponential of the entropy of the singular values divided by their sum (Roy, Vetterli 2007,
@@ -65,7 +65,8 @@ class LayerReport:
     norm_interval: NormInterval
     flattened_norm: float
     stable_rank: float
-    stable_rank_range: StableRankRange
+    stable_rank_low: float
+    stable_rank_high: float
     condition_number: float | None = None
     effective_rank: float | None = None
     batch_norm: str | None = None
@@ -73,7 +74,7 @@ class LayerReport:
     @property
     def share(self) -> float:
         """Where the stable rank is in its range: 0 at the lowest that the shape allows, 1 at the highest."""
-        low, high = self.stable_rank_range
+        low, high = self.stable_rank_low, self.stable_rank_high
         return 1.0 if high == low else (self.stable_rank - low) / (high - low)
 
 
@@ -161,6 +162,7 @@ def _spectrum(values: Float[Array, " n"]) -> Spectrum:
 def layer_report(kernel, numbers: Numbers, spectrum: Spectrum | None, batch_norm: str | None) -> LayerReport:
     """The record of one layer from its numbers; `kernel` is a `Kernel` of `kernels.py`."""
     numbers = jax.tree.map(float, numbers)
+    low, high = stable_rank_range(kernel.shape, kernel.op)
     return LayerReport(
         name=kernel.name,
         kernel_shape=kernel.shape,
@@ -170,7 +172,8 @@ def layer_report(kernel, numbers: Numbers, spectrum: Spectrum | None, batch_norm
         norm_interval=numbers.norm_interval,
         flattened_norm=numbers.flattened_norm,
         stable_rank=numbers.stable_rank,
-        stable_rank_range=stable_rank_range(kernel.shape, kernel.op),
+        stable_rank_low=low,
+        stable_rank_high=high,
         condition_number=None if spectrum is None else float(spectrum.condition_number),
         effective_rank=None if spectrum is None else float(spectrum.effective_rank),
         batch_norm=batch_norm,

@@ -68,7 +68,8 @@ def likely_layout(name: str, shape: tuple[int, ...]) -> tuple[str, str] | None:
     """The layout that the name and the shape speak for, with the rule that decided; `None` where neither does.
 
     A name decides where the shape does not contradict it: where, of four axes or more, the other layout alone has at
-    most 32 taps on each, the shape decides. Without a known name it does so too, then by equal numbers of taps, and then by fewer taps.
+    most 32 taps on each, the shape decides. Without a known name it does so too, then by equal numbers of taps, and
+    then by fewer taps.
     """
     named = _layout_by_name(leaf_of(name))
     if len(shape) == 2:

@@ -170,7 +170,6 @@ def aligned(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 3)
 
 
 def _cells_of(layer: LayerReport, with_spectra: bool) -> list[str]:
-    low, high = layer.stable_rank_range
     cells = [
         layer.name + (" (+ BatchNorm)" if layer.batch_norm else ""),
         "x".join(map(str, layer.kernel_shape)),
@@ -179,7 +178,7 @@ def _cells_of(layer: LayerReport, with_spectra: bool) -> list[str]:
         f"{digits(layer.norm_interval.lower)} to {digits(layer.norm_interval.upper)}",
         digits(layer.flattened_norm),
         digits(layer.stable_rank),
-        f"{digits(low, 3)} to {digits(high, 3)}",
+        f"{digits(layer.stable_rank_low, 3)} to {digits(layer.stable_rank_high, 3)}",
         f"{100 * layer.share:.1f}%",
     ]
     if with_spectra:
@@ -200,8 +199,8 @@ def _row_of(layer: LayerReport) -> dict[str, Any]:
         "norm_upper": layer.norm_interval.upper,
         "flattened_norm": layer.flattened_norm,
         "stable_rank": layer.stable_rank,
-        "lowest_stable_rank": layer.stable_rank_range.low,
-        "highest_stable_rank": layer.stable_rank_range.high,
+        "stable_rank_low": layer.stable_rank_low,
+        "stable_rank_high": layer.stable_rank_high,
         "share": layer.share,
         "condition_number": layer.condition_number,
         "effective_rank": layer.effective_rank,

@@ -23,12 +23,16 @@ def _console(stream):
 
 
 def show_table(
-    header: Sequence[str], rows: Sequence[Sequence[str]], marked: Collection[str] = (), left: int = 1
+    header: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    marked: Collection[str] = (),
+    left: int = 1,
+    dispensable: Sequence[str] = (),
 ) -> None:
-    """A table on the standard output; rows whose first cell is marked are coloured. The first columns are left-aligned.
+    """A table on the standard output; rows whose first cell is marked are coloured.
 
-    On a terminal columns that are the same in all rows are named once below the table, and a table that is still too
-    wide is broken into lines.
+    The first `left` columns are left-aligned. On a terminal a column that is the same in all rows is named once below
+    the table, and where the terminal is too narrow dispensable columns are left out, the first ones first.
     """
     console = _console(sys.stdout)
     if console is None:
@@ -40,14 +44,29 @@ def show_table(
 
     constant = [j for j in range(1, len(header)) if len(rows) > 2 and len({row[j] for row in rows}) == 1]
     shown = [j for j in range(len(header)) if j not in constant]
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    hidden = []
+    for name in dispensable:
+        # Two spaces stand between columns, and one at each end.
+        if sum(widths[j] + 3 for j in shown) > console.width and header.index(name) in shown:
+            shown.remove(header.index(name))
+            hidden.append(name)
     table = Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False)
     for j in shown:
-        table.add_column(Text(header[j]), justify="left" if j < left else "right", overflow="fold", no_wrap=j >= left)
+        table.add_column(
+            Text(header[j]),
+            justify="left" if j < left else "right",
+            overflow="fold",
+            no_wrap=j > 0,
+            min_width=None if j else 12,
+        )
     for row in rows:
         table.add_row(*(Text(row[j]) for j in shown), style="yellow" if row[0] in marked else None)
     console.print(table)
-    for j in constant:
-        console.print(Text(f"{header[j]} of all: {rows[0][j]}", style="dim"))
+    notes = [f"{header[j]} of all: {rows[0][j]}" for j in constant]
+    notes += [f"Left out, as the terminal is narrow: {', '.join(hidden)}"] if hidden else []
+    for note in notes:
+        console.print(Text(note, style="dim"))
 
 
 def show_lines(lines: Sequence[str], style: str = "") -> None:
