@@ -37,9 +37,9 @@ def _parser() -> argparse.ArgumentParser:
     reading.add_argument(
         "--layout", choices=LAYOUTS, help="the axes of all kernels; by default names and shapes say it"
     )
-    reading.add_argument(
-        "--groups", action="append", default=[], type=_count, metavar="NAME=N", help="feature groups of a kernel"
-    )
+    for option, what in (("--groups", "feature groups"), ("--strides", "stride")):
+        text = f"{what} of a kernel; may be repeated"
+        reading.add_argument(option, action="append", default=[], type=_count, metavar="NAME=N", help=text)
     reading.add_argument(
         "--stacked",
         action="append",
@@ -92,6 +92,7 @@ def _how_to_read(args) -> dict:
         "layout": args.layout,
         "input_shape": args.input_shape,
         "groups": dict(args.groups),
+        "strides": dict(args.strides),
         "stacked": tuple(args.stacked),
     }
 

@@ -370,8 +370,8 @@ def test_checkpoints_are_read_by_names_and_shapes(shapes, expected):
 
 def test_options_say_what_names_and_shapes_do_not():
     shapes = {"a.weight": (8, 4, 3, 3), "b.weight": (8, 4, 3)}
-    kernels, _ = found(shapes, groups={"a.weight": 2}, input_shape=(6, 5))
-    assert kernels["a.weight"] == (ZeroPaddedConv((6, 5), feature_group_count=2), (3, 3, 4, 8))
+    kernels, _ = found(shapes, groups={"a.weight": 2}, strides={"a.weight": 2}, input_shape=(6, 5))
+    assert kernels["a.weight"] == (ZeroPaddedConv((6, 5), strides=2, feature_group_count=2), (3, 3, 4, 8))
     assert kernels["b.weight"] == (UNBOUNDED, (3, 4, 8))
     assert found({"x": (4, 3, 3, 2)}, layout="OHWI")[0] == {"x": (UNBOUNDED, (3, 3, 2, 4))}
 

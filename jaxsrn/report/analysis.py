@@ -42,6 +42,7 @@ def analyze(
     layout: str | None = None,
     input_shape: Sequence[int] | None = None,
     groups: Mapping[str, int] = MappingProxyType({}),
+    strides: Mapping[str, int] = MappingProxyType({}),
     stacked: Sequence[str] = (),
     spectra: bool = False,
     fold_batch_norm: bool = False,
@@ -78,6 +79,7 @@ def analyze(
       layout: `"HWIO"`, `"OIHW"` or `"OHWI"`, the order in which all kernels of bare weights are stored.
       input_shape: the spatial shape at which bare convolutions of as many axes are taken, with zero padding `"SAME"`.
       groups: `{name: feature_group_count}` of bare kernels whose names and shapes do not say it.
+      strides: `{name: stride}` of bare kernels, 1 for all others.
       stacked: the beginnings of names of bare arrays whose first axis is one of layers, where no bias shows that.
       spectra: whether to list condition numbers and effective ranks where `singular_values` takes the layer.
       fold_batch_norm: whether batch normalizations are folded into the kernels that they follow by their names
@@ -99,7 +101,7 @@ def analyze(
       ImportError: a library for the format is missing; the message says what to install.
     """
     if is_model(source):
-        bare = {"layout": layout, "input_shape": input_shape, "groups": groups, "stacked": stacked}
+        bare = {"layout": layout, "input_shape": input_shape, "groups": groups, "strides": strides, "stacked": stacked}
         given = [name for name, value in bare.items() if value]
         ensure(not given, f"{', '.join(given)}: got it beside a model, expected it for bare weights; a model says it.")
         model = model_of(source, inputs, computes, options)
@@ -114,7 +116,7 @@ def analyze(
         )
         arrays = open_arrays(source) if isinstance(source, (str, os.PathLike)) else Tree(source)
         kernels, skipped = find_kernels(
-            arrays.infos, layout=layout, input_shape=input_shape, groups=groups, stacked=stacked
+            arrays.infos, layout=layout, input_shape=input_shape, groups=groups, strides=strides, stacked=stacked
         )
         epsilons = epsilon
     norms, skipped = _norms_to_fold(fold_batch_norm, kernels, skipped, arrays, epsilons)

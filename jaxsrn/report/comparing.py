@@ -49,7 +49,7 @@ def compare(
     Args:
       first, second: paths, as for `analyze`.
       progress: as for `analyze`; it counts the layers of both files.
-      **options: `layout`, `input_shape`, `groups` and `stacked`, as for `analyze`.
+      **options: `layout`, `input_shape`, `groups`, `strides` and `stacked`, as for `analyze`.
 
     Raises:
       ValueError, FileNotFoundError, ImportError: as for `analyze`.

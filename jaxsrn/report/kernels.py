@@ -83,6 +83,7 @@ def find_kernels(
     layout: str | None = None,
     input_shape: Sequence[int] | None = None,
     groups: Mapping[str, int] | None = None,
+    strides: Mapping[str, int] | None = None,
     stacked: Sequence[str] = (),
     known: Mapping[str, KnownLayer] | None = None,
 ) -> tuple[list[Kernel], list[Skipped]]:
@@ -92,9 +93,10 @@ def find_kernels(
       infos: the arrays.
       layout: that of all kernels; by default what names and shapes say.
       input_shape: the spatial shape at which convolutions of as many axes are taken, with zero padding `SAME`; without
-        it, and for all other convolutions, it is the unbounded one. Strides are not stored with weights, so all are 1:
-        the norm with stride 1 bounds that with any other.
+        it, and for all other convolutions, it is the unbounded one.
       groups: `{name: feature_group_count}` of arrays whose names and shapes do not say it.
+      strides: `{name: stride}`. Strides are not stored with weights, and those of others are 1: the norm with stride 1
+        bounds that with any other.
       stacked: the beginnings of the names of arrays whose first axis is one of layers.
       known: the layers of a model, if there is one; then only embeddings are recognised beside them.
 
@@ -102,12 +104,15 @@ def find_kernels(
       ValueError: an unknown layout, groups for an array that is not there, or an `input_shape` that is none.
     """
     check_layout(layout)
-    groups = dict(groups or {})
-    unknown = sorted(set(groups) - set(infos))
-    ensure(not unknown, f"groups: got {', '.join(map(repr, unknown))}, expected names of arrays, such as "
-           f"{next(iter(infos), None)!r}.")  # fmt: skip
+    groups, strides = dict(groups or {}), dict(strides or {})
+    for option, counts in (("groups", groups), ("strides", strides)):
+        unknown = [repr(name) for name in counts if name not in infos]
+        ensure(
+            not unknown,
+            f"{option}: got {', '.join(unknown)}, expected names of arrays, such as {next(iter(infos), None)!r}.",
+        )
     shape = None if input_shape is None else ZeroPaddedConv(input_shape).input_shape
-    reader = _Reader(infos, layout, shape, groups, Scopes(infos, stacked), known)
+    reader = _Reader(infos, layout, shape, groups, strides, Scopes(infos, stacked), known)
     kernels, skipped = [], []
     for name, info in infos.items():
         try:
@@ -126,9 +131,9 @@ def _require(condition: bool, reason: str) -> None:
 class _Reader:
     """The reading of one array after the other, with all of them in sight."""
 
-    def __init__(self, infos, layout, input_shape, groups, scopes: Scopes, known):
+    def __init__(self, infos, layout, input_shape, groups, strides, scopes: Scopes, known):
         self.infos, self.layout, self.input_shape = infos, layout, input_shape
-        self.groups, self.scopes, self.known = groups, scopes, known
+        self.groups, self.strides, self.scopes, self.known = groups, strides, scopes, known
         self._common = self._common_layout()
         self._depthwise = self._depthwise_by_shape()
 
@@ -208,14 +213,14 @@ class _Reader:
         else:
             count, how = self._groups_of(name, moved.shape)
         with errors_named(name):
-            op = self._operator(len(taps), count)
+            op = self._operator(len(taps), feature_group_count=count, strides=self.strides.get(name, 1))
             op._check_kernel_shape(moved.shape)
         return _named(name, moved, op, f"{rule}; {how}" if how else rule)
 
-    def _operator(self, num_axes: int, groups: int) -> Operator:
+    def _operator(self, num_axes: int, **options: int) -> Operator:
         if self.input_shape is not None and len(self.input_shape) == num_axes:
-            return ZeroPaddedConv(self.input_shape, feature_group_count=groups)
-        return UnboundedConv(feature_group_count=groups)
+            return ZeroPaddedConv(self.input_shape, **options)
+        return UnboundedConv(**options)
 
     def _groups_of(self, name: str, shape: tuple[int, ...]) -> tuple[int, str]:
         """The number of groups, and what says so."""

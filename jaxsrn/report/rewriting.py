@@ -55,6 +55,7 @@ def normalize(
     layout: str | None = None,
     input_shape: Sequence[int] | None = None,
     groups: Mapping[str, int] = MappingProxyType({}),
+    strides: Mapping[str, int] = MappingProxyType({}),
     stacked: Sequence[str] = (),
     progress: Callable[[int, int, str], None] | None = None,
 ) -> tuple[list[Change], list[Skipped]]:
@@ -69,7 +70,7 @@ def normalize(
       fraction: in (0, 1].
       norm: the largest norm; kernels above it are scaled down to it after the rest.
       only: patterns as in a shell, of the names of the kernels to be changed.
-      layout, input_shape, groups, stacked: as for `analyze`.
+      layout, input_shape, groups, strides, stacked: as for `analyze`.
       progress: a function of `(kernels done, kernels in all, the name of the next)`.
 
     Returns:
@@ -88,7 +89,9 @@ def normalize(
         path.is_dir() or out.suffix == path.suffix,
         f"{out}: expected a name that ends in {path.suffix}, as the format that is read is written.",
     )
-    found, skipped = find_kernels(arrays.infos, layout=layout, input_shape=input_shape, groups=groups, stacked=stacked)
+    found, skipped = find_kernels(
+        arrays.infos, layout=layout, input_shape=input_shape, groups=groups, strides=strides, stacked=stacked
+    )
     kernels = [kernel for kernel in found if any(fnmatch.fnmatch(kernel.name, pattern) for pattern in only)]
     if not kernels:
         raise NoKernels(f"{path}: no kernels found{f' named {chr(32).join(only)}' if found else ''}.")
