@@ -207,6 +207,28 @@ def test_wrapped_layers_are_reported_as_they_compute():
     assert layer.spectral_norm == pytest.approx(2.0, rel=1e-5)
 
 
+class Recurrent(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.RNN(nn.OptimizedLSTMCell(4))(x)
+
+
+def test_recurrent_cells_are_reported_gate_by_gate_however_they_are_stored():
+    cell = nnx.GRUCell(4, 6, rngs=nnx.Rngs(0))
+    layers = {layer.name: layer for layer in analyze(cell).layers}
+    assert list(layers) == [f"dense_{side}/kernel[{gate}]" for side in "hi" for gate in "rzn"]
+    check(layers["dense_i/kernel[z]"], np.asarray(cell.dense_i.kernel[...])[:, 6:12], Dense())
+
+    # The kernels of Linen's cell are parameters of no layer of their own.
+    x = jnp.zeros((1, 2, 4), jnp.float32)
+    variables = Recurrent().init(jax.random.key(0), x)
+    report = analyze(Recurrent(), variables, x)
+    scope = "params/OptimizedLSTMCell_0"
+    assert {layer.name for layer in report.layers} == {
+        f"{scope}/{side}{gate}/kernel" for side in "ih" for gate in "ifgo"
+    }
+
+
 class Scanned(nn.Module):
     @nn.compact
     def __call__(self, x):

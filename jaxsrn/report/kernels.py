@@ -98,7 +98,7 @@ def find_kernels(
       strides: `{name: stride}`. Strides are not stored with weights, and those of others are 1: the norm with stride 1
         bounds that with any other.
       stacked: the beginnings of the names of arrays whose first axis is one of layers.
-      known: the layers of a model, if there is one; then only embeddings are recognised beside them.
+      known: the layers of a model, if there is one; beside them only embeddings and other matrices are recognised.
 
     Raises:
       ValueError: an unknown layout, groups for an array that is not there, or an `input_shape` that is none.
@@ -143,10 +143,14 @@ class _Reader:
         _check_is_weight(name, info)
         if self.known is not None and name in self.known:
             return list(self._of_known(name, self.known[name]))
-        _require(
-            self.known is None or leaf_of(name) in ("embedding", "embeddings"),
-            "of no layer in reach: a parameter of a module that is none of Flax's layers, or that the inputs miss",
-        )
+        if self.known is not None:
+            # A matrix is a dense layer wherever it stands, as the kernels within Linen's recurrent cells are.
+            is_matrix = leaf_of(name) in ("embedding", "embeddings") or (
+                leaf_of(name) == "kernel" and len(info.shape) == 2
+            )
+            _require(
+                is_matrix, "of no layer in reach: of a module that is none of Flax's layers, or the inputs miss it"
+            )
         return [kernel for part in self._layers(name) for kernel in self._of_part(name, part)]
 
     # Models
