@@ -2,7 +2,7 @@
 
     python benchmarks/report_memory.py [--gigabytes 2]
 
-The file has matrices of 32768 x 512 float32 numbers, 64 MiB each. It is written to a temporary folder and deleted.
+The file has matrices of 131072 x 128 float32 numbers, 64 MiB each. It is written to a temporary folder and deleted.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-SHAPE, MOST_MEMORY = (32768, 512), 1.0
+SHAPE, MOST_MEMORY = (131072, 128), 1.0
 
 
 def write(path: Path, count: int) -> None:
