@@ -15,7 +15,8 @@ from jaxsrn._tools.programs import program
 from jaxsrn._tools.tolerances import DENSE_SIZE, svds_are_dear
 from jaxsrn.bounds import certified
 from jaxsrn.bounds.covers import NormInterval
-from jaxsrn.operators import Dense, Operator, UnboundedConv
+from jaxsrn.bounds.interval import certified_by_pair
+from jaxsrn.operators import Dense, Operator, UnboundedConv, ZeroPaddedConv
 from jaxsrn.spectra import singular_values, spectral_norm, stable_rank_range
 from jaxsrn.spectra.norms import frozen_value
 from jaxsrn.spectra.pairs_by_kind import leading_pair
@@ -120,7 +121,9 @@ def numbers_of(kernel: Shaped[Array, "..."], op: Operator) -> Numbers:
     """The numbers of one layer in the form of `as_computed`; `jax.vmap` takes a batch."""
     pair = leading_pair(kernel, op)
     norm, rank = _norm_and_rank(kernel, op, pair)
-    interval = certified(kernel, op)
+    # With zero padding the upper end has searches of its own.
+    padded = isinstance(op, ZeroPaddedConv)
+    interval = certified(kernel, op) if padded else certified_by_pair(kernel, op, pair)
     flattened = norm if isinstance(op, Dense) else _norm_of_matrix(kernel.reshape((-1, kernel.shape[-1])))
     return Numbers(norm, interval, flattened, rank)
 
