@@ -48,6 +48,11 @@ def load_dense() -> np.ndarray:
     return weights["fc1000/kernel"]
 
 
+def load_arrays() -> dict[str, np.ndarray]:
+    """All arrays of the network by Keras's names, batch normalizations included."""
+    return _trained()[1]
+
+
 def gaussian(width: int = 64, classes: int = 1000) -> tuple[dict[str, Layer], np.ndarray]:
     """What `load` and `load_dense` return, with Gaussian kernels: no download, and as wide as asked for."""
     rng, layers = np.random.default_rng(0), {}

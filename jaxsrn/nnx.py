@@ -287,6 +287,11 @@ def layer_operators(
       ValueError: a layer called with images of different sizes, one that is no operator, or one whose map may be
         another; the message names it.
     """
+    return layer_calls(model, *inputs, computes=computes, **options).operators()
+
+
+def layer_calls(model: nnx.Module, *inputs, computes: Mapping[type, type | None], **options) -> CallRecord:
+    """The maps of the layers of a model, those in another shape than the operator's too; as `layer_operators`."""
     is_called = bool(inputs or options)
     calls = CallRecord(_LAYERS, computes, unbounded=not is_called)
     graphdef, state = nnx.split(model)
@@ -306,7 +311,7 @@ def layer_operators(
             recorded(*inputs, **options)
 
     trace(run, state, inputs, options)
-    return calls.operators()
+    return calls
 
 
 class _Recorder(nnx.Module):

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float
 from jaxsrn._tools.checks import Kernel, ensure, float_dtype, kernel_array
 from jaxsrn._tools.linalg import unit
 from jaxsrn._tools.programs import program
+from jaxsrn._tools.tolerances import torus_excess
 from jaxsrn.bounds.covers import NormInterval, covers, slack_of, widened
 from jaxsrn.operators.base import Dense, Operator
 from jaxsrn.operators.convolutions import CircularConv, UnboundedConv, ZeroPaddedConv
@@ -29,6 +30,7 @@ from jaxsrn.spectra.singular_pair import Pair, rescaled, without_idle_taps
 
 __all__ = [
     "certified",
+    "certified_by_pair",
 ]
 
 # The search for the lower end with zero padding. Every Rayleigh quotient is a lower end, so no proof is needed. The
@@ -79,6 +81,16 @@ def certified(kernel: Kernel, op: Operator, *, resolution: float = 0.01) -> Norm
     above = tuple(leading_wave(k, cover, allowed) for k, cover in covered)
     below = leading_pair(kernel, op, tolerance=_LOWER_END_TOLERANCE) if exact or not covered else above[0][0]
     return _interval(kernel, op, below, above)
+
+
+def certified_by_pair(kernel: Float[Array, "..."], op: Operator, pair: Pair) -> NormInterval:
+    """The interval of a layer without zero padding from its leading pair, whose search has proven it already.
+
+    It is what `certified` returns at its finest resolution, without a second search. `pair` is that of `leading_pair`.
+    """
+    kernel = kernel.astype(float_dtype(kernel.dtype))
+    excess = torus_excess(kernel.dtype) if isinstance(op, UnboundedConv) else 0.0
+    return _interval(kernel, op, pair, () if isinstance(op, Dense) else ((pair, excess),))
 
 
 @program

@@ -150,6 +150,13 @@ def layer_operators(
         f"inputs: got none, expected those of {type(module).__name__} or their shapes, as a module of Linen has no "
         "layers before it is called; unbounded=True gives the operators of no image size.",
     )
+    return layer_calls(module, variables, *inputs, unbounded=unbounded, computes=computes, **options).operators()
+
+
+def layer_calls(
+    module: nn.Module, variables: Mapping, *inputs, unbounded: bool, computes: Mapping[type, type | None], **options
+) -> CallRecord:
+    """The maps of the layers of a model, those in another shape than the operator's too; as `layer_operators`."""
     calls = CallRecord(LAYERS, computes, unbounded=unbounded)
     inside, constrained = [], []
 
@@ -188,4 +195,4 @@ def layer_operators(
             module.apply(variables, *inputs, **{"mutable": nn.DenyList("params"), **options, "rngs": rngs})
 
     trace(run, variables, inputs, options)
-    return calls.operators()
+    return calls

@@ -1,0 +1,216 @@
+"""The command line: `python -m jaxsrn report FILE`, `normalize FILE`, `compare FILE FILE`.
+
+Exit codes: 0 done; 2 the arguments are wrong; 3 a file is missing; 4 a file cannot be read or written; 5 no kernels
+were found; 6 a library is missing. Every error is one line on the error stream.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+__all__ = ["main"]
+
+WRONG_ARGUMENTS, MISSING_FILE, BROKEN_FILE, NO_KERNELS, MISSING_LIBRARY = 2, 3, 4, 5, 6
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        self.exit(WRONG_ARGUMENTS, f"{self.prog}: {message} (see --help)\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    from jaxsrn.report.layouts import LAYOUTS
+
+    reading = argparse.ArgumentParser(add_help=False)
+    reading.add_argument(
+        "--input-shape",
+        type=int,
+        nargs="+",
+        metavar="N",
+        help="the image size at which convolutions of as many axes are taken, with zero padding SAME; by default the "
+        "numbers are those that hold at every size",
+    )
+    reading.add_argument(
+        "--layout", choices=LAYOUTS, help="the axes of all kernels; by default names and shapes say it"
+    )
+    for option, what in (("--groups", "feature groups"), ("--strides", "stride")):
+        text = f"{what} of a kernel; may be repeated"
+        reading.add_argument(option, action="append", default=[], type=_count, metavar="NAME=N", help=text)
+    reading.add_argument(
+        "--stacked",
+        action="append",
+        default=[],
+        metavar="START",
+        help="such names have an axis of layers first",
+    )
+    parser = _Parser(prog="jaxsrn", description="Spectral norms and stable ranks of the layers of a network.",
+                     epilog=__doc__.split("\n\n")[1].replace("\n", " "))  # fmt: skip
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+    file = "a .safetensors or .npz file, or the folder of an Orbax checkpoint"
+
+    report = commands.add_parser("report", parents=[reading], help="a table of norms and stable ranks")
+    report.add_argument("file", type=Path, metavar="FILE", help=file)
+    report.add_argument("--spectra", action="store_true", help="condition numbers and effective ranks where possible")
+    report.add_argument("--fold-batch-norm", action="store_true", help="fold batch normalizations into their kernels")
+    report.add_argument("--json", type=Path, metavar="OUT", help="write the report as JSON")
+    report.add_argument("--csv", type=Path, metavar="OUT", help="write the table as CSV")
+    report.add_argument("--plot", type=Path, metavar="OUT.png", help="draw the stable ranks within their ranges")
+    report.set_defaults(run=_report)
+
+    normalize = commands.add_parser(
+        "normalize", parents=[reading], help="bring every kernel to a share of its largest stable rank"
+    )
+    normalize.add_argument("file", type=Path, metavar="FILE", help=file)
+    normalize.add_argument("--fraction", type=float, required=True, metavar="F", help="the share, in (0, 1]")
+    normalize.add_argument("--norm", type=float, metavar="M", help="scale kernels down to this norm afterwards")
+    normalize.add_argument(
+        "--only", action="append", metavar="PATTERN", help="change kernels of such names alone, 'conv*'"
+    )
+    normalize.add_argument("--out", type=Path, required=True, metavar="FILE", help="what to write, in the same format")
+    normalize.set_defaults(run=_normalize)
+
+    compare = commands.add_parser("compare", parents=[reading], help="two checkpoints beside each other")
+    compare.add_argument("first", type=Path, metavar="FILE", help=file)
+    compare.add_argument("second", type=Path, metavar="FILE", help="the other one")
+    compare.set_defaults(run=_compare)
+    return parser
+
+
+def _count(text: str) -> tuple[str, int]:
+    name, _, count = text.rpartition("=")
+    if not name or not count.isdigit():
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected NAME=N, such as conv1.weight=32")
+    return name, int(count)
+
+
+def _how_to_read(args) -> dict:
+    return {
+        "layout": args.layout,
+        "input_shape": args.input_shape,
+        "groups": dict(args.groups),
+        "strides": dict(args.strides),
+        "stacked": tuple(args.stacked),
+    }
+
+
+def _report(args) -> None:
+    from jaxsrn.report import analyze
+    from jaxsrn.report.rewriting import NoKernels
+    from jaxsrn.report.terminal import progress_bar, show_lines, show_table
+
+    with progress_bar() as progress:
+        report = analyze(
+            args.file,
+            spectra=args.spectra,
+            fold_batch_norm=args.fold_batch_norm,
+            progress=progress,
+            **_how_to_read(args),
+        )
+    if not report.layers:
+        reasons = sorted({entry.reason for entry in report.skipped})
+        raise NoKernels(f"{args.file}: no kernels found among {len(report.skipped)} arrays: {'; '.join(reasons)}.")
+    show_lines([report.source, ""])
+    header, rows = report.cells()
+    dispensable = ("range", "certified", "operator", "flattened", "kernel")
+    # The row of a folded layer says so after the name.
+    marked = {row[0] for row, layer in zip(rows, report.layers, strict=True) if layer.name in report.outliers}
+    show_table(header, rows, marked, left=3, dispensable=dispensable)
+    show_lines(["", *report.summary()])
+    if args.json:
+        args.json.write_text(json.dumps(report.to_dict(), indent=1) + "\n")
+    if args.csv:
+        args.csv.write_text(report.to_csv())
+    if args.plot:
+        report.plot().savefig(args.plot, dpi=150, bbox_inches="tight")
+
+
+def _normalize(args) -> None:
+    from jaxsrn.report.rewriting import normalize
+    from jaxsrn.report.table import digits
+    from jaxsrn.report.terminal import progress_bar, show_lines, show_table
+
+    options = {"norm": args.norm, "only": args.only or ("*",), **_how_to_read(args)}
+    with progress_bar() as progress:
+        changes, skipped = normalize(args.file, args.out, args.fraction, progress=progress, **options)
+    header = ("layer", "target", "stable rank", "after", "norm", "after", "distance")
+    rows = [
+        [
+            change.name,
+            *map(
+                digits, (change.target, change.stable_rank_before, change.stable_rank, change.norm_before, change.norm)
+            ),
+            f"{100 * change.distance:.2f}%" if change.distance else "unchanged",
+        ]
+        for change in changes
+    ]
+    moved = {change.name for change in changes if change.distance}
+    show_table(header, rows, moved)
+    show_lines(
+        [
+            "",
+            f"{len(moved)} of {len(changes)} kernels changed. The other {len(skipped)} arrays of {args.file} are the "
+            f"same bit by bit in {args.out}.",
+        ]
+    )
+
+
+def _compare(args) -> None:
+    from jaxsrn.report.comparing import compare
+    from jaxsrn.report.rewriting import NoKernels
+    from jaxsrn.report.table import digits
+    from jaxsrn.report.terminal import progress_bar, show_lines, show_table
+
+    with progress_bar() as progress:
+        found = compare(args.first, args.second, progress=progress, **_how_to_read(args))
+    if not found.layers:
+        raise NoKernels(
+            f"{args.first}, {args.second}: no kernels of the same name; the first has {len(found.only_first)}, the "
+            f"second {len(found.only_second)}."
+        )
+    header = ("layer", "kernel", "norm", "second", "ratio", "stable rank", "second", "ratio", "distance")
+    rows = []
+    for first, second, distance in found.layers:
+        numbers = []
+        for a, b in ((first.spectral_norm, second.spectral_norm), (first.stable_rank, second.stable_rank)):
+            numbers += [digits(a), digits(b), digits(b / a, 4) if a else "-"]
+        rows.append([first.name, "x".join(map(str, first.kernel_shape)), *numbers, f"{100 * distance:.2f}%"])
+    moved = {pairing.first.name for pairing in found.layers if pairing.distance}
+    show_table(header, rows, moved, left=2, dispensable=("kernel",))
+    for path, names in ((args.first, found.only_first), (args.second, found.only_second)):
+        show_lines([f"In {path} alone: {', '.join(names)}."] if names else [])
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command line; returns the exit code."""
+    args = _parser().parse_args(arguments)
+    from jaxsrn.report.files import BrokenFile
+    from jaxsrn.report.rewriting import NoKernels
+
+    codes = {
+        FileNotFoundError: MISSING_FILE,
+        BrokenFile: BROKEN_FILE,
+        NoKernels: NO_KERNELS,
+        ValueError: WRONG_ARGUMENTS,
+        ImportError: MISSING_LIBRARY,
+        OSError: BROKEN_FILE,
+    }
+    try:
+        args.run(args)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Whoever reads has read enough, as `head` does. The interpreter would try to flush once more.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except KeyboardInterrupt:
+        return 130
+    except tuple(codes) as error:
+        print(f"jaxsrn: {' '.join(str(error).split())}", file=sys.stderr)
+        return next(code for kind, code in codes.items() if isinstance(error, kind))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,222 @@
+"""`analyze`: the report of a model, or of bare weights."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxsrn._tools.checks import ensure, float_dtype
+from jaxsrn.report.batch_norms import BatchNorm, folded, pair_batch_norms
+from jaxsrn.report.files import NamedArrays, Tree, open_arrays
+from jaxsrn.report.kernels import Kernel, Skipped, find_kernels
+from jaxsrn.report.layers import (
+    LayerReport,
+    as_computed,
+    has_spectrum,
+    layer_report,
+    numbers_of,
+    shares_calls,
+    spectra_of,
+)
+from jaxsrn.report.models import is_model, model_of
+from jaxsrn.report.table import Report
+
+__all__ = ["analyze"]
+
+# The entries of the kernels that go through one call: 16 MiB in float32.
+_MOST_ENTRIES = 2**22
+
+
+def analyze(
+    source: Any,
+    *inputs,
+    layout: str | None = None,
+    input_shape: Sequence[int] | None = None,
+    groups: Mapping[str, int] = MappingProxyType({}),
+    strides: Mapping[str, int] = MappingProxyType({}),
+    stacked: Sequence[str] = (),
+    spectra: bool = False,
+    fold_batch_norm: bool = False,
+    epsilon: float | None = None,
+    computes: Mapping[type, type | None] = MappingProxyType({}),
+    progress: bool | Callable[[int, int, str], None] | None = None,
+    **options,
+) -> Report:
+    """The norm, the stable rank and more of every layer of a network.
+
+        report = analyze(model, x)                        # an NNX model, at the image sizes of x
+        report = analyze("model.safetensors")             # bare weights, at every image size
+        print(report)
+
+    A model says what its layers are. With inputs it is traced on their shapes, and the numbers are exact for the image
+    sizes that its layers see; an NNX model without inputs has the operators of no image size (`jaxsrn.UnboundedConv`).
+    Layers wrapped by `jaxsrn.nnx` or `jaxsrn.linen` are reported as they compute.
+
+    Of bare weights the names and the shapes say it, and every record says in its `rule` what decided. Names are those
+    of Flax and Keras (`kernel`, HWIO) or of PyTorch (`weight`, OIHW); for others the axes of few samples are the taps.
+    Two axes are a dense layer (embeddings too), three to five a convolution of stride 1 on one to three axes. The norm
+    with stride 1 bounds that with any other, and a dilation does not change it. Kernels of recurrent cells are reported
+    gate by gate, since each gate is a map of its own and libraries differ only in whether they store them together.
+    Layers stacked along the first axis by `nn.scan` are reported one by one where their biases or scales are stacked
+    too. A kernel of one input channel is depthwise by its name, or where several read one channel.
+
+    Arrays are read one at a time. Layers of one shape share their compiled programs, and small matrices go through one
+    call together.
+
+    Args:
+      source: an NNX model; a Linen module; a pytree of parameters; or the path of a `.safetensors` file, an `.npz`
+        file, or an Orbax checkpoint's folder.
+      *inputs: those of the model, arrays or `jax.ShapeDtypeStruct`s; for a Linen module the variables come first.
+      layout: `"HWIO"`, `"OIHW"` or `"OHWI"`, the order in which all kernels of bare weights are stored.
+      input_shape: the spatial shape at which bare convolutions of as many axes are taken, with zero padding `"SAME"`.
+      groups: `{name: feature_group_count}` of bare kernels whose names and shapes do not say it.
+      strides: `{name: stride}` of bare kernels, 1 for all others.
+      stacked: the beginnings of names of bare arrays whose first axis is one of layers, where no bias shows that.
+      spectra: whether to list condition numbers and effective ranks where `singular_values` takes the layer.
+      fold_batch_norm: whether batch normalizations are folded into the kernels that they follow by their names
+        (`penalties.fold_batch_norm`). Those that follow none are listed among what was skipped.
+      epsilon: that of the batch normalizations; by default that of the NNX model, 1e-3 for Keras's names, else 1e-5.
+      computes: as for `jaxsrn.nnx.layer_operators`.
+      progress: a function of `(layers done, layers in all, the name of the next)`; `True` for a bar by tqdm, `False`
+        for none; by default a bar where tqdm is installed and the error stream is a terminal.
+      **options: keyword arguments of the model's call.
+
+    Returns:
+      A `Report`. Its layers are in the order of the model's calls, those of bare weights in the natural order of their
+      names. Every array is among the layers or among the skipped, with the reason.
+
+    Raises:
+      ValueError: inputs without a model, options of bare weights beside a model, an unknown layout, a file that is not
+        what its name says, or a model that `layer_operators` refuses.
+      FileNotFoundError: no file at the path.
+      ImportError: a library for the format is missing; the message says what to install.
+    """
+    if is_model(source):
+        bare = {"layout": layout, "input_shape": input_shape, "groups": groups, "strides": strides, "stacked": stacked}
+        given = [name for name, value in bare.items() if value]
+        ensure(not given, f"{', '.join(given)}: got it beside a model, expected it for bare weights; a model says it.")
+        model = model_of(source, inputs, computes, options)
+        kernels, skipped = find_kernels(model.arrays.infos, known=model.layers)
+        kernels = _in_order(kernels, list(model.layers))
+        arrays, epsilons = model.arrays, model.epsilons if epsilon is None else epsilon
+    else:
+        unused = [*map(str, options), *(["inputs"] if inputs else [])]
+        ensure(
+            not unused,
+            f"{', '.join(unused)}: got it beside {type(source).__name__}, expected it for a model of Flax only.",
+        )
+        arrays = open_arrays(source) if isinstance(source, (str, os.PathLike)) else Tree(source)
+        kernels, skipped = find_kernels(
+            arrays.infos, layout=layout, input_shape=input_shape, groups=groups, strides=strides, stacked=stacked
+        )
+        epsilons = epsilon
+    norms, skipped = _norms_to_fold(fold_batch_norm, kernels, skipped, arrays, epsilons)
+    with _counting(progress, len(kernels)) as count:
+        layers = _measured(kernels, norms, arrays, spectra, count)
+    return Report(arrays.source, tuple(layers), tuple(skipped))
+
+
+def _in_order(kernels: list[Kernel], names: list[str]) -> list[Kernel]:
+    """The kernels in the order of the given names, the others after them."""
+    places = {name: i for i, name in enumerate(names)}
+    return sorted(kernels, key=lambda kernel: places.get(kernel.array, len(places)))
+
+
+def _norms_to_fold(
+    wanted: bool, kernels: list[Kernel], skipped: list[Skipped], arrays: NamedArrays, epsilons
+) -> tuple[dict[str, BatchNorm], list[Skipped]]:
+    """`{name of a kernel: batch normalization}`, and what was skipped with what became of the normalizations."""
+    if not wanted:
+        return {}, skipped
+    pairs, alone = pair_batch_norms(kernels, arrays.infos, epsilons)
+    reasons = {}
+    for kernel, norm in pairs.items():
+        reasons |= dict.fromkeys((norm.scale, norm.variance), f"folded into {kernel}")
+    for norm in alone:
+        reason = "of a batch normalization that its name pairs with no kernel"
+        reasons |= dict.fromkeys((norm.scale, norm.variance), reason)
+    return pairs, [entry._replace(reason=reasons.get(entry.name, entry.reason)) for entry in skipped]
+
+
+def _measured(
+    kernels: Sequence[Kernel], norms: Mapping[str, BatchNorm], arrays: NamedArrays, spectra: bool, count: Callable
+) -> list[LayerReport]:
+    """The records of all kernels, those of one operator and shape in batches of bounded size."""
+    # Several kernels of one array are asked for one after the other.
+    read = functools.lru_cache(maxsize=1)(arrays.read)
+
+    def values(kernel: Kernel) -> np.ndarray:
+        array = kernel.view(read(kernel.array))
+        array = np.asarray(array).astype(float_dtype(array.dtype))
+        norm = norms.get(kernel.name)
+        return array if norm is None else folded(array, norm, arrays)
+
+    groups: dict[tuple, list[int]] = {}
+    for i, kernel in enumerate(kernels):
+        op, shape, _ = as_computed(kernel.shape, kernel.op)
+        groups.setdefault((op, shape, float_dtype(arrays.infos[kernel.array].dtype)), []).append(i)
+    found: dict[int, LayerReport] = {}
+    for (op, shape, _), members in groups.items():
+        size = min(len(members), max(1, _MOST_ENTRIES // math.prod(shape))) if shares_calls(shape, op) else 1
+        for start in range(0, len(members), size):
+            batch = members[start : start + size]
+            count(len(found), kernels[batch[0]].name)
+            stack = [_computed(values(kernels[i]), kernels[i]) for i in batch]
+            # The last batch is filled up, as another size would be another program.
+            stack = np.stack(stack + stack[:1] * (size - len(batch)))
+            numbers, spectrum = _of_batch(stack, op, spectra and has_spectrum(kernels[batch[0]].shape, op))
+            for j, i in enumerate(batch):
+                one = jax.tree.map(lambda leaf, j=j: leaf[j], (numbers, spectrum))
+                norm = norms.get(kernels[i].name)
+                found[i] = layer_report(kernels[i], *one, norm.scope if norm else None)
+    count(len(found), "")
+    return [found[i] for i in range(len(kernels))]
+
+
+def _computed(array: np.ndarray, kernel: Kernel) -> np.ndarray:
+    """A kernel in the shape with which it is computed."""
+    _, shape, is_transposed = as_computed(kernel.shape, kernel.op)
+    return array.reshape(shape[::-1]).T if is_transposed else array.reshape(shape)
+
+
+def _of_batch(stack: np.ndarray, op, with_spectra: bool):
+    """Numbers and spectra (`None` where they are not asked for) of kernels along the first axis, as NumPy arrays."""
+    kernels = jnp.asarray(stack)
+
+    def each(function):
+        if len(stack) == 1:
+            return jax.tree.map(lambda leaf: np.asarray(leaf)[None], function(kernels[0], op))
+        return jax.tree.map(np.asarray, jax.vmap(lambda kernel: function(kernel, op))(kernels))
+
+    return each(numbers_of), each(spectra_of) if with_spectra else None
+
+
+@contextlib.contextmanager
+def _counting(progress, total: int) -> Iterator[Callable[[int, str], None]]:
+    """A function of the number of layers done and the name of the next, which shows them as asked for."""
+    if callable(progress):
+        yield lambda done, name: progress(done, total, name)
+        return
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        ensure(progress is not True, "progress: got True, expected tqdm to be installed; pip install tqdm.")
+        yield lambda done, name: None
+        return
+    # `disable=None` shows a bar in terminals alone.
+    with tqdm(total=total, unit="layer", disable={None: None, True: False, False: True}[progress], leave=False) as bar:
+
+        def show(done: int, name: str) -> None:
+            bar.set_postfix_str(name, refresh=False)
+            bar.update(done - bar.n)
+
+        yield show

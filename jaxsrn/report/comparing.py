@@ -1,0 +1,85 @@
+"""Two checkpoints beside each other, layer by layer."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+from jaxsrn.report.analysis import analyze
+from jaxsrn.report.files import open_arrays
+from jaxsrn.report.kernels import find_kernels
+from jaxsrn.report.layers import LayerReport
+
+__all__ = ["Comparison", "Pairing", "compare"]
+
+
+class Pairing(NamedTuple):
+    """A layer that both checkpoints have.
+
+    Attributes:
+      first, second: the records.
+      distance: `||B - A||_F / ||A||_F` of the kernels, or NaN where their shapes differ.
+    """
+
+    first: LayerReport
+    second: LayerReport
+    distance: float
+
+
+class Comparison(NamedTuple):
+    """The layers of two checkpoints: those of both, and the names of those that only one of them has."""
+
+    layers: list[Pairing]
+    only_first: list[str]
+    only_second: list[str]
+
+
+def compare(
+    first: str | os.PathLike,
+    second: str | os.PathLike,
+    *,
+    progress: Callable[[int, int, str], None] | None = None,
+    **options,
+) -> Comparison:
+    """The layers of two files by their names.
+
+    Args:
+      first, second: paths, as for `analyze`.
+      progress: as for `analyze`; it counts the layers of both files.
+      **options: `layout`, `input_shape`, `groups`, `strides` and `stacked`, as for `analyze`.
+
+    Raises:
+      ValueError, FileNotFoundError, ImportError: as for `analyze`.
+    """
+    files = [open_arrays(path) for path in (first, second)]
+    kernels = [{kernel.name: kernel for kernel in find_kernels(file.infos, **options)[0]} for file in files]
+    total, done = sum(map(len, kernels)), [0]
+
+    def counted(count: int, _: int, name: str) -> None:
+        if progress is not None:
+            progress(done[0] + count, total, name)
+
+    records = []
+    for path in (first, second):
+        report = analyze(path, progress=counted, **options)
+        records.append({layer.name: layer for layer in report.layers})
+        done[0] = len(report.layers)
+    common = [name for name in kernels[0] if name in kernels[1]]
+
+    def distance(name: str) -> float:
+        a, b = (
+            k[name].view(file.read(k[name].array)).astype(np.float64) for k, file in zip(kernels, files, strict=True)
+        )
+        if a.shape != b.shape:
+            return float("nan")
+        size, moved = np.linalg.norm(a), np.linalg.norm(b - a)
+        return float(moved / size) if size else float("inf") if moved else 0.0
+
+    return Comparison(
+        [Pairing(records[0][name], records[1][name], distance(name)) for name in common],
+        [name for name in kernels[0] if name not in kernels[1]],
+        [name for name in kernels[1] if name not in kernels[0]],
+    )

@@ -1,0 +1,334 @@
+"""Named arrays, read one at a time: trees of parameters, `.safetensors`, `.npz`, and Orbax checkpoints.
+
+Names, shapes and dtypes are known at once, and an array is read when it is asked for, so that the memory that a report
+takes does not grow with its file.
+"""
+
+from __future__ import annotations
+
+import abc
+import contextlib
+import json
+import os
+import re
+import shutil
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import ml_dtypes
+import numpy as np
+
+from jaxsrn._tools.checks import ensure
+from jaxsrn.operators.layers import plain
+
+__all__ = ["ArrayInfo", "BrokenFile", "MissingExtra", "NamedArrays", "named_leaves", "open_arrays"]
+
+_FORMATS = "a .safetensors file, an .npz file, or the folder of an Orbax checkpoint"
+
+
+class BrokenFile(ValueError):
+    """A file that exists and cannot be read as what its name says."""
+
+
+class MissingExtra(ImportError):
+    """A library that a file format needs is not installed."""
+
+
+class ArrayInfo(NamedTuple):
+    """What is known of an array before it is read; a dtype that NumPy does not know has its name alone."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype | str
+
+
+class NamedArrays(abc.ABC):
+    """Arrays by name.
+
+    Attributes:
+      infos: `{name: ArrayInfo}`, names in natural order, `layer2` before `layer10`, or in the order of an `.npz`.
+      source: what they are read from, as a report names it.
+    """
+
+    infos: dict[str, ArrayInfo]
+    source: str
+
+    @abc.abstractmethod
+    def read(self, name: str) -> np.ndarray:
+        """One array; no other is read."""
+
+    def copy(self, path: Path, change: Callable[[str], np.ndarray | None]) -> None:
+        """Writes all arrays to `path` in the same format; `None` as a change leaves an array as it is, bit by bit.
+
+        The file appears when it is complete, so that what an interrupted run leaves is no file. A change has the shape
+        and the dtype of its array.
+        """
+        raise NotImplementedError
+
+
+def open_arrays(path: str | os.PathLike) -> NamedArrays:
+    """The arrays of a file or folder.
+
+    Raises:
+      FileNotFoundError: there is none at this path.
+      BrokenFile: it is not what its name says.
+      ValueError: a format that is none of these.
+      MissingExtra: the library that reads the format is not installed; the message says what to install.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: there is no such file; expected {_FORMATS}.")
+    if path.is_dir():
+        return _Orbax(path)
+    kinds = {".safetensors": _Safetensors, ".npz": _Npz}
+    ensure(path.suffix in kinds, f"{path}: got a file named *{path.suffix}, expected {_FORMATS}.")
+    return kinds[path.suffix](path)
+
+
+def natural(name: str) -> list[tuple[int, int, str]]:
+    """The key that sorts names as people do, numbers by their value."""
+    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", name) if part]
+
+
+def _sorted(infos: Mapping[str, ArrayInfo]) -> dict[str, ArrayInfo]:
+    return {name: infos[name] for name in sorted(infos, key=natural)}
+
+
+@contextlib.contextmanager
+def _complete(path: Path) -> Iterator[Path]:
+    """A file beside `path` that takes its place when the body is done."""
+    handle, name = tempfile.mkstemp(dir=path.absolute().parent, prefix=f".{path.name}.", suffix=path.suffix)
+    os.close(handle)
+    try:
+        yield Path(name)
+        # Temporary files are readable by their owner alone; the result is as readable as any new file.
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(name, 0o666 & ~mask)
+        os.replace(name, path)
+    finally:
+        Path(name).unlink(missing_ok=True)
+
+
+class Tree(NamedArrays):
+    """The leaves of a pytree, named by their paths, `params/Conv_0/kernel`."""
+
+    def __init__(self, tree: Any, source: str = "parameters"):
+        self._leaves = named_leaves(tree)
+        self.source = source
+        infos = {name: _info_of(leaf) for name, leaf in self._leaves.items()}
+        self.infos = _sorted(infos)
+
+    def read(self, name):
+        return np.asarray(self._leaves[name])
+
+
+def named_leaves(tree: Any) -> dict[str, Any]:
+    """The leaves of a pytree by their paths; the attribute in which a Flax variable holds its array is left out."""
+    named = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        keys = plain(path)
+        is_variable = bool(path) and isinstance(path[-1], jax.tree_util.GetAttrKey) and keys[-1] in _HOLDERS
+        named["/".join(map(str, keys[:-1] if is_variable else keys))] = leaf
+    return named
+
+
+# The attributes in which variables of NNX and boxes of Linen hold their array.
+_HOLDERS = ("value", "raw_value")
+
+
+def _info_of(leaf) -> ArrayInfo:
+    if not hasattr(leaf, "shape"):
+        return ArrayInfo(np.shape(leaf) if np.isscalar(leaf) else (), type(leaf).__name__)
+    dtype = leaf.dtype
+    is_key = isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key)
+    return ArrayInfo(tuple(leaf.shape), str(dtype) if is_key else np.dtype(dtype))
+
+
+class _Safetensors(NamedArrays):
+    """A `.safetensors` file, opened anew for every array: a page of the file that was read counts as memory while the
+    file is open.
+    """
+
+    _DTYPES: Mapping[str, str] = {
+        "BF16": "bfloat16",
+        "F16": "float16",
+        "F32": "float32",
+        "F64": "float64",
+        "C64": "complex64",
+        "BOOL": "bool",
+        **{f"I{bits}": f"int{bits}" for bits in (8, 16, 32, 64)},
+        **{f"U{bits}": f"uint{bits}" for bits in (8, 16, 32, 64)},
+    }
+
+    def __init__(self, path: Path):
+        self._path, self.source = path, path.name
+        with self._opened() as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            infos = {
+                name: ArrayInfo(tuple(found.get_shape()), self._dtype(found.get_dtype()))
+                for name, found in slices.items()
+            }
+        self.infos = _sorted(infos)
+
+    def _dtype(self, name: str) -> np.dtype | str:
+        return np.dtype(self._DTYPES[name]) if name in self._DTYPES else name
+
+    @contextlib.contextmanager
+    def _opened(self):
+        try:
+            import safetensors
+        except ImportError as error:
+            raise MissingExtra(
+                f"{self._path}: reading .safetensors needs safetensors; install it: pip install 'jaxsrn[cli]'."
+            ) from error
+        try:
+            file = safetensors.safe_open(self._path, framework="numpy")
+        except safetensors.SafetensorError as error:
+            raise BrokenFile(f"{self._path}: no .safetensors file ({error}).") from error
+        with file:
+            yield file
+
+    def read(self, name):
+        with self._opened() as file:
+            return np.array(file.get_tensor(name))
+
+    def copy(self, path, change):
+        # Only the bytes of changed arrays are written over those of a copy, so that all else is the same, arrays of
+        # types that NumPy does not know and the metadata included.
+        with _complete(path) as copied:
+            shutil.copyfile(self._path, copied)
+            with open(copied, "r+b") as file:
+                length = int.from_bytes(file.read(8), "little")
+                header = json.loads(file.read(length))
+                for name in self.infos:
+                    array = change(name)
+                    if array is not None:
+                        file.seek(8 + length + header[name]["data_offsets"][0])
+                        file.write(_bytes(array, self.infos[name]))
+
+
+def _bytes(array: np.ndarray, info: ArrayInfo) -> bytes:
+    ensure(
+        (array.shape, array.dtype) == tuple(info),
+        f"array: got {array.dtype}{array.shape} in the place of {info.dtype}{info.shape}, expected the same.",
+    )
+    return np.ascontiguousarray(array).tobytes()
+
+
+class _Npz(NamedArrays):
+    """An `.npz` file. Two-byte records without a type, which is what NumPy makes of bfloat16, are read as bfloat16."""
+
+    def __init__(self, path: Path):
+        self._path, self.source = path, path.name
+        try:
+            with zipfile.ZipFile(path) as archive:
+                self.infos = {_key(name): self._header(archive, name) for name in archive.namelist()}
+        except (zipfile.BadZipFile, ValueError, EOFError, OSError) as error:
+            raise BrokenFile(f"{path}: no .npz file ({error}).") from error
+
+    @staticmethod
+    def _header(archive: zipfile.ZipFile, name: str) -> ArrayInfo:
+        with archive.open(name) as member:
+            version = np.lib.format.read_magic(member)
+            read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+            shape, _, dtype = read.get(version, np.lib.format.read_array_header_2_0)(member)
+        return ArrayInfo(shape, np.dtype(ml_dtypes.bfloat16) if dtype == np.dtype("V2") else dtype)
+
+    def read(self, name):
+        try:
+            with np.load(self._path, allow_pickle=False) as arrays:
+                array = arrays[name]
+        except (zipfile.BadZipFile, ValueError, EOFError) as error:
+            raise BrokenFile(f"{self._path}: {name} cannot be read ({error}).") from error
+        return array.view(ml_dtypes.bfloat16) if array.dtype == np.dtype("V2") else array
+
+    def copy(self, path, change):
+        with _complete(path) as copied, zipfile.ZipFile(self._path) as old, zipfile.ZipFile(copied, "w") as new:
+            for member in old.infolist():
+                array = change(_key(member.filename))
+                place = zipfile.ZipInfo(member.filename, member.date_time)
+                place.compress_type = member.compress_type
+                with new.open(place, "w", force_zip64=True) as target:
+                    if array is None:
+                        with old.open(member) as source:
+                            shutil.copyfileobj(source, target)
+                    else:
+                        # A bfloat16 array is written as the record without a type that it was read from.
+                        raw = array.view("V2") if array.dtype == ml_dtypes.bfloat16 else array
+                        np.lib.format.write_array(target, raw, allow_pickle=False)
+
+
+def _key(member: str) -> str:
+    return member.removesuffix(".npy")
+
+
+class _Orbax(NamedArrays):
+    """The folder of an Orbax checkpoint, or of one of its items, such as `step/params`."""
+
+    def __init__(self, path: Path):
+        try:
+            import orbax.checkpoint as ocp
+        except ImportError as error:
+            raise MissingExtra(
+                f"{path}: reading a checkpoint folder needs Orbax; install it: pip install orbax-checkpoint."
+            ) from error
+        self._ocp, self._path, self.source = ocp, self._item(path).absolute(), path.name
+        try:
+            # The handler itself, as a checkpointer also looks for what only the whole step has, and warns.
+            self._tree = ocp.PyTreeCheckpointHandler().metadata(self._path).tree
+        except (ValueError, OSError, KeyError) as error:
+            raise BrokenFile(f"{path}: no Orbax checkpoint that can be read ({error}).") from error
+        leaves = jax.tree_util.tree_leaves_with_path(self._tree)
+        self._paths = {"/".join(map(str, plain(key))): key for key, _ in leaves}
+        infos = {"/".join(map(str, plain(key))): _info_of_metadata(leaf) for key, leaf in leaves}
+        self.infos = _sorted(infos)
+
+    @staticmethod
+    def _item(path: Path) -> Path:
+        """The folder of the one tree of arrays that is at `path` or below it."""
+        if (path / "_METADATA").exists():
+            return path
+        found = sorted({meta.parent for meta in path.glob("*/_METADATA")} or
+                       {meta.parent for meta in path.glob("*/*/_METADATA")}, key=lambda p: natural(str(p)))  # fmt: skip
+        if not found:
+            raise BrokenFile(f"{path}: a folder without an Orbax checkpoint; expected {_FORMATS}.")
+        ensure(
+            len(found) == 1, f"{path}: it has several checkpoints, expected one; choose {', '.join(map(str, found))}."
+        )
+        return found[0]
+
+    def _restored(self, wanted: Callable[[tuple], bool]) -> Any:
+        ocp = self._ocp
+        item = jax.tree_util.tree_map_with_path(lambda key, _: 0 if wanted(key) else ocp.PLACEHOLDER, self._tree)
+        args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            return checkpointer.restore(self._path, args=ocp.args.PyTreeRestore(item=item, restore_args=args))
+
+    def read(self, name):
+        path = self._paths[name]
+        restored = self._restored(lambda key: key == path)
+        found = {plain(key): leaf for key, leaf in jax.tree_util.tree_leaves_with_path(restored)}
+        return np.asarray(found[plain(path)])
+
+    def copy(self, path, change):
+        # Orbax writes whole trees, so this format alone is held in memory at once.
+        ensure(not path.exists(), f"{path}: it exists, expected a new folder for the checkpoint.")
+
+        def changed(key, leaf):
+            new = change("/".join(map(str, plain(key))))
+            return leaf if new is None else new
+
+        tree = jax.tree_util.tree_map_with_path(changed, self._restored(lambda key: True))
+        with self._ocp.PyTreeCheckpointer() as checkpointer:
+            checkpointer.save(path.absolute(), tree)
+
+
+def _info_of_metadata(leaf) -> ArrayInfo:
+    dtype = getattr(leaf, "dtype", None)
+    if dtype is None:
+        return ArrayInfo((), type(leaf).__name__)
+    return ArrayInfo(tuple(leaf.shape or ()), np.dtype(dtype))

@@ -1,0 +1,344 @@
+"""Which named array is which layer: kernels in Flax's layout with their operators, or the reason for leaving one out.
+
+Every array is in one of the two lists. A kernel is a view of its array, so that writing to the view writes the array.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxsrn._tools.checks import ensure, errors_named
+from jaxsrn.operators import Dense, Operator, UnboundedConv, ZeroPaddedConv
+from jaxsrn.report.files import ArrayInfo
+from jaxsrn.report.layouts import axes_of, check_layout, leaf_of, likely_layout, parts_of
+from jaxsrn.report.recurrent import gates_of
+from jaxsrn.report.stacks_and_heads import Scopes, heads_of
+
+__all__ = ["Kernel", "KnownLayer", "Skipped", "find_kernels"]
+
+# Longer axes of taps are taken for something else unless the layout is told.
+_MOST_TAPS = 1024
+_STATISTICS = ("mean", "var", "moving_mean", "moving_variance", "running_mean", "running_var", "num_batches_tracked")
+_VECTORS = re.compile(r"b|bias.*|.*_bias|scale|gamma|beta")
+_OPTIMIZERS = ("opt_state", "optimizer", "optimizer_state", "exp_avg", "exp_avg_sq", "momentum_buffer")
+_DEPTHWISE = re.compile(r"depthwise|(^|[^a-z])dw_?(conv)?([^a-z]|$)")
+
+
+class Skipped(NamedTuple):
+    """An array that is not in the report, and why."""
+
+    name: str
+    shape: tuple[int, ...]
+    reason: str
+
+
+class Kernel(NamedTuple):
+    """A kernel within an array.
+
+    Attributes:
+      name: that of its array, with the gate or the index of the layer in brackets where the array has several.
+      array: the name of the array.
+      op, shape: the operator, and the shape of its kernel.
+      rule: how the array was taken for this layer.
+      view: the kernel in Flax's layout, as a view of the array.
+    """
+
+    name: str
+    array: str
+    op: Operator
+    shape: tuple[int, ...]
+    rule: str
+    view: Callable[[np.ndarray], np.ndarray]
+
+
+class KnownLayer(NamedTuple):
+    """A layer of a model: its operator, and how its kernel is made of the stored array."""
+
+    op: Operator
+    shape: tuple[int, ...]
+    stored_shape: tuple[int, ...]
+    to_operator: Callable
+
+
+class _NoKernel(Exception):
+    """The array is no kernel; the message is the reason."""
+
+
+class _Part(NamedTuple):
+    """A part of an array: what its name adds, its shape, and its view."""
+
+    ending: str
+    shape: tuple[int, ...]
+    view: Callable[[np.ndarray], np.ndarray]
+
+
+def find_kernels(
+    infos: Mapping[str, ArrayInfo],
+    *,
+    layout: str | None = None,
+    input_shape: Sequence[int] | None = None,
+    groups: Mapping[str, int] | None = None,
+    strides: Mapping[str, int] | None = None,
+    stacked: Sequence[str] = (),
+    known: Mapping[str, KnownLayer] | None = None,
+) -> tuple[list[Kernel], list[Skipped]]:
+    """The kernels among named arrays, and the arrays that are none, each with the reason.
+
+    Args:
+      infos: the arrays.
+      layout: that of all kernels; by default what names and shapes say.
+      input_shape: the spatial shape at which convolutions of as many axes are taken, with zero padding `SAME`; without
+        it, and for all other convolutions, it is the unbounded one.
+      groups: `{name: feature_group_count}` of arrays whose names and shapes do not say it.
+      strides: `{name: stride}`. Strides are not stored with weights, and those of others are 1: the norm with stride 1
+        bounds that with any other.
+      stacked: the beginnings of the names of arrays whose first axis is one of layers.
+      known: the layers of a model, if there is one; beside them only embeddings and other matrices are recognised.
+
+    Raises:
+      ValueError: an unknown layout, groups for an array that is not there, or an `input_shape` that is none.
+    """
+    check_layout(layout)
+    groups, strides = dict(groups or {}), dict(strides or {})
+    for option, counts in (("groups", groups), ("strides", strides)):
+        unknown = [repr(name) for name in counts if name not in infos]
+        ensure(
+            not unknown,
+            f"{option}: got {', '.join(unknown)}, expected names of arrays, such as {next(iter(infos), None)!r}.",
+        )
+    shape = None if input_shape is None else ZeroPaddedConv(input_shape).input_shape
+    reader = _Reader(infos, layout, shape, groups, strides, Scopes(infos, stacked), known)
+    kernels, skipped = [], []
+    for name, info in infos.items():
+        try:
+            kernels += reader.kernels(name)
+        except _NoKernel as reason:
+            skipped.append(Skipped(name, info.shape, str(reason)))
+    return kernels, skipped
+
+
+def _require(condition: bool, reason: str) -> None:
+    """Raises `_NoKernel` with the reason unless the condition holds."""
+    if not condition:
+        raise _NoKernel(reason)
+
+
+class _Reader:
+    """The reading of one array after the other, with all of them in sight."""
+
+    def __init__(self, infos, layout, input_shape, groups, strides, scopes: Scopes, known):
+        self.infos, self.layout, self.input_shape = infos, layout, input_shape
+        self.groups, self.strides, self.scopes, self.known = groups, strides, scopes, known
+        self._common = self._common_layout()
+        self._depthwise = self._depthwise_by_shape()
+
+    def kernels(self, name: str) -> list[Kernel]:
+        """The kernels in an array; raises `_NoKernel` where there is none."""
+        info = self.infos[name]
+        _check_is_weight(name, info)
+        if self.known is not None and name in self.known:
+            return list(self._of_known(name, self.known[name]))
+        if self.known is not None:
+            # A matrix is a dense layer wherever it stands, as the kernels within Linen's recurrent cells are.
+            is_matrix = leaf_of(name) in ("embedding", "embeddings") or (
+                leaf_of(name) == "kernel" and len(info.shape) == 2
+            )
+            _require(
+                is_matrix, "of no layer in reach: of a module that is none of Flax's layers, or the inputs miss it"
+            )
+        return [kernel for part in self._layers(name) for kernel in self._of_part(name, part)]
+
+    # Models
+
+    def _of_known(self, name: str, layer: KnownLayer) -> Iterable[Kernel]:
+        shape = self.infos[name].shape
+        stack = len(shape) - len(layer.stored_shape)
+        _require(
+            shape[stack:] == layer.stored_shape,
+            f"stacked otherwise than along the first axes, where the layer has a kernel of {layer.stored_shape}",
+        )
+        for index in np.ndindex(shape[:stack]):
+            ending = f"[{','.join(map(str, index))}]" if stack else ""
+            gates = gates_of(name, self.infos) if isinstance(layer.op, Dense) else ""
+            view = _then(_at(index), layer.to_operator)
+            whole = _Part(ending, layer.shape, view)
+            for part in _split(whole, gates, -1):
+                yield Kernel(f"{name}{part.ending}", name, layer.op, part.shape, "the layer of the model", part.view)
+
+    # Bare weights
+
+    def _layers(self, name: str) -> list[_Part]:
+        """The array, or each of the layers that are stacked in it."""
+        shape = self.infos[name].shape
+        if len(shape) < 3 or not self.scopes.is_stack(name, shape):
+            return [_Part("", shape, _same)]
+        return [_Part(f"[{i}]", shape[1:], _at((i,))) for i in range(shape[0])]
+
+    def _of_part(self, name: str, part: _Part) -> list[Kernel]:
+        shape = part.shape
+        _require(len(shape) > 1, "a vector for each of several layers")
+        _require(len(shape) <= 5, f"{len(shape)} axes, and a kernel has at most three of taps and two of channels")
+        bias = self.scopes.bias.get(tuple(parts_of(name)[:-1]))
+        bias = bias[1:] if bias is not None and part.ending else bias
+        heads = heads_of(name, shape, bias) if len(shape) == 3 and leaf_of(name) == "kernel" else None
+        if heads:
+            view = _then(part.view, lambda array: array.reshape(heads))
+            return [_named(name, _Part(part.ending, heads, view), Dense(), "the heads of attention beside each other")]
+        layout, rule = self._layout_of(name, shape)
+        if len(shape) == 2:
+            return self._matrices(name, part, layout, rule)
+        return [self._convolution(name, part, layout, rule)]
+
+    def _matrices(self, name: str, part: _Part, layout: str, rule: str) -> list[Kernel]:
+        axes = axes_of(layout, 2)
+        gates = gates_of(name, self.infos)
+        parts = _split(part, gates, axes.outputs)
+        rule = f"{rule}; a kernel for each gate" if gates else rule
+        return [_named(name, _moved(gate, axes.order), Dense(), rule) for gate in parts]
+
+    def _convolution(self, name: str, part: _Part, layout: str, rule: str) -> Kernel:
+        axes = axes_of(layout, len(part.shape))
+        moved = _moved(part, axes.order)
+        *taps, inputs, outputs = moved.shape
+        _require(
+            self.layout is not None or max(taps) <= _MOST_TAPS,
+            f"{max(taps)} taps on an axis if it were a convolution; say what it is by layout= or stacked=",
+        )
+        if layout == "HWIO" and _has_multipliers(name, outputs):
+            # Keras has the outputs of each input on an axis of their own.
+            shape = (*taps, 1, inputs * outputs)
+            moved = _Part(moved.ending, shape, _then(moved.view, lambda array: array.reshape(shape)))
+            count, how = inputs, "depthwise as in Keras"
+        else:
+            count, how = self._groups_of(name, moved.shape)
+        with errors_named(name):
+            op = self._operator(len(taps), feature_group_count=count, strides=self.strides.get(name, 1))
+            op._check_kernel_shape(moved.shape)
+        return _named(name, moved, op, f"{rule}; {how}" if how else rule)
+
+    def _operator(self, num_axes: int, **options: int) -> Operator:
+        if self.input_shape is not None and len(self.input_shape) == num_axes:
+            return ZeroPaddedConv(self.input_shape, **options)
+        return UnboundedConv(**options)
+
+    def _groups_of(self, name: str, shape: tuple[int, ...]) -> tuple[int, str]:
+        """The number of groups, and what says so."""
+        *_, inputs, outputs = shape
+        if name in self.groups:
+            return self.groups[name], "groups as told"
+        if inputs == 1 and _DEPTHWISE.search(name.lower()):
+            return outputs, "depthwise by its name"
+        if name in self._depthwise:
+            return outputs, "depthwise, as several kernels read one channel and others have as many outputs"
+        return 1, ""
+
+    def _depthwise_by_shape(self) -> set[str]:
+        """The kernels that read one channel and have as many outputs as others, if there are several.
+
+        At most one layer of a network reads an image of one channel, and the input of a depthwise layer comes from a
+        layer with as many outputs.
+        """
+        channels = {name: found for name in self.infos if (found := self._channels_of(name))}
+        others = {outputs for inputs, outputs in channels.values() if inputs > 1}
+        thin = {name for name, (inputs, outputs) in channels.items() if inputs == 1 and outputs in others}
+        return thin if len(thin) > 1 else set()
+
+    def _channels_of(self, name: str) -> tuple[int, int] | None:
+        """The input and output channels of a group of a convolution, as stored; `None` for other arrays."""
+        try:
+            _check_is_weight(name, self.infos[name])
+            shape = self._layers(name)[0].shape
+            axes = axes_of(self._layout_of(name, shape)[0], len(shape)) if 3 <= len(shape) <= 5 else None
+        except _NoKernel:
+            return None
+        return None if axes is None else (shape[axes.inputs], shape[axes.outputs])
+
+    def _layout_of(self, name: str, shape: tuple[int, ...]) -> tuple[str, str]:
+        if self.layout is not None:
+            return self.layout, f"{self.layout} as told"
+        found = likely_layout(name, shape)
+        if found:
+            return found
+        _require(self._common is not None, "neither name nor shape say which axes are the taps; say it by layout=")
+        return self._common, "as the other arrays"
+
+    def _common_layout(self) -> str | None:
+        """The layout of all convolutions whose name or shape says it, if it is one."""
+        found = {
+            likely[0]
+            for name, info in self.infos.items()
+            if 3 <= len(info.shape) <= 5 and (likely := likely_layout(name, info.shape))
+        }
+        return found.pop() if len(found) == 1 else None
+
+
+def _has_multipliers(name: str, outputs: int) -> bool:
+    """Whether a kernel is a depthwise one of Keras, `(*taps, channels, multiplier)`."""
+    *_, scope, leaf = ["", *(part.lower() for part in parts_of(name))]
+    return leaf == "depthwise_kernel" or (leaf == "kernel" and "depthwise" in scope and outputs == 1)
+
+
+def _check_is_weight(name: str, info: ArrayInfo) -> None:
+    """Raises `_NoKernel` for arrays that no layer multiplies with."""
+    leaf, parts = leaf_of(name), [part.lower() for part in parts_of(name)]
+    _require(not isinstance(info.dtype, str), f"of type {info.dtype}, which is not read")
+    _require(
+        jnp.issubdtype(info.dtype, jnp.floating),
+        f"of type {info.dtype}, and kernels are real floating-point arrays",
+    )
+    _require(0 not in info.shape, "no entries")
+    _require(not set(parts) & set(_OPTIMIZERS), "the state of an optimizer")
+    _require(parts[0] != "stable_rank", "the state of a wrapper")
+    _require("batch_stats" not in parts and leaf not in _STATISTICS, "a running statistic")
+    _require(len(info.shape) > 1, "a bias, a scale or another vector" if info.shape else "a number")
+    _require(not _VECTORS.fullmatch(leaf), "a bias or a scale of several axes")
+    halves = ("weight_v", "weight_g", "original0", "original1")
+    _require(leaf not in halves, "one half of a weight normalization; save the weights with it removed")
+    _require(
+        not re.search("pos_?emb|position|token|cls", leaf) or leaf.endswith("weight") or len(info.shape) == 2,
+        "positions or tokens, which are added to the input",
+    )
+
+
+# Views
+
+
+def _same(array):
+    return array
+
+
+def _at(index: tuple[int, ...]) -> Callable:
+    return (lambda array: array[index]) if index else _same
+
+
+def _then(first: Callable, second: Callable) -> Callable:
+    return lambda array: second(first(array))
+
+
+def _moved(part: _Part, order: tuple[int, ...]) -> _Part:
+    shape = tuple(part.shape[axis] for axis in order)
+    return _Part(part.ending, shape, _then(part.view, lambda array: array.transpose(order)))
+
+
+def _split(part: _Part, gates: str, axis: int) -> list[_Part]:
+    """The gates of a kernel along an axis, or the kernel as it is."""
+    if not gates:
+        return [part]
+    axis %= len(part.shape)
+    width = part.shape[axis] // len(gates)
+    shape = tuple(width if i == axis else size for i, size in enumerate(part.shape))
+
+    def gate(number: int) -> Callable:
+        index = (slice(None),) * axis + (slice(number * width, (number + 1) * width),)
+        return lambda array: part.view(array)[index]
+
+    return [_Part(f"{part.ending}[{letter}]", shape, gate(number)) for number, letter in enumerate(gates)]
+
+
+def _named(name: str, part: _Part, op: Operator, rule: str) -> Kernel:
+    return Kernel(f"{name}{part.ending}", name, op, part.shape, rule, part.view)

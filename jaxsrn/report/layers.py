@@ -1,0 +1,183 @@
+"""`LayerReport`: the numbers of a layer, computed for batches of layers of one shape."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Shaped
+
+from jaxsrn._tools.checks import float_dtype
+from jaxsrn._tools.programs import program
+from jaxsrn._tools.tolerances import DENSE_SIZE, svds_are_dear
+from jaxsrn.bounds import certified
+from jaxsrn.bounds.covers import NormInterval
+from jaxsrn.bounds.interval import certified_by_pair
+from jaxsrn.operators import Dense, Operator, UnboundedConv, ZeroPaddedConv
+from jaxsrn.spectra import singular_values, spectral_norm, stable_rank_range
+from jaxsrn.spectra.norms import frozen_value
+from jaxsrn.spectra.pairs_by_kind import leading_pair
+from jaxsrn.spectra.ranks import squared_frobenius_norm
+from jaxsrn.spectra.singular_pair import matrix_size
+
+__all__ = [
+    "LayerReport",
+    "Numbers",
+    "Spectrum",
+    "as_computed",
+    "has_spectrum",
+    "layer_report",
+    "numbers_of",
+    "shares_calls",
+    "spectra_of",
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerReport:
+    """What is known of a layer.
+
+    Attributes:
+      name: the layer's name, that of its kernel.
+      kernel_shape: `(c_in, c_out)` or `(*taps, c_in // groups, c_out)`, Flax's layout, however it was stored.
+      operator: the linear map that the numbers are those of.
+      rule: how the array was taken for this layer.
+      spectral_norm: `||T||_2`.
+      norm_interval: the two numbers that are guaranteed to hold the norm between them, by `bounds.certified`.
+      flattened_norm: for contrast, the norm of the kernel reshaped to a matrix `(prod(taps) * c_in // groups, c_out)`,
+        the common shortcut.
+      stable_rank: `||T||_F^2 / ||T||_2^2`; that per output sample where the operator is unbounded.
+      stable_rank_low, stable_rank_high: the interval of stable ranks that kernels of this shape can have.
+      condition_number: the largest singular value over the smallest; `None` where it was not asked for, or where the
+        singular values are not listed (unbounded operators, large images).
+      effective_rank: the exponential of the entropy of the singular values divided by their sum (Roy, Vetterli 2007,
+        "The effective rank: a measure of effective dimensionality"); `None` as before.
+      batch_norm: the batch normalization that is folded into the kernel, if there is one.
+    """
+
+    name: str
+    kernel_shape: tuple[int, ...]
+    operator: Operator
+    rule: str
+    spectral_norm: float
+    norm_interval: NormInterval
+    flattened_norm: float
+    stable_rank: float
+    stable_rank_low: float
+    stable_rank_high: float
+    condition_number: float | None = None
+    effective_rank: float | None = None
+    batch_norm: str | None = None
+
+    @property
+    def share(self) -> float:
+        """Where the stable rank is in its range: 0 at the lowest that the shape allows, 1 at the highest."""
+        low, high = self.stable_rank_low, self.stable_rank_high
+        return 1.0 if high == low else (self.stable_rank - low) / (high - low)
+
+
+class Numbers(NamedTuple):
+    """The numbers of a layer, or of a batch of layers along the first axis."""
+
+    spectral_norm: Float[Array, "..."]
+    norm_interval: NormInterval
+    flattened_norm: Float[Array, "..."]
+    stable_rank: Float[Array, "..."]
+
+
+class Spectrum(NamedTuple):
+    """What all singular values say of a layer, or of each of a batch."""
+
+    condition_number: Float[Array, "..."]
+    effective_rank: Float[Array, "..."]
+
+
+def as_computed(kernel_shape: tuple[int, ...], op: Operator) -> tuple[Operator, tuple[int, ...], bool]:
+    """The operator and the shape with which a layer is computed, and whether its kernel is transposed for that.
+
+    Convolutions of one tap do to each sample what a matrix does, and a matrix has the singular values of its transpose.
+    So one program serves them all.
+    """
+    is_plain = isinstance(op, UnboundedConv) and op.feature_group_count == 1
+    if not isinstance(op, Dense) and not (is_plain and math.prod(kernel_shape[:-2]) == 1):
+        return op, kernel_shape, False
+    rows, columns = kernel_shape[-2:]
+    return Dense(), (min(rows, columns), max(rows, columns)), rows > columns
+
+
+def shares_calls(kernel_shape: tuple[int, ...], op: Operator) -> bool:
+    """Whether several layers take less time in one call by `jax.vmap` than one after the other.
+
+    Matrices that are small enough for an SVD do, ten times less for sixteen of 64x64. Searches do not, as all of a
+    batch take the steps of the slowest; they share a compiled program anyway.
+    """
+    return isinstance(op, Dense) and not svds_are_dear(1, kernel_shape)
+
+
+def numbers_of(kernel: Shaped[Array, "..."], op: Operator) -> Numbers:
+    """The numbers of one layer in the form of `as_computed`; `jax.vmap` takes a batch."""
+    pair = leading_pair(kernel, op)
+    norm, rank = _norm_and_rank(kernel, op, pair)
+    # With zero padding the upper end has searches of its own.
+    padded = isinstance(op, ZeroPaddedConv)
+    interval = certified(kernel, op) if padded else certified_by_pair(kernel, op, pair)
+    flattened = norm if isinstance(op, Dense) else _norm_of_matrix(kernel.reshape((-1, kernel.shape[-1])))
+    return Numbers(norm, interval, flattened, rank)
+
+
+def _norm_of_matrix(matrix: Shaped[Array, "in out"]) -> Float[Array, ""]:
+    return spectral_norm(matrix.T if matrix.shape[0] > matrix.shape[1] else matrix, Dense())
+
+
+@program
+def _norm_and_rank(kernel, op, pair):
+    kernel = kernel.astype(float_dtype(kernel.dtype))
+    # Squares of very small or large kernels would leave the range of floats.
+    scale = jnp.max(jnp.abs(kernel))
+    unscaled = kernel / jnp.where(scale == 0, 1.0, scale)
+    value = frozen_value(unscaled, op, pair)
+    squared = jnp.where(value == 0, 1.0, value) ** 2
+    return value * scale, jnp.where(value == 0, 0.0, squared_frobenius_norm(unscaled, op) / squared)
+
+
+def has_spectrum(kernel_shape: tuple[int, ...], op: Operator) -> bool:
+    """Whether `singular_values` lists those of the layer."""
+    if isinstance(op, UnboundedConv):
+        return False
+    return not op._needs_explicit_matrix or matrix_size(op, kernel_shape) <= DENSE_SIZE
+
+
+def spectra_of(kernel: Shaped[Array, "..."], op: Operator) -> Spectrum:
+    """The condition number and the effective rank of one layer; `jax.vmap` takes a batch."""
+    return _spectrum(singular_values(kernel, op))
+
+
+@program
+def _spectrum(values: Float[Array, " n"]) -> Spectrum:
+    shares = values / jnp.where(jnp.sum(values) == 0, 1.0, jnp.sum(values))
+    logs = jnp.log(jnp.where(shares > 0, shares, 1.0))
+    return Spectrum(values[0] / values[-1], jnp.where(values[0] == 0, 0.0, jnp.exp(-jnp.sum(shares * logs))))
+
+
+def layer_report(kernel, numbers: Numbers, spectrum: Spectrum | None, batch_norm: str | None) -> LayerReport:
+    """The record of one layer from its numbers; `kernel` is a `Kernel` of `kernels.py`."""
+    numbers = jax.tree.map(float, numbers)
+    low, high = stable_rank_range(kernel.shape, kernel.op)
+    return LayerReport(
+        name=kernel.name,
+        kernel_shape=kernel.shape,
+        operator=kernel.op,
+        rule=kernel.rule,
+        spectral_norm=numbers.spectral_norm,
+        norm_interval=numbers.norm_interval,
+        flattened_norm=numbers.flattened_norm,
+        stable_rank=numbers.stable_rank,
+        stable_rank_low=low,
+        stable_rank_high=high,
+        condition_number=None if spectrum is None else float(spectrum.condition_number),
+        effective_rank=None if spectrum is None else float(spectrum.effective_rank),
+        batch_norm=batch_norm,
+    )

@@ -1,0 +1,56 @@
+"""The gates of recurrent cells: the matrices that a stored kernel of several gates is made of.
+
+A gate is a linear map with a nonlinearity of its own, and its norm is what bounds that gate. Flax's LSTM cell stores
+one kernel for each gate; PyTorch, Keras and Flax's optimized cells store them in one array. A report has one line for
+each gate in all of them, so that its numbers do not depend on who stored the cell.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from jaxsrn.report.files import ArrayInfo
+from jaxsrn.report.layouts import leaf_of
+
+__all__ = ["gates_of"]
+
+_TORCH = re.compile(r"(.*?)weight_(ih|hh|hr)(_l\d+)?(_reverse)?")
+# The names of the gates by their number, in the order in which each library stores them.
+_TORCH_GATES = {3: "rzn", 4: "ifgo"}
+_KERAS_GATES = {3: "zrh", 4: "ifco"}
+_PROJECTIONS = "qkv"
+
+
+def gates_of(name: str, infos: Mapping[str, ArrayInfo]) -> str:
+    """The gates of which an array holds the kernels along its outputs, one letter each; empty for a single kernel.
+
+    The matrix that reads the hidden state shows how many there are: it has one square for each.
+    """
+    leaf, stem = leaf_of(name), name[: len(name.removesuffix(":0")) - len(leaf_of(name))]
+    if found := _TORCH.fullmatch(leaf):
+        _, kind, layer, reverse = found.groups()
+        ending = f"{layer or ''}{reverse or ''}"
+        recurrent, projection = (infos.get(f"{stem}weight_{k}{ending}") for k in ("hh", "hr"))
+        if kind == "hr" or recurrent is None:
+            return ""
+        width = projection.shape[1] if projection else recurrent.shape[1]
+        return _TORCH_GATES.get(_ratio(recurrent.shape[0], width), "")
+    if leaf == "in_proj_weight":
+        rows, columns = infos[name].shape
+        return _PROJECTIONS if rows == 3 * columns else ""
+    if leaf in ("kernel", "recurrent_kernel"):
+        suffix = ":0" if name.endswith(":0") else ""
+        recurrent = infos.get(f"{stem}recurrent_kernel{suffix}")
+        if recurrent is not None:
+            return _KERAS_GATES.get(_ratio(recurrent.shape[-1], recurrent.shape[-2]), "")
+        if found := re.fullmatch(r"(.*?)dense_[ih]([./])", stem):
+            cell, dot = found.groups()
+            both = [infos.get(f"{cell}dense_{side}{dot}kernel") for side in "ih"]
+            if None not in both:
+                return _TORCH_GATES.get(_ratio(both[1].shape[-1], both[1].shape[-2]), "")
+    return ""
+
+
+def _ratio(whole: int, part: int) -> int:
+    return whole // part if part and whole % part == 0 else 0

@@ -1,0 +1,103 @@
+"""Tables and progress on a terminal: coloured with `rich` where somebody looks, plain lines where a pipe reads."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Collection, Iterator, Sequence
+
+from jaxsrn.report.table import aligned
+
+__all__ = ["progress_bar", "show_lines", "show_table"]
+
+
+def _console(stream):
+    """A console of `rich` for a stream that is a terminal; `None` for others, and without rich."""
+    if not stream.isatty():
+        return None
+    try:
+        from rich.console import Console
+    except ImportError:
+        return None
+    return Console(file=stream, highlight=False)
+
+
+def show_table(
+    header: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    marked: Collection[str] = (),
+    left: int = 1,
+    dispensable: Sequence[str] = (),
+) -> None:
+    """A table on the standard output; rows whose first cell is marked are coloured.
+
+    The first `left` columns are left-aligned. On a terminal a column that is the same in all rows is named once below
+    the table, and where the terminal is too narrow dispensable columns are left out, the first ones first.
+    """
+    console = _console(sys.stdout)
+    if console is None:
+        print("\n".join(aligned(header, rows, left)))
+        return
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    constant = [j for j in range(1, len(header)) if len(rows) > 2 and len({row[j] for row in rows}) == 1]
+    shown = [j for j in range(len(header)) if j not in constant]
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    hidden = []
+    for name in dispensable:
+        # Two spaces stand between columns, and one at each end.
+        if sum(widths[j] + 3 for j in shown) > console.width and header.index(name) in shown:
+            shown.remove(header.index(name))
+            hidden.append(name)
+    table = Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False)
+    for j in shown:
+        table.add_column(
+            Text(header[j]),
+            justify="left" if j < left else "right",
+            overflow="fold",
+            no_wrap=j > 0,
+            min_width=None if j else 12,
+        )
+    for row in rows:
+        table.add_row(*(Text(row[j]) for j in shown), style="yellow" if row[0] in marked else None)
+    console.print(table)
+    notes = [f"{header[j]} of all: {rows[0][j]}" for j in constant]
+    notes += [f"Left out, as the terminal is narrow: {', '.join(hidden)}"] if hidden else []
+    for note in notes:
+        console.print(Text(note, style="dim"))
+
+
+def show_lines(lines: Sequence[str], style: str = "") -> None:
+    """Sentences on the standard output."""
+    console = _console(sys.stdout)
+    if console is None:
+        print("\n".join(lines))
+        return
+    from rich.text import Text
+
+    for line in lines:
+        console.print(Text(line, style=style))
+
+
+@contextlib.contextmanager
+def progress_bar(unit: str = "layers") -> Iterator[Callable[[int, int, str], None]]:
+    """A function of `(done, in all, the name of the next)` that draws a bar on the error stream of a terminal."""
+    console = _console(sys.stderr)
+    if console is None:
+        yield lambda done, total, name: None
+        return
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn(unit), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, TextColumn("{task.description}", markup=False), console=console, transient=True) as bar:
+        task = bar.add_task("", total=None)
+        yield lambda done, total, name: bar.update(task, completed=done, total=total, description=name)

@@ -1,0 +1,138 @@
+"""The command line with good and bad files, in a pipe and by itself."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import safetensors
+import safetensors.numpy
+from cases import gaussian
+
+from jaxsrn.__main__ import main
+
+ARRAYS = {
+    "fc.weight": gaussian((6, 4)).astype(np.float32),
+    "conv.weight": gaussian((4, 1, 3)).astype(np.float16),
+    "fc.bias": gaussian((6,)),
+    "ids": np.arange(4),
+}
+METADATA = {"format": "pt", "made by": "hand"}
+
+
+@pytest.fixture
+def weights(tmp_path):
+    path = tmp_path / "weights.safetensors"
+    safetensors.numpy.save_file(ARRAYS, path, metadata=METADATA)
+    return path
+
+
+def norm_and_rank(matrix):
+    values = np.linalg.svd(np.asarray(matrix, np.float64), compute_uv=False)
+    return values[0], np.sum(values**2) / values[0] ** 2
+
+
+def test_report_in_a_pipe_is_plain_lines(weights, tmp_path):
+    outputs = [tmp_path / "report.json", tmp_path / "report.csv"]
+    command = [sys.executable, "-m", "jaxsrn", "report", weights, "--json", outputs[0], "--csv", outputs[1]]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert "\x1b" not in done.stdout
+    lines = done.stdout.splitlines()
+    assert lines[0] == "weights.safetensors"
+    assert [line.split()[0] for line in lines[3:5]] == ["conv.weight", "fc.weight"]
+    assert "Skipped 1: a bias, a scale or another vector (fc.bias)." in lines
+    norm, rank = norm_and_rank(ARRAYS["fc.weight"])
+    layer = json.loads(outputs[0].read_text())["layers"][1]
+    assert layer["spectral_norm"] == pytest.approx(norm, rel=1e-5)
+    assert layer["stable_rank"] == pytest.approx(rank, rel=1e-5)
+    rows = list(csv.DictReader(outputs[1].read_text().splitlines()))
+    assert [row["name"] for row in rows] == ["conv.weight", "fc.weight"]
+
+
+def test_normalize_and_compare(weights, tmp_path, capsys):
+    out = tmp_path / "out.safetensors"
+    only_dense = ["--only", "fc*"]
+    assert main(["normalize", str(weights), "--fraction", "0.3", "--norm", "1.5", *only_dense, "--out", str(out)]) == 0
+    text = capsys.readouterr().out
+    assert "1 of 1 kernels changed" in text
+    new = safetensors.numpy.load_file(out)
+    assert list(new) == list(safetensors.numpy.load_file(weights))
+    with safetensors.safe_open(out, framework="numpy") as file:
+        assert file.metadata() == METADATA
+    for name in ("conv.weight", "fc.bias", "ids"):
+        assert new[name].dtype == ARRAYS[name].dtype
+        assert new[name].tobytes() == ARRAYS[name].tobytes()
+    norm, rank = norm_and_rank(new["fc.weight"])
+    assert norm == pytest.approx(1.5, rel=1e-5)
+    assert rank == pytest.approx(0.3 * 4, rel=1e-4)
+
+    assert main(["compare", str(weights), str(out)]) == 0
+    rows = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines() if "weight" in line}
+    assert rows["conv.weight"][-1] == "0.00%"
+    distance = np.linalg.norm(new["fc.weight"] - ARRAYS["fc.weight"]) / np.linalg.norm(ARRAYS["fc.weight"])
+    assert rows["fc.weight"][-1] == f"{100 * distance:.2f}%"
+    assert float(rows["fc.weight"][4]) == pytest.approx(1.5 / norm_and_rank(ARRAYS["fc.weight"])[0], rel=1e-3)
+
+
+def test_normalize_reaches_the_lowest_that_taps_allow(weights, tmp_path, capsys):
+    """A kernel of four outputs and one input has a stable rank from 1/3 to 1, and a twentieth of 1 is asked for."""
+    out = tmp_path / "out.safetensors"
+    assert main(["normalize", str(weights), "--fraction", "0.05", "--only", "conv*", "--out", str(out)]) == 0
+    assert "1 of 1 kernels changed" in capsys.readouterr().out
+    kernel = safetensors.numpy.load_file(out)["conv.weight"].astype(np.float64)[:, 0]
+    norms = np.linalg.norm(np.fft.fft(kernel, 4096), axis=0)
+    assert np.sum(kernel**2) / norms.max() ** 2 == pytest.approx(1 / 3, rel=2e-3)
+
+
+def test_a_file_below_its_targets_stays_the_same(weights, tmp_path, capsys):
+    out = tmp_path / "out.safetensors"
+    assert main(["normalize", str(weights), "--fraction", "1", "--only", "fc*", "--out", str(out)]) == 0
+    assert "0 of 1 kernels changed" in capsys.readouterr().out
+    assert out.read_bytes() == weights.read_bytes()
+
+
+def wrong(tmp_path):
+    """`(arguments, exit code, what the message says)`."""
+    bad, empty, vectors = tmp_path / "bad.npz", tmp_path / "empty.safetensors", tmp_path / "vectors.npz"
+    bad.write_bytes(b"no weights")
+    safetensors.numpy.save_file({}, empty)
+    np.savez(vectors, bias=np.zeros(3))
+    out = ["--out", tmp_path / "out.npz"]
+    return [
+        (["report", tmp_path / "missing.npz"], 3, "missing.npz: there is no such file"),
+        (["report", bad], 4, "bad.npz: no .npz file"),
+        (["report", empty], 5, "no kernels found among 0 arrays"),
+        (["report", vectors], 5, "no kernels found among 1 arrays: a bias"),
+        (["report", tmp_path], 4, "a folder without an Orbax checkpoint"),
+        (["report", vectors, "--layout", "HIWO"], 2, "invalid choice: 'HIWO'"),
+        (["report", vectors, "--groups", "a"], 2, "expected NAME=N"),
+        (["report", vectors, "--input-shape", "0"], 2, "input_shape: got"),
+        (["normalize", vectors, "--fraction", "0.5", *out], 5, "no kernels found"),
+        (["normalize", vectors, "--fraction", "1.5", *out], 2, "fraction: got 1.5"),
+        (["normalize", vectors, "--fraction", "0.5", "--out", tmp_path / "out.safetensors"], 2, "ends in .npz"),
+        (["compare", vectors, vectors], 5, "no kernels of the same name"),
+    ]
+
+
+def test_errors_are_one_line_and_an_exit_code(tmp_path, capsys):
+    for arguments, code, message in wrong(tmp_path):
+        try:
+            got = main([str(argument) for argument in arguments])
+        except SystemExit as exit:
+            got = exit.code
+        error = capsys.readouterr().err
+        assert (got, error.count("\n")) == (code, 1), (arguments, error)
+        assert message in error, (message, error)
+    assert not (tmp_path / "out.npz").exists()
+
+
+def test_a_missing_library_is_named(weights, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    assert main(["report", str(weights)]) == 6
+    assert "pip install 'jaxsrn[cli]'" in capsys.readouterr().err

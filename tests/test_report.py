@@ -1,0 +1,548 @@
+"""Reports against SVDs in NumPy's float64, and the reading of checkpoints: every array is a layer or has a reason."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+from cases import dense, gaussian
+from flax import linen as nn
+from flax import nnx
+
+import jaxsrn.linen as jlinen
+import jaxsrn.nnx as jnnx
+from jaxsrn import CircularConv, Dense, UnboundedConv, ZeroPaddedConv
+from jaxsrn.report import analyze
+from jaxsrn.report.files import ArrayInfo, BrokenFile, open_arrays
+from jaxsrn.report.kernels import find_kernels
+
+CONV, MATRIX = (3, 3, 2, 4), (4, 6)
+
+
+def array(*shape, dtype=np.float32):
+    return gaussian(shape).astype(dtype)
+
+
+def supremum(kernel, groups: int = 1) -> float:
+    """The norm of the unbounded layer: a coarse grid of frequencies, then finer ones around the best."""
+    *taps, width, outputs = kernel.shape
+    kernel, per_group = kernel.astype(np.float64), outputs // groups
+    centre, radius = np.zeros(len(taps)), np.pi
+    for _ in range(7):
+        axes = [c + radius * np.linspace(-1, 1, 41) for c in centre]
+        points = np.stack(np.meshgrid(*axes, indexing="ij"), -1).reshape((-1, len(taps)))
+        phases = np.exp(
+            -1j * points @ np.stack(np.meshgrid(*map(np.arange, taps), indexing="ij")).reshape((len(taps), -1))
+        )
+        symbols = np.tensordot(phases, kernel.reshape((-1, width, outputs)), 1)
+        values = [
+            np.linalg.svd(symbols[..., g * per_group : (g + 1) * per_group], compute_uv=False) for g in range(groups)
+        ]
+        values = np.max(values, axis=(0, 2))
+        centre, radius = points[np.argmax(values)], radius / 10
+    return float(values.max())
+
+
+def norm_of(kernel, op) -> float:
+    if isinstance(op, UnboundedConv):
+        return supremum(kernel, op.feature_group_count)
+    return float(np.linalg.norm(dense(kernel, op), 2))
+
+
+def squared_frobenius(kernel, op) -> float:
+    """Per output sample where the layer is unbounded."""
+    return float(np.sum(np.square(kernel if isinstance(op, UnboundedConv) else dense(kernel, op), dtype=np.float64)))
+
+
+def check(layer, kernel, op):
+    assert layer.operator == op
+    assert layer.kernel_shape == kernel.shape
+    kernel = np.asarray(kernel, np.float64)
+    norm = norm_of(kernel, op)
+    low, high = layer.norm_interval
+    assert layer.spectral_norm == pytest.approx(norm, rel=1e-5)
+    assert low <= norm * (1 + 1e-9)
+    assert norm <= high * (1 + 1e-9)
+    assert layer.stable_rank == pytest.approx(squared_frobenius(kernel, op) / norm**2, rel=2e-5)
+    flat = kernel.reshape((-1, kernel.shape[-1]))
+    assert layer.flattened_norm == pytest.approx(np.linalg.norm(flat, 2), rel=1e-5)
+    least, most = layer.stable_rank_low, layer.stable_rank_high
+    assert layer.share == pytest.approx((layer.stable_rank - least) / (most - least))
+
+
+# Values
+
+
+WEIGHTS = {
+    "conv.weight": array(4, 2, 3, 3),
+    "depthwise.weight": array(4, 1, 3, 3),
+    "pointwise.weight": array(6, 4, 1, 1),
+    "fc.weight": array(6, 4),
+    "fc.bias": array(6),
+}
+
+
+def test_numbers_of_bare_weights_are_those_of_numpy():
+    report = analyze(WEIGHTS)
+    layers = {layer.name: layer for layer in report.layers}
+    assert list(layers) == ["conv.weight", "depthwise.weight", "fc.weight", "pointwise.weight"]
+    for name in ("conv.weight", "pointwise.weight"):
+        check(layers[name], WEIGHTS[name].transpose(2, 3, 1, 0), UnboundedConv())
+    check(
+        layers["depthwise.weight"],
+        WEIGHTS["depthwise.weight"].transpose(2, 3, 1, 0),
+        UnboundedConv(feature_group_count=4),
+    )
+    check(layers["fc.weight"], WEIGHTS["fc.weight"].T, Dense())
+    assert [skipped.name for skipped in report.skipped] == ["fc.bias"]
+    norms = [layer.spectral_norm for layer in report.layers]
+    assert report.product_of_norms == pytest.approx(math.prod(norms))
+    assert report.sum_of_stable_ranks == pytest.approx(sum(layer.stable_rank for layer in report.layers))
+
+
+def test_numbers_at_an_image_size_and_of_all_singular_values():
+    kernel = WEIGHTS["conv.weight"].transpose(2, 3, 1, 0)
+    (layer,) = analyze({"conv.weight": WEIGHTS["conv.weight"]}, input_shape=(5, 4), spectra=True).layers
+    op = ZeroPaddedConv((5, 4))
+    check(layer, kernel, op)
+    values = np.linalg.svd(dense(kernel, op), compute_uv=False)
+    shares = values / values.sum()
+    assert layer.condition_number == pytest.approx(values[0] / values[-1], rel=1e-3)
+    assert layer.effective_rank == pytest.approx(np.exp(-np.sum(shares * np.log(shares))), rel=1e-5)
+
+
+def test_small_matrices_go_through_one_call_in_any_number(monkeypatch):
+    monkeypatch.setattr("jaxsrn.report.analysis._MOST_ENTRIES", 2 * 24)
+    kernels = {
+        f"layer{i}.kernel": gaussian(shape, i).astype(np.float32)
+        for i, shape in enumerate([MATRIX, MATRIX[::-1], MATRIX])
+    }
+    calls = []
+    report = analyze(kernels, progress=lambda *args: calls.append(args))
+    for layer, kernel in zip(report.layers, kernels.values(), strict=True):
+        check(layer, kernel, Dense())
+    assert calls == [(0, 3, "layer0.kernel"), (2, 3, "layer2.kernel"), (3, 3, "")]
+
+
+def test_zero_and_broken_kernels_stand_out():
+    bad = array(*MATRIX)
+    bad[0, 0] = np.nan
+    plain, zero = array(*MATRIX), np.zeros(MATRIX, np.float32)
+    weights = {"a.kernel": plain, "b.kernel": 10 * plain, "c.kernel": bad, "d.kernel": zero, "e.kernel": plain}
+    report = analyze(weights)
+    by_name = {layer.name: layer for layer in report.layers}
+    assert math.isnan(by_name["c.kernel"].spectral_norm)
+    assert by_name["d.kernel"].spectral_norm == by_name["d.kernel"].stable_rank == 0
+    assert set(report.outliers) == {"b.kernel", "c.kernel", "d.kernel"}
+    assert "not finite" in report.outliers["c.kernel"]
+    assert json.loads(json.dumps(report.to_dict()))["layers"][2]["spectral_norm"] == "nan"
+
+
+# Models
+
+
+class Network(nnx.Module):
+    def __init__(self, rngs):
+        self.conv = nnx.Conv(2, 4, (3, 3), strides=2, use_bias=False, rngs=rngs)
+        self.norm = nnx.BatchNorm(4, epsilon=0.5, rngs=rngs)
+        self.up = nnx.ConvTranspose(4, 2, (3, 3), strides=2, rngs=rngs)
+        self.heads = nnx.LinearGeneral(2, (2, 3), rngs=rngs)
+        self.table = nnx.Embed(5, 3, rngs=rngs)
+        self.extra = nnx.Param(jnp.ones((2, 2)))
+
+    def __call__(self, x):
+        return self.heads(self.up(self.norm(self.conv(x), use_running_average=True)))
+
+
+def test_a_model_says_what_its_layers_are():
+    model = Network(nnx.Rngs(0))
+    report = analyze(model, jnp.zeros((1, 4, 4, 2), jnp.float32))
+    assert [layer.name for layer in report.layers] == ["conv/kernel", "up/kernel", "heads/kernel", "table/embedding"]
+    conv, up, heads, table = report.layers
+    check(conv, np.asarray(model.conv.kernel[...]), ZeroPaddedConv((4, 4), strides=2))
+    check(heads, np.asarray(model.heads.kernel[...]).reshape((2, 6)), Dense())
+    check(table, np.asarray(model.table.embedding[...]), Dense())
+    # The explicit matrix of the transposed layer, a basis vector at a time.
+    basis = jnp.eye(2 * 2 * 4, dtype=jnp.float32).reshape((16, 2, 2, 4))
+    matrix = np.asarray(model.up(basis)).reshape((16, -1)) - np.asarray(model.up(0 * basis)).reshape((16, -1))
+    assert up.spectral_norm == pytest.approx(np.linalg.norm(matrix, 2), rel=1e-5)
+    assert up.stable_rank == pytest.approx(np.sum(matrix**2) / np.linalg.norm(matrix, 2) ** 2, rel=1e-5)
+    reasons = {skipped.name: skipped.reason for skipped in report.skipped}
+    assert "of no layer in reach" in reasons["extra"]
+    assert {"norm/scale", "norm/mean", "norm/var", "up/bias", "heads/bias"} <= set(reasons)
+
+
+def test_batch_norms_of_a_model_are_folded_with_their_own_epsilon():
+    model = Network(nnx.Rngs(0))
+    model.norm.scale[...] = jnp.asarray([1.0, 2.0, 3.0, -4.0], jnp.float32)
+    model.norm.var[...] = jnp.asarray([0.5, 1.0, 2.0, 3.0], jnp.float32)
+    report = analyze(model, fold_batch_norm=True)
+    factors = np.array([1.0, 2.0, 3.0, -4.0]) / np.sqrt(np.array([0.5, 1.0, 2.0, 3.0]) + 0.5)
+    conv = report.layers[0]
+    assert conv.batch_norm == "norm"
+    # Strides on an image without edges: the taps of each phase are channels of their own.
+    kernel = np.asarray(model.conv.kernel[...]) * factors
+    phases = np.zeros((2, 2, 8, 4))
+    for i, j in np.ndindex(3, 3):
+        phase = 2 * (2 * (i % 2) + j % 2)
+        phases[i // 2, j // 2, phase : phase + 2] = kernel[i, j]
+    assert conv.spectral_norm == pytest.approx(supremum(phases), rel=1e-5)
+
+
+def test_wrapped_layers_are_reported_as_they_compute():
+    wrapped = nnx.Sequential(jnnx.SpectralNorm(nnx.Linear(4, 6, rngs=nnx.Rngs(0)), norm=2.0))
+    (layer,) = analyze(wrapped).layers
+    assert layer.spectral_norm == pytest.approx(2.0, rel=1e-5)
+
+    module = jlinen.SpectralNorm(nn.Dense(6), norm=2.0)
+    x = jnp.ones((1, 4), jnp.float32)
+    (layer,) = analyze(module, module.init(jax.random.key(0), x), x).layers
+    assert layer.spectral_norm == pytest.approx(2.0, rel=1e-5)
+
+
+class Recurrent(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.RNN(nn.OptimizedLSTMCell(4))(x)
+
+
+def test_recurrent_cells_are_reported_gate_by_gate_however_they_are_stored():
+    cell = nnx.GRUCell(4, 6, rngs=nnx.Rngs(0))
+    layers = {layer.name: layer for layer in analyze(cell).layers}
+    assert list(layers) == [f"dense_{side}/kernel[{gate}]" for side in "hi" for gate in "rzn"]
+    check(layers["dense_i/kernel[z]"], np.asarray(cell.dense_i.kernel[...])[:, 6:12], Dense())
+
+    # The kernels of Linen's cell are parameters of no layer of their own.
+    x = jnp.zeros((1, 2, 4), jnp.float32)
+    variables = Recurrent().init(jax.random.key(0), x)
+    report = analyze(Recurrent(), variables, x)
+    scope = "params/OptimizedLSTMCell_0"
+    assert {layer.name for layer in report.layers} == {
+        f"{scope}/{side}{gate}/kernel" for side in "ih" for gate in "ifgo"
+    }
+
+
+class Scanned(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        def body(layer, carry, _):
+            return layer(carry), None
+
+        scan = nn.scan(body, variable_axes={"params": 0}, split_rngs={"params": True}, length=3)
+        return scan(nn.Dense(4, name="layers"), x, None)[0]
+
+
+def test_stacked_layers_are_reported_one_by_one():
+    module, x = Scanned(), jnp.ones((1, 4), jnp.float32)
+    variables = module.init(jax.random.key(0), x)
+    kernels = np.asarray(variables["params"]["layers"]["kernel"])
+    assert kernels.shape == (3, 4, 4)
+    # By the model, by the stacked bias, and by being told.
+    kernel_alone = {"layers": {"kernel": kernels}}
+    for report in (analyze(module, variables, x), analyze(variables), analyze(kernel_alone, stacked=["layers"])):
+        assert [layer.name.rsplit("/", 1)[-1] for layer in report.layers] == ["kernel[0]", "kernel[1]", "kernel[2]"]
+        for layer, kernel in zip(report.layers, kernels, strict=True):
+            check(layer, kernel, Dense())
+
+
+def test_what_does_not_fit_together_is_an_error():
+    model = Network(nnx.Rngs(0))
+    with pytest.raises(ValueError, match="layout: got it beside a model"):
+        analyze(model, layout="OIHW")
+    with pytest.raises(ValueError, match="inputs: got it beside dict"):
+        analyze(WEIGHTS, jnp.zeros(3))
+    with pytest.raises(ValueError, match="layout: got 'HIWO', expected one of HWIO"):
+        analyze(WEIGHTS, layout="HIWO")
+    with pytest.raises(ValueError, match="groups: got 'conv'"):
+        analyze(WEIGHTS, groups={"conv": 2})
+    with pytest.raises(ValueError, match="inputs: got none for Scanned"):
+        analyze(Scanned(), {"params": {}})
+
+
+# Reading names and shapes
+
+
+def found(shapes, dtype=np.float32, **options):
+    """`{name: (operator, kernel shape)}` and `{name: reason}` of arrays of these shapes."""
+    infos = {name: ArrayInfo(shape, np.dtype(dtype)) for name, shape in shapes.items()}
+    kernels, skipped = find_kernels(infos, **options)
+    named = {kernel.array for kernel in kernels} | {entry.name for entry in skipped}
+    assert named == set(shapes), "every array is in one of the lists"
+    return {kernel.name: (kernel.op, kernel.shape) for kernel in kernels}, {s.name: s.reason for s in skipped}
+
+
+UNBOUNDED = UnboundedConv()
+READINGS = {
+    "PyTorch audio": ({"conv.weight": (8, 2, 5), "conv.bias": (8,)}, {"conv.weight": (UNBOUNDED, (5, 2, 8))}),
+    "PyTorch video": ({"conv.weight": (8, 2, 3, 4, 5)}, {"conv.weight": (UNBOUNDED, (3, 4, 5, 2, 8))}),
+    "Keras": (
+        {"a/kernel:0": (3, 3, 2, 8), "b/depthwise_kernel:0": (3, 3, 8, 2), "c/kernel:0": (8, 5)},
+        {
+            "a/kernel:0": (UNBOUNDED, (3, 3, 2, 8)),
+            "b/depthwise_kernel:0": (UnboundedConv(feature_group_count=8), (3, 3, 1, 16)),
+            "c/kernel:0": (Dense(), (8, 5)),
+        },
+    ),
+    "one channel in": (
+        {"conv1.weight": (8, 1, 3, 3), "conv2.weight": (8, 8, 3, 3)},
+        {"conv1.weight": (UNBOUNDED, (3, 3, 1, 8)), "conv2.weight": (UNBOUNDED, (3, 3, 8, 8))},
+    ),
+    "depthwise by shape": (
+        {"a.weight": (8, 3, 1, 1), "b.weight": (8, 1, 3, 3), "c.weight": (8, 1, 3, 3)},
+        {
+            "a.weight": (UNBOUNDED, (1, 1, 3, 8)),
+            "b.weight": (UnboundedConv(feature_group_count=8), (3, 3, 1, 8)),
+            "c.weight": (UnboundedConv(feature_group_count=8), (3, 3, 1, 8)),
+        },
+    ),
+    "names that say nothing": (
+        {"w1": (3, 3, 4, 8), "w2": (8, 4, 5, 5), "w3": (7, 9)},
+        {"w1": (UNBOUNDED, (3, 3, 4, 8)), "w2": (UNBOUNDED, (5, 5, 4, 8)), "w3": (Dense(), (7, 9))},
+    ),
+    "an undecided one beside others": (
+        {"w1": (3, 3, 4, 8), "w2": (3, 3, 3, 3)},
+        {"w1": (UNBOUNDED, (3, 3, 4, 8)), "w2": (UNBOUNDED, (3, 3, 3, 3))},
+    ),
+    "a stored transposition": (
+        {"weight": (64, 3, 3, 3), "mlx.weight": (3, 3, 48, 64)},
+        {"weight": (UNBOUNDED, (3, 3, 3, 64)), "mlx.weight": (UNBOUNDED, (3, 3, 48, 64))},
+    ),
+    "PyTorch LSTM": (
+        {"r.weight_ih_l0": (8, 3), "r.weight_hh_l0": (8, 2), "r.bias_ih_l0": (8,)},
+        {f"r.weight_{side}_l0[{gate}]": (Dense(), (n, 2)) for side, n in (("ih", 3), ("hh", 2)) for gate in "ifgo"},
+    ),
+    "PyTorch GRU, reversed": (
+        {"r.weight_ih_l1_reverse": (6, 3), "r.weight_hh_l1_reverse": (6, 2)},
+        {
+            f"r.weight_{side}_l1_reverse[{gate}]": (Dense(), (size, 2))
+            for side, size in (("ih", 3), ("hh", 2))
+            for gate in "rzn"
+        },
+    ),
+    "Flax LSTM": (
+        {"c/ii/kernel": (3, 2), "c/hi/kernel": (2, 2), "c/hi/bias": (2,)},
+        {"c/ii/kernel": (Dense(), (3, 2)), "c/hi/kernel": (Dense(), (2, 2))},
+    ),
+    "Flax's optimized GRU": (
+        {"c/dense_i/kernel": (4, 6), "c/dense_h/kernel": (2, 6)},
+        {f"c/dense_{side}/kernel[{gate}]": (Dense(), (n, 2)) for side, n in (("i", 4), ("h", 2)) for gate in "rzn"},
+    ),
+    "Keras LSTM": (
+        {"l/kernel": (3, 8), "l/recurrent_kernel": (2, 8), "l/bias": (8,)},
+        {
+            f"l/{name}[{gate}]": (Dense(), (n, 2))
+            for name, n in (("kernel", 3), ("recurrent_kernel", 2))
+            for gate in "ifco"
+        },
+    ),
+    "Flax attention": (
+        {
+            "b/attn/query/kernel": (6, 2, 3),
+            "b/attn/query/bias": (2, 3),
+            "b/attn/out/kernel": (2, 3, 6),
+            "b/attn/out/bias": (6,),
+            "b/LayerNorm_0/scale": (6,),
+            "b/mlp/kernel": (6, 24),
+        },
+        {
+            "b/attn/query/kernel": (Dense(), (6, 6)),
+            "b/attn/out/kernel": (Dense(), (6, 6)),
+            "b/mlp/kernel": (Dense(), (6, 24)),
+        },
+    ),
+    "scanned attention and convolution": (
+        {
+            "l/query/kernel": (2, 4, 2, 3),
+            "l/query/bias": (2, 2, 3),
+            "l/conv/kernel": (2, 3, 3, 4, 5),
+            "l/n/scale": (2, 4),
+        },
+        {
+            **{f"l/query/kernel[{i}]": (Dense(), (4, 6)) for i in range(2)},
+            **{f"l/conv/kernel[{i}]": (UNBOUNDED, (3, 3, 4, 5)) for i in range(2)},
+        },
+    ),
+    "PyTorch attention": (
+        {
+            "attn.in_proj_weight": (12, 4),
+            "attn.in_proj_bias": (12,),
+            "attn.out_proj.weight": (4, 4),
+            "emb.weight": (9, 4),
+        },
+        {
+            **{f"attn.in_proj_weight[{name}]": (Dense(), (4, 4)) for name in "qkv"},
+            "attn.out_proj.weight": (Dense(), (4, 4)),
+            "emb.weight": (Dense(), (4, 9)),
+        },
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("shapes", "expected"), READINGS.values(), ids=READINGS)
+def test_checkpoints_are_read_by_names_and_shapes(shapes, expected):
+    assert found(shapes)[0] == expected
+
+
+def test_options_say_what_names_and_shapes_do_not():
+    shapes = {"a.weight": (8, 4, 3, 3), "b.weight": (8, 4, 3)}
+    kernels, _ = found(shapes, groups={"a.weight": 2}, strides={"a.weight": 2}, input_shape=(6, 5))
+    assert kernels["a.weight"] == (ZeroPaddedConv((6, 5), strides=2, feature_group_count=2), (3, 3, 4, 8))
+    assert kernels["b.weight"] == (UNBOUNDED, (3, 4, 8))
+    assert found({"x": (4, 3, 3, 2)}, layout="OHWI")[0] == {"x": (UNBOUNDED, (3, 3, 2, 4))}
+
+
+def test_what_is_skipped_has_its_reason():
+    cases = {
+        "empty.weight": ((0, 3), "no entries"),
+        "bias": ((4,), "a bias"),
+        "step": ((), "a number"),
+        "norm.running_var": ((4,), "statistic"),
+        "attn/relative_bias": ((4, 4), "several axes"),
+        "opt_state/0/mu/conv/kernel": ((3, 3, 2, 4), "optimizer"),
+        "batch_stats/sn/kernel/u": ((1, 4), "statistic"),
+        "conv.weight_v": ((4, 2, 3), "weight normalization"),
+        "pos_embedding": ((1, 9, 4), "added to the input"),
+        "many": ((2,) * 6, "6 axes"),
+        "undecided": ((3,) * 4, "say it by layout="),
+        "experts.weight": ((8, 4096, 14336), "taps on an axis"),
+    }
+    kernels, reasons = found({name: shape for name, (shape, _) in cases.items()})
+    assert kernels == {}
+    for name, (_, text) in cases.items():
+        assert text in reasons[name], (name, reasons[name])
+    assert "int32" in found({"ids.weight": (3, 3)}, np.int32)[1]["ids.weight"]
+
+
+def test_views_are_the_kernels_and_write_through():
+    shapes = {
+        "r.weight_ih_l0": (8, 3),
+        "r.weight_hh_l0": (8, 2),
+        "conv.weight": (4, 2, 3, 3),
+        "d/depthwise_kernel": (3, 3, 4, 2),
+    }
+    kernels, _ = find_kernels({name: ArrayInfo(shape, np.dtype("f4")) for name, shape in shapes.items()})
+    arrays = {name: array(*shape) for name, shape in shapes.items()}
+    for kernel in kernels:
+        assert kernel.view(arrays[kernel.array]).shape == kernel.shape
+        kernel.view(arrays[kernel.array])[...] = 1
+    assert all(np.all(values == 1) for values in arrays.values())
+
+
+# Batch normalizations of bare weights
+
+
+def test_batch_norms_are_paired_by_name():
+    shapes = {
+        "layer1/conv/kernel": (1, 1, 2, 4), "layer1/bn/gamma": (4,), "layer1/bn/moving_variance": (4,),
+        "seq.0.weight": (4, 2, 1, 1), "seq.1.running_var": (4,), "lonely_bn/moving_variance": (7,),
+        "params/Conv_0/kernel": (1, 1, 2, 4), "params/BatchNorm_0/scale": (4,), "batch_stats/BatchNorm_0/var": (4,),
+    }  # fmt: skip
+    weights = {name: np.abs(array(*shape)) + 0.5 for name, shape in shapes.items()}
+    report = analyze(weights, fold_batch_norm=True)
+    layers = {layer.name: layer for layer in report.layers}
+    stats = "batch_stats"
+    cases = [
+        ("layer1/conv/kernel", "layer1/bn", "layer1/bn/gamma", "layer1/bn/moving_variance", 1e-3),
+        ("seq.0.weight", "seq.1", None, "seq.1.running_var", 1e-5),
+        ("params/Conv_0/kernel", f"{stats}/BatchNorm_0", "params/BatchNorm_0/scale", f"{stats}/BatchNorm_0/var", 1e-5),
+    ]
+    for name, norm, scale, variance, epsilon in cases:
+        factors = (1.0 if scale is None else weights[scale]) / np.sqrt(weights[variance] + epsilon)
+        stored = weights[name]
+        kernel = (stored.T if name == "seq.0.weight" else stored).reshape((2, 4)) * factors
+        assert layers[name].batch_norm == norm
+        assert layers[name].spectral_norm == pytest.approx(np.linalg.norm(kernel, 2), rel=1e-5)
+    reasons = {skipped.name: skipped.reason for skipped in report.skipped}
+    assert reasons["layer1/bn/gamma"] == "folded into layer1/conv/kernel"
+    assert "pairs with no kernel" in reasons["lonely_bn/moving_variance"]
+
+
+# Files
+
+
+ARRAYS = {
+    "conv.weight": array(4, 2, 3, 3).astype(ml_dtypes.bfloat16),
+    "fc.weight": array(6, 4, dtype=np.float16),
+    "fc.bias": array(6, dtype=np.float64),
+    "empty": np.zeros((0, 3), np.float32),
+    "count": np.arange(3),
+}
+
+
+def saved(folder, kind):
+    path = folder / f"weights{kind}"
+    if kind == ".safetensors":
+        safetensors.numpy.save_file(ARRAYS, path, metadata={"format": "pt"})
+    elif kind == ".npz":
+        np.savez_compressed(path, **ARRAYS)
+    else:
+        import orbax.checkpoint as ocp
+
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            checkpointer.save(path, {"params": {name: value for name, value in ARRAYS.items() if value.size}})
+    return path
+
+
+@pytest.mark.parametrize("kind", [".safetensors", ".npz", ""])
+def test_files_are_read_one_array_at_a_time_and_copied_bit_by_bit(tmp_path, kind):
+    path = saved(tmp_path, kind)
+    prefix = "" if kind else "params/"
+    expected = {f"{prefix}{name}": value for name, value in ARRAYS.items() if kind or value.size}
+    opened = open_arrays(path)
+    assert {name: tuple(info) for name, info in opened.infos.items()} == {
+        name: (value.shape, value.dtype) for name, value in expected.items()
+    }
+    copy = tmp_path / f"copy{kind}"
+    changed = f"{prefix}conv.weight"
+    opened.copy(copy, lambda name: opened.read(name) * 2 if name == changed else None)
+    again = open_arrays(copy)
+    for name, value in expected.items():
+        assert opened.read(name).tobytes() == value.tobytes()
+        assert again.read(name).dtype == value.dtype
+        assert again.read(name).tobytes() == ((value * 2) if name == changed else value).tobytes()
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([path.name, copy.name])
+    kernels, skipped = find_kernels(opened.infos)
+    assert {kernel.array for kernel in kernels} == {changed, f"{prefix}fc.weight"}
+    assert len(skipped) == len(expected) - 2
+
+
+def test_bad_files_say_what_they_are(tmp_path):
+    for name in ("bad.safetensors", "bad.npz"):
+        (tmp_path / name).write_bytes(b"no weights" * 20)
+        with pytest.raises(BrokenFile, match=name):
+            open_arrays(tmp_path / name)
+    (tmp_path / "weights.txt").write_text("")
+    with pytest.raises(ValueError, match=r"got a file named \*.txt"):
+        open_arrays(tmp_path / "weights.txt")
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        open_arrays(tmp_path / "missing.npz")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(BrokenFile, match="without an Orbax checkpoint"):
+        open_arrays(tmp_path / "folder")
+
+
+# Forms
+
+
+def test_forms_of_a_report():
+    report = analyze({"fc.weight": array(6, 4), "a<b>|c.weight": array(6, 4), "fc.bias": array(6)})
+    text = str(report)
+    rows = [line for line in text.splitlines() if "Dense()" in line]
+    assert len(rows) == 2
+    assert len({line.index("Dense()") for line in rows}) == 1
+    assert "Skipped 1: a bias, a scale or another vector (fc.bias)." in text
+    lines = list(csv.DictReader(report.to_csv().splitlines()))
+    assert [line["name"] for line in lines] == ["a<b>|c.weight", "fc.weight"]
+    assert float(lines[1]["spectral_norm"]) == report.layers[1].spectral_norm
+    assert "&lt;b&gt;" in report._repr_html_()
+    assert r"a<b>\|c.weight" in report.to_markdown()
+    assert analyze({}).to_csv().startswith("name,")
+    assert "0 layers" in str(analyze({}))
+    assert CircularConv((4,)) not in {layer.operator for layer in report.layers}
