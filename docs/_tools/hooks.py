@@ -1,0 +1,58 @@
+"""What `mkdocs build` does beyond its plugins: tutorials and recorded tables become pages, formulas become MathML.
+
+Formulas are converted when the pages are built, so that they need neither scripts nor a network to be read.
+"""
+
+from __future__ import annotations
+
+import html
+import importlib.util
+import re
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import latex2mathml.converter
+from mkdocs.structure.files import File
+
+TOOLS = Path(__file__).parent
+ROOT = TOOLS.parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def _tutorials():
+    spec = importlib.util.spec_from_file_location("tutorials", TOOLS / "tutorials.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def on_files(files, config):
+    """Adds a page for each tutorial and each recorded table, with their pictures."""
+    tutorials = _tutorials()
+    paths = sorted(tutorials.TUTORIALS.glob("*.py"))
+    # Two at a time: most of their time they compile, each on one core.
+    with ThreadPoolExecutor(2) as pool:
+        pages = list(pool.map(tutorials.page, paths))
+    for path, text in zip(paths, pages, strict=True):
+        files.append(File.generated(config, f"tutorials/{path.stem}.md", content=text))
+        for picture in (tutorials.CACHE / path.stem).glob("*.png"):
+            name = f"tutorials/{path.stem}/{picture.name}"
+            files.append(File.generated(config, name, content=picture.read_bytes()))
+    for path in sorted(RESULTS.glob("*.md")):
+        files.append(File.generated(config, f"performance/{path.name}", content=path.read_text()))
+    for path in sorted(RESULTS.glob("*.png")):
+        files.append(File.generated(config, f"performance/{path.name}", content=path.read_bytes()))
+    return files
+
+
+def on_page_content(content, page, config, files):
+    """Converts the formulas that `pymdownx.arithmatex` has marked; a formula that cannot be read stops the build."""
+
+    def mathml(match):
+        display = match["tag"] == "div"
+        latex = html.unescape(match["latex"]).strip()[2:-2]
+        # The converter has no place for the number of an equation.
+        latex = re.sub(r"\\tag\{(.*?)\}", r"\\qquad \\text{(\1)}", latex)
+        return latex2mathml.converter.convert(latex, display="block" if display else "inline")
+
+    return re.sub(r'<(?P<tag>span|div) class="arithmatex">(?P<latex>.*?)</(?P=tag)>', mathml, content, flags=re.DOTALL)
