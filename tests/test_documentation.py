@@ -13,15 +13,12 @@ from pathlib import Path
 
 import jax
 import pytest
+import tutorials
 
 import jaxsrn
 
 ROOT = Path(__file__).parents[1]
 DOCS, RESULTS = ROOT / "docs", ROOT / "benchmarks" / "results"
-sys.path.insert(0, str(DOCS / "_tools"))
-
-import tutorials
-
 PAGES = sorted(DOCS.rglob("*.md"))
 TUTORIALS = sorted(tutorials.TUTORIALS.glob("*.py"))
 MODULES = sorted(module.name for module in pkgutil.iter_modules(jaxsrn.__path__) if not module.name.startswith("_"))

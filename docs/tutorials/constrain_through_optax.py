@@ -13,8 +13,8 @@ import jaxsrn
 
 # ## Which map is it
 #
-# The constraint is one of the linear map, so you say which map each kernel stands for: `{path: operator}`, the path being
-# the keys that lead to the kernel. For Flax models `jaxsrn.nnx.layer_operators(model, x)` writes this dictionary.
+# The constraint is one of the linear map, so you say which map each kernel stands for: `{path: operator}`, the path
+# being the keys that lead to the kernel. For Flax models `jaxsrn.nnx.layer_operators(model, x)` writes this dictionary.
 
 keys = jax.random.split(jax.random.key(0), 4)
 params = {
@@ -31,8 +31,8 @@ def predict(params, x):
 
 # ## A norm that is never exceeded
 #
-# `keep_spectral_norm(layers, 1.0, every=5)` projects every fifth step on the kernels of norm at most 1. It comes last in
-# the chain. The projection is the true one, the nearest kernel of the same support, and not a rescaling.
+# `keep_spectral_norm(layers, 1.0, every=5)` projects every fifth step on the kernels of norm at most 1. It comes last
+# in the chain. The projection is the true one, the nearest kernel of the same support, and not a rescaling.
 
 optimizer = optax.chain(optax.adam(3e-2), jaxsrn.optim.keep_spectral_norm(layers, 1.0, every=5))
 x = jax.random.normal(keys[2], (32, 8, 8, 1))
@@ -62,13 +62,11 @@ for count in range(1, 11):
 # `keep_stable_rank` works in the same way: each projection lands on the closest kernel with that share of the largest
 # stable rank that keeps the norm to which the optimizer led. Layers below the target are left alone.
 
-conv = {("conv", "kernel"): jaxsrn.CircularConv((8, 8))}
-optimizer = optax.chain(optax.sgd(1e-2), jaxsrn.optim.keep_stable_rank(conv, 0.3))
-print(f"stable rank {jaxsrn.stable_rank(params['conv']['kernel'], conv['conv', 'kernel']):.3f} before")
+conv, op = ("conv", "kernel"), jaxsrn.CircularConv((8, 8))
+optimizer = optax.chain(optax.sgd(1e-2), jaxsrn.optim.keep_stable_rank({conv: op}, 0.3))
+print(f"stable rank before {jaxsrn.stable_rank(params['conv']['kernel'], op):.3f}; 30% of the largest, 64, is 19.2")
 params, _, _ = step(params, optimizer.init(params))
-print(
-    f"stable rank {jaxsrn.stable_rank(params['conv']['kernel'], conv['conv', 'kernel']):.3f} after one step; 30% of 64 is 19.2"
-)
+print(f"stable rank after one step {jaxsrn.stable_rank(params['conv']['kernel'], op):.3f}")
 
 # ## The unit sphere
 #

@@ -1,7 +1,7 @@
 """# Fine-tune a normalized checkpoint
 
-A trained network is normalized once, by `srnc`, as close to its weights as the constraints allow. That costs some accuracy.
-Fine-tuning with wrappers wins it back while the constraints hold.
+A trained network is normalized once, by `srnc`, as close to its weights as the constraints allow. That costs some
+accuracy. Fine-tuning with wrappers wins it back while the constraints hold.
 """
 
 from pathlib import Path
@@ -59,8 +59,8 @@ print(f"trained: accuracy {accuracy(model):.3f}")
 
 # ## Normalize once
 #
-# The second convolution is replaced by the closest one with the same norm and 40% of its stable rank. (Any layers can be
-# chosen.) The result says how far that is, and how much closer any other kernel could be at most.
+# The second convolution is replaced by the closest one with the same norm and 40% of its stable rank. (Any layers can
+# be chosen.) The result says how far that is, and how much closer any other kernel could be at most.
 
 op, layer = operators["conv2", "kernel"], model.conv2
 own = jaxsrn.stable_rank(layer.kernel[...], op)
@@ -72,8 +72,8 @@ print(f"normalized: accuracy {accuracy(model):.3f}")
 
 # ## Fine-tune
 #
-# The wrapper holds what is there now: `norm=None` keeps the norm that the layer has, and the fraction is the share of the
-# largest stable rank that it now has.
+# The wrapper holds what is there now: `norm=None` keeps the norm that the layer has, and the fraction is the share of
+# the largest stable rank that it now has.
 
 largest = min(np.prod(op.in_shape(layer.kernel.shape)), np.prod(op.out_shape(layer.kernel.shape)))
 fraction = float(result.stable_rank / largest)

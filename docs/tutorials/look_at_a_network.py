@@ -47,10 +47,10 @@ print(f"accuracy {(model(images).argmax(-1) == labels).mean():.3f}")
 
 # ## The table
 #
-# `analyze` traces the model on the shapes of its inputs, so that it knows each layer with its strides and its padding, at
-# the size of the image that it sees. `norm` is the exact one, `certified` a proven interval, and `flattened` the norm of
-# the reshaped kernel, which many take for it. `share` is where the stable rank lies between the least and the largest
-# that the shape allows.
+# `analyze` traces the model on the shapes of its inputs, so that it knows each layer with its strides and its padding,
+# at the size of the image that it sees. `norm` is the exact one, `certified` a proven interval, and `flattened` the
+# norm of the reshaped kernel, which many take for it. `share` is where the stable rank lies between the least and the
+# largest that the shape allows.
 
 report = analyze(model, images[:1], progress=False)
 print(report)
@@ -63,9 +63,7 @@ print(report)
 
 weights = nnx.to_pure_dict(nnx.state(model))
 operators = jnnx.layer_operators(model, images[:1])
-spectra = {
-    f"{name}, {op}": jaxsrn.singular_values(weights[name]["kernel"], op) for (name, _), op in operators.items()
-}
+spectra = {f"{name}, {op}": jaxsrn.singular_values(weights[name]["kernel"], op) for (name, _), op in operators.items()}
 plots.singular_values(spectra, relative=True).savefig("spectra.png", dpi=110, bbox_inches="tight")
 
 # ## The whole network
@@ -80,8 +78,9 @@ print(f"Lipschitz constant: at least {local.value.max():.1f} (at 32 images), at 
 
 # ## A file of weights
 #
-# A checkpoint has no model, so the names and the shapes say what each array is. Convolutions are taken at every image size
-# at once, unless you give one. The command line prints the same table for `.safetensors`, `.npz` and Orbax checkpoints:
+# A checkpoint has no model, so the names and the shapes say what each array is. Convolutions are taken at every image
+# size at once, unless you give one. The command line prints the same table for `.safetensors`, `.npz` and Orbax
+# checkpoints:
 #
 # ```sh
 # python -m jaxsrn report weights.npz

@@ -3,8 +3,8 @@
 A stack of kernels is a batch, and a batch is split over devices without any exchange between them. A whole training run
 with sharded kernels is `examples/sharded_training.py`; this page shows the two ways to spread a stack.
 
-The devices here are two virtual ones of one CPU, which share its cores: they show that the code works, and nothing about
-speed. What real devices gain is in [the table](../performance/devices.md).
+The devices here are two virtual ones of one CPU, which share its cores: they show that the code works, and nothing
+about speed. What real devices gain is in [the table](../performance/devices.md).
 """
 
 import jax
@@ -20,9 +20,9 @@ print(mesh.devices.size, "devices")
 
 # ## With `jax.shard_map`
 #
-# Each device runs the mapped function on its part of the stack, as a program of its own. That is the fastest way, because
-# loops on one device never wait for those on another. `check_vma=False` is needed, as for all functions with loops whose
-# state starts as a constant.
+# Each device runs the mapped function on its part of the stack, as a program of its own. That is the fastest way,
+# because loops on one device never wait for those on another. `check_vma=False` is needed, as for all functions with
+# loops whose state starts as a constant.
 
 op = jaxsrn.CircularConv((8, 8))
 kernels = jax.random.normal(jax.random.key(0), (6, 3, 3, 2, 2))
@@ -54,9 +54,8 @@ sharded = jax.device_put(kernel, NamedSharding(mesh, P(None, None, None, "device
 everywhere = NamedSharding(mesh, P())
 step = jax.jit(lambda kernel, state: jaxsrn.srnc_step(kernel, state, unbounded, target))
 normalized, state = step(sharded, jax.device_put(state, everywhere))
-print(
-    f"norm {jaxsrn.spectral_norm(normalized, unbounded):.4f}, stable rank {jaxsrn.stable_rank(normalized, unbounded):.4f} of {target:g}"
-)
+norm, rank = jaxsrn.spectral_norm(normalized, unbounded), jaxsrn.stable_rank(normalized, unbounded)
+print(f"norm {norm:.4f}, stable rank {rank:.4f}, asked for {target:g}")
 
 # The program of that step has no array of the whole kernel in any exchange:
 

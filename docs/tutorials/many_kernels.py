@@ -1,7 +1,7 @@
 """# Many kernels at once
 
-Every function of `jaxsrn` is a pure JAX function of one kernel, so `jax.vmap` makes it one of many. Operators are static:
-they pass through `jit`, `vmap` and `grad` without annotation.
+Every function of `jaxsrn` is a pure JAX function of one kernel, so `jax.vmap` makes it one of many. Operators are
+static: they pass through `jit`, `vmap` and `grad` without annotation.
 """
 
 import functools
@@ -51,8 +51,8 @@ for rank, distance in zip(path.stable_rank[::40], path.distance[::40], strict=Tr
 
 # ## Memory that does not grow
 #
-# `vmap` holds the intermediate arrays of all kernels at once. `jax.lax.map` with a `batch_size` takes so many at a time,
-# at nearly the same speed ([the table](../performance/batch.md)):
+# `vmap` holds the intermediate arrays of all kernels at once. `jax.lax.map` with a `batch_size` takes so many at a
+# time, at nearly the same speed ([the table](../performance/batch.md)):
 #
 # ```python
 # jax.jit(lambda kernels, targets: jax.lax.map(lambda x: lowered(*x), (kernels, targets), batch_size=256))
@@ -60,8 +60,8 @@ for rank, distance in zip(path.stable_rank[::40], path.distance[::40], strict=Tr
 
 # ## The layers of a network
 #
-# `penalties.total` sums a function over layers. Kernels of one shape are stacked and mapped together, so that each shape is
-# compiled once. The sum is differentiable.
+# `penalties.total` sums a function over layers. Kernels of one shape are stacked and mapped together, so that each
+# shape is compiled once. The sum is differentiable.
 
 keys = jax.random.split(jax.random.key(1), 3)
 params = {

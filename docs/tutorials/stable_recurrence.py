@@ -14,9 +14,9 @@ import jaxsrn.nnx as jnnx
 
 # ## The trouble
 #
-# A state of four channels, to which each frame is added: `h <- relu(conv(h)) + frame`. The convolution averages, as that
-# of a denoiser does: its taps are positive. It is divided by the norm of its kernel flattened to a matrix of 36 rows and
-# 4 columns, which is what most libraries call its spectral norm. The norm of the layer is another number.
+# A state of four channels, to which each frame is added: `h <- relu(conv(h)) + frame`. The convolution averages, as
+# that of a denoiser does: its taps are positive. It is divided by the norm of its kernel flattened to a matrix of 36
+# rows and 4 columns, which is what most libraries call its spectral norm. The norm of the layer is another number.
 
 conv = nnx.Conv(4, 4, (3, 3), use_bias=False, rngs=nnx.Rngs(0))
 kernel = jnp.abs(conv.kernel[...])
@@ -42,8 +42,8 @@ print("largest entry after 1, 10, 50 and 300 frames:", *(f"{sizes[t - 1]:.3g}" f
 
 # ## The cure
 #
-# `SpectralNorm` without an `input_shape` holds the norm of the convolution before anyone says how large the image is. So
-# a network that was trained on crops is as stable on whole frames. `norm=0.9` leaves a margin: what has happened is
+# `SpectralNorm` without an `input_shape` holds the norm of the convolution before anyone says how large the image is.
+# So a network that was trained on crops is as stable on whole frames. `norm=0.9` leaves a margin: what has happened is
 # forgotten by a factor of 0.9 a frame at least.
 
 stable = jnnx.SpectralNorm(conv, norm=0.9)

@@ -60,8 +60,8 @@ for epoch in range(4):
 
 # ## What was held
 #
-# After `model.eval()` forwards only read: all of them see the same weights. `fold` gives the plain Flax model with these
-# weights. It has no wrappers, and it is what you deploy, save or analyse.
+# After `model.eval()` forwards only read: all of them see the same weights. `fold` gives the plain Flax model with
+# these weights. It has no wrappers, and it is what you deploy, save or analyse.
 
 model.eval()
 plain = jnnx.fold(model)
@@ -72,8 +72,8 @@ for name in ("conv1", "conv2"):
     most = jaxsrn.stable_rank_range(kernel.shape, op).high
     print(f"{name}, {op}: norm {norm:.4f}, stable rank {rank:.3f} of at most {most:g}")
 
-# The layers keep to one pass a step, so that the norm lags a little behind a fast optimizer. `jnnx.refresh(model)` takes
-# one more pass of every wrapper without a forward.
+# The layers keep to one pass a step, so that the norm lags a little behind a fast optimizer. `jnnx.refresh(model)`
+# takes one more pass of every wrapper without a forward.
 
 for _ in range(5):
     jnnx.refresh(model)
@@ -90,8 +90,8 @@ for path, op in jnnx.layer_operators(jnnx.fold(constrained)).items():
     kernel = dict(nnx.to_flat_state(nnx.state(jnnx.fold(constrained))))[path][...]
     print(path, f"norm {jaxsrn.spectral_norm(kernel, op):.6f}")
 
-# A network of such layers and of activations with slope at most 1 changes its output by at most the product of the norms
-# times the change of its input. That is a bound for all inputs, not a measurement at some.
+# A network of such layers and of activations with slope at most 1 changes its output by at most the product of the
+# norms times the change of its input. That is a bound for all inputs, not a measurement at some.
 
 change = jax.random.normal(jax.random.key(0), (64,)) * 0.01
 x = images[0].reshape(-1)
