@@ -57,14 +57,13 @@ def test_snippets_run_as_they_are(path):
         assert done.returncode == 0, done.stderr
 
 
-def modules_with_examples():
-    for module in pkgutil.walk_packages(jaxsrn.__path__, "jaxsrn."):
-        path = ROOT / Path(*module.name.split(".")).with_suffix(".py")
-        if path.exists() and ">>>" in path.read_text():
-            yield module.name
+PACKAGE = Path(jaxsrn.__file__).parent
+WITH_EXAMPLES = sorted(path for path in PACKAGE.rglob("*.py") if ">>>" in path.read_text())
 
 
-@pytest.mark.parametrize("name", modules_with_examples())
+@pytest.mark.parametrize(
+    "name", [".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts) for path in WITH_EXAMPLES]
+)
 def test_examples_in_docstrings(name):
     # As users have it: without the strict numerics of the tests.
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"), jax.enable_x64(False):
@@ -78,7 +77,8 @@ def public_names() -> set[str]:
     for module in MODULES:
         loaded = importlib.import_module(f"jaxsrn.{module}")
         # What is in `jaxsrn` itself is documented there.
-        names |= {f"jaxsrn.{module}.{name}" for name in loaded.__all__ if not hasattr(jaxsrn, name) or name in MODULES}
+        own = [name for name in loaded.__all__ if getattr(jaxsrn, name, None) is not getattr(loaded, name)]
+        names |= {f"jaxsrn.{module}.{name}" for name in own}
     return names
 
 
@@ -92,11 +92,15 @@ def test_no_public_name_is_missing_from_the_reference():
 def exists(page: Path, target: str) -> bool:
     """Whether a link of a page leads to a file, or to a page that `docs/_tools/hooks.py` makes of one."""
     path = (page.parent / target).resolve()
-    generated = {
-        DOCS / "tutorials": (TUTORIALS and DOCS / "tutorials" / f"{path.stem}.py"),
-        DOCS / "performance": RESULTS / path.name,
+    if path.exists() or not path.is_relative_to(DOCS):
+        return path.exists()
+    folder, *inside = path.relative_to(DOCS).parts
+    sources = {
+        "tutorials": path.with_suffix(".py"),
+        "performance": RESULTS.joinpath(*inside),
+        "experiments": ROOT.joinpath("examples", *inside),
     }
-    return path.exists() or (path.parent in generated and generated[path.parent].exists())
+    return folder in sources and sources[folder].exists()
 
 
 @pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "benchmarks/README.md", "docs"])

@@ -16,7 +16,10 @@ from mkdocs.structure.files import File
 
 TOOLS = Path(__file__).parent
 ROOT = TOOLS.parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
+# Where recorded tables and pictures are, and the folders in which their pages are.
+RECORDED = {"performance": ROOT / "benchmarks" / "results"} | {
+    f"experiments/{name}": ROOT / "examples" / name for name in ("zheng2025", "sedghi2019", "grishina2024", "guo_ye2019")
+}
 
 
 def _tutorials():
@@ -38,10 +41,9 @@ def on_files(files, config):
         for picture in (tutorials.CACHE / path.stem).glob("*.png"):
             name = f"tutorials/{path.stem}/{picture.name}"
             files.append(File.generated(config, name, content=picture.read_bytes()))
-    for path in sorted(RESULTS.glob("*.md")):
-        files.append(File.generated(config, f"performance/{path.name}", content=path.read_text()))
-    for path in sorted(RESULTS.glob("*.png")):
-        files.append(File.generated(config, f"performance/{path.name}", content=path.read_bytes()))
+    for folder, source in RECORDED.items():
+        for path in (*source.glob("*.md"), *source.glob("*.png")):
+            files.append(File.generated(config, f"{folder}/{path.name}", content=path.read_bytes()))
     return files
 
 
