@@ -47,14 +47,29 @@ def on_files(files, config):
     return files
 
 
+# The converter takes for operators what are names, and lets bars around a symbol stretch beyond it.
+_BETTER = {
+    r"<mrow><mo>(max|min)</mo></mrow>": r"<mi>\1</mi>",
+    r"<mo>((?!max|min|sup)[a-zA-Z]{2,})</mo>": r"<mi>\1</mi>",
+    r"<mo>(&#x02016;|&#x0007C;)</mo>": r'<mo stretchy="false">\1</mo>',
+}
+
+
+def mathml(latex: str, display: bool) -> str:
+    """A formula as MathML; one that cannot be read raises an error, which stops the build."""
+    # The converter has no place for the number of an equation.
+    latex = re.sub(r"\\tag\{(.*?)\}", r"\\quad \\text{(\1)}", latex)
+    formula = latex2mathml.converter.convert(latex, display="block" if display else "inline")
+    for pattern, better in _BETTER.items():
+        formula = re.sub(pattern, better, formula)
+    return formula
+
+
 def on_page_content(content, page, config, files):
-    """Converts the formulas that `pymdownx.arithmatex` has marked; a formula that cannot be read stops the build."""
+    """Converts the formulas that `pymdownx.arithmatex` has marked."""
 
-    def mathml(match):
-        display = match["tag"] == "div"
-        latex = html.unescape(match["latex"]).strip()[2:-2]
-        # The converter has no place for the number of an equation.
-        latex = re.sub(r"\\tag\{(.*?)\}", r"\\qquad \\text{(\1)}", latex)
-        return latex2mathml.converter.convert(latex, display="block" if display else "inline")
+    def converted(match):
+        return mathml(html.unescape(match["latex"]).strip()[2:-2], display=match["tag"] == "div")
 
-    return re.sub(r'<(?P<tag>span|div) class="arithmatex">(?P<latex>.*?)</(?P=tag)>', mathml, content, flags=re.DOTALL)
+    marked = r'<(?P<tag>span|div) class="arithmatex">(?P<latex>.*?)</(?P=tag)>'
+    return re.sub(marked, converted, content, flags=re.DOTALL)
