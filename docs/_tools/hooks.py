@@ -50,8 +50,10 @@ def on_files(files, config):
 # The converter takes for operators what are names, and lets bars around a symbol stretch beyond it.
 _BETTER = {
     r"<mrow><mo>(max|min)</mo></mrow>": r"<mi>\1</mi>",
+    r"(?<=</m[in]>)(?=(<msup>)?<mo>(arccos|cos|sin|log)</mo>)": '<mspace width="0.17em" />',
+    r"<mo>((?!max|min|sup)[a-zA-Z]{2,})</mo>(?=<m[in]>)": r'<mi>\1</mi><mspace width="0.17em" />',
     r"<mo>((?!max|min|sup)[a-zA-Z]{2,})</mo>": r"<mi>\1</mi>",
-    r"<mo>(&#x02016;|&#x0007C;)</mo>": r'<mo stretchy="false">\1</mo>',
+    r"<mo>(&#x02016;|&#x0007C;)</mo>": r'<mo stretchy="false" lspace="0" rspace="0">\1</mo>',
 }
 
 

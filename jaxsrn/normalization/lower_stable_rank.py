@@ -78,7 +78,9 @@ def srnc(
     Raises:
       ValueError: a kernel, target or `initial` that does not fit, aliased taps, raising without `keep_norm`.
 
-    Example: the identity on 64 samples within three taps, from stable rank 64 to 24 (Zheng et al. 2025).
+    Examples:
+      The identity on 64 samples within three taps, from stable rank 64 to 24 (Zheng et al. 2025):
+
       >>> import jax.numpy as jnp, jaxsrn
       >>> identity = jnp.array([1.0, 0.0, 0.0]).reshape(3, 1, 1)
       >>> result = jaxsrn.srnc(identity, jaxsrn.CircularConv((64,)), 24.0)

@@ -143,7 +143,7 @@ def spectral_norm(kernel: Kernel, op: Operator) -> Float[Array, ""]:
     Raises:
       ValueError: a kernel that does not fit.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, jaxsrn
       >>> kernel = jnp.array([1.0, 2.0, 1.0]).reshape(3, 1, 1)  # the norm of non-negative taps is their sum
       >>> print(jaxsrn.spectral_norm(kernel, jaxsrn.CircularConv((8,))).round(4))

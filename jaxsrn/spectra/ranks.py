@@ -46,7 +46,7 @@ def stable_rank(kernel: Kernel, op: Operator) -> Float[Array, ""]:
     Raises:
       ValueError: a kernel that does not fit.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, jaxsrn
       >>> print(jaxsrn.stable_rank(jnp.diag(jnp.array([2.0, 1.0, 1.0])), jaxsrn.Dense()).round(4))
       1.5
@@ -116,7 +116,7 @@ def stable_rank_range(kernel_shape: tuple[int, ...], op: Operator) -> StableRank
     Raises:
       ValueError: a shape that does not fit.
 
-    Example:
+    Examples:
       >>> import jaxsrn
       >>> jaxsrn.stable_rank_range((3, 3, 16, 32), jaxsrn.UnboundedConv())
       StableRankRange(low=0.1111111111111111, high=16.0)
