@@ -17,9 +17,9 @@ from mkdocs.structure.files import File
 TOOLS = Path(__file__).parent
 ROOT = TOOLS.parents[1]
 # Where recorded tables and pictures are, and the folders in which their pages are.
-RECORDED = {"performance": ROOT / "benchmarks" / "results"} | {
-    f"experiments/{name}": ROOT / "examples" / name for name in ("zheng2025", "sedghi2019", "grishina2024", "guo_ye2019")
-}
+PAPERS = ("zheng2025", "sedghi2019", "grishina2024", "guo_ye2019")
+RECORDED = {"performance": ROOT / "benchmarks" / "results"}
+RECORDED |= {f"experiments/{paper}": ROOT / "examples" / paper for paper in PAPERS}
 
 
 def _tutorials():
