@@ -47,12 +47,14 @@ def on_files(files, config):
     return files
 
 
-# The converter takes for operators what are names, and lets bars around a symbol stretch beyond it.
+# The converter takes for operators what are names, leaves no space around functions, and lets bars stretch.
+_SPACE = '<mspace width="0.17em" />'
+_FUNCTION = "<mi>(?:arccos|cos|sin|log)</mi>"
 _BETTER = {
     r"<mrow><mo>(max|min)</mo></mrow>": r"<mi>\1</mi>",
-    r"(?<=</m[in]>)(?=(<msup>)?<mo>(arccos|cos|sin|log)</mo>)": '<mspace width="0.17em" />',
-    r"<mo>((?!max|min|sup)[a-zA-Z]{2,})</mo>(?=<m[in]>)": r'<mi>\1</mi><mspace width="0.17em" />',
     r"<mo>((?!max|min|sup)[a-zA-Z]{2,})</mo>": r"<mi>\1</mi>",
+    rf"(?<=</m[in]>)(?=(?:<msup>)?{_FUNCTION})": _SPACE,
+    rf"({_FUNCTION}|<msup>{_FUNCTION}<mn>2</mn></msup>)(?=<m[in]>)(?!<mn>2</mn></msup>)": rf"\1{_SPACE}",
     r"<mo>(&#x02016;|&#x0007C;)</mo>": r'<mo stretchy="false" lspace="0" rspace="0">\1</mo>',
 }
 
