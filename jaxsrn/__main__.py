@@ -48,7 +48,7 @@ def _parser() -> argparse.ArgumentParser:
         help="such names have an axis of layers first",
     )
     parser = _Parser(prog="jaxsrn", description="Spectral norms and stable ranks of the layers of a network.",
-                     epilog=__doc__.split("\n\n")[1].replace("\n", " "))  # fmt: skip
+                     epilog=(__doc__ or "\n\n").split("\n\n")[1].replace("\n", " "))  # fmt: skip
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
     file = "a .safetensors or .npz file, or the folder of an Orbax checkpoint"
 

@@ -331,7 +331,7 @@ class _Recorder(nnx.Module):
         return self.layer(x, *args, **kwargs)
 
 
-def _rewritten(node, change: Callable[[tuple, Any], Any], path: tuple = (), memo: dict | None = None):
+def _rewritten(node, change: Callable[[tuple, Any], Any], path: tuple = (), memo: dict | None = None) -> Any:
     """The node with every part replaced by `change(path, part)`; a part that is replaced is not entered.
 
     Parts are replaced in place, except in tuples.

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -145,7 +146,7 @@ def _any_direction(x, axes):
 # The functions
 
 
-def tangent(x: Points, v: Points, *, axis=-1) -> Float[Array, "..."]:
+def tangent(x: Points, v: Points, *, axis: Any = -1) -> Float[Array, "..."]:
     """`v - <x, v> x`: the projection of `v` on the tangent space at `x` (Zheng et al. 2025, eq. 18).
 
     Args:
@@ -168,7 +169,7 @@ def _tangent(x, v, axes):
     return v - _dot(x, v, axes) * x
 
 
-def retract(x: Points, v: Points, *, axis=-1) -> Float[Array, "..."]:
+def retract(x: Points, v: Points, *, axis: Any = -1) -> Float[Array, "..."]:
     """`(x + v) / |x + v|`: the point reached from `x` by the step `v` (Zheng et al. 2025, eq. 19).
 
     A retraction of second order for tangent `v`: it deviates from the geodesic by `O(|v|^3)`.
@@ -193,7 +194,7 @@ def _retract(x, v, axes):
     return _unit(x + v, x, axes)
 
 
-def exp(x: Points, v: Points, *, axis=-1) -> Float[Array, "..."]:
+def exp(x: Points, v: Points, *, axis: Any = -1) -> Float[Array, "..."]:
     """`cos|v| x + sin|v| v / |v|`: where the geodesic from `x` with velocity `v` is after unit time.
 
     Smooth; its first and second derivatives are exact, also at `v = 0`.
@@ -225,7 +226,7 @@ def _exp(x, v, axes):
     return cosine * x + sinc * v
 
 
-def log(x: Points, y: Points, *, axis=-1) -> Float[Array, "..."]:
+def log(x: Points, y: Points, *, axis: Any = -1) -> Float[Array, "..."]:
     """The tangent vector at `x` that leads to `y`: `exp(x, log(x, y)) = y`, of length `distance(x, y)`.
 
     It is `theta / sin(theta) (y - <x, y> x)` with the angle by `atan2`. Its first and second derivatives along the
@@ -266,7 +267,7 @@ def _log(x, y, axes):
     return jnp.where(antipodal, math.pi * _any_direction(x, axes), ratio * projected)
 
 
-def transport(x: Points, y: Points, v: Points, *, axis=-1) -> Float[Array, "..."]:
+def transport(x: Points, y: Points, v: Points, *, axis: Any = -1) -> Float[Array, "..."]:
     """Parallel transport of the tangent vector `v` from `x` to `y`, along the geodesic that `log(x, y)` starts.
 
     It is `v - 2 <w, v> w` with the middle `w = (x + y) / |x + y|` of the geodesic. For tangent `v` this equals
@@ -296,7 +297,7 @@ def _transport(x, y, v, axes):
     return v - 2 * _dot(middle, v, axes) * middle
 
 
-def distance(x: Points, y: Points, *, axis=-1) -> Float[Array, "..."]:
+def distance(x: Points, y: Points, *, axis: Any = -1) -> Float[Array, "..."]:
     """The angle between points, `2 atan2(|x - y|, |x + y|)`: in radians, accurate from 0 to pi (Kahan).
 
     Args:
@@ -323,7 +324,7 @@ def _distance(x, y, axes):
     return jnp.squeeze(2 * jnp.arctan2(apart, together), axes)
 
 
-def random(key: PRNGKeyArray, shape, *, axis=-1, dtype=None) -> Float[Array, "..."]:
+def random(key: PRNGKeyArray, shape, *, axis: Any = -1, dtype=None) -> Float[Array, "..."]:
     """Independent points, uniform on the sphere.
 
     Args:

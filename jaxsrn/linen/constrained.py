@@ -70,9 +70,10 @@ class _Wrapped(NamedTuple):
             norm = 1.0 if self.blank.norm == LEARNED else self.blank.norm
             return self.blank.constraint.start(self.layer, kernel, norm)
 
+        start = one
         for _ in range(stacked_axes(raw, self.blank)):
-            one = functools.partial(jax.lax.map, one)
-        return one(raw)
+            start = functools.partial(jax.lax.map, start)
+        return start(raw)
 
 
 class Constrained(nn.Module):

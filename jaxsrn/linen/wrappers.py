@@ -106,7 +106,7 @@ class Normalized(nn.Module):
         )
 
     @nn.nowrap
-    def kind(self) -> str:
+    def kind(self) -> str | None:
         """The kind of map that the layer computes; raises `ValueError` where that is not known."""
         return kind_of(self.layer, LAYERS, {} if self.computes is None else {type(self.layer): self.computes})
 
@@ -174,7 +174,8 @@ class StableRankNorm(Normalized):
         input dilation without one, a state that was made for another constraint; the message names the layer.
     """
 
-    fraction: Any
+    # The fields with defaults, in the base class, are for keywords alone.
+    fraction: Any  # pyright: ignore[reportGeneralTypeIssues]
 
     @nn.nowrap
     def _target(self, seen: LayerMap) -> float:

@@ -77,7 +77,7 @@ def local(f: Callable, params, x, *, tolerance=None) -> LocalConstant:
     Raises:
       ValueError: an `x` that is not a real floating-point array, an output that does not fit, or a bad tolerance.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> from jaxsrn import lipschitz
       >>> def f(params, x):

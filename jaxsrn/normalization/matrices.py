@@ -49,6 +49,11 @@ def srn(matrix: Kernel, target, *, num_preserved: int = 1, raise_rank: bool = Fa
 
     Raises:
       ValueError: a matrix of the wrong rank or dtype, a bad target, a negative `num_preserved`.
+
+    Examples:
+      >>> import jax.numpy as jnp, jaxsrn
+      >>> print(jnp.diag(jaxsrn.srn(jnp.eye(3), 2.0).kernel).round(4))
+      [1.     0.7071 0.7071]
     """
     matrix = kernel_array(matrix, Dense())
     num_preserved = static_int(num_preserved, "num_preserved", 0)

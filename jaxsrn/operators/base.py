@@ -178,6 +178,7 @@ class Operator(abc.ABC):
 
     def wrap(self, kernel: Kernel) -> Shaped[Array, "..."]:
         """The kernel in which taps that fall on each other are summed: the same map, up to a translation."""
+        kernel = jnp.asarray(kernel)
         for axis, (k, period) in enumerate(zip(kernel.shape, self._distinct_shape(kernel.shape), strict=True)):
             if k > period:
                 taps = jnp.moveaxis(kernel, axis, 0)

@@ -98,7 +98,8 @@ class UnboundedConv(_Conv):
             f"kernel: got shape {tuple(kernel_shape)}, expected (one to three tap sizes, c_in // groups, c_out), all "
             f"positive, for {self}.",
         )
-        self._per_axis("strides", kernel_shape), self._per_axis("kernel_dilation", kernel_shape)
+        for name in ("strides", "kernel_dilation"):
+            self._per_axis(name, kernel_shape)
         self._check_channels(kernel_shape)
 
     def in_shape(self, kernel_shape):
@@ -290,7 +291,7 @@ class ZeroPaddedConv(_SizedConv):
                 "pairs; circular padding is CircularConv.",
             )
             ensure(
-                all(d == 1 for d in self.input_dilation),
+                set(np.ravel(self.input_dilation)) == {1},
                 f"padding: got {self.padding!r} with input_dilation={self.input_dilation}, expected (low, high) pairs.",
             )
             return
@@ -308,7 +309,7 @@ class ZeroPaddedConv(_SizedConv):
         """The image with `input_dilation - 1` zeros between its samples."""
         return tuple((n - 1) * d + 1 for n, d in zip(self.input_shape, self.input_dilation, strict=True))
 
-    def _pads(self, kernel_shape) -> tuple[tuple[int, int], ...]:
+    def _pads(self, kernel_shape) -> Sequence[tuple[int, int]]:
         """The padding as `(low, high)` pairs."""
         extents = self._extents(kernel_shape)
         if self.padding == "CAUSAL":

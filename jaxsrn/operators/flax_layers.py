@@ -131,6 +131,7 @@ def kind_of(layer, classes: FlaxLayers, vouched: Mapping[type, type | None]) -> 
             base is not None,
             f"layer: got {type(layer).__name__}, expected {names}; wrap the layer that has the kernel, or, {vouch}",
         )
+        assert base is not None
         if known[base] is None:
             return None
         changed = _changed(layer, base) + ([] if base in vouched else _own_functions(layer, base))

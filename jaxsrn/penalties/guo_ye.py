@@ -121,7 +121,8 @@ def _extreme_pairs(kernel: Float[Array, "..."], op: Operator) -> tuple[Pair, Pai
     if not op._needs_explicit_matrix or matrix_size(op, kernel.shape) <= BOTH_ENDS_SIZE:
         # `end_pairs` wants the inputs in the rows, as a symbol has them.
         matrix = op.to_dense(kernel).T[None]
-        return tuple(as_images(u[0], v[0], op, kernel.shape) for _, u, v in end_pairs(matrix, (0, -1)))
+        largest, smallest = (as_images(u[0], v[0], op, kernel.shape) for _, u, v in end_pairs(matrix, (0, -1)))
+        return largest, smallest
     largest = leading_pair(kernel, op)
     return largest, _smallest_matrix_free(kernel, op, frozen_value(kernel, op, largest))
 

@@ -136,9 +136,9 @@ def _side_shape(op: Operator, kernel_shape, gram: str) -> tuple[int, ...]:
 
 def _gram_maps(kernel, op: Operator, gram: str) -> tuple[Callable, Callable]:
     """`M` and `M^T` on images, or the other way round where the Gram matrix is `M M^T`."""
-    maps = [functools.partial(f, kernel, precision=lax.Precision.HIGHEST) for f in (op.apply, op.transpose)]
+    forward, back = (functools.partial(f, kernel, precision=lax.Precision.HIGHEST) for f in (op.apply, op.transpose))
     on_output = gram == "small" and exceeds_output(op, kernel.shape)
-    return tuple(maps[::-1] if on_output else maps)
+    return (back, forward) if on_output else (forward, back)
 
 
 def _image(kernel, op: Operator, vector: Float[Array, "..."], gram: str) -> Float[Array, "..."]:

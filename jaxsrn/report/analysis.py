@@ -201,7 +201,7 @@ def _of_batch(stack: np.ndarray, op, with_spectra: bool):
 
 
 @contextlib.contextmanager
-def _counting(progress, total: int) -> Iterator[Callable[[int, str], None]]:
+def _counting(progress, total: int) -> Iterator[Callable[[int, str], object]]:
     """A function of the number of layers done and the name of the next, which shows them as asked for."""
     if callable(progress):
         yield lambda done, name: progress(done, total, name)

@@ -144,7 +144,7 @@ def _info_of(leaf) -> ArrayInfo:
     if not hasattr(leaf, "shape"):
         return ArrayInfo(np.shape(leaf) if np.isscalar(leaf) else (), type(leaf).__name__)
     dtype = leaf.dtype
-    is_key = isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key)
+    is_key = isinstance(leaf, jax.Array) and jax.numpy.issubdtype(dtype, jax.dtypes.prng_key)
     return ArrayInfo(tuple(leaf.shape), str(dtype) if is_key else np.dtype(dtype))
 
 

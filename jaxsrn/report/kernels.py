@@ -265,6 +265,7 @@ class _Reader:
         if found:
             return found
         _require(self._common is not None, "neither name nor shape say which axes are the taps; say it by layout=")
+        assert self._common is not None
         return self._common, "as the other arrays"
 
     def _common_layout(self) -> str | None:

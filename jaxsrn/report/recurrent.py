@@ -46,9 +46,9 @@ def gates_of(name: str, infos: Mapping[str, ArrayInfo]) -> str:
             return _KERAS_GATES.get(_ratio(recurrent.shape[-1], recurrent.shape[-2]), "")
         if found := re.fullmatch(r"(.*?)dense_[ih]([./])", stem):
             cell, dot = found.groups()
-            both = [infos.get(f"{cell}dense_{side}{dot}kernel") for side in "ih"]
-            if None not in both:
-                return _TORCH_GATES.get(_ratio(both[1].shape[-1], both[1].shape[-2]), "")
+            of_input, of_state = (infos.get(f"{cell}dense_{side}{dot}kernel") for side in "ih")
+            if of_input is not None and of_state is not None:
+                return _TORCH_GATES.get(_ratio(of_state.shape[-1], of_state.shape[-2]), "")
     return ""
 
 

@@ -208,7 +208,7 @@ def _row_of(layer: LayerReport) -> dict[str, Any]:
     }
 
 
-def _plain(value):
+def _plain(value) -> Any:
     """The value with numbers that JSON does not have as strings, and tuples as lists."""
     if isinstance(value, dict):
         return {key: _plain(entry) for key, entry in value.items()}

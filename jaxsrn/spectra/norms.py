@@ -143,6 +143,12 @@ def spectral_norm(kernel: Kernel, op: Operator) -> Float[Array, ""]:
 
     Raises:
       ValueError: a kernel that does not fit.
+
+    Examples:
+      >>> import jax.numpy as jnp, jaxsrn
+      >>> kernel = jnp.array([1.0, 2.0, 1.0]).reshape(3, 1, 1)  # the norm of non-negative taps is their sum
+      >>> print(jaxsrn.spectral_norm(kernel, jaxsrn.CircularConv((8,))).round(4))
+      4.0
     """
     kernel, op = in_common_shape(kernel_array(kernel, op), op)
     return _value(kernel, op, leading_pair(kernel, op))

@@ -46,6 +46,11 @@ def stable_rank(kernel: Kernel, op: Operator) -> Float[Array, ""]:
 
     Raises:
       ValueError: a kernel that does not fit.
+
+    Examples:
+      >>> import jax.numpy as jnp, jaxsrn
+      >>> print(jaxsrn.stable_rank(jnp.diag(jnp.array([2.0, 1.0, 1.0])), jaxsrn.Dense()).round(4))
+      1.5
     """
     kernel, op = in_common_shape(kernel_array(kernel, op), op)
     return _stable_rank(kernel, op, leading_pair(kernel, op))
@@ -111,6 +116,11 @@ def stable_rank_range(kernel_shape: tuple[int, ...], op: Operator) -> StableRank
 
     Raises:
       ValueError: a shape that does not fit.
+
+    Examples:
+      >>> import jaxsrn
+      >>> jaxsrn.stable_rank_range((3, 3, 16, 32), jaxsrn.UnboundedConv())
+      StableRankRange(low=0.1111111111111111, high=16.0)
     """
     op._check_kernel_shape(kernel_shape)
     contacts = op._axis_contacts(kernel_shape)

@@ -105,7 +105,7 @@ class CallRecord:
             if kind is None:
                 return
             is_sized = kind.startswith("conv") and not self.unbounded
-            shape = x.shape[-len(kernel_shape) + 1 : -1] if is_sized else None
+            shape = x.shape[-len(kernel_shape) + 1 : -1] if is_sized and x is not None else None
             seen = layer_map(layer, kernel_shape, shape, kind)
             known = self.found.setdefault(path, seen)
             ensure(known == seen, f"called as {known.op} and as {seen.op}, expected one image size.")

@@ -27,9 +27,9 @@ def circular_layer(op: ZeroPaddedConv, kernel_shape, sizes: tuple[int, ...], str
 
     The image holds at least the extent of the taps, so that none of them falls on another.
     """
-    sizes = (max(size, extent) for size, extent in zip(sizes, op._extents(kernel_shape), strict=True))
+    enough = (max(size, extent) for size, extent in zip(sizes, op._extents(kernel_shape), strict=True))
     return CircularConv(
-        tuple(-(-n // s) * s for n, s in zip(sizes, strides, strict=True)),
+        tuple(-(-n // s) * s for n, s in zip(enough, strides, strict=True)),
         strides=strides,
         kernel_dilation=op.kernel_dilation,
         feature_group_count=op.feature_group_count,

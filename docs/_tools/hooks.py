@@ -1,0 +1,79 @@
+"""What `mkdocs build` does beyond its plugins: tutorials and recorded tables become pages, formulas become MathML.
+
+Formulas are converted when the pages are built, so that they need neither scripts nor a network to be read.
+"""
+
+from __future__ import annotations
+
+import html
+import importlib.util
+import re
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import latex2mathml.converter
+from mkdocs.structure.files import File
+
+TOOLS = Path(__file__).parent
+ROOT = TOOLS.parents[1]
+# Where recorded tables and pictures are, and the folders in which their pages are.
+PAPERS = ("zheng2025", "sedghi2019", "grishina2024", "guo_ye2019")
+RECORDED = {"performance": ROOT / "benchmarks" / "results"}
+RECORDED |= {f"experiments/{paper}": ROOT / "examples" / paper for paper in PAPERS}
+
+
+def _tutorials():
+    spec = importlib.util.spec_from_file_location("tutorials", TOOLS / "tutorials.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def on_files(files, config):
+    """Adds a page for each tutorial and each recorded table, with their pictures."""
+    tutorials = _tutorials()
+    paths = sorted(tutorials.TUTORIALS.glob("*.py"))
+    # Two at a time: most of their time they compile, each on one core.
+    with ThreadPoolExecutor(2) as pool:
+        pages = list(pool.map(tutorials.page, paths))
+    for path, text in zip(paths, pages, strict=True):
+        files.append(File.generated(config, f"tutorials/{path.stem}.md", content=text))
+        for picture in (tutorials.CACHE / path.stem).glob("*.png"):
+            name = f"tutorials/{path.stem}/{picture.name}"
+            files.append(File.generated(config, name, content=picture.read_bytes()))
+    for folder, source in RECORDED.items():
+        for path in (*source.glob("*.md"), *source.glob("*.png")):
+            files.append(File.generated(config, f"{folder}/{path.name}", content=path.read_bytes()))
+    return files
+
+
+# The converter takes for operators what are names, leaves no space around functions, and lets bars stretch.
+_SPACE = '<mspace width="0.17em" />'
+_FUNCTION = "<mi>(?:arccos|cos|sin|log)</mi>"
+_BETTER = {
+    r"<mrow><mo>(max|min)</mo></mrow>": r"<mi>\1</mi>",
+    r"<mo>((?!max|min|sup)[a-zA-Z]{2,})</mo>": r"<mi>\1</mi>",
+    rf"(?<=</m[in]>)(?=(?:<msup>)?{_FUNCTION})": _SPACE,
+    rf"({_FUNCTION}|<msup>{_FUNCTION}<mn>2</mn></msup>)(?=<m[in]>)(?!<mn>2</mn></msup>)": rf"\1{_SPACE}",
+    r"<mo>(&#x02016;|&#x0007C;)</mo>": r'<mo stretchy="false" lspace="0" rspace="0">\1</mo>',
+}
+
+
+def mathml(latex: str, display: bool) -> str:
+    """A formula as MathML; one that cannot be read raises an error, which stops the build."""
+    # The converter has no place for the number of an equation.
+    latex = re.sub(r"\\tag\{(.*?)\}", r"\\quad \\text{(\1)}", latex)
+    formula = latex2mathml.converter.convert(latex, display="block" if display else "inline")
+    for pattern, better in _BETTER.items():
+        formula = re.sub(pattern, better, formula)
+    return formula
+
+
+def on_page_content(content, page, config, files):
+    """Converts the formulas that `pymdownx.arithmatex` has marked."""
+
+    def converted(match):
+        return mathml(html.unescape(match["latex"]).strip()[2:-2], display=match["tag"] == "div")
+
+    marked = r'<(?P<tag>span|div) class="arithmatex">(?P<latex>.*?)</(?P=tag)>'
+    return re.sub(marked, converted, content, flags=re.DOTALL)
