@@ -29,6 +29,7 @@ from jaxsrn.report.layers import (
 )
 from jaxsrn.report.models import is_model, model_of
 from jaxsrn.report.table import Report
+from jaxsrn.spectra.common_shapes import filled_up
 
 __all__ = ["analyze"]
 
@@ -162,7 +163,7 @@ def _measured(
 
     groups: dict[tuple, list[int]] = {}
     for i, kernel in enumerate(kernels):
-        op, shape, _ = as_computed(kernel.shape, kernel.op)
+        op, shape = as_computed(kernel.shape, kernel.op, spectra)
         groups.setdefault((op, shape, float_dtype(arrays.infos[kernel.array].dtype)), []).append(i)
     found: dict[int, LayerReport] = {}
     for (op, shape, _), members in groups.items():
@@ -170,7 +171,7 @@ def _measured(
         for start in range(0, len(members), size):
             batch = members[start : start + size]
             count(len(found), kernels[batch[0]].name)
-            stack = [_computed(values(kernels[i]), kernels[i]) for i in batch]
+            stack = [_in_shape(values(kernels[i]), shape) for i in batch]
             # The last batch is filled up, as another size would be another program.
             stack = np.stack(stack + stack[:1] * (size - len(batch)))
             numbers, spectrum = _of_batch(stack, op, spectra and has_spectrum(kernels[batch[0]].shape, op))
@@ -182,10 +183,9 @@ def _measured(
     return [found[i] for i in range(len(kernels))]
 
 
-def _computed(array: np.ndarray, kernel: Kernel) -> np.ndarray:
-    """A kernel in the shape with which it is computed."""
-    _, shape, is_transposed = as_computed(kernel.shape, kernel.op)
-    return array.reshape(shape[::-1]).T if is_transposed else array.reshape(shape)
+def _in_shape(kernel: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """A kernel in the shape with which it is computed: its own, or that of `as_computed` for matrices."""
+    return kernel if kernel.shape == shape else filled_up(kernel.reshape(kernel.shape[-2:]), shape)
 
 
 def _of_batch(stack: np.ndarray, op, with_spectra: bool):

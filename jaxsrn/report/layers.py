@@ -18,6 +18,7 @@ from jaxsrn.bounds.covers import NormInterval
 from jaxsrn.bounds.interval import certified_by_pair
 from jaxsrn.operators import Dense, Operator, UnboundedConv, ZeroPaddedConv
 from jaxsrn.spectra import singular_values, spectral_norm, stable_rank_range
+from jaxsrn.spectra.common_shapes import common_shape
 from jaxsrn.spectra.norms import frozen_value
 from jaxsrn.spectra.pairs_by_kind import leading_pair
 from jaxsrn.spectra.ranks import squared_frobenius_norm
@@ -95,17 +96,17 @@ class Spectrum(NamedTuple):
     effective_rank: Float[Array, "..."]
 
 
-def as_computed(kernel_shape: tuple[int, ...], op: Operator) -> tuple[Operator, tuple[int, ...], bool]:
-    """The operator and the shape with which a layer is computed, and whether its kernel is transposed for that.
+def as_computed(kernel_shape: tuple[int, ...], op: Operator, spectra: bool) -> tuple[Operator, tuple[int, ...]]:
+    """The operator and the shape with which a layer is computed.
 
     Convolutions of one tap do to each sample what a matrix does, and a matrix has the singular values of its transpose.
-    So one program serves them all.
+    Large matrices of many sizes share one shape, except where the smallest singular value is asked for.
     """
     is_plain = isinstance(op, UnboundedConv) and op.feature_group_count == 1
     if not isinstance(op, Dense) and not (is_plain and math.prod(kernel_shape[:-2]) == 1):
-        return op, kernel_shape, False
-    rows, columns = kernel_shape[-2:]
-    return Dense(), (min(rows, columns), max(rows, columns)), rows > columns
+        return op, kernel_shape
+    own = min(kernel_shape[-2:]), max(kernel_shape[-2:])
+    return Dense(), common_shape(*own) if svds_are_dear(1, own) and not spectra else own
 
 
 def shares_calls(kernel_shape: tuple[int, ...], op: Operator) -> bool:

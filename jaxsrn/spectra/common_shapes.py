@@ -17,7 +17,7 @@ from jaxtyping import Array, Shaped
 from jaxsrn.operators.base import Dense, Operator
 from jaxsrn.operators.convolutions import UnboundedConv
 
-__all__ = ["in_common_shape"]
+__all__ = ["common_shape", "filled_up", "in_common_shape"]
 
 # The sides of common shapes: few, so that few programs are compiled.
 _SIDES = (32, 128, 512, 2048)
@@ -33,14 +33,11 @@ def in_common_shape(kernel: Shaped[Array, "..."], op: Operator) -> tuple[Shaped[
     """
     if isinstance(kernel, jax.core.Tracer) or not _is_matrix(kernel.shape, op) or len(kernel.devices()) > 1:
         return kernel, op
-    rows, columns = sorted(kernel.shape[-2:])
-    shape = _common(rows), _common(columns)
-    if math.prod(shape) > _MOST_FILLING * kernel.size or shape == kernel.shape:
+    shape = common_shape(*kernel.shape[-2:])
+    # A shape that is not common is the matrix's own, and it is not worth a copy to exchange its sides.
+    if shape == kernel.shape or not set(shape) <= set(_SIDES):
         return kernel, op
-    # NumPy needs no compilation.
-    matrix = np.asarray(kernel).reshape(kernel.shape[-2:])
-    filled = np.zeros(shape, matrix.dtype)
-    filled[:rows, :columns] = matrix if matrix.shape == (rows, columns) else matrix.T
+    filled = filled_up(np.asarray(kernel).reshape(kernel.shape[-2:]), shape)
     # Where nobody chose a device, choosing one would be another program.
     return (jax.device_put(filled, kernel.sharding) if kernel.committed else jnp.asarray(filled)), Dense()
 
@@ -48,6 +45,21 @@ def in_common_shape(kernel: Shaped[Array, "..."], op: Operator) -> tuple[Shaped[
 def _is_matrix(kernel_shape: tuple[int, ...], op: Operator) -> bool:
     is_one_tap = isinstance(op, UnboundedConv) and math.prod(kernel_shape[:-2]) == 1 == op.feature_group_count
     return isinstance(op, Dense) or is_one_tap
+
+
+def common_shape(rows: int, columns: int) -> tuple[int, int]:
+    """The common shape of a matrix or of its transpose; its own shape, the smaller side first, where none is close."""
+    own = min(rows, columns), max(rows, columns)
+    common = _common(own[0]), _common(own[1])
+    return common if math.prod(common) <= _MOST_FILLING * math.prod(own) else own
+
+
+def filled_up(matrix: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """The matrix, or its transpose if it is tall, with rows and columns of zeros; by NumPy, which compiles nothing."""
+    wide = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
+    filled = np.zeros(shape, matrix.dtype)
+    filled[: wide.shape[0], : wide.shape[1]] = wide
+    return filled
 
 
 def _common(side: int) -> int:
