@@ -13,7 +13,7 @@ from jaxsrn.spectra.circular import branch_and_bound as proof
 from jaxsrn.spectra.circular import grams
 from jaxsrn.spectra.circular.angles import angles_of
 from jaxsrn.spectra.circular.boxes import coarse_boxes
-from jaxsrn.spectra.circular.climbing import NUM_CLIMBERS, climbs, estimates, most_promising
+from jaxsrn.spectra.circular.climbing import MOST_CLIMBERS, climbs, estimates, most_promising
 from jaxsrn.spectra.circular.fourier import half_symbol, site_symbol
 from jaxsrn.spectra.circular.grams import gram_polynomial, grams_at, is_reduced
 from jaxsrn.spectra.circular.leading import branch_and_bound_pays, search_arguments
@@ -89,7 +89,7 @@ def climbed(kernel, op):
     op, grid, counts, reduced = search_arguments(op, kernel)
     poly = gram_polynomial(kernel, op, reduced)
     known = estimates(poly, grid, *coarse_boxes(grid, counts))
-    return jnp.max(climbs(poly, grid, known, most_promising(known, NUM_CLIMBERS)).value)
+    return jnp.max(climbs(poly, grid, known, most_promising(known, MOST_CLIMBERS)).value)
 
 
 @pytest.mark.parametrize("size", [(96,), (97,), (128, 96)], ids=str)

@@ -28,7 +28,7 @@ from jaxsrn.spectra.circular.fourier import of_group, symbol_of
 from jaxsrn.spectra.circular.grams import CHUNK, GramPolynomial, grams_at, with_all_directions
 
 __all__ = [
-    "NUM_CLIMBERS",
+    "MOST_CLIMBERS",
     "Estimates",
     "Peak",
     "better_frequency",
@@ -37,6 +37,7 @@ __all__ = [
     "estimates",
     "filter_of",
     "most_promising",
+    "num_climbers",
 ]
 
 # An estimate takes so many power steps. A wrong one costs a worse place to climb from, and never the proof.
@@ -47,8 +48,9 @@ _FOLLOWING_STEPS = 3
 _MOST_STEPS = 100
 # So many climbers start from the largest estimates: more of them find the highest peak more often, at a price each. In
 # the first layer of a trained ResNet-50, 7x7 taps with stride 1, eight miss it, and the proof then takes a hundred
-# times as long.
-NUM_CLIMBERS = 16
+# times as long. Where channels are many a climber is dear beside the proof, and few take half of the time of sixteen.
+MOST_CLIMBERS, _LEAST_CLIMBERS = 16, 4
+_CLIMBERS_TIMES_ENTRIES = 2**17
 
 
 class Peak(NamedTuple):
@@ -67,6 +69,12 @@ class Peak(NamedTuple):
 def chunk_of(poly: GramPolynomial) -> int:
     """The number of frequencies that are worked on at a time."""
     return int(np.clip(CHUNK // math.prod(poly.even.shape[1:]), 4, 512))
+
+
+def num_climbers(poly: GramPolynomial) -> int:
+    """How many climbers start from the largest estimates."""
+    entries = math.prod(poly.coefficients.shape[-2:])
+    return int(np.clip(_CLIMBERS_TIMES_ENTRIES // entries, _LEAST_CLIMBERS, MOST_CLIMBERS))
 
 
 class Estimates(NamedTuple):

@@ -15,7 +15,15 @@ from jaxsrn._tools.indexing import picked
 from jaxsrn.operators.convolutions import CircularConv
 from jaxsrn.spectra.circular.boxes import Grid, coarse_boxes
 from jaxsrn.spectra.circular.branch_and_bound import highest_peak
-from jaxsrn.spectra.circular.climbing import NUM_CLIMBERS, Estimates, Peak, climbs, estimates, most_promising
+from jaxsrn.spectra.circular.climbing import (
+    MOST_CLIMBERS,
+    Estimates,
+    Peak,
+    climbs,
+    estimates,
+    most_promising,
+    num_climbers,
+)
 from jaxsrn.spectra.circular.grams import gram_polynomial, is_transposed
 from jaxsrn.spectra.circular.newton import at_maximum
 from jaxsrn.spectra.circular.sites import Site
@@ -44,7 +52,7 @@ def highest(
     """
     poly, (corners, exists) = gram_polynomial(kernel, op, is_reduced), coarse_boxes(grid, counts)
     known = estimates(poly, grid, corners, exists)
-    found = climbs(poly, grid, known, most_promising(known, NUM_CLIMBERS))
+    found = climbs(poly, grid, known, most_promising(known, num_climbers(poly)))
     peak = highest_peak(poly, grid, corners, exists, found, allowed)
     return at_site(at_maximum(poly, grid, peak) if between else peak, op, kernel.shape)
 
@@ -62,7 +70,7 @@ def several(
     poly, (corners, exists) = gram_polynomial(kernel, op, is_reduced), coarse_boxes(grid, counts)
     known = estimates(poly, grid, corners, exists)
     # Where every frequency was estimated, the largest estimates are neighbours of one peak.
-    chosen = _estimates_apart(known, grid, count, radius) if is_reduced else most_promising(known, 2 * NUM_CLIMBERS)
+    chosen = _estimates_apart(known, grid, count, radius) if is_reduced else most_promising(known, MOST_CLIMBERS)
     found = climbs(poly, grid, known, chosen)
     chosen, values = _largest_apart(found.value, found.index, found.group, grid, count, radius)
     return values, at_site(picked(found, chosen), op, kernel.shape)
