@@ -22,9 +22,9 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from tqdm import tqdm
 
-import jaxsrn
 import jaxsrn.nnx as jnnx
 from jaxsrn import plots
+from jaxsrn.report import Report, analyze
 
 BATCH, RATE = 64, 3e-3
 
@@ -110,31 +110,6 @@ def train(model: CNN, data: Data, epochs: int, seed: int, name: str) -> list[Sco
     return history
 
 
-class Layer(NamedTuple):
-    name: str
-    spectral_norm: float
-    stable_rank: float
-    stable_rank_low: float
-    stable_rank_high: float
-
-    @property
-    def share(self) -> float:
-        """Where the stable rank lies between the least and the largest that kernels of this shape have."""
-        return (self.stable_rank - self.stable_rank_low) / (self.stable_rank_high - self.stable_rank_low)
-
-
-def layers(model: CNN) -> list[Layer]:
-    """Norm, and stable rank per output sample, of the layers as they compute."""
-    plain = jnnx.fold(model)
-    kernels = dict(nnx.to_flat_state(nnx.state(plain, nnx.Param)))
-    found = []
-    for path, op in jnnx.layer_operators(plain).items():
-        kernel = kernels[path][...]
-        numbers = float(jaxsrn.spectral_norm(kernel, op)), float(jaxsrn.stable_rank(kernel, op))
-        found.append(Layer(path[0], *numbers, *jaxsrn.stable_rank_range(kernel.shape, op)))
-    return found
-
-
 def print_table(title: str, *rows: tuple) -> None:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     print(f"\n{title}")
@@ -142,9 +117,9 @@ def print_table(title: str, *rows: tuple) -> None:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
-def print_layers(found: dict[str, list[Layer]]) -> None:
+def print_layers(found: dict[str, Report]) -> None:
     rows = [("layer", "network", "norm", "stable rank", "feasible", "share")]
-    for versions in zip(*found.values(), strict=True):
+    for versions in zip(*(report.layers for report in found.values()), strict=True):
         for name, layer in zip(found, versions, strict=True):
             feasible = f"{layer.stable_rank_low:.3f} to {layer.stable_rank_high:g}"
             numbers = f"{layer.spectral_norm:.3f}", f"{layer.stable_rank:.3f}", feasible, f"{layer.share:.0%}"
@@ -159,7 +134,7 @@ def print_scores(ends: list[dict[str, Scores]], share: float) -> None:
     print_table(f"Accuracies (labels trained on: {share:.0%} of them are random)", *rows)
 
 
-def draw(histories: dict[str, list[Scores]], found: dict[str, list[Layer]], path: str) -> None:
+def draw(histories: dict[str, list[Scores]], found: dict[str, Report], path: str) -> None:
     figure = Figure(figsize=(12, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     plots.stable_ranks(found, ax=right)
@@ -195,7 +170,7 @@ def main():
 
     runs = [run(seed, args) for seed in range(args.seeds)]
     histories, models = runs[0]
-    found = {name: layers(model) for name, model in models.items()}
+    found = {name: analyze(model) for name, model in models.items()}
     print_layers(found)
     print(
         f"Asked for: norm {args.norm:g} and a stable rank of at most {args.fraction:.0%} of the largest. As no image "

@@ -1,11 +1,10 @@
 """Matrices of many sizes share compiled programs, and their numbers are those of NumPy."""
 
-import contextlib
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from events import COMPILATIONS, counted
 
 import jaxsrn
 from jaxsrn import CircularConv, Dense, UnboundedConv, bounds
@@ -13,22 +12,6 @@ from jaxsrn.spectra.common_shapes import in_common_shape
 
 # The first fills the common shape of all others, in either direction.
 SIZES = [(32, 128), (20, 120), (128, 31), (30, 100), (110, 29)]
-
-
-@contextlib.contextmanager
-def compilations():
-    """Counts what XLA compiles in the block."""
-    events = []
-
-    def listen(event, duration, **kwargs):
-        if "backend_compile" in event:
-            events.append(event)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
-        yield events
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
 
 
 def numbers(kernel, op):
@@ -40,7 +23,7 @@ def test_many_sizes_share_their_programs():
     layers = [(jnp.asarray(matrix), Dense()) for matrix in matrices]
     layers += [(jnp.asarray(matrix[None, None]), UnboundedConv(strides=2)) for matrix in matrices]
     first = numbers(*layers[0])
-    with compilations() as compiled:
+    with counted(COMPILATIONS) as compiled:
         found = [first] + [numbers(*layer) for layer in layers[1:]]
     assert not compiled
     for matrix, (lower, upper, norm, rank) in zip(matrices * 2, found, strict=True):

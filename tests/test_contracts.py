@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import inspect
 import pkgutil
@@ -15,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from events import TRACES, counted
 
 import jaxsrn
 from jaxsrn import CircularConv, Dense, ZeroPaddedConv, bounds, lipschitz, optim, penalties, surrogate
@@ -215,22 +215,6 @@ def real_parts(tree):
     return [jnp.stack([leaf.real, leaf.imag]) if jnp.iscomplexobj(leaf) else leaf for leaf in leaves]
 
 
-@contextlib.contextmanager
-def count_traces():
-    """Counts what JAX traces in the block."""
-    events = []
-
-    def listen(event, duration, **kwargs):
-        if "trace" in event:
-            events.append(event)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
-        yield events
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
-
-
 @pytest.mark.parametrize(("contract", "op", "shape"), PAIRS)
 def test_values(contract, op, shape):
     """Under jit over kernels as eagerly one by one, finite at zero and where values meet, and traced once."""
@@ -246,7 +230,7 @@ def test_values(contract, op, shape):
                 np.testing.assert_allclose(a, b, rtol=1e-7, atol=1e-7)
 
     degenerate = jnp.zeros(shape), repeated(shape)
-    with count_traces() as events:
+    with counted(TRACES) as events:
         results = [function(kernel, op) for kernel in degenerate]
     assert not events
     for tree in results:

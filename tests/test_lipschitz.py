@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import CASES, dense, derivative, gaussian, quick_jit
-from test_contracts import count_traces
+from events import TRACES, counted
 
 from jaxsrn import CircularConv, Dense, UnboundedConv, ZeroPaddedConv, bounds, lipschitz
 from jaxsrn.lipschitz import jacobians
@@ -336,7 +336,7 @@ def test_over_batches():
     assert isinstance(found, np.ndarray)
     assert sizes == [10, 10, 10]
     np.testing.assert_allclose(found, whole, rtol=1e-12)
-    with count_traces() as events:
+    with counted(TRACES) as events:
         lipschitz.over_batches(pairwise, x, y, batch_size=10)
     assert not events
     batches = ((x[i : i + 8], y[i : i + 8]) for i in range(0, 23, 8))

@@ -1,4 +1,4 @@
-"""The histogram of empirical Lipschitz constants, eLhist (Sanyal, Torr, Dokania 2020, section 4.2)."""
+"""The histogram of empirical Lipschitz constants, eLhist (Sanyal, Torr, Dokania 2020, Figure 2)."""
 
 from __future__ import annotations
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxsrn._tools.checks import ensure, float_dtype
+from jaxsrn._tools.linalg import safe_sqrt
 
 __all__ = ["check_network", "checked_batches", "full_precision", "norms_of_samples", "output_of", "rows"]
 
@@ -81,7 +82,4 @@ def rows(f: Callable, params, x: Float[Array, "samples ..."]) -> Float[Array, "s
 
 def norms_of_samples(x: Float[Array, "samples ..."]) -> Float[Array, " samples"]:
     """The Euclidean norm of each sample, with derivative 0 at zero."""
-    squares = jnp.sum(x.reshape((len(x), -1)) ** 2, axis=1)
-    positive = squares > 0
-    # NaN is not positive, and goes through the sum.
-    return jnp.where(positive, jnp.sqrt(jnp.where(positive, squares, 1)), squares)
+    return safe_sqrt(jnp.sum(x.reshape((len(x), -1)) ** 2, axis=1))

@@ -25,9 +25,9 @@ from jaxsrn.lipschitz.class_margins import margin_array, over_margin
 from jaxsrn.lipschitz.products import log_of, of_layers
 from jaxsrn.operators.base import Operator
 from jaxsrn.operators.layers import Layers
-from jaxsrn.spectra.norms import frozen_value, spectral_norm
+from jaxsrn.spectra.norms import spectral_norm
 from jaxsrn.spectra.pairs_by_kind import leading_pair
-from jaxsrn.spectra.ranks import squared_frobenius_norm
+from jaxsrn.spectra.ranks import norm_and_rank
 from jaxsrn.spectra.singular_pair import rescaled
 
 __all__ = ["norm_2_1", "spec_fro", "spec_l1"]
@@ -109,14 +109,7 @@ def spec_fro(layers: Layers, params, margin, *, log: bool = False) -> Float[Arra
 def _norm_and_rank(kernel, op):
     # Stable ranks per output sample cannot be added to those of whole layers.
     op.in_shape(kernel.shape)
-    return _value_and_rank(kernel, op, leading_pair(kernel, op))
-
-
-@program
-def _value_and_rank(kernel, op, pair):
-    kernel, scale = rescaled(kernel.astype(float_dtype(kernel.dtype)), op)
-    norm = frozen_value(kernel, op, pair)
-    return norm * scale, ratio(squared_frobenius_norm(kernel, op), norm**2)
+    return norm_and_rank(kernel, op, leading_pair(kernel, op))
 
 
 def spec_l1(layers: Layers, params, margin, *, log: bool = False) -> Float[Array, "..."]:

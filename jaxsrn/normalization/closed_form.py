@@ -54,6 +54,11 @@ class Problem(NamedTuple):
         """That of `A`, 0 for zero kernels."""
         return ratio(self.squared, self.norm**2)
 
+    def distance(self, kernel: Float[Array, "..."]) -> Float[Array, ""]:
+        """`||K - A||_d / ||A||_d`, 0 for zero kernels."""
+        change = kernel - self.kernel
+        return ratio(safe_sqrt(self.inner(change, change)), safe_sqrt(self.squared))
+
     def inner(self, a: Float[Array, "..."], b: Float[Array, "..."]) -> Float[Array, ""]:
         """`<a, b>_d`."""
         return jnp.sum(self.weights * a * b)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxsrn._tools.checks import Kernel, ensure, float_dtype, kernel_array, positive_scalar, static_int
-from jaxsrn._tools.linalg import ratio, safe_sqrt
+from jaxsrn._tools.linalg import ratio
 from jaxsrn._tools.programs import program
 from jaxsrn._tools.tolerances import kernel_tolerance
 from jaxsrn.normalization.closed_form import Problem, closed_form, functional, problem_of
@@ -148,7 +148,7 @@ def lowered(kernel, op: Operator, target, solution: Fixpoint, keep_norm: bool) -
     result = jnp.where(unchanged, a, new)
     feasible = unchanged | (solution.candidate.feasible & jnp.isfinite(solution.norm))
     norm = jnp.where(unchanged, problem.norm, frozen_value(result, op, solution.leading))
-    distance = ratio(safe_sqrt(problem.inner(result - a, result - a)), safe_sqrt(problem.squared))
+    distance = problem.distance(result)
     gap = proven_gap(frozen, solution.bound, lax.stop_gradient(distance), keep_norm, feasible, unchanged)
     found = measured(result, problem, norm, distance, gap, solution.num_steps, keep_norm, feasible)
     return in_own_scale(found, scale, kernel, op, unchanged)
@@ -171,8 +171,7 @@ def _raised_or_lowered(kernel, op, target, solution, tolerance, max_steps):
 
 def _raised(problem: Problem, op: Operator, own: Pair, max_steps: int, tolerance) -> SRNResult:
     found = raised(problem, op, own, max_steps, tolerance)
-    change = found.kernel - problem.kernel
-    distance = ratio(safe_sqrt(problem.inner(change, change)), safe_sqrt(problem.squared))
+    distance = problem.distance(found.kernel)
     fixed, known = lax.stop_gradient((problem, distance))
     gap = proven_gap(fixed, found.squared_bound, known, True, found.feasible, False)
     norm = frozen_value(found.kernel, op, found.leading)

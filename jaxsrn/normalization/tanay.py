@@ -60,13 +60,12 @@ def _srnc_tanay(kernel, op, own, target):
 def assessed(candidate, problem: Problem, own: Pair, op: Operator, num_steps) -> SRNResult:
     """What is known about a candidate for (7), whoever found it; `own` is the leading pair of the original kernel."""
     leading = leading_pair(lax.stop_gradient(candidate), op)
-    change, squared = candidate - problem.kernel, problem.squared
-    distance = ratio(safe_sqrt(problem.inner(change, change)), safe_sqrt(squared))
+    distance = problem.distance(candidate)
     low, high = stable_rank_range(candidate.shape, op)
     feasible = (problem.target >= low) & (problem.target <= high) & jnp.isfinite(distance)
-    bound = ratio(safe_sqrt(survey(lax.stop_gradient(problem), op, own).bound), safe_sqrt(squared))
+    bound = ratio(safe_sqrt(survey(lax.stop_gradient(problem), op, own).bound), safe_sqrt(problem.squared))
     # The bound is proven for targets below the stable rank of the original alone.
-    proves = jnp.isfinite(bound) & (problem.target < ratio(squared, problem.norm**2))
+    proves = jnp.isfinite(bound) & (problem.target < problem.stable_rank)
     gap = jnp.where(proves, distance - bound, distance)
     norm = frozen_value(candidate, op, leading)
     return measured(candidate, problem, norm, distance, gap, num_steps, True, feasible)

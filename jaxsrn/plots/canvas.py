@@ -22,6 +22,7 @@ _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
 
 def axes_of(ax: Axes | None, size: tuple[float, float]) -> Axes:
+    """The axes that are given, or those of a new figure of this size in inches, without a frame above and at right."""
     # A figure that pyplot does not know: it is not shown by itself, and is let go when nobody holds it.
     ax = Figure(figsize=size, layout="constrained").add_subplot() if ax is None else ax
     ax.spines[["top", "right"]].set_visible(False)

@@ -54,7 +54,7 @@ def lipschitz_bounds(lower: Mapping[str, Any], upper: Mapping[str, Any], *, ax: 
 def lipschitz_histogram(
     ratios: Mapping[str, Any], *, bins: int = 40, percentile: float = 95.0, ax: Axes | None = None
 ) -> Figure:
-    """The histogram of empirical Lipschitz constants, eLhist, with a percentile (Sanyal, Torr, Dokania 2020, 5.2).
+    """The histogram of empirical Lipschitz constants, eLhist, with a percentile (Sanyal, Torr, Dokania 2020, Figure 2).
 
     Args:
       ratios: `{name: ratios}`, 1-D: `|f(x) - f(y)| / |x - y|` over pairs of inputs, or norms of Jacobians.

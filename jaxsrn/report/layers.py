@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
-from jaxsrn._tools.checks import float_dtype
 from jaxsrn._tools.programs import program
 from jaxsrn._tools.tolerances import DENSE_SIZE, svds_are_dear
 from jaxsrn.bounds import certified
@@ -18,10 +16,9 @@ from jaxsrn.bounds.covers import NormInterval
 from jaxsrn.bounds.interval import certified_by_pair
 from jaxsrn.operators import Dense, Operator, UnboundedConv, ZeroPaddedConv
 from jaxsrn.spectra import singular_values, spectral_norm, stable_rank_range
-from jaxsrn.spectra.common_shapes import common_shape
-from jaxsrn.spectra.norms import frozen_value
+from jaxsrn.spectra.common_shapes import common_shape, is_matrix
 from jaxsrn.spectra.pairs_by_kind import leading_pair
-from jaxsrn.spectra.ranks import squared_frobenius_norm
+from jaxsrn.spectra.ranks import norm_and_rank
 from jaxsrn.spectra.singular_pair import matrix_size
 
 __all__ = [
@@ -102,8 +99,7 @@ def as_computed(kernel_shape: tuple[int, ...], op: Operator, spectra: bool) -> t
     Convolutions of one tap do to each sample what a matrix does, and a matrix has the singular values of its transpose.
     Large matrices of many sizes share one shape, except where the smallest singular value is asked for.
     """
-    is_plain = isinstance(op, UnboundedConv) and op.feature_group_count == 1
-    if not isinstance(op, Dense) and not (is_plain and math.prod(kernel_shape[:-2]) == 1):
+    if not is_matrix(kernel_shape, op):
         return op, kernel_shape
     own = min(kernel_shape[-2:]), max(kernel_shape[-2:])
     return Dense(), common_shape(*own) if svds_are_dear(1, own) and not spectra else own
@@ -121,27 +117,12 @@ def shares_calls(kernel_shape: tuple[int, ...], op: Operator) -> bool:
 def numbers_of(kernel: Shaped[Array, "..."], op: Operator) -> Numbers:
     """The numbers of one layer in the form of `as_computed`; `jax.vmap` takes a batch."""
     pair = leading_pair(kernel, op)
-    norm, rank = _norm_and_rank(kernel, op, pair)
+    norm, rank = norm_and_rank(kernel, op, pair)
     # With zero padding the upper end has searches of its own.
     padded = isinstance(op, ZeroPaddedConv)
     interval = certified(kernel, op) if padded else certified_by_pair(kernel, op, pair)
-    flattened = norm if isinstance(op, Dense) else _norm_of_matrix(kernel.reshape((-1, kernel.shape[-1])))
+    flattened = norm if isinstance(op, Dense) else spectral_norm(kernel.reshape((-1, kernel.shape[-1])), Dense())
     return Numbers(norm, interval, flattened, rank)
-
-
-def _norm_of_matrix(matrix: Shaped[Array, "in out"]) -> Float[Array, ""]:
-    return spectral_norm(matrix.T if matrix.shape[0] > matrix.shape[1] else matrix, Dense())
-
-
-@program
-def _norm_and_rank(kernel, op, pair):
-    kernel = kernel.astype(float_dtype(kernel.dtype))
-    # Squares of very small or large kernels would leave the range of floats.
-    scale = jnp.max(jnp.abs(kernel))
-    unscaled = kernel / jnp.where(scale == 0, 1.0, scale)
-    value = frozen_value(unscaled, op, pair)
-    squared = jnp.where(value == 0, 1.0, value) ** 2
-    return value * scale, jnp.where(value == 0, 0.0, squared_frobenius_norm(unscaled, op) / squared)
 
 
 def has_spectrum(kernel_shape: tuple[int, ...], op: Operator) -> bool:

@@ -17,7 +17,7 @@ from jaxtyping import Array, Shaped
 from jaxsrn.operators.base import Dense, Operator
 from jaxsrn.operators.convolutions import UnboundedConv
 
-__all__ = ["common_shape", "filled_up", "in_common_shape"]
+__all__ = ["common_shape", "filled_up", "in_common_shape", "is_matrix"]
 
 # The sides of common shapes: few, so that few programs are compiled.
 _SIDES = (32, 128, 512, 2048)
@@ -31,7 +31,7 @@ def in_common_shape(kernel: Shaped[Array, "..."], op: Operator) -> tuple[Shaped[
     Dense layers, and convolutions without edges whose kernel has one tap, become matrices of a common shape. All other
     layers are returned as they are.
     """
-    if isinstance(kernel, jax.core.Tracer) or not _is_matrix(kernel.shape, op) or len(kernel.devices()) > 1:
+    if isinstance(kernel, jax.core.Tracer) or not is_matrix(kernel.shape, op) or len(kernel.devices()) > 1:
         return kernel, op
     shape = common_shape(*kernel.shape[-2:])
     # A shape that is not common is the matrix's own, and it is not worth a copy to exchange its sides.
@@ -42,7 +42,8 @@ def in_common_shape(kernel: Shaped[Array, "..."], op: Operator) -> tuple[Shaped[
     return (jax.device_put(filled, kernel.sharding) if kernel.committed else jnp.asarray(filled)), Dense()
 
 
-def _is_matrix(kernel_shape: tuple[int, ...], op: Operator) -> bool:
+def is_matrix(kernel_shape: tuple[int, ...], op: Operator) -> bool:
+    """Whether the layer does the same to every sample, and no image size is named (static)."""
     is_one_tap = isinstance(op, UnboundedConv) and math.prod(kernel_shape[:-2]) == 1 == op.feature_group_count
     return isinstance(op, Dense) or is_one_tap
 

@@ -30,6 +30,7 @@ from jaxsrn.spectra.singular_pair import Pair
 __all__ = [
     "leading_pair",
     "nearby",
+    "no_pair",
     "pair_images",
     "pair_of_images",
     "pair_shapes",

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
 from jaxsrn._tools.checks import Kernel, ensure, float_dtype, kernel_array
+from jaxsrn._tools.linalg import ratio
 from jaxsrn._tools.programs import program
 from jaxsrn.operators.base import Operator
 from jaxsrn.operators.convolutions import UnboundedConv
@@ -24,6 +25,7 @@ from jaxsrn.spectra.singular_pair import rescaled
 __all__ = [
     "StableRankRange",
     "largest_functional",
+    "norm_and_rank",
     "squared_frobenius_norm",
     "stable_rank",
     "stable_rank_range",
@@ -53,17 +55,16 @@ def stable_rank(kernel: Kernel, op: Operator) -> Float[Array, ""]:
       1.5
     """
     kernel, op = in_common_shape(kernel_array(kernel, op), op)
-    return _stable_rank(kernel, op, leading_pair(kernel, op))
+    return norm_and_rank(kernel, op, leading_pair(kernel, op))[1]
 
 
 @program
-def _stable_rank(kernel, op, pair):
-    kernel, _ = rescaled(kernel.astype(float_dtype(kernel.dtype)), op)
+def norm_and_rank(kernel, op, pair) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """The spectral norm and the stable rank of a kernel of any scale and dtype, from its leading pair."""
+    kernel, scale = rescaled(kernel.astype(float_dtype(kernel.dtype)), op)
     norm = frozen_value(kernel, op, pair)
     # The map can be zero where the kernel is not: taps can miss the image, and aliased ones can cancel.
-    is_zero = norm == 0
-    squared_norm = jnp.where(is_zero, 1.0, norm) ** 2
-    return jnp.where(is_zero, 0.0, squared_frobenius_norm(kernel, op) / squared_norm)
+    return norm * scale, ratio(squared_frobenius_norm(kernel, op), norm**2)
 
 
 def squared_frobenius_norm(kernel: Kernel, op: Operator) -> Shaped[Array, ""]:
