@@ -12,14 +12,14 @@ import numpy as np
 import scipy.signal
 import scipy.sparse.linalg
 from _clock import race
-from _report import table
+from _report import duration, table
 from tqdm import tqdm
 
 import jaxsrn
 import jaxsrn.operators.convolutions
 from jaxsrn import ZeroPaddedConv
-from norms.methods import jax_call
-from norms.parts import TOLERANCE, Checks, Effort, Part, duration
+from norms.in_jax import jax_call
+from norms.parts import TOLERANCE, Checks, Effort, Part
 
 # Steps of one loop, in which XLA transforms the kernel once, as it does in a search.
 _STEPS = 10
