@@ -70,7 +70,9 @@ def highest_peak(poly: GramPolynomial, grid: Grid, corners, exists, peaks: Peak,
     levels = jnp.zeros((count, 1), jnp.int32)
     first = jnp.concatenate([climbed.index, jnp.broadcast_to(grid.last_level, (1,))])[None]
     boxes = jnp.concatenate([jnp.concatenate([corners, levels], axis=-1), first.astype(jnp.int32)])
-    proof = _push(proof, boxes, jnp.concatenate([exists, jnp.ones(1, bool)]))
+    # Where the coarsest boxes are single frequencies, the peak's own is one of them.
+    twice = (grid.last_level == 0) & jnp.all(corners == climbed.index[None], axis=-1)
+    proof = _push(proof, boxes, jnp.concatenate([exists & ~twice, jnp.ones(1, bool)]))
     step = functools.partial(_look, poly, grid, chunk, allowed)
     # Zero and NaN need no proof.
     return lax.while_loop(lambda proof: (proof.size > 0) & (proof.best.value > 0), step, proof).best
@@ -99,12 +101,10 @@ def _look(poly: GramPolynomial, grid: Grid, chunk: int, allowed, proof: _Proof) 
     places = jnp.arange(chunk, dtype=jnp.int32)
     low = _are_low(poly, grid, corners, levels, (1 + allowed) * proof.best.value)
     high = ~low & (bottom + places < proof.size)
-    # One frequency is looked at each time; the others that are high stay on the stack, and are compared with it.
     single = high & (levels == grid.last_level)
-    found = lax.argmax(single, 0, jnp.int32)
-    best = _larger_at(poly, grid, allowed, *picked((corners, single), found), proof.best)
+    left, best = _examined(poly, grid, allowed, corners, single, proof.best)
     halves, exists = split(grid, corners, levels)
-    keep = exists & (high & ~(single & (places == found)))[:, None]
+    keep = exists & (high & (left | ~single))[:, None]
     below = jnp.minimum(levels + 1, grid.last_level)[:, None, None]
     halves = jnp.concatenate([halves, jnp.broadcast_to(below, (*halves.shape[:-1], 1))], axis=-1)
     # The chunk's order is kept, so the finest stay on top.
@@ -120,23 +120,33 @@ def _are_low(poly: GramPolynomial, grid: Grid, corners, levels, limit):
     return are_below(grams, squared_limit(poly.coefficients.shape[-2], limits) - poly.loss)
 
 
-def _larger_at(poly: GramPolynomial, grid: Grid, allowed, index, is_high, known: Peak) -> Peak:
-    """The larger one of the known pair and the leading pair at a frequency, unless that is known to be low.
+def _examined(poly: GramPolynomial, grid: Grid, allowed, corners, high, known: Peak):
+    """Computes the leading pairs at the frequencies that may be high, one by one, until one is larger than the known.
 
-    The loops run once or not at all: under `vmap`, `lax.cond` would compute the pair everywhere.
+    Returns:
+      `(left, best)`: the frequencies that are still to be compared with the best pair, and that pair.
     """
+    places = jnp.arange(len(corners), dtype=jnp.int32)
 
     def examine(state):
+        left, _, best = state
+        place = lax.argmax(left, 0, jnp.int32)
+        index = picked(corners, place)
         symbol = symbol_of(waves(grid.angles, 2 * index, poly.exponents), poly.coefficients)
         if poly.basis is None:
-            return jnp.asarray(False), _larger_of(symbol, index, state[1])
-        # The reduced Gram matrix proves little.
-        level = squared_limit(poly.coefficients.shape[-2], (1 + allowed) * state[1].value)
-        low = are_below(whole_grams(symbol)[None], level[None])[0]
-        inner = (~low, state[1])
-        return lax.while_loop(lambda s: s[0], lambda s: (jnp.asarray(False), _larger_of(symbol, index, s[1])), inner)
+            found = _larger_of(symbol, index, best)
+        else:
+            # The reduced Gram matrix proves little. The loop runs once or not at all: under `vmap`, `lax.cond` would
+            # compute the pair everywhere.
+            level = squared_limit(poly.coefficients.shape[-2], (1 + allowed) * best.value)
+            low = are_below(whole_grams(symbol)[None], level[None])[0]
+            found = lax.while_loop(
+                lambda s: s[0], lambda s: (jnp.asarray(False), _larger_of(symbol, index, s[1])), (~low, best)
+            )[1]
+        return left & (places != place), found.value > best.value, found
 
-    return lax.while_loop(lambda state: state[0], examine, (is_high, known))[1]
+    state = lax.while_loop(lambda s: jnp.any(s[0]) & ~s[1], examine, (high, jnp.asarray(False), known))
+    return state[0], state[2]
 
 
 def _larger_of(symbol, index, known: Peak) -> Peak:

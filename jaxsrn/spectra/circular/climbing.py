@@ -80,23 +80,27 @@ def num_climbers(poly: GramPolynomial) -> int:
 class Estimates(NamedTuple):
     """Frequencies with estimates of the largest singular value of every group there, and column vectors.
 
-    The first frequencies are the centres of the coarsest boxes. The last are those that are their own opposites, or
-    nearly so: a real kernel has the same singular values at opposite frequencies, so that they are stationary there,
-    and often highest.
+    The first frequencies are the centres of the coarsest boxes. The last `own_opposites` are those that are their own
+    opposites, or nearly so: a real kernel has the same singular values at opposite frequencies, so that they are
+    stationary there, and often highest. Where a kernel is reduced, every frequency is the centre of a box.
     """
 
     index: Int[Array, "points axes"]
     values: Float[Array, "points groups"]
     vectors: Complex[Array, "points groups kept"]
+    own_opposites: int
 
 
 def estimates(poly: GramPolynomial, grid: Grid, corners, exists: Bool[Array, " boxes"]) -> Estimates:
     """The estimates, by power steps from one start; they are 0 for boxes that do not exist."""
     chunk = chunk_of(poly)
     axes = corners.shape[-1]
-    ends = np.array(list(itertools.product((0, 1), repeat=axes)), np.int32)
-    own_opposites = ends * jnp.right_shift(grid.samples, 1)[None]
-    doubled = jnp.concatenate([centres(corners, jnp.asarray(grid.sizes)[None]), 2 * own_opposites])
+    doubled = centres(corners, jnp.asarray(grid.sizes)[None])
+    own_opposites = 2**axes if poly.basis is None else 0
+    if own_opposites:
+        ends = np.array(list(itertools.product((0, 1), repeat=axes)), np.int32)
+        doubled = jnp.concatenate([doubled, 2 * ends * jnp.right_shift(grid.samples, 1)[None]])
+        exists = jnp.concatenate([exists, jnp.ones(own_opposites, bool)])
     columns, dtype = poly.even.shape[-1], poly.even.dtype
     start = jnp.stack([fixed_start((columns,), dtype), jnp.zeros(columns, dtype)], axis=-1)
 
@@ -116,9 +120,8 @@ def estimates(poly: GramPolynomial, grid: Grid, corners, exists: Bool[Array, " b
 
     padded = jnp.pad(doubled, ((0, -len(doubled) % chunk), (0, 0))).reshape((-1, chunk, axes))
     values, vectors = (leaf.reshape((-1, *leaf.shape[2:]))[: len(doubled)] for leaf in lax.map(estimate, padded))
-    known = jnp.concatenate([exists, jnp.ones(len(ends), bool)])
-    values = jnp.where(known[:, None], values, 0)
-    return Estimates(jnp.right_shift(doubled, 1), values, lax.complex(vectors[..., 0], vectors[..., 1]))
+    values = jnp.where(exists[:, None], values, 0)
+    return Estimates(jnp.right_shift(doubled, 1), values, lax.complex(vectors[..., 0], vectors[..., 1]), own_opposites)
 
 
 def _inverse_root(squared: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -134,11 +137,10 @@ def _normalised(vector: Complex[Array, " n"]) -> Complex[Array, " n"]:
 def most_promising(known: Estimates, count: int) -> Int[Array, " chosen"]:
     """The places of the largest estimates, and of the frequencies that are their own opposites."""
     points, groups = known.values.shape
-    axes = known.index.shape[-1]
     largest = lax.top_k(known.values.reshape(-1), min(count, known.values.size))[1]
-    own = known.values[points - 2**axes :]
-    own_groups = lax.argmax(own, 1, jnp.int32)
-    return jnp.concatenate([largest, own_groups + groups * np.arange(points - 2**axes, points, dtype=np.int32)])
+    own = np.arange(points - known.own_opposites, points, dtype=np.int32)
+    own_groups = lax.argmax(known.values[points - known.own_opposites :], 1, jnp.int32)
+    return jnp.concatenate([largest, own_groups + groups * own])
 
 
 def climbs(poly: GramPolynomial, grid: Grid, known: Estimates, chosen: Int[Array, " k"]) -> Peak:
