@@ -50,7 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="jaxsrn", description="Spectral norms and stable ranks of the layers of a network.",
                      epilog=(__doc__ or "\n\n").split("\n\n")[1].replace("\n", " "))  # fmt: skip
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
-    file = "a .safetensors or .npz file, or the folder of an Orbax checkpoint"
+    file = "a .safetensors or .npz file, an index *.safetensors.index.json, or the folder of an Orbax checkpoint"
 
     report = commands.add_parser("report", parents=[reading], help="a table of norms and stable ranks")
     report.add_argument("file", type=Path, metavar="FILE", help=file)

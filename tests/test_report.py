@@ -482,6 +482,13 @@ def saved(folder, kind):
         safetensors.numpy.save_file(ARRAYS, path, metadata={"format": "pt"})
     elif kind == ".npz":
         np.savez_compressed(path, **ARRAYS)
+    elif kind == "shards":
+        parts = {"a.safetensors": ["conv.weight", "empty"], "b.safetensors": ["fc.weight", "fc.bias", "count"]}
+        path.mkdir()
+        for part, names in parts.items():
+            safetensors.numpy.save_file({name: ARRAYS[name] for name in names}, path / part)
+        places = {name: part for part, names in parts.items() for name in names}
+        (path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
     else:
         import orbax.checkpoint as ocp
 
@@ -490,7 +497,7 @@ def saved(folder, kind):
     return path
 
 
-@pytest.mark.parametrize("kind", [".safetensors", ".npz", ""])
+@pytest.mark.parametrize("kind", [".safetensors", "shards", ".npz", ""])
 def test_files_are_read_one_array_at_a_time_and_copied_bit_by_bit(tmp_path, kind):
     path = saved(tmp_path, kind)
     prefix = "" if kind else "params/"
@@ -526,6 +533,20 @@ def test_bad_files_say_what_they_are(tmp_path):
     (tmp_path / "folder").mkdir()
     with pytest.raises(BrokenFile, match="without an Orbax checkpoint"):
         open_arrays(tmp_path / "folder")
+    index = tmp_path / "folder" / "model.safetensors.index.json"
+    for text in ("no index", "[]", '{"weight_map": {"a": 3}}'):
+        index.write_text(text)
+        with pytest.raises(BrokenFile, match="no index of"):
+            open_arrays(index)
+    index.write_text('{"weight_map": {"a": "missing.safetensors"}}')
+    with pytest.raises(BrokenFile, match=r"missing.safetensors: there is no such file, which an index names"):
+        open_arrays(index.parent)
+
+
+def test_shards_are_not_written_over_themselves(tmp_path):
+    folder = saved(tmp_path, "shards")
+    with pytest.raises(ValueError, match="expected another one"):
+        open_arrays(folder).copy(folder / "new.safetensors.index.json", lambda name: None)
 
 
 # Forms

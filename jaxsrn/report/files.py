@@ -1,4 +1,4 @@
-"""Named arrays, read one at a time: trees of parameters, `.safetensors`, `.npz`, and Orbax checkpoints.
+"""Named arrays, read one at a time: trees of parameters, `.safetensors` in one file or several, `.npz`, and Orbax.
 
 Names, shapes and dtypes are known at once, and an array is read when it is asked for, so that the memory that a report
 takes does not grow with its file.
@@ -27,7 +27,8 @@ from jaxsrn.operators.layers import plain
 
 __all__ = ["ArrayInfo", "BrokenFile", "MissingExtra", "NamedArrays", "named_leaves", "open_arrays"]
 
-_FORMATS = "a .safetensors file, an .npz file, or the folder of an Orbax checkpoint"
+_INDEX = ".safetensors.index.json"
+_FORMATS = f"a .safetensors file, an index *{_INDEX} or its folder, an .npz file, or the folder of an Orbax checkpoint"
 
 
 class BrokenFile(ValueError):
@@ -82,7 +83,10 @@ def open_arrays(path: str | os.PathLike) -> NamedArrays:
     if not path.exists():
         raise FileNotFoundError(f"{path}: there is no such file; expected {_FORMATS}.")
     if path.is_dir():
-        return _Orbax(path)
+        indices = sorted(path.glob(f"*{_INDEX}"))
+        return _Shards(indices[0]) if len(indices) == 1 else _Orbax(path)
+    if path.name.endswith(_INDEX):
+        return _Shards(path)
     kinds = {".safetensors": _Safetensors, ".npz": _Npz}
     ensure(path.suffix in kinds, f"{path}: got a file named *{path.suffix}, expected {_FORMATS}.")
     return kinds[path.suffix](path)
@@ -187,6 +191,8 @@ class _Safetensors(NamedArrays):
             ) from error
         try:
             file = safetensors.safe_open(self._path, framework="numpy")
+        except FileNotFoundError as error:
+            raise BrokenFile(f"{self._path}: there is no such file, which an index names.") from error
         except safetensors.SafetensorError as error:
             raise BrokenFile(f"{self._path}: no .safetensors file ({error}).") from error
         with file:
@@ -209,6 +215,37 @@ class _Safetensors(NamedArrays):
                     if array is not None:
                         file.seek(8 + length + header[name]["data_offsets"][0])
                         file.write(_bytes(array, self.infos[name]))
+
+
+class _Shards(NamedArrays):
+    """Several `.safetensors` files and the index that says which of them holds which array (Hugging Face's layout)."""
+
+    def __init__(self, index: Path):
+        self._index, self.source = index, index.name
+        try:
+            places = json.loads(index.read_text())["weight_map"]
+            files = {place: _Safetensors(index.parent / place) for place in sorted(set(places.values()))}
+            self.infos = _sorted({name: files[place].infos[name] for name, place in places.items()})
+        except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, TypeError, KeyError) as error:
+            raise BrokenFile(f"{index}: no index of .safetensors files ({error!r}).") from error
+        self._files = files
+        self._file_of = {name: files[place] for name, place in places.items()}
+
+    def read(self, name):
+        return self._file_of[name].read(name)
+
+    def copy(self, path, change):
+        index = path if path.name.endswith(_INDEX) else path / self._index.name
+        index.parent.mkdir(parents=True, exist_ok=True)
+        ensure(
+            index.parent.resolve() != self._index.parent.resolve(),
+            f"{path}: it is in the folder that is read, expected another one, as the files keep their names.",
+        )
+        for place, file in self._files.items():
+            file.copy(index.parent / place, change)
+        # The index comes last, so that what an interrupted run leaves is no set of files.
+        with _complete(index) as copied:
+            shutil.copyfile(self._index, copied)
 
 
 def _bytes(array: np.ndarray, info: ArrayInfo) -> bytes:
