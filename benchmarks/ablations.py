@@ -1,0 +1,229 @@
+"""What does each heuristic of the searches buy? Errors, time and program size with it, and with it taken away.
+
+    python benchmarks/ablations.py           # all searches; about fifteen minutes; recorded
+    python benchmarks/ablations.py --fast    # under two minutes: few small kernels, nothing recorded
+
+A row takes one heuristic away: it replaces a constant or a function of the library, and compiles the call anew. The
+calls with and without it take turns on the same kernels. No heuristic is part of a proof, so that on the torus errors
+must not change.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import math
+import re
+import sys
+from collections.abc import Callable
+from typing import Any, NamedTuple
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from _clock import interleaved
+from _report import publish, table
+from norms.cases import gaussian, reference_norm, trained
+from norms.kinds import gaussian_kernel, peaked, waves
+from tqdm import tqdm
+
+import jaxsrn
+from jaxsrn import CircularConv, UnboundedConv, ZeroPaddedConv
+from jaxsrn._tools import lanczos
+from jaxsrn.normalization import iteration, starts
+from jaxsrn.spectra.circular import branch_and_bound, climbing, leading
+from jaxsrn.spectra.padded import leading as padded_leading
+from jaxsrn.spectra.padded import starts as padded_starts
+
+COMMAND = "python benchmarks/ablations.py"
+SETTING = """\
+float32. `operations`: StableHLO operations of the program, with the heuristic and without it. `time`: how many times
+longer the call takes without it, the median of interleaved rounds over all kernels, and the largest for one kernel.
+`worst` and `worst without`: of norms the largest relative error against SVDs in NumPy's float64; of `srnc` by how much
+the distance from the kernel exceeds the smaller one of both."""
+
+
+class Without(NamedTuple):
+    """A heuristic, and what takes it away: `(module, name, other value)` for each constant or function."""
+
+    heuristic: str
+    changes: tuple[tuple[Any, str, Any], ...]
+
+
+class Subject(NamedTuple):
+    """A call on kernels of one shape.
+
+    Attributes:
+      name: the row's name.
+      call: `f(kernel, op) -> array`, a norm or a distance.
+      op, kernels: the layer, and its kernels.
+      exact: the norm of each kernel; `None` where the call is a distance.
+      rows: what is taken away.
+    """
+
+    name: str
+    call: Callable
+    op: Any
+    kernels: list[np.ndarray]
+    exact: list[float] | None
+    rows: tuple[Without, ...]
+
+
+class Program(NamedTuple):
+    """A compiled call, and its StableHLO operations."""
+
+    call: Callable
+    operations: int
+
+
+def built(subject: Subject, without: Without | None) -> Program:
+    """The call compiled anew, without a heuristic or with all of them."""
+    jax.clear_caches()
+    with contextlib.ExitStack() as stack:
+        for module, name, value in without.changes if without else ():
+            stack.enter_context(mock.patch.object(module, name, value))
+        kernel = jax.ShapeDtypeStruct(subject.kernels[0].shape, jnp.float32)
+        lowered = jax.jit(lambda kernel: subject.call(kernel, subject.op)).lower(kernel)
+    operations = len(re.findall(r"^.* = .*(?:stablehlo\.|call @)", lowered.as_text(), flags=re.MULTILINE))
+    return Program(lowered.compile(), operations)
+
+
+def deviations(subject: Subject, values: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """How far each value is off: from the norm, or above the smaller distance of both."""
+    if subject.exact is not None:
+        return np.abs(values / np.array(subject.exact) - 1)
+    return values / np.minimum(values, others) - 1
+
+
+def rows_of(subject: Subject, rounds: int) -> list[list[str]]:
+    """The rows of a subject, one for each heuristic."""
+    usual, kernels = built(subject, None), [jnp.asarray(kernel) for kernel in subject.kernels]
+    found = []
+    for without in tqdm(subject.rows, desc=subject.name, leave=False):
+        other = built(subject, without)
+        values = [np.array([float(program.call(kernel)) for kernel in kernels]) for program in (usual, other)]
+        times = []
+        for kernel in kernels[:: max(1, len(kernels) // 6)]:
+            runs = {
+                "with": functools.partial(usual.call, kernel),
+                "without": functools.partial(other.call, kernel),
+            }
+            seconds = interleaved(runs, rounds)
+            times.append(float(np.median(seconds["without"] / seconds["with"])))
+        worst = [float(np.max(deviations(subject, *pair))) for pair in (values, values[::-1])]
+        found.append(
+            [
+                subject.name,
+                without.heuristic,
+                f"{usual.operations:,}",
+                f"{other.operations:,}",
+                f"{np.median(times):.2f}",
+                f"{max(times):.2f}",
+                *(f"{deviation:.1e}" for deviation in worst),
+            ]
+        )
+    return found
+
+
+# What is taken away
+
+ON_TORUS = (
+    Without(
+        "climbers from several estimates (one)",
+        ((climbing, "MOST_CLIMBERS", 1), (climbing, "_LEAST_CLIMBERS", 1)),
+    ),
+    Without("sixteen climbers (four)", ((climbing, "MOST_CLIMBERS", 4),)),
+    Without("eight power steps for an estimate (one)", ((climbing, "_POWER_STEPS", 1),)),
+)
+WIDE = (
+    *ON_TORUS[:1],
+    Without("the best pair polished by the Lanczos method (an SVD)", ((branch_and_bound, "_WIDE", math.inf),)),
+)
+REDUCED = (*WIDE, Without("reduced Gram matrices (whole ones)", ((leading, "is_reduced", lambda *_: False),)))
+PADDED = (
+    Without("a sum of four waves (one)", ((padded_starts, "_MOST_WAVES", 1),)),
+    Without("noise beside the waves (1e-3 of it)", ((padded_starts, "_NOISE", 1e-4),)),
+    Without("frequencies four times as fine (the image's)", ((padded_starts, "_FINER", 1),)),
+    Without("the rival phase (none)", ((padded_starts, "_RIVALS", 0.0), (padded_starts, "_FEW_SAMPLES", 0))),
+    Without("eight Ritz vectors kept in a restart (one)", ((lanczos, "_KEPT", 1),)),
+)
+MANY = (*PADDED[:1], Without("few channels first (all)", ((padded_leading, "MANY_CHANNELS", math.inf),)))
+DISTANCES = (
+    Without("Anderson's acceleration", ((iteration, "_anderson", lambda memory, _, x, r: (memory, x + r)),)),
+    Without("four starts (one)", ((starts, "_NUM_STARTS", 1),)),
+    Without("rounds, each from where a larger value was found (one)", ((iteration, "_MAX_ROUNDS", 1),)),
+)
+
+
+# What it is taken away from
+
+
+def norm_subject(name: str, op, kernels, exact, rows) -> Subject:
+    return Subject(name, jaxsrn.spectral_norm, op, kernels, exact, rows)
+
+
+def torus_subjects(fast: bool) -> list[Subject]:
+    """Norms with circular padding: Gaussian and trained kernels."""
+    cases = [[gaussian(56, 16, 3)]] if fast else [[gaussian(32, 64, 3)], *trained().values()]
+    found = []
+    for group in cases:
+        wide = min(group[0].kernel.shape[-2:])
+        rows = REDUCED if wide >= 256 else WIDE if wide >= 128 else ON_TORUS
+        found.append(norm_subject(group[0].name, group[0].op, [c.kernel for c in group], [c.norm for c in group], rows))
+    if not fast:
+        # The stem with stride 1, whose highest peak eight climbers miss.
+        stem, op = next(group for group in cases if group[0].op.strides != (1, 1))[0].kernel, CircularConv((224, 224))
+        found.append(norm_subject("the stem with stride 1", op, [stem], [reference_norm(stem, op)], ON_TORUS))
+    return found
+
+
+def drawn(shape: tuple[int, ...], count: int) -> list[np.ndarray]:
+    """Gaussian kernels, peaked ones, and sums of waves, in turn."""
+    rng, kinds = np.random.default_rng(0), (gaussian_kernel, peaked, waves)
+    return [kinds[i % 3](rng, shape).astype(np.float32) for i in range(count)]
+
+
+def padded_subjects(fast: bool) -> list[Subject]:
+    """Norms with zero padding, above the size up to which they are proven."""
+    layers = [((10, 10), (3, 3, 6, 6), PADDED), ((14, 14), (5, 5, 3, 3), PADDED), ((7, 7), (3, 3, 32, 32), MANY)]
+    found = []
+    for image, shape, rows in layers[: 1 if fast else None]:
+        op, kernels = ZeroPaddedConv(image), drawn(shape, 3 if fast else 60)
+        exact = [float(np.linalg.norm(np.asarray(op.to_dense(k), np.float64), 2)) for k in kernels]
+        found.append(norm_subject(f"SAME, {image[0]}x{image[1]}, {shape}", op, kernels, exact, rows))
+    return found
+
+
+def distance(kernel, op):
+    """The distance of `srnc`, with a target at 40% of the way from the smallest stable rank to the kernel's own."""
+    smallest = jaxsrn.stable_rank_range(kernel.shape, op).low
+    return jaxsrn.srnc(kernel, op, smallest + 0.4 * (jaxsrn.stable_rank(kernel, op) - smallest)).distance
+
+
+def distance_subjects(fast: bool) -> list[Subject]:
+    """The distances of `srnc`."""
+    layers = [CircularConv((8, 8)), UnboundedConv(), ZeroPaddedConv((8, 8))]
+    kernels = drawn((3, 3, 4, 4), 3 if fast else 12)
+    return [
+        Subject(f"srnc, {type(op).__name__}, {kernels[0].shape}", distance, op, kernels, None, DISTANCES)
+        for op in layers[: 1 if fast else None]
+    ]
+
+
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--fast", action="store_true", help="few small kernels; nothing is recorded")
+    fast = parser.parse_args(argv).fast
+    subjects = [*torus_subjects(fast), *padded_subjects(fast), *distance_subjects(fast)]
+    rows = [row for subject in subjects for row in rows_of(subject, 3 if fast else 5)]
+    header = ("search", "heuristic (in its place)", "operations", "without", "time", "largest", "worst",
+              "worst without")  # fmt: skip
+    body = f"{SETTING}\n\n{table(header, rows)}"
+    publish("ablations", "Ablations", COMMAND, [("What each heuristic buys", body)], [], keep=not fast)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
