@@ -24,7 +24,7 @@ from jaxsrn._tools.linalg import einsum, real_times
 from jaxsrn._tools.subspaces import fixed_start
 from jaxsrn.spectra.circular.angles import waves
 from jaxsrn.spectra.circular.boxes import Grid, centres, on_half_grid
-from jaxsrn.spectra.circular.fourier import of_group, symbol_of
+from jaxsrn.spectra.circular.fourier import of_group
 from jaxsrn.spectra.circular.grams import CHUNK, GramPolynomial, grams_at, with_all_directions
 
 __all__ = [
@@ -43,7 +43,7 @@ __all__ = [
 # An estimate takes so many power steps. A wrong one costs a worse place to climb from, and never the proof.
 _POWER_STEPS = 8
 # Power steps that let the vectors follow a frequency, at every step of a climb.
-_FOLLOWING_STEPS = 3
+_FOLLOWING_STEPS = 2
 # A guard of the loop over the steps of a climb.
 _MOST_STEPS = 100
 # So many climbers start from the largest estimates: more of them find the highest peak more often, at a price each. In
@@ -129,9 +129,10 @@ def _inverse_root(squared: Float[Array, "..."]) -> Float[Array, "..."]:
     return lax.rsqrt(jnp.maximum(squared, jnp.finfo(squared.dtype).tiny))
 
 
-def _normalised(vector: Complex[Array, " n"]) -> Complex[Array, " n"]:
-    """The vector with norm 1, and 0 for 0."""
-    return vector * _inverse_root(jnp.sum(vector.real**2 + vector.imag**2)).astype(vector.dtype)
+def _normalised(vector: Complex[Array, " n"]) -> tuple[Complex[Array, " n"], Float[Array, ""]]:
+    """The vector with norm 1, and 0 for 0; and its norm."""
+    squared = jnp.sum(vector.real**2 + vector.imag**2)
+    return vector * _inverse_root(squared).astype(vector.dtype), jnp.sqrt(squared)
 
 
 def most_promising(known: Estimates, count: int) -> Int[Array, " chosen"]:
@@ -179,14 +180,14 @@ def _uphill(poly: GramPolynomial, grid: Grid, index, group, column) -> Peak:
         index, own, next_stride = better_frequency(
             grid.angles, poly.exponents, filter_of(coefficients, peak.row, peak.column), peak.index, stride
         )
-        symbol = symbol_of(own, coefficients)
 
         def power(_, sides):
-            row = _normalised(einsum("rc,c->r", symbol, sides[1]))
-            return row, _normalised(einsum("rc,r->c", symbol.conj(), row))
+            # All climbers multiply the same coefficients at once, where each would have to read a symbol of its own.
+            row, _ = _normalised(einsum("t,tr->r", own, real_times("trc,c->tr", coefficients, sides[1])))
+            column, value = _normalised(einsum("t,tc->c", own.conj(), real_times("trc,r->tc", coefficients, row)))
+            return row, column, value
 
-        row, column = lax.fori_loop(0, _FOLLOWING_STEPS, power, (peak.row, peak.column))
-        value = jnp.linalg.norm(einsum("rc,c->r", symbol, column))
+        row, column, value = lax.fori_loop(0, _FOLLOWING_STEPS, power, (peak.row, peak.column, peak.value))
         # The first step stays where it is, as the row is yet to be found.
         next_stride = jnp.where(count == 0, jnp.right_shift(grid.sizes, 1), next_stride)
         return _Climb(Peak(index, group, row, column, value), next_stride, count + 1)
