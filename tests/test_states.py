@@ -103,18 +103,23 @@ def test_a_state_survives_every_cast_and_average(name, share):
 @pytest.mark.parametrize("share", [None, 0.7])
 @pytest.mark.parametrize("name", LAYERS)
 def test_one_step_is_enough_for_a_kernel_that_was_replaced(name, share):
-    """A converged state of one random kernel, and then another kernel of five times the size."""
-    start, step = compiled(name, share is not None)
-    shape = LAYERS[name][1]
-    for seed in range(4):
+    """A converged state of one random kernel, and then another kernel of five times the size.
+
+    Passes go on where one finds the norm 5% above what the state knew of. So no error is much larger, and mostly it is
+    that of a converged state.
+    """
+    (op, shape), (start, step) = LAYERS[name], compiled(name, share is not None)
+    errors, given = [], []
+    for seed in range(5):
         state = start(gaussian(shape, seed), target_of(gaussian(shape, seed), name, share))
         kernel = 5 * gaussian(shape, seed + 10)
         target = target_of(kernel, name, share)
-        assert_met(step(kernel, state, target)[0], name, kernel, target, 1e-2)
-        two, _ = srnc_step(kernel, state, LAYERS[name][0], target, num_steps=1)
-        if seed == 0:
-            # A given number of power steps is kept to, and one is not enough.
-            assert norm_and_rank(two, LAYERS[name][0])[0] > 1.02
+        errors.append(norm_and_rank(step(kernel, state, target)[0], op)[0] - 1)
+        # A given number of power steps is kept to.
+        given.append(norm_and_rank(srnc_step(kernel, state, op, target, num_steps=1)[0], op)[0] - 1)
+    assert max(errors) <= 0.06
+    assert np.median(errors) <= CLOSE
+    assert max(given) > 5 * np.median(errors) + 1e-3
 
 
 def wrapped_conv(seed=0, fraction=0.7):
@@ -210,7 +215,7 @@ def test_restart_is_a_new_wrapper(norm):
     for wrapper in model:
         wrapper.layer.kernel[...] = other_kernel(wrapper.layer.kernel[...])
     fresh = nnx.List([wrap(wrapper.layer) for wrapper in model])
-    before = nnx.state(model[0], jnnx.StableRankState)
+    before = jax.tree.map(jnp.copy, nnx.state(model[0], jnnx.StableRankState))
     nnx.jit(jnnx.restart)(model)
     assert_states_close(nnx.state(model, jnnx.StableRankState), nnx.state(fresh, jnnx.StableRankState))
     changes = jax.tree.map(lambda a, b: np.abs(a - b).max(), before, nnx.state(model[0], jnnx.StableRankState))

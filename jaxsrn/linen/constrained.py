@@ -22,6 +22,7 @@ from jaxsrn.linen.wrappers import (
     LEARNED,
     Normalized,
     StableRankState,
+    check_collection,
     nested,
     stepped,
     trace_keys,
@@ -84,6 +85,7 @@ class Constrained(nn.Module):
         wrapped = {} if self.has_variable(COLLECTION, _CONSTRAINED) else self._wrapped(args, options)
         if any(one.blank.norm == LEARNED for one in wrapped.values()) and self.is_initializing():
             self.param(_CONSTRAINED, self._first_norms, wrapped)
+        check_collection(self, _CONSTRAINED, type(self.module).__name__)
         stored = self.variable(COLLECTION, _CONSTRAINED, self._first_states, wrapped)
         variables = {"params": self.variables["params"], COLLECTION: {_CONSTRAINED: stored.value}}
         steps = stepped(self.module, variables)

@@ -26,6 +26,7 @@ __all__ = [
     "SpectralNorm",
     "StableRankNorm",
     "StableRankState",
+    "check_collection",
     "nested",
     "started",
     "stepped",
@@ -97,6 +98,7 @@ class Normalized(nn.Module):
             self.layer(x, **options)
         raw = _raw_kernel(self.layer)
         norm = self._norm(float_dtype(raw.dtype))
+        check_collection(self, "state", layer_name(self.layer))
         stored = self.variable(COLLECTION, "state", self._start, raw, norm)
         _check_state(stored.value, self.described(raw.shape), layer_name(self.layer))
         kernel, state = stored.value.step(raw, norm)
@@ -197,6 +199,16 @@ class SpectralNorm(Normalized):
 def _raw_kernel(layer: nn.Module) -> jax.Array:
     ensure(layer.has_variable("params", "kernel"), f"{layer_name(layer)}: it has no parameter 'kernel'.")
     return jnp.asarray(nn.meta.unbox(layer.get_variable("params", "kernel")))
+
+
+def check_collection(module: nn.Module, variable: str, name: str) -> None:
+    """Raises `ValueError` where a module has no state and can start none."""
+    ensure(
+        module.has_variable(COLLECTION, variable) or module.is_mutable_collection(COLLECTION),
+        f"{name}: it has no state, and the collection {COLLECTION!r} is not mutable here; pass all variables that init "
+        f"returns, or apply with mutable=[{COLLECTION!r}]. Inside nn.RNN, nn.scan or nn.vmap, name the collection "
+        f"beside 'params', as in nn.RNN(cell, variable_broadcast=('params', {COLLECTION!r})).",
+    )
 
 
 def _check_state(stored, expected: StableRankState, name: str) -> None:
