@@ -52,8 +52,8 @@ class Climbers(NamedTuple):
 def watch_shapes(op: CircularConv | UnboundedConv, kernel_shape: tuple[int, ...]) -> Climbers:
     """The shapes of the climbers' arrays in floats, in their places (static)."""
     layer = on_grid(op, kernel_shape)
-    first = len(_cells(layer, kernel_shape)), layer.feature_group_count
-    return Climbers((*first, layer.num_axes), (*first, 2 * site_shape(layer, kernel_shape)[1]))
+    cells, groups = len(_cells(layer, kernel_shape)), layer.feature_group_count
+    return Climbers((cells, groups, layer.num_axes), (2 * cells, groups, site_shape(layer, kernel_shape)[1]))
 
 
 def as_floats(watch: Climbers, op: CircularConv | UnboundedConv, kernel_shape) -> Climbers:
@@ -75,7 +75,7 @@ def begin(kernel: Float[Array, "..."], op: CircularConv | UnboundedConv) -> Clim
     index, outputs = watch_shapes(op, kernel.shape)
     cells = _cells(on_grid(op, kernel.shape), kernel.shape)
     middles = np.sum(cells, axis=-1, dtype=np.int32) // 2
-    vectors = fixed_start((*outputs[:-1], outputs[-1] // 2), kernel.dtype).astype(complex_dtype(kernel.dtype))
+    vectors = fixed_start((outputs[0] // 2, *outputs[1:]), kernel.dtype).astype(complex_dtype(kernel.dtype))
     return Climbers(jnp.broadcast_to(jnp.asarray(middles)[:, None], index), vectors)
 
 

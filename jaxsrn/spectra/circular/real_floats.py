@@ -43,11 +43,14 @@ def group_of(number: Float[Array, ""], groups: int) -> Int[Array, ""]:
     return lax.clamp(np.int32(0), rounded, np.int32(groups - 1))
 
 
-def parts_of(amplitudes: Complex[Array, "... n"]) -> Float[Array, "... 2*n"]:
-    """The real parts of the amplitudes, and behind them the imaginary ones."""
-    return jnp.concatenate([amplitudes.real, amplitudes.imag], axis=-1)
+def parts_of(amplitudes: Complex[Array, "n ..."]) -> Float[Array, "2*n ..."]:
+    """The real parts of the amplitudes, and behind them the imaginary ones, along the first axis.
+
+    The last axis, that of channels, may be sharded over devices, and would be gathered.
+    """
+    return jnp.concatenate([amplitudes.real, amplitudes.imag])
 
 
-def amplitudes_of(parts: Float[Array, "... parts"]) -> Complex[Array, "... n"]:
+def amplitudes_of(parts: Float[Array, "parts ..."]) -> Complex[Array, "n ..."]:
     """The amplitudes of real and imaginary parts."""
-    return lax.complex(*jnp.split(parts, 2, axis=-1))
+    return lax.complex(*jnp.split(parts, 2))
