@@ -263,11 +263,11 @@ def test_a_stored_pair_is_a_start_of_the_exact_solution():
     """`srnc` takes the compact pair of a state, also where it was cast."""
     op, shape = LAYERS["circular"]
     kernel = gaussian(shape)
-    target = target_of(kernel, "circular", 0.6)
-    pair = srnc_state(kernel, op, target).normalized.pair
-    expected = jaxsrn.srnc(kernel, op, target)
+    target = target_of(kernel, "circular", 0.7)
+    pair = compiled("circular", True)[0](kernel, target).normalized.pair
     for dtype in (jnp.float32, jnp.bfloat16):
         given = jax.tree.map(lambda leaf, dtype=dtype: leaf.astype(dtype), pair)
         found = jaxsrn.srnc(kernel, op, target, initial=given)
-        np.testing.assert_allclose(found.distance, expected.distance, rtol=1e-3)
+        # The state has settled already, and only rounding is to be mended.
+        assert found.num_steps < 10
         assert_met(found.kernel / found.spectral_norm, "circular", kernel, target)
