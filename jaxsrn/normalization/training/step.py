@@ -205,14 +205,22 @@ def _follows_own(op: Operator, target, norm, cap) -> bool:
 def _srnc_state(kernel, op, own, target, follows_own):
     kernel = lax.stop_gradient(kernel.astype(float_dtype(kernel.dtype)))
     a, _ = rescaled(kernel, op)
+    state = _as_floats(_started(a, op, own, target, follows_own), op, kernel.shape)
+    # A NaN of the kernel reaches all of the state.
+    nothing = 0.0 * jnp.sum(a)
+    return jax.tree.map(lambda leaf: leaf + nothing, state)
+
+
+def _started(a: Float[Array, "..."], op: Operator, own: Pair, target, follows_own: bool) -> SRNCState:
+    """The state of a kernel whose own leading pair is known."""
     track = start_track(a, op, own, target is None)
     if target is None or op._normalization_keeps_pairs:
-        return _as_floats(SRNCState(track, None), op, kernel.shape)
+        return SRNCState(track, None)
     problem = problem_of(a, op, target, frozen_value(a, op, own))
     unchanged = problem.squared <= target * problem.norm**2
     starts = chosen(unchanged, jax.tree.map(lambda leaf: leaf[None], own), survey(problem, op, own).starts)
     settled = _without_pair_of_zero(a, _settled(problem, op, starts, track))
-    return _as_floats(SRNCState(settled, start_track(a, op, own, True) if follows_own else None), op, kernel.shape)
+    return SRNCState(settled, start_track(a, op, own, True) if follows_own else None)
 
 
 class _Search(NamedTuple):

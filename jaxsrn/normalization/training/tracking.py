@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Inexact
@@ -50,15 +49,8 @@ def _watched(op: Operator):
 
 
 def start_track(kernel: Float[Array, "..."], op: Operator, pair: Pair, is_close: bool) -> Track:
-    """The track of a pair, with a watch that knows nothing of the kernel yet, except that a NaN reaches it."""
-    if not _has_watch(op, is_close):
-        return Track(pair, None)
-    nothing = 0.0 * jnp.sum(kernel)
-
-    def reached(leaf):
-        return leaf + nothing.astype(leaf.dtype) if jnp.issubdtype(leaf.dtype, jnp.inexact) else leaf
-
-    return Track(pair, jax.tree.map(reached, _watched(op).begin(kernel, op)))
+    """The track of a pair, with a watch that knows nothing of the kernel yet."""
+    return Track(pair, _watched(op).begin(kernel, op) if _has_watch(op, is_close) else None)
 
 
 def track_shapes(op: Operator, kernel_shape: tuple[int, ...], is_close: bool) -> Track:
