@@ -21,7 +21,8 @@ from flax import nnx
 from jaxsrn._tools.checks import ensure, errors_named
 from jaxsrn.normalization.training.flax_constraint import CallRecord, Constraint, each_kind_once, target_for, trace
 from jaxsrn.operators.base import Operator
-from jaxsrn.operators.flax_layers import FlaxLayers, LayerMap, kind_of, layer_map, layer_name
+from jaxsrn.operators.flax_layers import FlaxLayers, LayerMap, kind_of, layer_map, layer_name, own_shape
+from jaxsrn.operators.layers import LayerOperators
 
 __all__ = [
     "SpectralNorm",
@@ -31,6 +32,7 @@ __all__ = [
     "fold",
     "layer_operators",
     "refresh",
+    "restart",
 ]
 
 _LAYERS = FlaxLayers(nnx.Conv, nnx.ConvTranspose, nnx.Linear, nnx.LinearGeneral)
@@ -67,7 +69,7 @@ class _Normalized(nnx.Module):
 
     def _start(self, kernel):
         """The converged state for a kernel, in the layer's layout."""
-        return self.constraint.start(self.layer, kernel, self._norm())
+        return self.constraint.start(layer_name(self.layer), kernel, self._norm())
 
     def _step(self):
         """The kernel normalized by the stored state, in the layer's layout, and the next state."""
@@ -176,13 +178,16 @@ class SpectralNorm(_Normalized):
 
 
 def _map_of(layer, input_shape, computes) -> LayerMap:
+    has_kernel = isinstance(getattr(layer, "kernel", None), nnx.Variable)
+    inside = any(hasattr(node, "kernel") for _, node in nnx.iter_graph(layer))
+    advice = "Wrap the layers inside, or use jaxsrn.nnx.constrain." if inside else "There is nothing to hold."
     ensure(
-        isinstance(getattr(layer, "kernel", None), nnx.Variable),
+        has_kernel or hasattr(layer, "num_embeddings"),
         f"{layer_name(layer)}: it has no kernel; expected nnx.Conv, nnx.ConvTranspose, nnx.Linear or "
-        "nnx.LinearGeneral. Wrap the layers inside, or use jaxsrn.nnx.constrain.",
+        f"nnx.LinearGeneral. {advice}",
     )
     kind = kind_of(layer, _LAYERS, {} if computes is None else {type(layer): computes})
-    return layer_map(layer, layer.kernel.shape, input_shape, kind)
+    return layer_map(layer, own_shape(layer, layer.kernel.shape, kind), input_shape, kind)
 
 
 def _with_kernel(layer: nnx.Module, kernel: jax.Array) -> nnx.Module:
@@ -196,10 +201,36 @@ def _with_kernel(layer: nnx.Module, kernel: jax.Array) -> nnx.Module:
 
 
 def refresh(model: nnx.Module) -> None:
-    """Steps the state of every wrapper in `model` once, without a forward, in place."""
-    for _, module in nnx.iter_graph(model):
-        if isinstance(module, _Normalized):
-            module.refresh()
+    """Steps the state of every wrapper in `model` once, without a forward, in place.
+
+    Raises:
+      ValueError: no wrapper.
+    """
+    for wrapper in _wrappers(model):
+        wrapper.refresh()
+
+
+def restart(model: nnx.Module) -> None:
+    """Starts the state of every wrapper in `model` anew from its kernel, in place; it is then converged.
+
+    That is for kernels that were replaced since the state was made: by weights of a file, or by an average of weights.
+    A forward finds that out by itself and takes the passes that it needs, but in evaluation it stores nothing, so that
+    every forward takes them again. And with a target it keeps to a local solution, which a new start would improve.
+
+    Raises:
+      ValueError: no wrapper.
+    """
+    _start_anew(_wrappers(model))
+
+
+def _wrappers(model: nnx.Module) -> list[_Normalized]:
+    found = [module for _, module in nnx.iter_graph(model) if isinstance(module, _Normalized)]
+    ensure(
+        bool(found),
+        f"model: got a {type(model).__name__} without a StableRankNorm or a SpectralNorm, expected some; "
+        "jaxsrn.nnx.constrain wraps layers.",
+    )
+    return found
 
 
 def fold(model: nnx.Module) -> nnx.Module:
@@ -249,23 +280,24 @@ def constrain(model: nnx.Module, wrap: Callable[[tuple, nnx.Module], nnx.Module]
 
     rewritten = _rewritten(nnx.clone(model), change)
     ensure(bool(found), f"where: got {where!r}, which matches no layer of {type(model).__name__}; expected some.")
-    _restart_traced([node for node in found if isinstance(node, _Normalized)])
+    wrappers = [node for node in found if isinstance(node, _Normalized)]
+    # Where kernels are traced, what started the wrappers one by one is dead code, which JAX drops.
+    _start_anew([wrapper for wrapper in wrappers if isinstance(wrapper.layer.kernel[...], jax.core.Tracer)])
     return rewritten
 
 
-def _restart_traced(wrappers: list[_Normalized]) -> None:
-    """Starts wrappers together whose kernels are traced; what started them one by one is dead code, which JAX drops."""
-    traced = [wrapper for wrapper in wrappers if isinstance(wrapper.layer.kernel[...], jax.core.Tracer)]
-    kinds = [(wrapper.constraint, wrapper.norm is None) for wrapper in traced]
-    kernels = [wrapper.layer.kernel[...] for wrapper in traced]
-    states = each_kind_once([wrapper._start for wrapper in traced], kinds, kernels)
-    for wrapper, state in zip(traced, states, strict=True):
+def _start_anew(wrappers: list[_Normalized]) -> None:
+    """Starts wrappers together."""
+    kinds = [(wrapper.constraint, wrapper.norm is None) for wrapper in wrappers]
+    kernels = [wrapper.layer.kernel[...] for wrapper in wrappers]
+    states = each_kind_once([wrapper._start for wrapper in wrappers], kinds, kernels)
+    for wrapper, state in zip(wrappers, states, strict=True):
         wrapper.state.set_value(state)
 
 
 def layer_operators(
     model: nnx.Module, *inputs, computes: Mapping[type, type | None] = MappingProxyType({}), **options
-) -> Mapping[tuple, Operator]:
+) -> LayerOperators:
     """The operator of every layer of a model: without inputs that of no image size, with inputs that of theirs.
 
     Args:
@@ -278,16 +310,19 @@ def layer_operators(
       **options: keyword arguments of `model`, passed on as the inputs are.
 
     Returns:
-      `{path to the kernel: operator}`, the paths as `nnx.to_flat_state` names them. It leaves out layers that the
-      inputs, if there are any, do not reach, and layers that store their kernel in another shape than the operator's:
-      `nnx.LinearGeneral` of several axes; with strides and `transpose_kernel=False`, an `nnx.ConvTranspose` that is
-      circular or without image size; without image size, an `nnx.Conv` with input dilation.
+      `{path to the kernel: operator}`, the paths as `nnx.to_flat_state` names them. Layers stacked by `nnx.vmap` have
+      the operator of one of them. It leaves out layers that the inputs, if there are any, do not reach, and layers that
+      store the channels of their kernel the other way round than the operator: with strides and
+      `transpose_kernel=False`, an `nnx.ConvTranspose` that is circular or without image size; without image size, an
+      `nnx.Conv` with input dilation. The attribute `left_out` of the result lists these, and all other parameters of
+      two axes or more, `{path: reason}`.
 
     Raises:
       ValueError: a layer called with images of different sizes, one that is no operator, or one whose map may be
         another; the message names it.
     """
-    return layer_calls(model, *inputs, computes=computes, **options).operators()
+    shapes = {path: variable.shape for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param))}
+    return layer_calls(model, *inputs, computes=computes, **options).operators(shapes)
 
 
 def layer_calls(model: nnx.Module, *inputs, computes: Mapping[type, type | None], **options) -> CallRecord:

@@ -48,9 +48,11 @@ _NEAR = 0.05
 
 def _floating(dtype, name: str) -> None:
     """Raises `ValueError` where the dtype is not real floating."""
+    is_complex = jnp.issubdtype(dtype, jnp.complexfloating)
+    advice = f"stack {name}.real and {name}.imag, a real point" if is_complex else "cast it with .astype(jnp.float32)"
     ensure(
         jnp.issubdtype(dtype, jnp.floating),
-        f"{name}: got dtype {dtype}, expected a real floating-point array; cast it with .astype(jnp.float32).",
+        f"{name}: got dtype {dtype}, expected a real floating-point array; {advice}.",
     )
 
 

@@ -23,8 +23,9 @@ import jaxsrn.nnx as jnnx
 LAYERS = {
     "circular": (lambda rngs: nnx.Conv(8, 16, (3, 3), padding="CIRCULAR", rngs=rngs), (6, 6)),
     "circular-stride": (lambda rngs: nnx.Conv(8, 16, (3, 3), strides=2, padding="CIRCULAR", rngs=rngs), (6, 6)),
+    # Its kernel has more entries than its state, which is gathered, as it is to be on every device.
     "circular-grouped": (
-        lambda rngs: nnx.Conv(16, 16, (3, 3), padding="CIRCULAR", feature_group_count=4, rngs=rngs),
+        lambda rngs: nnx.Conv(32, 32, (3, 3), padding="CIRCULAR", feature_group_count=4, rngs=rngs),
         (6, 6),
     ),
     "same": (lambda rngs: nnx.Conv(8, 16, (3, 3), rngs=rngs), (6, 6)),

@@ -18,7 +18,7 @@ from events import TRACES, counted
 
 import jaxsrn
 from jaxsrn import CircularConv, Dense, ZeroPaddedConv, bounds, lipschitz, optim, penalties, surrogate
-from jaxsrn.spectra.pairs_by_kind import value_gradient
+from jaxsrn.spectra.pairs_by_kind import pair_of_floats, value_gradient
 
 DENSE = (Dense(), (3, 2))
 CIRCULAR = (CircularConv((4,)), (3, 2, 2))
@@ -88,7 +88,9 @@ def states_of_training(kernel, op):
 
 def functional_of_state(kernel, op):
     """`grad_K <u, T(K) v>` of the pair that the state starts with: the pair without its signs."""
-    return value_gradient(jaxsrn.srnc_state(kernel, op, TARGETS[op]).normalized.pair, op, jnp.shape(kernel))
+    state, shape = jaxsrn.srnc_state(kernel, op, TARGETS[op]), jnp.shape(kernel)
+    pair = state.normalized.pair
+    return value_gradient(pair_of_floats(pair, op, shape, pair.input.dtype), op, shape)
 
 
 # A point of the sphere, and a short descent.

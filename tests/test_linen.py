@@ -526,7 +526,10 @@ def test_layer_operators():
     variables = jax.eval_shape(
         lambda x: model.init({"params": KEY, "dropout": KEY}, {"image": x}, True), batch["image"]
     )
-    first = {("Conv_0", "kernel"): jaxsrn.ZeroPaddedConv((5, 5))}
+    first = {
+        ("Conv_0", "kernel"): jaxsrn.ZeroPaddedConv((5, 5)),
+        ("DenseGeneral_0", "kernel"): jaxsrn.Dense(input_axes=3, output_axes=2),
+    }
     second = {("Conv_1", "kernel"): jaxsrn.ZeroPaddedConv((5, 5), padding=((1, 1), (1, 1)), strides=2)}
     assert jlinen.layer_operators(model, variables, batch, True) == {**first, **second}
     assert jlinen.layer_operators(model, variables, train=True, batch=batch) == {**first, **second}
@@ -564,6 +567,7 @@ def test_layer_operators_of_no_image_size():
         ("Conv_1", "kernel"): jaxsrn.ZeroPaddedConv((6, 6)),
         ("ConvTranspose_0", "kernel"): jaxsrn.UnboundedConv(strides=(2, 1)),
     }
+    assert found.left_out.keys() == {("ConvTranspose_1", "kernel")}
     with pytest.raises(ValueError, match=r"inputs: got none, expected those of Sequence .*unbounded=True"):
         jlinen.layer_operators(Sequence(), variables)
 

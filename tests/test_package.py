@@ -21,6 +21,7 @@ HOUSE = {
         "image_pairs",
         "dense",
         "circular.sites",
+        "circular.real_floats",
         "circular.angles",
         "circular.fourier",
         "circular.waves",

@@ -183,7 +183,7 @@ def test_large_matrices(kind):
 
 def test_a_matrix_without_proof_gets_an_svd(monkeypatch):
     """Also where Lanczos stops at another singular value: the proof fails, and the SVD is taken."""
-    poor = Found(jnp.ones(()), Pair(jnp.asarray(0), jnp.eye(170)[0], jnp.eye(170)[0]))
+    poor = Found(jnp.ones(()), Pair(None, jnp.eye(170)[0], jnp.eye(170)[0]))
     monkeypatch.setattr(dense_layers, "matrix_free", lambda *_: poor)
     matrix = np.diag(1 + np.arange(170.0))
     triplet = jaxsrn.leading_triplet(matrix, jaxsrn.Dense())

@@ -17,6 +17,7 @@ __all__ = [
     "int_tuple",
     "kernel_array",
     "positive_scalar",
+    "real_floating",
     "static_int",
 ]
 
@@ -31,12 +32,12 @@ def ensure(condition: bool, message: str) -> None:
 
 
 @contextlib.contextmanager
-def errors_named(name: str):
-    """Puts a name, such as a layer's, before the message of a `ValueError` that is raised inside."""
+def errors_named(name: str, advice: str = ""):
+    """Puts a name, such as a layer's, before the message of a `ValueError` that is raised inside, and advice after."""
     try:
         yield
     except ValueError as error:
-        raise ValueError(f"{name}: {error}") from error
+        raise ValueError(f"{name}: {error}{advice}") from error
 
 
 def int_tuple(value, length: int | None, name: str, minimum: int = 1) -> tuple[int, ...]:
@@ -60,13 +61,27 @@ def static_int(value, name: str, minimum: int = 1) -> int:
 
 def kernel_array(kernel, op) -> jax.Array:
     """The kernel as an array; raises `ValueError` unless it is real, floating and of a shape that `op` takes."""
-    kernel = jnp.asarray(kernel)
-    ensure(
-        jnp.issubdtype(kernel.dtype, jnp.floating),
-        f"kernel: got dtype {kernel.dtype}, expected a real floating-point array; cast it with .astype(jnp.float32).",
-    )
+    kernel = real_floating(kernel, "kernel")
     op._check_kernel_shape(kernel.shape)
     return kernel
+
+
+def real_floating(array, name: str) -> jax.Array:
+    """The array as one of JAX; raises `ValueError` unless it is real and floating."""
+    array = jnp.asarray(array)
+    advice = f"cast it with {name}.astype(jnp.float32)"
+    if jnp.issubdtype(array.dtype, jnp.complexfloating):
+        # The last two axes are the channels; the map acts on rows of real parts, followed by imaginary ones.
+        advice = (
+            f"take the real map on both parts, jnp.block([[{name}.real, {name}.imag], [-{name}.imag, {name}.real]]), "
+            "which has the same norm, every singular value twice, and so twice the stable rank (group by group where "
+            "there are groups)"
+        )
+    ensure(
+        jnp.issubdtype(array.dtype, jnp.floating),
+        f"{name}: got dtype {array.dtype}, expected a real floating-point array; {advice}.",
+    )
+    return array
 
 
 def float_dtype(*dtypes) -> jnp.dtype:

@@ -49,7 +49,7 @@ def lip_bound(kernel: Kernel, op: Operator, *, oversampling: int = 8) -> Float[A
     Raises:
       ValueError: a kernel that does not fit, or an oversampling below 2.
     """
-    kernel = kernel_array(kernel, op)
+    kernel, op = op._flattened(kernel_array(kernel, op))
     return _lip_bound(kernel, op, static_int(oversampling, "oversampling", 2))
 
 
@@ -87,7 +87,7 @@ def l1(kernel: Kernel, op: Operator) -> Float[Array, ""]:
     Raises:
       ValueError: a kernel that does not fit.
     """
-    return _l1(kernel_array(kernel, op), op)
+    return _l1(*op._flattened(kernel_array(kernel, op)))
 
 
 @program
@@ -118,7 +118,7 @@ def channel_l1(kernel: Kernel, op: Operator) -> Float[Array, ""]:
     Raises:
       ValueError: a kernel that does not fit.
     """
-    return _channel_l1(kernel_array(kernel, op), op)
+    return _channel_l1(*op._flattened(kernel_array(kernel, op)))
 
 
 @program

@@ -49,7 +49,7 @@ def gram_iteration(kernel: Kernel, op: Operator, *, num_steps: int = 6, oversamp
     Raises:
       ValueError: a kernel that does not fit, fewer than one step, an oversampling below 2.
     """
-    kernel = kernel_array(kernel, op)
+    kernel, op = op._flattened(kernel_array(kernel, op))
     num_steps, oversampling = static_int(num_steps, "num_steps"), static_int(oversampling, "oversampling", 2)
     return _gram_iteration(kernel, op, num_steps, oversampling)
 

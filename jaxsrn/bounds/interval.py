@@ -65,7 +65,7 @@ def certified(kernel: Kernel, op: Operator, *, resolution: float = 0.01) -> Norm
     Raises:
       ValueError: a kernel that does not fit, or a resolution that is not between 0 and 1.
     """
-    kernel = kernel_array(kernel, op)
+    kernel, op = op._flattened(kernel_array(kernel, op))
     ensure(
         isinstance(resolution, (int, float)) and 0 <= resolution < 1,
         f"resolution: got {resolution!r}, expected a static number from 0 to 1, such as 0.01.",

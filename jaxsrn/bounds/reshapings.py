@@ -49,7 +49,7 @@ def fantastic_four(kernel: Kernel, op: Operator, *, num_steps: int | None = None
     Raises:
       ValueError: a kernel that does not fit, or fewer than one step.
     """
-    kernel = kernel_array(kernel, op)
+    kernel, op = op._flattened(kernel_array(kernel, op))
     return _fantastic_four(kernel, op, num_steps if num_steps is None else static_int(num_steps, "num_steps"))
 
 

@@ -66,7 +66,7 @@ def tensor_norm(kernel: Kernel, op: Operator, *, num_starts: int = 8, num_steps:
     Raises:
       ValueError: a kernel that does not fit, or fewer than one start or step.
     """
-    kernel = kernel_array(kernel, op)
+    kernel, op = op._flattened(kernel_array(kernel, op))
     return _tensor_norm(kernel, op, static_int(num_starts, "num_starts"), static_int(num_steps, "num_steps"))
 
 

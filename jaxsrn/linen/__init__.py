@@ -11,7 +11,16 @@ They are those of `jaxsrn.nnx`, with the same numbers. The wrappers hold no math
 `jaxsrn.srnc_step` on the layer's kernel.
 """
 
-from jaxsrn.linen.models import constrain, fold, layer_operators, refresh
+from jaxsrn.linen.models import constrain, fold, layer_operators, refresh, restart
 from jaxsrn.linen.wrappers import SpectralNorm, StableRankNorm, StableRankState
 
-__all__ = ["SpectralNorm", "StableRankNorm", "StableRankState", "constrain", "fold", "layer_operators", "refresh"]
+__all__ = [
+    "SpectralNorm",
+    "StableRankNorm",
+    "StableRankState",
+    "constrain",
+    "fold",
+    "layer_operators",
+    "refresh",
+    "restart",
+]

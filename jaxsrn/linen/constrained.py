@@ -7,7 +7,6 @@ by a wrapper beforehand, as `jaxsrn.nnx.constrain` does; the layers are found in
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -23,14 +22,14 @@ from jaxsrn.linen.wrappers import (
     LEARNED,
     Normalized,
     StableRankState,
+    check_collection,
     nested,
-    stacked_axes,
     stepped,
     trace_keys,
 )
 from jaxsrn.normalization.training.flax_constraint import each_kind_once, trace
 from jaxsrn.normalization.training.step import SRNCState
-from jaxsrn.operators.flax_layers import LayerMap
+from jaxsrn.operators.flax_layers import LayerMap, layer_name
 
 __all__ = ["Constrained", "Rule", "Survey"]
 
@@ -65,15 +64,8 @@ class _Wrapped(NamedTuple):
 
     def start(self, raw: jax.Array) -> SRNCState:
         """The converged state, for every layer of a stack."""
-
-        def one(kernel):
-            norm = 1.0 if self.blank.norm == LEARNED else self.blank.norm
-            return self.blank.constraint.start(self.layer, kernel, norm)
-
-        start = one
-        for _ in range(stacked_axes(raw, self.blank)):
-            start = functools.partial(jax.lax.map, start)
-        return start(raw)
+        norm = 1.0 if self.blank.norm == LEARNED else self.blank.norm
+        return self.blank.constraint.start(layer_name(self.layer), raw, norm)
 
 
 class Constrained(nn.Module):
@@ -93,6 +85,7 @@ class Constrained(nn.Module):
         wrapped = {} if self.has_variable(COLLECTION, _CONSTRAINED) else self._wrapped(args, options)
         if any(one.blank.norm == LEARNED for one in wrapped.values()) and self.is_initializing():
             self.param(_CONSTRAINED, self._first_norms, wrapped)
+        check_collection(self, _CONSTRAINED, type(self.module).__name__)
         stored = self.variable(COLLECTION, _CONSTRAINED, self._first_states, wrapped)
         variables = {"params": self.variables["params"], COLLECTION: {_CONSTRAINED: stored.value}}
         steps = stepped(self.module, variables)
@@ -138,7 +131,7 @@ class Constrained(nn.Module):
         keys = jax.random.split(key, len(learned))
         for key, (layer, one) in zip(keys, learned.items(), strict=True):
             raw = self._raw(layer)
-            norms[layer] = one.norm(key, raw.shape[: stacked_axes(raw, one.blank)], float_dtype(raw.dtype))
+            norms[layer] = one.norm(key, raw.shape[: one.blank.constraint.stacked_axes(raw)], float_dtype(raw.dtype))
         return nested(norms, "norm")
 
     @nn.nowrap

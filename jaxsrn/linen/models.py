@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
+import jax.numpy as jnp
 from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 
@@ -17,14 +18,15 @@ from jaxsrn.linen.wrappers import (
     LEARNED,
     Normalized,
     nested,
+    started,
     stepped,
     trace_keys,
     written,
 )
 from jaxsrn.normalization.training.flax_constraint import CallRecord, trace
-from jaxsrn.operators.base import Operator
+from jaxsrn.operators.layers import LayerOperators
 
-__all__ = ["constrain", "fold", "layer_operators", "refresh"]
+__all__ = ["constrain", "fold", "layer_operators", "refresh", "restart"]
 
 
 def constrain(module: nn.Module, wrap: Callable[[tuple, nn.Module], nn.Module], where: Any = LAYERS) -> nn.Module:
@@ -106,6 +108,19 @@ def refresh(module: nn.Module, variables: Mapping) -> dict:
     return {**variables, COLLECTION: nested(states, "state")}
 
 
+def restart(module: nn.Module, variables: Mapping) -> dict:
+    """The variables with the state of every wrapper in `module` started anew from its kernel; it is then converged.
+
+    That is for kernels that were replaced since the state was made: by weights of a file, or by an average of weights.
+    A forward finds that out by itself and takes the passes that it needs, but where `"stable_rank"` is not mutable it
+    stores nothing, so that every forward takes them again. And with a target it keeps to a local solution, which a new
+    start would improve. The function is pure, as `refresh` is.
+
+    Args, errors: as for `refresh`.
+    """
+    return {**variables, COLLECTION: nested(started(module, variables), "state")}
+
+
 def _replaced(path: tuple, places: Mapping[tuple, tuple]) -> tuple:
     """The path in the plain model of what is at a path in the wrapped one; `places` is where the layers go."""
     return next((places[path[:n]] + path[n:] for n in range(len(path)) if path[:n] in places), path)
@@ -118,7 +133,7 @@ def layer_operators(
     unbounded: bool = False,
     computes: Mapping[type, type | None] = MappingProxyType({}),
     **options,
-) -> Mapping[tuple, Operator]:
+) -> LayerOperators:
     """The operator of every layer of a model, found by tracing the model on the shapes of its inputs.
 
     Modules of Linen have no layers before they are called. So inputs are needed even where their image size does not
@@ -137,9 +152,10 @@ def layer_operators(
     Returns:
       `{path to the kernel: operator}`, the paths as `flax.traverse_util.flatten_dict(variables["params"])` names them.
       Layers stacked by `nn.vmap` or `nn.scan` have the operator of one of them. It leaves out layers that the inputs do
-      not reach, and layers that store their kernel in another shape than the operator's: `nn.DenseGeneral` of several
-      axes; with strides and `transpose_kernel=False`, an `nn.ConvTranspose` that is circular or without image size;
-      without image size, an `nn.Conv` with input dilation.
+      not reach, and layers that store the channels of their kernel the other way round than the operator: with strides
+      and `transpose_kernel=False`, an `nn.ConvTranspose` that is circular or without image size; without image size, an
+      `nn.Conv` with input dilation. The attribute `left_out` of the result lists these, and all other parameters of two
+      axes or more, `{path: reason}`.
 
     Raises:
       ValueError: no inputs, a layer called with images of different sizes, one that is no operator, or one whose map
@@ -150,7 +166,8 @@ def layer_operators(
         f"inputs: got none, expected those of {type(module).__name__} or their shapes, as a module of Linen has no "
         "layers before it is called; unbounded=True gives the operators of no image size.",
     )
-    return layer_calls(module, variables, *inputs, unbounded=unbounded, computes=computes, **options).operators()
+    shapes = {path: jnp.shape(leaf) for path, leaf in flatten_dict(nn.meta.unbox(variables["params"])).items()}
+    return layer_calls(module, variables, *inputs, unbounded=unbounded, computes=computes, **options).operators(shapes)
 
 
 def layer_calls(

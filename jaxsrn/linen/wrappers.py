@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from flax import struct
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jaxsrn._tools.checks import ensure, errors_named, float_dtype
-from jaxsrn.normalization.training.flax_constraint import Constraint, target_for
+from jaxsrn.normalization.training.flax_constraint import Constraint, each_kind_once, target_for
 from jaxsrn.operators.flax_layers import FlaxLayers, LayerMap, kind_of, layer_map, layer_name
 
 __all__ = [
@@ -25,8 +26,9 @@ __all__ = [
     "SpectralNorm",
     "StableRankNorm",
     "StableRankState",
+    "check_collection",
     "nested",
-    "stacked_axes",
+    "started",
     "stepped",
     "trace_keys",
     "written",
@@ -96,6 +98,7 @@ class Normalized(nn.Module):
             self.layer(x, **options)
         raw = _raw_kernel(self.layer)
         norm = self._norm(float_dtype(raw.dtype))
+        check_collection(self, "state", layer_name(self.layer))
         stored = self.variable(COLLECTION, "state", self._start, raw, norm)
         _check_state(stored.value, self.described(raw.shape), layer_name(self.layer))
         kernel, state = stored.value.step(raw, norm)
@@ -130,7 +133,7 @@ class Normalized(nn.Module):
     @nn.nowrap
     def _start(self, kernel, norm) -> StableRankState:
         blank = self.described(kernel.shape)
-        return blank.replace(value=blank.constraint.start(self.layer, kernel, norm))
+        return blank.replace(value=blank.constraint.start(layer_name(self.layer), kernel, norm))
 
     @nn.nowrap
     def _target(self, seen: LayerMap) -> float | None:
@@ -198,6 +201,16 @@ def _raw_kernel(layer: nn.Module) -> jax.Array:
     return jnp.asarray(nn.meta.unbox(layer.get_variable("params", "kernel")))
 
 
+def check_collection(module: nn.Module, variable: str, name: str) -> None:
+    """Raises `ValueError` where a module has no state and can start none."""
+    ensure(
+        module.has_variable(COLLECTION, variable) or module.is_mutable_collection(COLLECTION),
+        f"{name}: it has no state, and the collection {COLLECTION!r} is not mutable here; pass all variables that init "
+        f"returns, or apply with mutable=[{COLLECTION!r}]. Inside nn.RNN, nn.scan or nn.vmap, name the collection "
+        f"beside 'params', as in nn.RNN(cell, variable_broadcast=('params', {COLLECTION!r})).",
+    )
+
+
 def _check_state(stored, expected: StableRankState, name: str) -> None:
     ensure(
         isinstance(stored, StableRankState),
@@ -218,8 +231,17 @@ def _with_kernel(variables: Mapping, kernel: jax.Array) -> dict:
     return {**variables, "params": {**params, "kernel": nn.meta.replace_boxed(params["kernel"], kernel)}}
 
 
-def stepped(module: nn.Module, variables: Mapping) -> dict[tuple, tuple[tuple, Any, StableRankState]]:
-    """One step of all wrappers: `{path of a wrapper: (path of its layer, normalized kernel, next state)}`."""
+class Held(NamedTuple):
+    """A wrapped layer as the variables have it: its path, its kernel, the state of its wrapper, and its norm."""
+
+    layer: tuple
+    kernel: Any
+    state: StableRankState
+    norm: Any
+
+
+def held(module: nn.Module, variables: Mapping) -> dict[tuple, Held]:
+    """All wrapped layers, by the paths of their wrappers."""
     states, params = flatten_dict(variables.get(COLLECTION, {})), flatten_dict(variables["params"])
     ensure(
         bool(states),
@@ -233,39 +255,37 @@ def stepped(module: nn.Module, variables: Mapping) -> dict[tuple, tuple[tuple, A
         with errors_named(written(layer, module)):
             ensure((*layer, "kernel") in params, "wrapped, but variables['params'] has no kernel for it.")
             norm = params[(*wrapper, "norm")] if state.norm == LEARNED else state.norm
-            found[wrapper] = (layer, *_stepped_kernel(params[(*layer, "kernel")], state, norm))
+            found[wrapper] = Held(layer, params[(*layer, "kernel")], state, nn.meta.unbox(norm))
+    return found
+
+
+def stepped(module: nn.Module, variables: Mapping) -> dict[tuple, tuple[tuple, Any, StableRankState]]:
+    """One step of all wrappers: `{path of a wrapper: (path of its layer, normalized kernel, next state)}`."""
+    found = {}
+    for wrapper, (layer, kernel, state, norm) in held(module, variables).items():
+        with errors_named(written(layer, module)):
+            found[wrapper] = (layer, *_stepped_kernel(kernel, state, norm))
     return found
 
 
 def _stepped_kernel(kernel, state: StableRankState, norm) -> tuple[Any, StableRankState]:
     """The kernel of a reading forward, boxed as it was, and the next state; a stack of layers is stepped at once."""
-    raw = jnp.asarray(nn.meta.unbox(kernel))
-    axes = stacked_axes(raw, state)
-    ensure(
-        all(leaf.ndim >= axes for leaf in jax.tree.leaves(state)),
-        f"got kernels of shape {raw.shape} and a state that is not stacked along axis 0 in {COLLECTION!r}.",
-    )
-    is_learned = state.norm == LEARNED
-
-    def step(raw, norm, state):
-        # A norm has no sign, so that of a learned gain is dropped.
-        return state.step(raw, jnp.abs(norm) if is_learned else norm)
-
-    for _ in range(axes):
-        step = jax.vmap(step, in_axes=(0, 0 if is_learned else None, 0))
-    normalized, state = step(raw, nn.meta.unbox(norm), state)
+    # A norm has no sign, so that of a learned gain is dropped.
+    normalized, state = state.step(jnp.asarray(nn.meta.unbox(kernel)), jnp.abs(norm) if state.norm == LEARNED else norm)
     return nn.meta.replace_boxed(kernel, normalized), state
 
 
-def stacked_axes(raw: jax.Array, state: StableRankState) -> int:
-    """How many axes of stacked layers stand before those of a kernel."""
-    shape = state.constraint.layer_map.stored_shape
-    axes = raw.ndim - len(shape)
-    ensure(
-        axes >= 0 and raw.shape[axes:] == shape,
-        f"got kernels of shape {raw.shape}, expected {shape}, stacked along axis 0 in 'params' and {COLLECTION!r}.",
-    )
-    return axes
+def started(module: nn.Module, variables: Mapping) -> dict[tuple, StableRankState]:
+    """The states of all wrappers, each started anew from its kernel: `{path of a wrapper: state}`."""
+    found = held(module, variables)
+    starts, kinds, kernels = [], [], []
+    for layer, kernel, state, norm in found.values():
+        norm = 1.0 if state.norm == LEARNED else norm
+        starts.append(functools.partial(state.constraint.start, written(layer, module), norm=norm))
+        kinds.append((state.constraint, state.norm))
+        kernels.append(jnp.asarray(nn.meta.unbox(kernel)))
+    values = each_kind_once(starts, kinds, kernels)
+    return {path: one.state.replace(value=value) for (path, one), value in zip(found.items(), values, strict=True)}
 
 
 def nested(leaves: Mapping[tuple, Any], name: str) -> dict:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxsrn._tools.checks import ensure, float_dtype
+from jaxsrn._tools.checks import float_dtype
 from jaxsrn.bounds.interval import certified
 from jaxsrn.operators.layers import Layers, values_of_stacks
 from jaxsrn.spectra.norms import spectral_norm
@@ -77,7 +77,6 @@ def certified_upper_bound(layers: Layers, params, *, resolution: float = 0.01, l
 
 def of_layers(function: Callable, layers: Layers, params):
     """The values of `function(kernel, op)`, a tree of scalars, as one array over all layers for each."""
-    ensure(len(layers) > 0, "layers: got none, expected {path: operator}, as layer_operators gives it.")
     values = values_of_stacks(function, layers, params)
 
     def joined(*arrays):

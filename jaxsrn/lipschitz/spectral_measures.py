@@ -51,7 +51,7 @@ def norm_2_1(kernel: Kernel, op: Operator) -> Float[Array, ""]:
     Raises:
       ValueError: a kernel that does not fit, or an `UnboundedConv`, whose matrix has infinitely many rows.
     """
-    kernel = kernel_array(kernel, op)
+    kernel, op = op._flattened(kernel_array(kernel, op))
     op.in_shape(kernel.shape)
     return _norm_2_1(kernel, op)
 

@@ -20,10 +20,10 @@ from jaxsrn.normalization.closed_form import Problem, closed_form, functional, p
 from jaxsrn.normalization.iteration import Fixpoint, minorise_maximise
 from jaxsrn.normalization.matrices import srn_of_matrix
 from jaxsrn.normalization.raise_stable_rank import raised
-from jaxsrn.normalization.result import SRNResult, in_own_scale, measured, proven_gap
+from jaxsrn.normalization.result import SRNResult, in_own_scale, in_shape, measured, proven_gap
 from jaxsrn.operators.base import Dense, Operator
 from jaxsrn.spectra.norms import SingularTriplet, check_triplet, frozen_value
-from jaxsrn.spectra.pairs_by_kind import pair_of_images, pair_shapes
+from jaxsrn.spectra.pairs_by_kind import pair_of_floats, pair_of_images, pair_shapes
 from jaxsrn.spectra.singular_pair import Pair, rescaled
 
 __all__ = [
@@ -88,6 +88,8 @@ def srnc(
       [0.5  0.25 0.25] 1.0000 24.0000
     """
     kernel = kernel_array(kernel, op)
+    shape = kernel.shape
+    kernel, op = op._flattened(kernel)
     op._check_not_aliased(kernel.shape)
     dtype = float_dtype(kernel.dtype)
     target = positive_scalar(target, "target", dtype)
@@ -100,9 +102,11 @@ def srnc(
     if initial is not None:
         _check_initial(initial, op, kernel.shape)
     if isinstance(op, Dense):
-        return srn_of_matrix(kernel, target, 1 if keep_norm else 0, bool(raise_rank))
+        return in_shape(srn_of_matrix(kernel, target, 1 if keep_norm else 0, bool(raise_rank)), shape)
     if isinstance(initial, SingularTriplet):
         initial = _stored(initial.right, initial.left, op, kernel)
+    elif initial is not None:
+        initial = pair_of_floats(initial, op, kernel.shape, dtype)
     solution = lowest(kernel, op, target, initial, tolerance, max_steps)
     if raise_rank:
         return _raised_or_lowered(kernel, op, target, solution, tolerance, max_steps)

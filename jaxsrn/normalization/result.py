@@ -66,6 +66,11 @@ def in_own_scale(result: SRNResult, scale, kernel: Shaped[Array, "..."], op: Ope
     return result._replace(kernel=own, spectral_norm=result.spectral_norm * scale)
 
 
+def in_shape(result: SRNResult, kernel_shape: tuple[int, ...]) -> SRNResult:
+    """The result with the kernel in the shape in which it is stored, for matrices of more than two axes."""
+    return result._replace(kernel=result.kernel.reshape(kernel_shape))
+
+
 def measured(result, problem, norm, distance, gap, num_steps, keep_norm, feasible) -> SRNResult:
     """The result for a kernel whose norm is known: its stable rank, and how far it misses the constraints."""
     rank = ratio(problem.inner(result, result), norm**2)

@@ -9,7 +9,7 @@ from jaxsrn._tools.checks import Kernel, float_dtype, kernel_array, positive_sca
 from jaxsrn._tools.linalg import ratio, safe_sqrt
 from jaxsrn._tools.programs import program
 from jaxsrn.normalization.closed_form import Problem, problem_of
-from jaxsrn.normalization.result import SRNResult, in_own_scale, measured
+from jaxsrn.normalization.result import SRNResult, in_own_scale, in_shape, measured
 from jaxsrn.normalization.starts import survey
 from jaxsrn.operators.base import Operator
 from jaxsrn.spectra.norms import frozen_value
@@ -38,11 +38,13 @@ def srnc_tanay(kernel: Kernel, op: Operator, target) -> SRNResult:
       the target is in `stable_rank_range`, not that it was met.
     """
     kernel = kernel_array(kernel, op)
+    shape = kernel.shape
+    kernel, op = op._flattened(kernel)
     op._check_not_aliased(kernel.shape)
     # The direction is that of images, and an image without edges has none.
     op.in_shape(kernel.shape)
     target = positive_scalar(target, "target", float_dtype(kernel.dtype))
-    return _srnc_tanay(kernel, op, leading_pair(kernel, op), target)
+    return in_shape(_srnc_tanay(kernel, op, leading_pair(kernel, op), target), shape)
 
 
 @program

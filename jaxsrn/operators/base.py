@@ -19,7 +19,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Shaped
 
-from jaxsrn._tools.checks import Kernel, ensure, kernel_array
+from jaxsrn._tools.checks import Kernel, ensure, kernel_array, static_int
 from jaxsrn.operators.layouts import PLAIN, TO_TRANSPOSE_IN_IMAGES, TO_TRANSPOSE_IN_KERNELS, Layout
 
 __all__ = [
@@ -45,6 +45,11 @@ class Operator(abc.ABC):
     _needs_explicit_matrix = False
     # A matrix keeps its leading pair when its stable rank is lowered; the kernel of a convolution does not.
     _normalization_keeps_pairs = False
+
+    @property
+    @abc.abstractmethod
+    def _kernel_axes(self) -> int | None:
+        """How many axes a kernel has; `None` where kernels of several numbers of axes fit."""
 
     @abc.abstractmethod
     def _check_kernel_shape(self, kernel_shape: tuple[int, ...]) -> None:
@@ -77,6 +82,10 @@ class Operator(abc.ABC):
     def _is_cheaper_by_fft(self, kernel_shape: tuple[int, ...]) -> bool:
         """Whether products by FFT take a small part of the time of direct ones (static)."""
         return False
+
+    def _flattened(self, kernel: Shaped[Array, "..."]) -> tuple[Shaped[Array, "..."], Operator]:
+        """The kernel and the operator of the same map in the form in which it is computed: matrices have two axes."""
+        return kernel, self
 
     def apply(self, kernel: Kernel, x: Kernel, *, precision=None) -> Shaped[Array, "..."]:
         """`T(kernel) x`: what the Flax layer computes, without its bias.
@@ -148,7 +157,7 @@ class Operator(abc.ABC):
         """How often each tap meets a real input sample: `||T(K)||_F^2 = sum(weights * K**2)`.
 
         Returns:
-          `(*taps, 1, 1)` (dense: `(1, 1)`) of `dtype`, which is JAX's default float if it is `None`. The weights
+          `(*taps, 1, 1)` (dense: ones) of `dtype`, which is JAX's default float if it is `None`. The weights
           broadcast against the kernel. A zero marks a tap that never meets the image.
 
         Raises:
@@ -200,33 +209,69 @@ class Operator(abc.ABC):
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class Dense(Operator):
-    """A dense layer `y = x @ kernel` with a kernel `(c_in, c_out)`, as Flax stores it."""
+    """A dense layer `y = x @ kernel` with a kernel `(c_in, c_out)`, as Flax stores it.
+
+    A matrix may be stored with several axes for its inputs or its outputs, as the projections of attention are, into
+    heads `(features, heads, size)` and out of them `(heads, size, features)`. It is then the kernel reshaped to
+    `(prod(inputs), prod(outputs))`, and inputs and outputs are vectors of these sizes.
+
+    Args:
+      input_axes, output_axes: how many axes of the kernel are those of the inputs, and then those of the outputs.
+
+    Raises:
+      ValueError: numbers that are not positive integers.
+    """
+
+    _: dataclasses.KW_ONLY
+    input_axes: int = 1
+    output_axes: int = 1
 
     _normalization_keeps_pairs = True
 
+    def __post_init__(self):
+        for name in ("input_axes", "output_axes"):
+            object.__setattr__(self, name, static_int(getattr(self, name), name))
+
+    def __repr__(self) -> str:
+        """The operator as a call, without arguments where both have their default value."""
+        axes = self.input_axes, self.output_axes
+        return "Dense()" if axes == (1, 1) else f"Dense(input_axes={axes[0]}, output_axes={axes[1]})"
+
+    @property
+    def _kernel_axes(self) -> int:
+        return self.input_axes + self.output_axes
+
     def _check_kernel_shape(self, kernel_shape):
+        expected = "(c_in, c_out)" if self._kernel_axes == 2 else f"{self._kernel_axes} axes"
         ensure(
-            len(kernel_shape) == 2 and min(kernel_shape) > 0,
-            f"kernel: got shape {tuple(kernel_shape)}, expected (c_in, c_out) for Dense(); reshape it.",
+            len(kernel_shape) == self._kernel_axes and min(kernel_shape) > 0,
+            f"kernel: got shape {tuple(kernel_shape)}, expected {expected} for {self}; reshape it, or say by "
+            "Dense(input_axes=..., output_axes=...) which of its axes are inputs and which outputs.",
         )
 
     def _channels(self, kernel_shape):
-        return tuple(kernel_shape)
+        return math.prod(kernel_shape[: self.input_axes]), math.prod(kernel_shape[self.input_axes :])
 
     def _axis_strides(self, kernel_shape):
         return ()
 
     def in_shape(self, kernel_shape):
-        return tuple(kernel_shape[:1])
+        return self._channels(kernel_shape)[:1]
 
     def out_shape(self, kernel_shape):
-        return tuple(kernel_shape[1:])
+        return self._channels(kernel_shape)[1:]
 
     def _axis_contacts(self, kernel_shape):
         return []
 
+    def _tap_counts(self, kernel_shape):
+        return np.ones((1,) * len(kernel_shape))
+
+    def _flattened(self, kernel):
+        return (kernel, self) if kernel.ndim == 2 else (kernel.reshape(self._channels(kernel.shape)), Dense())
+
     def _apply_batch(self, kernel, x, precision, layout, by_fft):
-        return jnp.matmul(x, kernel, precision=precision)
+        return jnp.matmul(x, kernel.reshape(self._channels(kernel.shape)), precision=precision)
 
     def to_dense(self, kernel):
-        return kernel_array(kernel, self).T
+        return self._flattened(kernel_array(kernel, self))[0].T

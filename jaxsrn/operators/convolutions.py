@@ -86,6 +86,11 @@ class UnboundedConv(_Conv):
             object.__setattr__(self, name, normal[0] if np.ndim(value) == 0 else normal)
         self._normalise_groups()
 
+    @property
+    def _kernel_axes(self) -> int | None:
+        # A stride for each axis says how many there are.
+        return len(self.strides) + 2 if isinstance(self.strides, tuple) else None
+
     def _per_axis(self, name: str, kernel_shape) -> tuple[int, ...]:
         return int_tuple(getattr(self, name), len(kernel_shape) - 2, name)
 
@@ -128,6 +133,10 @@ class _SizedConv(_Conv):
     def num_axes(self) -> int:
         """The number of spatial axes."""
         return len(self.input_shape)
+
+    @property
+    def _kernel_axes(self) -> int:
+        return self.num_axes + 2
 
     def _normalise(self, *names: str) -> None:
         """Turns the named fields into tuples of positive ints, one per axis."""
@@ -208,7 +217,8 @@ class CircularConv(_SizedConv):
         ensure(
             all(n % s == 0 for n, s in zip(self.input_shape, self.strides, strict=True)),
             f"strides: got {self.strides} on an image of {self.input_shape}, expected divisors of it; a circular "
-            "convolution is block circulant only then. Crop or pad the image, or use ZeroPaddedConv.",
+            "convolution is block circulant only then. Crop or pad the image to multiples of the strides, give the "
+            "layer another padding (ZeroPaddedConv), or leave it out.",
         )
 
     @property

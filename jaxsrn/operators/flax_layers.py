@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -29,6 +28,7 @@ __all__ = [
     "kind_of",
     "layer_map",
     "layer_name",
+    "own_shape",
 ]
 
 # These fields of a layer hold functions that its kernel goes through.
@@ -76,6 +76,13 @@ class LayerMap:
     def is_stored_as_is(self) -> bool:
         """Whether the layer's kernel is the operator's, without a rearrangement."""
         return self.shape == self.stored_shape and not self.swapped
+
+    @property
+    def op_of_stack(self) -> Operator:
+        """The operator, with a stride for each axis, so that a kernel of a stack is not taken for one of more axes."""
+        if not isinstance(self.op, UnboundedConv):
+            return self.op
+        return dataclasses.replace(self.op, strides=self.op._axis_strides(self.shape))
 
     def to_operator(self, kernel: jax.Array) -> jax.Array:
         """The operator's kernel from the layer's."""
@@ -128,6 +135,11 @@ def kind_of(layer, classes: FlaxLayers, vouched: Mapping[type, type | None]) -> 
     )
     with errors_named(layer_name(layer)):
         ensure(
+            base is not None or not hasattr(layer, "num_embeddings"),
+            f"layer: got {type(layer).__name__}, expected {names}; a table whose rows are looked up is no linear map "
+            "of its input. Leave it out, by the option where= of constrain.",
+        )
+        ensure(
             base is not None,
             f"layer: got {type(layer).__name__}, expected {names}; wrap the layer that has the kernel, or, {vouch}",
         )
@@ -177,6 +189,24 @@ def _own_functions(layer, base: type) -> list[str]:
     return own if is_plain else [*own, "kernel.get_value"]
 
 
+def own_shape(layer, kernel_shape: tuple[int, ...], kind: str) -> tuple[int, ...]:
+    """The shape of the kernel of one layer, without the first axes where the layer is a stack (`nnx.vmap` makes them).
+
+    Layers that do not say how many axes their kernel has are taken for single ones.
+    """
+    names = {
+        "dense": (),
+        "dense_general": ("in_features", "out_features", "batch_axis"),
+        "conv": ("kernel_size",),
+        "conv_transpose": ("kernel_size",),
+    }[kind]
+    if not all(hasattr(layer, name) for name in names):
+        return tuple(kernel_shape)
+    sizes = [getattr(layer, name) for name in names]
+    axes = sum(1 if isinstance(size, int) else len(size) for size in sizes) + (0 if kind == "dense_general" else 2)
+    return tuple(kernel_shape)[-axes:]
+
+
 def layer_map(layer, kernel_shape: tuple[int, ...], input_shape, kind: str) -> LayerMap:
     """The map of a layer.
 
@@ -222,8 +252,7 @@ def _general(layer, kernel_shape) -> LayerMap:
         "batch axes: got some, expected none; with them the layer is one matrix for each index.",
     )
     axes = layer.axis if isinstance(layer.axis, (tuple, list)) else (layer.axis,)
-    rows = math.prod(kernel_shape[: len(axes)])
-    return LayerMap(Dense(), (rows, math.prod(kernel_shape[len(axes) :])), kernel_shape)
+    return LayerMap(Dense(input_axes=len(axes), output_axes=len(kernel_shape) - len(axes)), kernel_shape, kernel_shape)
 
 
 def _per_axis(value, num_axes: int) -> tuple[int, ...]:

@@ -17,10 +17,12 @@ from jaxsrn._tools.checks import ensure, errors_named, kernel_array
 from jaxsrn.operators.base import Operator
 
 __all__ = [
+    "LayerOperators",
     "Layers",
     "Path",
     "Stack",
     "after",
+    "check_some",
     "find_kernels",
     "named_kernels",
     "stacked",
@@ -31,6 +33,29 @@ __all__ = [
 Path = tuple[Any, ...]
 # The type is {path: operator}; `find_kernels` checks it entry by entry.
 Layers = Mapping
+
+
+@jax.tree_util.register_pytree_node_class
+class LayerOperators(dict):
+    """The layers of a model, `{path of the kernel: operator}`, and the kernels that are none of them.
+
+    Attributes:
+      left_out: `{path: reason}` of all other parameters of two axes or more. No constraint holds them.
+    """
+
+    def __init__(self, found: Layers, left_out: Mapping[Path, str]):
+        super().__init__(found)
+        self.left_out = dict(left_out)
+
+    def tree_flatten(self):
+        """The operators, which are static, as a dictionary's values are flattened."""
+        return tuple(self.values()), (tuple(self), tuple(self.left_out.items()))
+
+    @classmethod
+    def tree_unflatten(cls, static, operators):
+        """The inverse of `tree_flatten`."""
+        paths, left_out = static
+        return cls(dict(zip(paths, operators, strict=True)), dict(left_out))
 
 
 class Stack(NamedTuple):
@@ -52,6 +77,17 @@ def _names(path: Path, leaf) -> bool:
     return plain(leaf[: len(path)]) == path and all(isinstance(key, jax.tree_util.GetAttrKey) for key in rest)
 
 
+def check_some(layers: Layers) -> None:
+    """Raises `ValueError` where there are no layers, so that no constraint holds nothing."""
+    left_out = getattr(layers, "left_out", {})
+    reasons = "".join(f"\n  {path!r}: {reason}" for path, reason in left_out.items())
+    ensure(
+        len(layers) > 0,
+        "layers: got none, expected {path: operator}, as layer_operators gives it."
+        + (f" It left out:{reasons}" if left_out else ""),
+    )
+
+
 def find_kernels(layers: Layers, params) -> dict[Path, int]:
     """The index, in the order of `jax.tree.leaves(params)`, of the leaf that each path names.
 
@@ -59,8 +95,10 @@ def find_kernels(layers: Layers, params) -> dict[Path, int]:
     is a node of its own, and the array is an attribute of it.
 
     Raises:
-      ValueError: a path that names no leaf or several, a path that is no tuple, or a value that is no operator.
+      ValueError: no layers, a path that names no leaf or several, a path that is no tuple, or a value that is no
+        operator.
     """
+    check_some(layers)
     leaves = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
     found = {}
     for path, op in layers.items():
@@ -86,6 +124,12 @@ def named_kernels(layers: Layers, params) -> dict[Path, Shaped[Array, "..."]]:
     kernels = {}
     for path, index in find_kernels(layers, params).items():
         with errors_named(f"layers: at {path!r}"):
+            axes, shape = layers[path]._kernel_axes, jnp.shape(leaves[index])
+            ensure(
+                axes is None or len(shape) <= axes,
+                f"got a stack of kernels of shape {shape} for {layers[path]}, expected {axes} axes; give the layers "
+                "one by one, or wrap them, as the wrappers of jaxsrn.nnx and jaxsrn.linen take stacks.",
+            )
             kernels[path] = kernel_array(leaves[index], layers[path])
     return kernels
 

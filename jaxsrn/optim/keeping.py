@@ -23,7 +23,7 @@ from jaxsrn.normalization.lower_stable_rank import lowered, lowest, srnc
 from jaxsrn.normalization.result import SRNResult
 from jaxsrn.operators.base import Operator
 from jaxsrn.operators.convolutions import ZeroPaddedConv
-from jaxsrn.operators.layers import Layers, after, find_kernels, named_kernels, stacked
+from jaxsrn.operators.layers import Layers, after, check_some, find_kernels, named_kernels, stacked
 from jaxsrn.projections.spectral_ball import project_spectral_ball
 from jaxsrn.spectra.pairs_by_kind import no_pair
 from jaxsrn.spectra.ranks import target_of_fraction
@@ -89,13 +89,14 @@ def keep(layers: Layers, every: int, rule: Rule) -> optax.GradientTransformation
         isinstance(layers, Layers),
         f"layers: got {layers!r}, expected {{path: operator}}, as layer_operators gives it.",
     )
+    check_some(layers)
     layers, every = dict(layers), static_int(every, "every")
 
     def init(params):
         kernels = named_kernels(layers, params)
         memory = []
         for path, op in layers.items():
-            with errors_named(f"layers: at {path!r}"):
+            with errors_named(f"layers: at {path!r}", " To exempt this layer, leave its path out of layers."):
                 memory.append(rule.begin(op, kernels[path].shape, float_dtype(kernels[path].dtype)))
         return KeepState(jnp.zeros((), jnp.int32), tuple(memory))
 

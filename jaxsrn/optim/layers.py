@@ -47,9 +47,9 @@ def keep_spectral_norm(layers: Layers, max_norm, *, every: int = 1) -> optax.Gra
       Updates keep their dtype; narrow kernels meet the constraint to their rounding.
 
     Raises:
-      ValueError: a `max_norm` that is not positive, a bad `every`; in `init` and `update`, naming the layer: a path
-        that names no leaf of `params` or several, a kernel that does not fit its operator, aliased taps; in `update`,
-        missing `params` or updates of other shapes.
+      ValueError: no layers, a `max_norm` that is not positive, a bad `every`; in `init` and `update`, naming the layer:
+        a path that names no leaf of `params` or several, a kernel that does not fit its operator, aliased taps; in
+        `update`, missing `params` or updates of other shapes.
     """
     limit = positive_scalar(max_norm, "max_norm", jnp.result_type(float))
     return keep(layers, every, in_the_ball(limit))

@@ -82,7 +82,7 @@ def extreme_singular_values(kernel: Kernel, op: Operator, *, alpha=1.0, gram: st
     Raises:
       ValueError: a kernel that does not fit, an `alpha` that is not positive, an unknown `gram`.
     """
-    kernel = kernel_array(kernel, op)
+    kernel, op = op._flattened(kernel_array(kernel, op))
     check_side(gram)
     return _extreme(kernel, op, positive_scalar(alpha, "alpha", float_dtype(kernel.dtype)), gram)
 

@@ -29,11 +29,11 @@ def total(function: Callable, layers: Layers, params) -> Float[Array, ""]:
       params: nested dicts, an `nnx.State`, or any pytree; other leaves are not read.
 
     Returns:
-      A scalar in float32 or wider; 0 without layers.
+      A scalar in float32 or wider.
 
     Raises:
-      ValueError: a path that is not in `params` (it is named), a kernel that does not fit its operator, or a function
-        whose value is not a scalar.
+      ValueError: no layers, a path that is not in `params` (it is named), a kernel that does not fit its operator, or a
+        function whose value is not a scalar.
     """
     running = jnp.zeros((), jnp.float32)
     for values in values_of_stacks(function, layers, params):

@@ -59,7 +59,7 @@ def init_pairs(kernel: Kernel, op: Operator, *, alpha=1.0, gram: str = "small") 
     Raises:
       ValueError: as `extreme_singular_values`, or a Gram matrix of one row, which has no two eigenpairs.
     """
-    kernel = kernel_array(kernel, op)
+    kernel, op = op._flattened(kernel_array(kernel, op))
     check_side(gram)
     size = math.prod(_side_shape(op, kernel.shape, gram))
     ensure(
@@ -104,7 +104,7 @@ def extreme_singular_values_step(
     Raises:
       ValueError: as `init_pairs`, pairs that do not fit, or fewer than one step.
     """
-    kernel = kernel_array(kernel, op)
+    kernel, op = op._flattened(kernel_array(kernel, op))
     check_side(gram)
     expected = (2, *_side_shape(op, kernel.shape, gram))
     got = jnp.shape(getattr(pairs, "vectors", None))

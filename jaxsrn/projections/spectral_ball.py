@@ -73,12 +73,14 @@ def clip_singular_values(kernel: Kernel, op: Operator, max_norm) -> Shaped[Array
         that is too large to form.
     """
     kernel, max_norm = _checked(kernel, op, max_norm)
+    shape = kernel.shape
+    kernel, op = op._flattened(kernel)
     ensure(
         not op._needs_explicit_matrix or matrix_size(op, kernel.shape) <= DENSE_SIZE,
         f"kernel: the explicit matrix of {op} is too large, expected at most {DENSE_SIZE} entries; "
         "use project_spectral_ball(kernel, op, max_norm), which never forms it.",
     )
-    return _clip_singular_values(kernel, op, max_norm)
+    return _clip_singular_values(kernel, op, max_norm).reshape(shape)
 
 
 def _checked(kernel, op: Operator, max_norm) -> tuple[jax.Array, jax.Array]:
@@ -143,11 +145,14 @@ def project_spectral_ball(
       ValueError: a kernel that does not fit, aliased taps, a `max_norm` or `tolerance` that is not positive.
     """
     kernel, max_norm = _checked(kernel, op, max_norm)
+    shape = kernel.shape
+    kernel, op = op._flattened(kernel)
     dtype = float_dtype(kernel.dtype)
     tolerance = gap_tolerance(dtype) if tolerance is None else tolerance
     tolerance = positive_scalar(tolerance, "tolerance", dtype)
     max_steps = static_int(max_steps, "max_steps")
-    return _project_spectral_ball(kernel, op, leading_pair(kernel, op), max_norm, tolerance, max_steps)
+    found = _project_spectral_ball(kernel, op, leading_pair(kernel, op), max_norm, tolerance, max_steps)
+    return found._replace(kernel=found.kernel.reshape(shape))
 
 
 @functools.partial(program, static_argnums=(5,))

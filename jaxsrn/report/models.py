@@ -9,10 +9,12 @@ import sys
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxsrn._tools.checks import ensure
+from jaxsrn.operators.base import Dense
 from jaxsrn.operators.flax_layers import LayerMap
 from jaxsrn.report.files import NamedArrays, Tree
 from jaxsrn.report.kernels import KnownLayer
@@ -96,10 +98,15 @@ def _of_linen(module, inputs, computes, options) -> Model:
 
 
 def _known(seen: LayerMap) -> KnownLayer:
-    def to_operator(kernel: np.ndarray) -> np.ndarray:
-        return np.asarray(seen.to_operator(jnp.asarray(kernel)))
+    def flattened(kernel):
+        return seen.op._flattened(seen.to_operator(kernel))[0]
 
-    return KnownLayer(seen.op, seen.shape, seen.stored_shape, to_operator)
+    def to_operator(kernel: np.ndarray) -> np.ndarray:
+        return np.asarray(flattened(jnp.asarray(kernel)))
+
+    shape = jax.eval_shape(flattened, jax.ShapeDtypeStruct(seen.stored_shape, jnp.float32)).shape
+    op = Dense() if isinstance(seen.op, Dense) else seen.op
+    return KnownLayer(op, shape, seen.stored_shape, to_operator)
 
 
 def _joined(path: tuple) -> str:

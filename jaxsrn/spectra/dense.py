@@ -54,4 +54,4 @@ def leading_of_matrix(matrix: Float[Array, "in out"]) -> Pair:
 def _by_svd(matrix: Float[Array, "in out"]) -> Pair:
     """The leading pair by an SVD of the whole matrix."""
     _, rows, columns = top_pairs(matrix[None])
-    return Pair(jnp.asarray(0), rows[0], columns[0])
+    return Pair(None, rows[0], columns[0])

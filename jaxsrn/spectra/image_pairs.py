@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxsrn._tools.lanczos import leading_singular_vectors
@@ -17,12 +16,14 @@ from jaxsrn.operators.base import Operator
 from jaxsrn.spectra.singular_pair import Found, Pair
 
 __all__ = [
+    "as_floats",
     "as_images",
     "flat_products",
     "gradient",
     "images",
     "matrix_free",
     "nearby",
+    "of_floats",
     "of_images",
     "power_step",
     "shapes",
@@ -32,8 +33,18 @@ _HIGHEST = jax.lax.Precision.HIGHEST
 
 
 def shapes(op: Operator, kernel_shape: tuple[int, ...]) -> Pair:
-    """A `Pair` that holds the shapes of a pair's arrays (static)."""
-    return Pair((), op.in_shape(kernel_shape), op.out_shape(kernel_shape))
+    """A `Pair` that holds the shapes of the arrays of a pair in floats, which are the pair's own (static)."""
+    return Pair(None, op.in_shape(kernel_shape), op.out_shape(kernel_shape))
+
+
+def as_floats(pair: Pair, op: Operator, kernel_shape) -> Pair:
+    """The pair as it is kept between steps: it consists of real floats already."""
+    return pair
+
+
+def of_floats(pair: Pair, op: Operator, kernel_shape, dtype) -> Pair:
+    """The pair of `as_floats` in a dtype, whatever was done to it."""
+    return jax.tree.map(lambda leaf: leaf.astype(dtype), pair)
 
 
 def gradient(pair: Pair, op: Operator, kernel_shape: tuple[int, ...]) -> Float[Array, "..."]:
@@ -48,7 +59,7 @@ def images(pair: Pair, op: Operator, kernel_shape: tuple[int, ...]) -> tuple[Flo
 
 def of_images(inputs: Float[Array, "..."], outputs: Float[Array, "..."], op: Operator, kernel_shape) -> Pair:
     """The pair of two real vectors, which are normalised first."""
-    return Pair(jnp.asarray(0), unit(inputs), unit(outputs))
+    return Pair(None, unit(inputs), unit(outputs))
 
 
 def power_step(kernel: Float[Array, "..."], op: Operator, pair: Pair) -> Pair:
@@ -67,7 +78,7 @@ def nearby(kernel: Float[Array, "..."], op: Operator, pair: Pair, tolerance) -> 
 
 def as_images(inputs: Float[Array, " in"], outputs: Float[Array, " out"], op: Operator, kernel_shape) -> Pair:
     """The pair of two flat unit vectors."""
-    return Pair(jnp.asarray(0), inputs.reshape(op.in_shape(kernel_shape)), outputs.reshape(op.out_shape(kernel_shape)))
+    return Pair(None, inputs.reshape(op.in_shape(kernel_shape)), outputs.reshape(op.out_shape(kernel_shape)))
 
 
 def flat_products(kernel: Float[Array, "..."], op: Operator):

@@ -83,7 +83,7 @@ def leading_triplet(
     Raises:
       ValueError: a kernel or an `initial` that does not fit, or a bad tolerance.
     """
-    kernel = kernel_array(kernel, op)
+    kernel, op = op._flattened(kernel_array(kernel, op))
     # The vectors are images, which an operator without a size has none of.
     op.in_shape(kernel.shape)
     dtype = float_dtype(kernel.dtype)
@@ -150,7 +150,7 @@ def spectral_norm(kernel: Kernel, op: Operator) -> Float[Array, ""]:
       >>> print(jaxsrn.spectral_norm(kernel, jaxsrn.CircularConv((8,))).round(4))
       4.0
     """
-    kernel, op = in_common_shape(kernel_array(kernel, op), op)
+    kernel, op = in_common_shape(*op._flattened(kernel_array(kernel, op)))
     return _value(kernel, op, leading_pair(kernel, op))
 
 

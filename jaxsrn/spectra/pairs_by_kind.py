@@ -31,7 +31,9 @@ __all__ = [
     "leading_pair",
     "nearby",
     "no_pair",
+    "pair_as_floats",
     "pair_images",
+    "pair_of_floats",
     "pair_of_images",
     "pair_shapes",
     "power_step",
@@ -104,8 +106,21 @@ def power_step(kernel: Float[Array, "..."], op: Operator, pair: Pair) -> Pair:
 
 
 def pair_shapes(op: Operator, kernel_shape: tuple[int, ...]) -> Pair:
-    """A `Pair` that holds the shapes of a pair's arrays (static)."""
+    """A `Pair` that holds the shapes of the arrays of `pair_as_floats` (static)."""
     return _kind(op).stored.shapes(op, kernel_shape)
+
+
+def pair_as_floats(pair: Pair, op: Operator, kernel_shape: tuple[int, ...]) -> Pair:
+    """The pair in real floats throughout, the form in which it is kept between steps and which users see."""
+    return _kind(op).stored.as_floats(pair, op, kernel_shape)
+
+
+def pair_of_floats(pair: Pair, op: Operator, kernel_shape: tuple[int, ...], dtype) -> Pair:
+    """The pair of `pair_as_floats` for computations in a dtype.
+
+    Averages and casts of pairs are taken too. Their vectors need not have norm 1, and are only near to those of a pair.
+    """
+    return _kind(op).stored.of_floats(pair, op, kernel_shape, dtype)
 
 
 def value_gradient(pair: Pair, op: Operator, kernel_shape: tuple[int, ...]) -> Float[Array, "..."]:

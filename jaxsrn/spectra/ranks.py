@@ -54,7 +54,7 @@ def stable_rank(kernel: Kernel, op: Operator) -> Float[Array, ""]:
       >>> print(jaxsrn.stable_rank(jnp.diag(jnp.array([2.0, 1.0, 1.0])), jaxsrn.Dense()).round(4))
       1.5
     """
-    kernel, op = in_common_shape(kernel_array(kernel, op), op)
+    kernel, op = in_common_shape(*op._flattened(kernel_array(kernel, op)))
     return norm_and_rank(kernel, op, leading_pair(kernel, op))[1]
 
 
@@ -162,8 +162,8 @@ def target_of_fraction(fraction: float, kernel_shape: tuple[int, ...], op: Opera
     # The slack keeps the lower end itself allowed in spite of rounding.
     ensure(
         fraction * largest >= low * (1 - 1e-6),
-        f"fraction: got {fraction}, expected at least {low / largest:.6g}: with its taps the stable rank of {op} is at "
-        f"least {low:.6g} of {largest}.",
+        f"fraction: got {fraction}, expected at least {low / largest:.6g}: the stable rank of {op} with a kernel of "
+        f"shape {tuple(kernel_shape)} is at least {low:.6g} of {largest}.",
     )
     return fraction * largest
 

@@ -19,10 +19,10 @@ class Pair(NamedTuple):
 
     They stand for the singular value `<v, T(K) u>`. A pair of a circular or unbounded layer is a plane wave, stored as
     its complex amplitudes at one `Site`, a frequency and a group (`circular/sites.py`). A pair of any other layer is
-    the two vectors themselves, with site 0.
+    the two vectors themselves, without a site.
 
     Attributes:
-      site: where the pair is: a `Site`, or 0.
+      site: where the pair is: a `Site`, or `None`.
       input: the amplitudes of the input channels (times phases), or a vector of `in_shape`.
       output: the amplitudes of the output channels, or a vector of `out_shape`.
     """

@@ -78,7 +78,7 @@ def singular_values(kernel: Kernel, op: Operator) -> Float[Array, " n"]:
     Raises:
       ValueError: a kernel that does not fit, or a zero-padded matrix that is too large to form.
     """
-    kernel = kernel_array(kernel, op)
+    kernel, op = op._flattened(kernel_array(kernel, op))
     size = matrix_size(op, kernel.shape)
     ensure(
         not op._needs_explicit_matrix or size <= DENSE_SIZE,
@@ -131,7 +131,7 @@ def top_singular_values(kernel: Kernel, op: Operator, k: int) -> Float[Array, " 
     Raises:
       ValueError: a kernel that does not fit, or a `k` out of range.
     """
-    kernel = kernel_array(kernel, op)
+    kernel, op = op._flattened(kernel_array(kernel, op))
     n = min(math.prod(op.in_shape(kernel.shape)), math.prod(op.out_shape(kernel.shape)))
     integral = isinstance(k, (int, np.integer)) and not isinstance(k, bool)
     ensure(integral and 1 <= k <= n, f"k: got {k!r}, expected an integer from 1 to {n}.")

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxsrn._tools.checks import Kernel, ensure, float_dtype, kernel_array, positive_scalar, static_int
 from jaxsrn._tools.indexing import chosen, picked
@@ -24,10 +24,16 @@ from jaxsrn.normalization.closed_form import INFEASIBLE, Problem, problem_of
 from jaxsrn.normalization.starts import survey
 from jaxsrn.normalization.training.implicit import moving_pair
 from jaxsrn.normalization.training.normalized import is_only_rescaled, normalized
-from jaxsrn.normalization.training.tracking import Track, follow, start_track, track_shapes
+from jaxsrn.normalization.training.tracking import (
+    Track,
+    follow,
+    start_track,
+    track_as_floats,
+    track_of_floats,
+    track_shapes,
+)
 from jaxsrn.operators.base import Operator
 from jaxsrn.operators.convolutions import ZeroPaddedConv
-from jaxsrn.spectra.circular.fourier import complex_dtype
 from jaxsrn.spectra.norms import frozen_value
 from jaxsrn.spectra.pairs_by_kind import leading_pair
 from jaxsrn.spectra.singular_pair import Pair, rescaled
@@ -44,6 +50,9 @@ _GRADIENTS = ("frozen", "implicit")
 _START_PASSES = 10
 # A guard of the loop, the same as the default of `srnc`.
 _MAX_PASSES = 500
+# A pass that raises the largest value by this share says that the state knows little of the kernel, whose weights were
+# loaded or moved far. Then passes go on until one raises it by less than the second share.
+_FAR, _AT_REST = 0.05, 1e-5
 # Power steps, except with zero padding and a target: there each takes several products with images. For the norm alone
 # the leading singular values may lie close together, and one step lags.
 _SEVERAL_STEPS = 2
@@ -51,6 +60,10 @@ _SEVERAL_STEPS = 2
 
 class SRNCState(NamedTuple):
     """What `srnc_step` carries: a pytree of small arrays (with zero padding four images, or eight where `own` is kept).
+
+    All of them are real floats: frequencies as shares of a full turn, amplitudes as real and imaginary parts. So a
+    state may be averaged, cast to any floating dtype, or stored in any file, with the rest of a model. The next step
+    puts right what that changed.
 
     Attributes:
       normalized: the track (`tracking.py`) of the normalized kernel's leading pair. A dense kernel has the same pair.
@@ -81,6 +94,7 @@ def srnc_state(kernel: Kernel, op: Operator, target, *, norm=1.0, cap: bool = Fa
       ValueError: as `srnc_step` does.
     """
     kernel, target, _ = _checked(kernel, op, target, norm, cap)
+    kernel, op = op._flattened(kernel)
     # The watch replaces a pair that the kernel outgrows, so that a proof would buy nothing. It would take nearly all of
     # the time for random kernels of many channels, whose largest singular values are alike at all frequencies.
     own = leading_pair(kernel, op, excess=1.0)
@@ -116,6 +130,11 @@ def srnc_step(
     below the target, a result that meets both constraints may stay for a while although the kernel itself would do. The
     function is pure and has no randomness: a caller that keeps the old state has only read it.
 
+    A state may be far from its kernel: of other weights, which were loaded since, or an average of states. The step
+    sees that by the singular value that its first pass finds, which is then more than 5% above what the state knew of.
+    It goes on with passes until one raises the value by less than 1e-5, up to 500. The constraints hold after that;
+    with a target, the local solution may be one that `srnc_state` would not have chosen.
+
     Args:
       kernel: `(c_in, c_out)` or `(*taps, c_in // groups, c_out)`.
       state: from `srnc_state`, with the same `op`, `norm` and `cap`, or from the last step.
@@ -131,7 +150,8 @@ def srnc_step(
         power step, and is the frozen one where that system is singular (the two leading values meet). A second
         derivative is the true one only with `"implicit"` and a target; otherwise it takes the vectors for constants.
       num_steps: static. Power steps of the pair before the kernel is normalized with it. The default is one with zero
-        padding and a target, where each takes products with images, and otherwise two.
+        padding and a target, where each takes products with images, and otherwise two, and more where the state is far
+        from the kernel. A number that is given is kept to.
 
     Returns:
       The kernel in its dtype, with taps that meet no sample as they were, and the new state. Derivatives go through the
@@ -142,9 +162,12 @@ def srnc_step(
         aliased taps.
     """
     kernel, target, norm = _checked(kernel, op, target, norm, cap)
+    shape = kernel.shape
+    kernel, op = op._flattened(kernel)
     check_gradient(gradient)
     few = target is not None and isinstance(op, ZeroPaddedConv)
-    num_steps = static_int((1 if few else _SEVERAL_STEPS) if num_steps is None else num_steps, "num_steps")
+    least, most = (1 if few else _SEVERAL_STEPS, _MAX_PASSES) if num_steps is None else (num_steps, num_steps)
+    steps = static_int(least, "num_steps"), static_int(most, "num_steps")
     own = track_shapes(op, kernel.shape, True) if _follows_own(op, target, norm, cap) else None
     expected = SRNCState(track_shapes(op, kernel.shape, target is None), own)
     ensure(
@@ -152,7 +175,8 @@ def srnc_step(
         f"state: it does not fit a kernel of shape {kernel.shape} with {op}, {norm=}, {cap=}; take it from "
         "srnc_state with the same arguments.",
     )
-    return _srnc_step(kernel, state, op, target, norm, bool(cap), gradient, num_steps)
+    stepped, state = _srnc_step(kernel, state, op, target, norm, bool(cap), gradient, steps)
+    return stepped.reshape(shape), state
 
 
 def check_gradient(gradient: str) -> None:
@@ -181,6 +205,14 @@ def _follows_own(op: Operator, target, norm, cap) -> bool:
 def _srnc_state(kernel, op, own, target, follows_own):
     kernel = lax.stop_gradient(kernel.astype(float_dtype(kernel.dtype)))
     a, _ = rescaled(kernel, op)
+    state = _as_floats(_started(a, op, own, target, follows_own), op, kernel.shape)
+    # A NaN of the kernel reaches all of the state.
+    nothing = 0.0 * jnp.sum(a)
+    return jax.tree.map(lambda leaf: leaf + nothing, state)
+
+
+def _started(a: Float[Array, "..."], op: Operator, own: Pair, target, follows_own: bool) -> SRNCState:
+    """The state of a kernel whose own leading pair is known."""
     track = start_track(a, op, own, target is None)
     if target is None or op._normalization_keeps_pairs:
         return SRNCState(track, None)
@@ -223,7 +255,7 @@ def _settled(problem: Problem, op: Operator, starts: Pair, track: Track) -> Trac
         change = jnp.linalg.norm(kernel - state.kernel) / jnp.linalg.norm(kernel)
         merit = _merit(problem, kernel)
         best = chosen(merit < state.merit, (pair, merit), (state.best, state.merit))
-        track, _ = follow(kernel, op, Track(pair, state.track.watch), False)
+        track, _ = follow(kernel, op, Track(pair, state.track.watch))
         return _Search(track, kernel, change, *best, state.count + 1)
 
     def unfinished(state: _Search):
@@ -246,13 +278,12 @@ def _merit(problem: Problem, kernel: Float[Array, "..."]) -> Float[Array, ""]:
 
 
 @functools.partial(program, static_argnums=(5, 6, 7))
-def _srnc_step(kernel, state, op, target, norm, cap, gradient, num_steps):
+def _srnc_step(kernel, state, op, target, norm, cap, gradient, steps):
     a, scale = rescaled(kernel.astype(float_dtype(kernel.dtype)), op)
-    # A model may have been cast as a whole, and its state with it.
-    fixed, (track, own) = lax.stop_gradient((a, jax.tree.map(functools.partial(_in_precision_of, a), state)))
+    fixed, state = lax.stop_gradient((a, _of_floats(state, op, kernel.shape, a.dtype)))
 
     # The power step comes first, on this kernel: the stored pair is that of the kernel before the optimizer's step.
-    track, own = _followed(fixed, op, target, SRNCState(track, own), num_steps)
+    track, own = state = _followed(fixed, op, target, state, steps)
     # Where the norm alone is asked for, the frozen gradient is the true one.
     pair = track.pair if gradient == "frozen" or target is None else moving_pair(a, op, target, track.pair)
     # The solution is proportional to the norm and does not depend on the scale of the kernel.
@@ -264,42 +295,73 @@ def _srnc_step(kernel, state, op, target, norm, cap, gradient, num_steps):
         # The map is the identity here. The product below has the same value, but no derivative at a zero kernel, where
         # both of its factors vanish.
         unchanged = unchanged | (is_only_rescaled(a, op, target, pair) & (own_norm <= norm))
-    return jnp.where(unchanged, kernel, (norm * unit_kernel).astype(kernel.dtype)), SRNCState(track, own)
+    normalized_kernel = jnp.where(unchanged, kernel, (norm * unit_kernel).astype(kernel.dtype))
+    return normalized_kernel, _as_floats(state, op, kernel.shape)
 
 
-def _in_precision_of(kernel: Float[Array, "..."], leaf: jax.Array) -> jax.Array:
-    """A leaf of the state in the kernel's dtype, or in the complex one of the same precision; sites stay."""
-    if not jnp.issubdtype(leaf.dtype, jnp.inexact):
-        return leaf
-    return leaf.astype(complex_dtype(kernel.dtype) if jnp.iscomplexobj(leaf) else kernel.dtype)
+def _as_floats(state: SRNCState, op: Operator, kernel_shape) -> SRNCState:
+    """The state in real floats throughout, as the caller keeps it."""
+    return SRNCState(*(track and track_as_floats(track, op, kernel_shape) for track in state))
 
 
-def _followed(a: Float[Array, "..."], op: Operator, target, state: SRNCState, num_steps: int) -> SRNCState:
-    """The state after steps of its tracks: on the kernel normalized with the pair of the first, and on the kernel."""
+def _of_floats(state: SRNCState, op: Operator, kernel_shape, dtype) -> SRNCState:
+    """The state for computations in a dtype, whatever the caller did to its floats."""
+    return SRNCState(*(track and track_of_floats(track, op, kernel_shape, dtype) for track in state))
+
+
+class _Passes(NamedTuple):
+    """The passes of a step so far; whether another pair took over in the last, and whether the state is still far."""
+
+    count: Int[Array, ""]
+    turned: Bool[Array, ""]
+    far: Bool[Array, ""]
+    state: SRNCState
+
+
+def _followed(a: Float[Array, "..."], op: Operator, target, state: SRNCState, steps: tuple[int, int]) -> SRNCState:
+    """The state after steps of its tracks: on the kernel normalized with the pair of the first, and on the kernel.
+
+    They are at least `steps[0]`. Where the state is far from the kernel, they go on until it is at rest, up to
+    `steps[1]`.
+    """
     # Without a target, and for matrices, the normalized kernel has the same pairs as the kernel itself.
     keeps_pairs = target is None or op._normalization_keeps_pairs
 
-    def one_pass(passes):
-        count, _, (track, own) = passes
+    def one_pass(passes: _Passes) -> _Passes:
+        track, own = passes.state
         kernel = a if keeps_pairs else normalized(a, op, target, track.pair)
-        track, turned = follow(kernel, op, track, target is None)
-        own = None if own is None else follow(a, op, own, True)[0]
-        return count + 1, turned, SRNCState(track, own)
+        track, step = follow(kernel, op, track)
+        # The closed form gives the value 1 to the pair with which it was made.
+        rise = _rise(step.before if keeps_pairs else 1.0, step.after)
+        if own is not None:
+            own, step_of_own = follow(a, op, own)
+            rise = jnp.maximum(rise, _rise(step_of_own.before, step_of_own.after))
+        far = rise > jnp.where(passes.far, _AT_REST, _FAR)
+        return _Passes(passes.count + 1, step.turned, far, SRNCState(track, own))
 
-    def unfinished(passes):
+    def unfinished(passes: _Passes):
         # Where another pair takes over, the kernel normalized with that pair is another one, which no step has seen.
-        count, turned, _ = passes
-        return (count < num_steps) | (turned & (count < 2))
+        least = steps[0] if steps[0] > 1 else jnp.where(passes.turned, 2, steps[0])
+        return passes.count < jnp.where(passes.far, steps[1], least)
 
-    state = lax.while_loop(unfinished, one_pass, (jnp.asarray(0), jnp.asarray(False), state))[2]
+    no = jnp.asarray(False)
+    state = lax.while_loop(unfinished, one_pass, _Passes(jnp.asarray(0, jnp.int32), no, no, state)).state
     return state if keeps_pairs else state._replace(normalized=_without_pair_of_zero(a, state.normalized))
 
 
-def _without_pair_of_zero(a: Float[Array, "..."], track: Track) -> Track:
-    """The track with a pair of zeros where the kernel is zero.
+def _rise(before, after):
+    """By which share a singular value that a pass found is larger than before, for kernels in the scale of `rescaled`.
 
-    A zero kernel has no leading pair, and an arbitrary one would lead the next kernel to a poor local solution. With a
-    pair of zeros the closed form is the next kernel itself, up to its scale, so the pair starts as that kernel's own.
+    Their norm is about 1 or larger, so that a value below 1 stands for 1; else rounding would rise in zero kernels.
     """
-    is_zero = jnp.all(a == 0)
-    return track._replace(pair=jax.tree.map(lambda leaf: jnp.where(is_zero, jnp.zeros_like(leaf), leaf), track.pair))
+    return (after - before) / jnp.maximum(after, 1.0)
+
+
+def _without_pair_of_zero(a: Float[Array, "..."], track: Track) -> Track:
+    """The track with a pair whose output is 0 where the kernel is zero.
+
+    A zero kernel has no leading pair, and an arbitrary one would lead the next kernel to a poor local solution. With an
+    output of 0 the closed form is the next kernel itself, up to its scale, so the pair starts as that kernel's own.
+    """
+    output = jnp.where(jnp.all(a == 0), jnp.zeros_like(track.pair.output), track.pair.output)
+    return track._replace(pair=track.pair._replace(output=output))

@@ -9,10 +9,12 @@ matrices of any size. `tracked_torus.py` is the counterpart for circular convolu
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from jaxsrn._tools.indexing import picked
 from jaxsrn._tools.linalg import einsum, unit
@@ -20,7 +22,7 @@ from jaxsrn._tools.subspaces import extended, fixed_start, rayleigh_ritz
 from jaxsrn.operators.base import Operator
 from jaxsrn.spectra.singular_pair import Pair
 
-__all__ = ["begin", "follow", "watch_shapes"]
+__all__ = ["Step", "as_floats", "begin", "follow", "of_floats", "watch_shapes"]
 
 # Vectors kept beside the leading one, and inputs of which a power step is taken. More see more crossings; a runner-up
 # costs one product a step, an input with a power step two more.
@@ -31,9 +33,33 @@ _EXPANDED = 2
 _SAME_OVERLAP = 0.9
 
 
+class Step(NamedTuple):
+    """What a step says of the kernel on which it was taken.
+
+    Attributes:
+      before: the value that the first product gives the pair of before, at most the largest singular value.
+      after: the value of the new pair.
+      turned: whether another pair has taken over.
+    """
+
+    before: Float[Array, ""]
+    after: Float[Array, ""]
+    turned: Bool[Array, ""]
+
+
 def watch_shapes(op: Operator, kernel_shape: tuple[int, ...]) -> tuple[int, ...]:
     """The shape of the watch, the inputs of the runners-up (static)."""
     return (_RUNNERS_UP, *op.in_shape(kernel_shape))
+
+
+def as_floats(watch: Float[Array, "..."], op: Operator, kernel_shape) -> Float[Array, "..."]:
+    """The runners-up as they are kept between steps: they consist of real floats already."""
+    return watch
+
+
+def of_floats(watch: Float[Array, "..."], op: Operator, kernel_shape, dtype) -> Float[Array, "..."]:
+    """The runners-up of `as_floats` in a dtype, whatever was done to them."""
+    return watch.astype(dtype)
 
 
 def begin(kernel: Float[Array, "..."], op: Operator) -> Float[Array, "..."]:
@@ -45,7 +71,7 @@ def follow(kernel: Float[Array, "..."], op: Operator, pair: Pair, watch: Float[A
     """The best pairs in the space of the leading inputs and power steps of the first two of them.
 
     Returns:
-      `(pair, watch, turned)`: whether another pair has become the first, with another input.
+      `(pair, watch, step)`: another pair has taken over where the first one has another input.
     """
     shape, highest = pair.input.shape, lax.Precision.HIGHEST
 
@@ -60,11 +86,14 @@ def follow(kernel: Float[Array, "..."], op: Operator, pair: Pair, watch: Float[A
     basis = _orthonormalised(jnp.concatenate([kept, steps.reshape((_EXPANDED, -1))]))
     images = jnp.concatenate([images, forward(basis[len(kept) :])])
     axes = tuple(range(1, images.ndim))
-    weights = rayleigh_ritz(jnp.tensordot(images, images, axes=(axes, axes), precision=highest))[1][: len(kept)]
+    gram = jnp.tensordot(images, images, axes=(axes, axes), precision=highest)
+    squares, weights = rayleigh_ritz(gram)
+    weights = weights[: len(kept)]
     inputs = einsum("kj,jn->kn", weights, basis)
     output = unit(jnp.tensordot(weights[0], images, axes=1, precision=highest))
     turned = jnp.abs(weights[0, 0]) < _SAME_OVERLAP
-    return Pair(pair.site, unit(inputs[0]).reshape(shape), output), inputs[1:].reshape(watch.shape), turned
+    step = Step(jnp.sqrt(gram[0, 0]), jnp.sqrt(squares[0]), turned)
+    return Pair(pair.site, unit(inputs[0]).reshape(shape), output), inputs[1:].reshape(watch.shape), step
 
 
 def _orthonormalised(vectors: Float[Array, "k n"]) -> Float[Array, "k n"]:

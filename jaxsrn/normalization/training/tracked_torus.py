@@ -25,14 +25,16 @@ from jaxtyping import Array, Complex, Float, Int
 from jaxsrn._tools.indexing import picked
 from jaxsrn._tools.linalg import einsum, real_times
 from jaxsrn._tools.subspaces import fixed_start
+from jaxsrn.normalization.training.tracked_images import Step
 from jaxsrn.operators.convolutions import CircularConv, UnboundedConv
 from jaxsrn.spectra.circular.angles import angles_of, waves
 from jaxsrn.spectra.circular.boxes import degrees
-from jaxsrn.spectra.circular.fourier import complex_dtype, polynomial, site_shape
+from jaxsrn.spectra.circular.fourier import complex_dtype, of_group, polynomial, site_shape
+from jaxsrn.spectra.circular.real_floats import amplitudes_of, indices_of, parts_of, turns_of
 from jaxsrn.spectra.circular.sites import Site, half_grid, on_grid
 from jaxsrn.spectra.singular_pair import Pair
 
-__all__ = ["begin", "follow", "watch_shapes"]
+__all__ = ["as_floats", "begin", "follow", "of_floats", "watch_shapes"]
 
 # Cells per degree of the symbol in a full turn of an axis, and the most of them: more miss fewer peaks, at the cost of
 # a climber each. With two per degree a layer without edges ended 6% above its norm after 200 steps of Adam, with eight
@@ -48,10 +50,24 @@ class Climbers(NamedTuple):
 
 
 def watch_shapes(op: CircularConv | UnboundedConv, kernel_shape: tuple[int, ...]) -> Climbers:
-    """The shapes of the climbers' arrays, in their places (static)."""
+    """The shapes of the climbers' arrays in floats, in their places (static)."""
     layer = on_grid(op, kernel_shape)
-    first = len(_cells(layer, kernel_shape)), layer.feature_group_count
-    return Climbers((*first, layer.num_axes), (*first, site_shape(layer, kernel_shape)[1]))
+    cells, groups = len(_cells(layer, kernel_shape)), layer.feature_group_count
+    return Climbers((cells, groups, layer.num_axes), (2 * cells, groups, site_shape(layer, kernel_shape)[1]))
+
+
+def as_floats(watch: Climbers, op: CircularConv | UnboundedConv, kernel_shape) -> Climbers:
+    """The climbers as they are kept between steps, in real floats (`spectra/circular/real_floats.py`)."""
+    grid, dtype = on_grid(op, kernel_shape).grid, watch.output.real.dtype
+    return Climbers(turns_of(watch.index, grid, dtype), parts_of(watch.output))
+
+
+def of_floats(watch: Climbers, op: CircularConv | UnboundedConv, kernel_shape, dtype) -> Climbers:
+    """The climbers of `as_floats` in a dtype, each in its cell, whatever was done to them."""
+    layer = on_grid(op, kernel_shape)
+    lowest, highest = np.moveaxis(_cells(layer, kernel_shape)[:, None], -1, 0)
+    index, output = jax.tree.map(lambda leaf: leaf.astype(dtype), watch)
+    return Climbers(indices_of(index, layer.grid, lowest, highest), amplitudes_of(output))
 
 
 def begin(kernel: Float[Array, "..."], op: CircularConv | UnboundedConv) -> Climbers:
@@ -59,7 +75,7 @@ def begin(kernel: Float[Array, "..."], op: CircularConv | UnboundedConv) -> Clim
     index, outputs = watch_shapes(op, kernel.shape)
     cells = _cells(on_grid(op, kernel.shape), kernel.shape)
     middles = np.sum(cells, axis=-1, dtype=np.int32) // 2
-    vectors = fixed_start(outputs, kernel.dtype).astype(complex_dtype(kernel.dtype))
+    vectors = fixed_start((outputs[0] // 2, *outputs[1:]), kernel.dtype).astype(complex_dtype(kernel.dtype))
     return Climbers(jnp.broadcast_to(jnp.asarray(middles)[:, None], index), vectors)
 
 
@@ -67,7 +83,7 @@ def follow(kernel: Float[Array, "..."], op: CircularConv | UnboundedConv, pair: 
     """A step of the pair and of the climbers; the best of them is the new pair.
 
     Returns:
-      `(pair, watch, turned)`: whether a climber has taken the place of the pair.
+      `(pair, watch, step)`: another pair has taken over where a climber has taken the place of the pair.
     """
     layer = on_grid(op, kernel.shape)
     groups, samples = layer.feature_group_count, jnp.asarray(layer.grid, jnp.int32)
@@ -80,7 +96,7 @@ def follow(kernel: Float[Array, "..."], op: CircularConv | UnboundedConv, pair: 
     )
     factors = waves(angles_of(layer.grid, kernel.dtype), 2 * rows.index, exponents)
     reached = real_times("gtrc,kgc->kgtr", coefficients, rows.output)
-    inputs = _units(einsum("kgt,kgtr->kgr", factors, reached))[1]
+    before, inputs = _units(einsum("kgt,kgtr->kgr", factors, reached))
     filters = factors * einsum("kgr,kgtr->kgt", inputs.conj(), reached)
     steps, turns = _best_steps(layer, kernel.shape, exponents, rows.index, filters)
     returned = real_times("gtrc,kgr->kgtc", coefficients, inputs)
@@ -91,7 +107,8 @@ def follow(kernel: Float[Array, "..."], op: CircularConv | UnboundedConv, pair: 
     index, *sides = picked([leaf.reshape((-1, leaf.shape[-1])) for leaf in rows], winner)
     group = jnp.zeros_like(winner) if groups == 1 else lax.rem(winner, np.int32(groups))
     new = Pair(Site(lax.rem(index + samples, samples), group), *sides)
-    return new, Climbers(rows[0][1:], outputs[1:]), winner != pair.site.group
+    step = Step(of_group(before[0], pair.site.group), jnp.max(values), winner != pair.site.group)
+    return new, Climbers(rows[0][1:], outputs[1:]), step
 
 
 def _units(vectors: Complex[Array, "... n"]) -> tuple[Float[Array, "..."], Complex[Array, "... n"]]:

@@ -14,18 +14,20 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Inexact
+from jax import lax
+from jaxtyping import Array, Float, Inexact
 
+from jaxsrn._tools.linalg import unit
 from jaxsrn.normalization.training import tracked_images, tracked_torus
+from jaxsrn.normalization.training.tracked_images import Step
 from jaxsrn.normalization.training.tracked_torus import Climbers
 from jaxsrn.operators.base import Operator
 from jaxsrn.operators.convolutions import CircularConv, UnboundedConv
-from jaxsrn.spectra.pairs_by_kind import pair_shapes, power_step
+from jaxsrn.spectra.pairs_by_kind import pair_as_floats, pair_of_floats, pair_shapes, power_step
 from jaxsrn.spectra.singular_pair import Pair
 
-__all__ = ["Track", "follow", "start_track", "track_shapes"]
+__all__ = ["Track", "follow", "start_track", "track_as_floats", "track_of_floats", "track_shapes"]
 
 
 class Track(NamedTuple):
@@ -47,32 +49,40 @@ def _watched(op: Operator):
 
 
 def start_track(kernel: Float[Array, "..."], op: Operator, pair: Pair, is_close: bool) -> Track:
-    """The track of a pair, with a watch that knows nothing of the kernel yet, except that a NaN reaches it."""
-    if not _has_watch(op, is_close):
-        return Track(pair, None)
-    nothing = 0.0 * jnp.sum(kernel)
-
-    def reached(leaf):
-        return leaf + nothing.astype(leaf.dtype) if jnp.issubdtype(leaf.dtype, jnp.inexact) else leaf
-
-    return Track(pair, jax.tree.map(reached, _watched(op).begin(kernel, op)))
+    """The track of a pair, with a watch that knows nothing of the kernel yet."""
+    return Track(pair, _watched(op).begin(kernel, op) if _has_watch(op, is_close) else None)
 
 
 def track_shapes(op: Operator, kernel_shape: tuple[int, ...], is_close: bool) -> Track:
-    """A track with the shapes of its arrays in their places (static)."""
+    """A track with the shapes of its arrays in floats in their places (static)."""
     watch = _watched(op).watch_shapes(op, kernel_shape) if _has_watch(op, is_close) else None
     return Track(pair_shapes(op, kernel_shape), watch)
 
 
-def follow(kernel: Float[Array, "..."], op: Operator, track: Track, is_close: bool) -> tuple[Track, Bool[Array, ""]]:
-    """The track one step closer to the leading pair of `T(kernel)`, and whether another pair has taken over.
+def track_as_floats(track: Track, op: Operator, kernel_shape: tuple[int, ...]) -> Track:
+    """The track in real floats throughout, the form in which it is kept between steps."""
+    watch = None if track.watch is None else _watched(op).as_floats(track.watch, op, kernel_shape)
+    return Track(pair_as_floats(track.pair, op, kernel_shape), watch)
+
+
+def track_of_floats(track: Track, op: Operator, kernel_shape: tuple[int, ...], dtype) -> Track:
+    """The track of `track_as_floats` for computations in a dtype; averages and casts of tracks are taken too."""
+    watch = None if track.watch is None else _watched(op).of_floats(track.watch, op, kernel_shape, dtype)
+    return Track(pair_of_floats(track.pair, op, kernel_shape, dtype), watch)
+
+
+def follow(kernel: Float[Array, "..."], op: Operator, track: Track) -> tuple[Track, Step]:
+    """The track one step closer to the leading pair of `T(kernel)`, and what the step says of the kernel.
 
     The value of the track's pair does not decrease. The kernel's scale must not be extreme.
     """
     if track.watch is None:
-        return Track(power_step(kernel, op, track.pair), None), jnp.asarray(False)
-    pair, watch, turned = _watched(op).follow(kernel, op, *track)
-    return Track(pair, watch), turned
+        pair = power_step(kernel, op, track.pair)
+        # The value of the first product of a power step is this share of the value of the second, which stands as 1.
+        share = jnp.abs(jnp.vdot(unit(track.pair.output), pair.output, precision=lax.Precision.HIGHEST))
+        return Track(pair, None), Step(share, jnp.ones_like(share), jnp.asarray(False))
+    pair, watch, step = _watched(op).follow(kernel, op, *track)
+    return Track(pair, watch), step
 
 
 def _has_watch(op: Operator, is_close: bool) -> bool:

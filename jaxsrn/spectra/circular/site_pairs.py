@@ -16,11 +16,23 @@ from jaxsrn.operators.convolutions import CircularConv, UnboundedConv
 from jaxsrn.spectra.circular.angles import angles_of
 from jaxsrn.spectra.circular.climbing import better_frequency, filter_of
 from jaxsrn.spectra.circular.fourier import of_group, polynomial, site_shape, site_symbol
+from jaxsrn.spectra.circular.real_floats import amplitudes_of, group_of, indices_of, parts_of, turns_of
 from jaxsrn.spectra.circular.sites import Site, on_grid
 from jaxsrn.spectra.circular.waves import site_gradient, site_of_images, wave
 from jaxsrn.spectra.singular_pair import Pair, first_of
 
-__all__ = ["gradient", "images", "nearby", "of_images", "pair_at", "power_step", "shapes", "site_pairs"]
+__all__ = [
+    "as_floats",
+    "gradient",
+    "images",
+    "nearby",
+    "of_floats",
+    "of_images",
+    "pair_at",
+    "power_step",
+    "shapes",
+    "site_pairs",
+]
 
 # The search nearby starts with this share of a turn, which halves where the frequency stays, and ends after so many
 # steps, at 1e-8 of a turn if it stays every time. More follow in the next pass.
@@ -28,10 +40,25 @@ _NEAR, _STEPS = 64, 20
 
 
 def shapes(op: CircularConv | UnboundedConv, kernel_shape: tuple[int, ...]) -> Pair:
-    """A `Pair` that holds the shapes of a pair's arrays (static)."""
+    """A `Pair` that holds the shapes of the arrays of a pair in floats (static)."""
     layer = on_grid(op, kernel_shape)
     rows, columns = site_shape(layer, kernel_shape)
-    return Pair(Site((layer.num_axes,), ()), (rows,), (columns,))
+    return Pair(Site((layer.num_axes,), ()), (2 * rows,), (2 * columns,))
+
+
+def as_floats(pair: Pair, op: CircularConv | UnboundedConv, kernel_shape) -> Pair:
+    """The pair as it is kept between steps, in real floats (`real_floats.py`)."""
+    layer, dtype = on_grid(op, kernel_shape), pair.output.real.dtype
+    site = Site(turns_of(pair.site.index, layer.grid, dtype), pair.site.group.astype(dtype))
+    return Pair(site, parts_of(pair.input), parts_of(pair.output))
+
+
+def of_floats(pair: Pair, op: CircularConv | UnboundedConv, kernel_shape, dtype) -> Pair:
+    """The pair of `as_floats` in a dtype, whatever was done to it."""
+    layer = on_grid(op, kernel_shape)
+    site, *sides = jax.tree.map(lambda leaf: leaf.astype(dtype), pair)
+    site = Site(indices_of(site.index, layer.grid), group_of(site.group, op.feature_group_count))
+    return Pair(site, *map(amplitudes_of, sides))
 
 
 def gradient(pair: Pair, op: CircularConv | UnboundedConv, kernel_shape: tuple[int, ...]) -> Float[Array, "..."]:

@@ -74,5 +74,5 @@ def search(kernel: Float[Array, "..."], op: ZeroPaddedConv, tolerance) -> Pair:
         count = count + jnp.where(jnp.any(missed != 0), 1, 2)
         return count, pair.input + missed, pair
 
-    zeros = Pair(jnp.asarray(0), *(jnp.zeros(shape, kernel.dtype) for shape in shapes(op, kernel.shape)[1:]))
+    zeros = Pair(None, *(jnp.zeros(shape, kernel.dtype) for shape in shapes(op, kernel.shape)[1:]))
     return jax.lax.while_loop(lambda state: state[0] < 2, attempt, (jnp.asarray(0), cold_start(waves), zeros))[2]
