@@ -24,7 +24,7 @@ from jaxsrn.spectra.circular.boxes import overshoot
 from jaxsrn.spectra.circular.leading import leading_wave
 from jaxsrn.spectra.circular.sites import on_grid
 from jaxsrn.spectra.common_shapes import in_common_shape
-from jaxsrn.spectra.norms import frozen_value
+from jaxsrn.spectra.moving_pairs import frozen_value
 from jaxsrn.spectra.pairs_by_kind import leading_pair
 from jaxsrn.spectra.singular_pair import Pair, rescaled, without_idle_taps
 

@@ -28,7 +28,7 @@ from jaxsrn.spectra.circular.boxes import on_dividing_grid
 from jaxsrn.spectra.circular.fourier import half_symbol, site_symbol
 from jaxsrn.spectra.circular.sites import among, distinct_sites, on_grid, sites_at, without_constant_axes
 from jaxsrn.spectra.image_pairs import as_images, flat_products
-from jaxsrn.spectra.norms import frozen_value
+from jaxsrn.spectra.moving_pairs import frozen_value
 from jaxsrn.spectra.pairs_by_kind import leading_pair
 from jaxsrn.spectra.singular_pair import Pair, matrix_size, rescaled
 

@@ -20,7 +20,7 @@ from jaxsrn._tools.tolerances import DENSE_SIZE, gap_tolerance
 from jaxsrn.operators.base import Dense, Operator
 from jaxsrn.projections.clipping import matrix_stack, smooth_clipped
 from jaxsrn.projections.nearest import nearest, with_derivative
-from jaxsrn.spectra.norms import frozen_value
+from jaxsrn.spectra.moving_pairs import frozen_value
 from jaxsrn.spectra.pairs_by_kind import leading_pair
 from jaxsrn.spectra.singular_pair import matrix_size, rescaled
 

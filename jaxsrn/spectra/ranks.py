@@ -18,7 +18,7 @@ from jaxsrn._tools.programs import program
 from jaxsrn.operators.base import Operator
 from jaxsrn.operators.convolutions import UnboundedConv
 from jaxsrn.spectra.common_shapes import in_common_shape
-from jaxsrn.spectra.norms import frozen_value
+from jaxsrn.spectra.moving_pairs import frozen_value
 from jaxsrn.spectra.pairs_by_kind import leading_pair
 from jaxsrn.spectra.singular_pair import rescaled
 

@@ -21,14 +21,14 @@ from jaxsrn._tools.indexing import chosen, picked
 from jaxsrn._tools.programs import program
 from jaxsrn._tools.tolerances import kernel_tolerance
 from jaxsrn.normalization.closed_form import INFEASIBLE, Problem, problem_of
+from jaxsrn.normalization.implicit import frozen, moving_pair
+from jaxsrn.normalization.normalized import is_only_rescaled, normalized
 from jaxsrn.normalization.starts import survey
-from jaxsrn.normalization.training.implicit import moving_pair
-from jaxsrn.normalization.training.normalized import is_only_rescaled, normalized
 from jaxsrn.normalization.training.tracking import Track, follow, start_track, track_shapes
 from jaxsrn.operators.base import Operator
 from jaxsrn.operators.convolutions import ZeroPaddedConv
 from jaxsrn.spectra.circular.fourier import complex_dtype
-from jaxsrn.spectra.norms import frozen_value
+from jaxsrn.spectra.moving_pairs import frozen_value
 from jaxsrn.spectra.pairs_by_kind import leading_pair
 from jaxsrn.spectra.singular_pair import Pair, rescaled
 
@@ -256,7 +256,7 @@ def _srnc_step(kernel, state, op, target, norm, cap, gradient, num_steps):
     # Where the norm alone is asked for, the frozen gradient is the true one.
     pair = track.pair if gradient == "frozen" or target is None else moving_pair(a, op, target, track.pair)
     # The solution is proportional to the norm and does not depend on the scale of the kernel.
-    unit_kernel = normalized(a, op, target, pair)
+    unit_kernel = (frozen if gradient == "frozen" else normalized)(a, op, target, pair)
     unchanged = jnp.asarray(op._tap_counts(kernel.shape) == 0)
     if norm is None or cap:
         own_norm = scale * frozen_value(a, op, (own or track).pair)
