@@ -22,6 +22,7 @@ from jaxsrn._tools.tolerances import kernel_tolerance, vector_tolerance
 __all__ = [
     "gmres",
     "held",
+    "is_inexact",
     "moving",
     "real_vector",
     "refusing",
@@ -70,7 +71,7 @@ def moving(move: Callable, x, z):
 def _moving_jvp(move, primals, tangents):
     x, z = primals
     z = moving(move, x, z)
-    return jax.jvp(lambda x: move(x, z), (x,), (tangents[0],))
+    return z, jax.jvp(lambda x: move(x, z), (x,), (tangents[0],))[1]
 
 
 # Moves
@@ -112,10 +113,15 @@ def stationary(value: Callable, onto: Callable = _as_units) -> Callable:
     return move
 
 
+def is_inexact(leaf: jax.Array) -> bool:
+    """Whether an array is real or complex floating (static)."""
+    return jnp.issubdtype(leaf.dtype, jnp.inexact)
+
+
 def real_vector(tree) -> tuple[Float[Array, " n"], Callable]:
     """The real and complex arrays of a tree as one real vector, and the function that rebuilds the tree from one."""
     leaves, structure = jax.tree.flatten(tree)
-    moves = [jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in leaves]
+    moves = [is_inexact(leaf) for leaf in leaves]
     is_complex = [jnp.iscomplexobj(leaf) for leaf in leaves]
     parts = [
         part

@@ -21,6 +21,7 @@ from jaxtyping import Array, Complex, Float
 
 from jaxsrn._tools.checks import Kernel, kernel_array, static_int
 from jaxsrn._tools.held import held, stationary
+from jaxsrn._tools.indexing import picked
 from jaxsrn._tools.linalg import einsum, unit
 from jaxsrn._tools.programs import program
 from jaxsrn._tools.subspaces import fixed_start
@@ -62,7 +63,8 @@ def tensor_norm(kernel: Kernel, op: Operator, *, num_starts: int = 8, num_steps:
 
     Returns:
       A scalar in float32 or wider; NaN where the kernel has one. The gradient is the outer product of the maximising
-      vectors, held constant: finite always.
+      vectors, held constant: finite always. It and the second derivative are exact where the sweeps have converged to
+      an isolated maximum.
 
     Raises:
       ValueError: a kernel that does not fit, or fewer than one start or step.
@@ -119,10 +121,11 @@ def _best_vectors(tensor: Float[Array, "..."], num_starts: int, num_steps: int) 
     row, column = _channel_vectors(matrices, column)
     values = einsum("sio,si,so->s", matrices, row, column)
     best = jnp.argmax(jnp.abs(values))
-    size = jnp.abs(values[best])
+    value, factors, row, column = picked((values, factors, row, column), best)
+    size = jnp.abs(value)
     # This phase makes the value real, so that the real part of the tensor carries all of it.
-    turn = jnp.where(size == 0, 1.0, jnp.conj(values[best]) / jnp.where(size == 0, 1.0, size).astype(values.dtype))
-    return [*(factor[best] for factor in factors), turn * row[best], column[best]]
+    turn = jnp.where(size == 0, 1.0, jnp.conj(value) / jnp.where(size == 0, 1.0, size).astype(value.dtype))
+    return [*factors, turn * row, column]
 
 
 def _plane_waves(terms: tuple[int, ...], num_starts: int, dtype) -> list[Complex[Array, "starts _"]]:

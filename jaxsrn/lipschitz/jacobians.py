@@ -74,6 +74,7 @@ def local(f: Callable, params, x, *, tolerance=None) -> LocalConstant:
     Returns:
       A `LocalConstant` in float32 or wider; NaN where `x`, `params` or the output has one. The value is
       differentiable in `params` and `x`: the singular vectors are held constant, which is exact for a simple value.
+      The second derivative is exact there too.
 
     Raises:
       ValueError: an `x` that is not a real floating-point array, an output that does not fit, or a bad tolerance.

@@ -87,7 +87,7 @@ def ascent(f: Callable, params, x, y, *, num_steps: int = 100, box=None) -> Asce
       `params`, with the points held constant.
 
     Raises:
-      ValueError: what `pairwise` refuses, a bad number of steps, or a box that is empty.
+      ValueError: what `pairwise` refuses, a bad number of steps, a box that is empty, or a second derivative.
     """
     check_network(f)
     ensure(

@@ -16,7 +16,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from jaxsrn._tools.held import gmres, held, real_vector
+from jaxsrn._tools.held import gmres, held, is_inexact, real_vector
+from jaxsrn._tools.tolerances import kernel_tolerance
+from jaxsrn.normalization.closed_form import functional
 from jaxsrn.normalization.normalized import normalized
 from jaxsrn.normalization.reverse_mode import in_reverse
 from jaxsrn.operators.base import Operator
@@ -28,6 +30,7 @@ from jaxsrn.spectra.pairs_by_kind import power_step, value_gradient
 from jaxsrn.spectra.singular_pair import Pair
 
 __all__ = [
+    "determined_pair",
     "frozen",
     "moving_pair",
 ]
@@ -38,7 +41,7 @@ def frozen(a: Float[Array, "..."], op: Operator, target, pair: Pair) -> Float[Ar
     if target is None:
         return normalized(a, op, None, pair)
     pair = with_free_frequency(pair, op, a.dtype)
-    return held(functools.partial(_normalized, op), functools.partial(_moved, op), (a, target), pair)
+    return held(functools.partial(_normalized, op), functools.partial(determined_pair, op), (a, target), pair)
 
 
 def _normalized(op: Operator, problem, pair: Pair) -> Float[Array, "..."]:
@@ -46,13 +49,28 @@ def _normalized(op: Operator, problem, pair: Pair) -> Float[Array, "..."]:
     return normalized(a, op, target, pair)
 
 
-def _moved(op: Operator, problem, pair: Pair) -> Pair:
+def determined_pair(op: Operator, problem, pair: Pair) -> Pair:
+    """The move (`held.py`) of a pair whose `problem` is `(a, target)`: NaN where the kernel does not determine it.
+
+    Such a kernel has the lowest stable rank that its pair allows, and is nothing but the functional of the pair.
+    """
     a, target = problem
-    return moving_pair(a, op, target, pair)
+    moved = moving_pair(a, op, target, pair, otherwise=jnp.nan)
+    if op._normalization_keeps_pairs:
+        return moved
+    weights = op.frobenius_weights(a.shape, a.dtype)
+    direction = functional(pair, op, weights, a.shape)
+    is_lowest = jnp.sum(weights * direction**2) * target <= 1 + kernel_tolerance(a.dtype)
+    factor = jnp.where(is_lowest, jnp.nan, 1.0)
+    return jax.tree.map(lambda leaf: leaf * factor.astype(leaf.dtype) if is_inexact(leaf) else leaf, moved)
 
 
-def moving_pair(a: Float[Array, "..."], op: Operator, target, pair: Pair) -> Pair:
-    """The pair as a function of the kernel: a fixed point of the step on the kernel normalized with the pair."""
+def moving_pair(a: Float[Array, "..."], op: Operator, target, pair: Pair, otherwise: float = 0.0) -> Pair:
+    """The pair as a function of the kernel: a fixed point of the step on the kernel normalized with the pair.
+
+    Where its linear system is singular the derivative of the pair is `otherwise`; with 0 the gradient is the frozen
+    one.
+    """
     pair = with_free_frequency(pair, op, a.dtype)
     fixed, rebuild = real_vector(pair)
 
@@ -66,7 +84,7 @@ def moving_pair(a: Float[Array, "..."], op: Operator, target, pair: Pair) -> Pai
 
     def tangent_solve(matvec, rhs):
         backward = jax.vjp(functools.partial(residual, in_reverse(op)), fixed)[1]
-        return _tangent_solve(matvec, lambda cotangent: backward(cotangent)[0], rhs)
+        return _tangent_solve(matvec, lambda cotangent: backward(cotangent)[0], rhs, otherwise)
 
     return rebuild(lax.custom_root(functools.partial(residual, op), fixed, lambda _, vector: vector, tangent_solve))
 
@@ -96,7 +114,7 @@ def _aligned(pair: Pair, reference: Pair) -> Pair:
     return Pair(pair.site, pair.input * phase, pair.output * phase)
 
 
-def _tangent_solve(matvec, transposed, rhs):
-    """`matvec^-1 rhs` by GMRES; where that does not converge it is 0, which makes the gradient the frozen one."""
-    solve = functools.partial(gmres, otherwise=0.0)
+def _tangent_solve(matvec, transposed, rhs, otherwise: float):
+    """`matvec^-1 rhs` by GMRES, and `otherwise` where that does not converge."""
+    solve = functools.partial(gmres, otherwise=otherwise)
     return lax.custom_linear_solve(matvec, rhs, solve, transpose_solve=lambda _, rhs: solve(transposed, rhs))

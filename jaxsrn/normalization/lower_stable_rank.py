@@ -18,7 +18,7 @@ from jaxsrn._tools.linalg import ratio
 from jaxsrn._tools.programs import program
 from jaxsrn._tools.tolerances import kernel_tolerance
 from jaxsrn.normalization.closed_form import Problem, closed_form, functional, problem_of
-from jaxsrn.normalization.implicit import moving_pair
+from jaxsrn.normalization.implicit import determined_pair
 from jaxsrn.normalization.iteration import Fixpoint, minorise_maximise
 from jaxsrn.normalization.matrices import srn_of_matrix
 from jaxsrn.normalization.raise_stable_rank import raised
@@ -76,10 +76,13 @@ def srnc(
     Returns:
       An `SRNResult`, whose `feasible` and `residual` say where the target is infeasible or the passes ran out.
       Derivatives hold the singular vectors constant: they are exact for the scalars and a surrogate for the kernel. A
-      raised convolution has those of `project_spectral_ball`, with the stable rank held.
+      second derivative is that of the first one: exact for the scalars, and not symmetric for the kernel. It is NaN
+      where the pair of the solution is not determined, such as at the lowest stable rank that a pair allows. A raised
+      convolution has the derivatives of `project_spectral_ball`, with the stable rank held.
 
     Raises:
-      ValueError: a kernel, target or `initial` that does not fit, aliased taps, raising without `keep_norm`.
+      ValueError: a kernel, target or `initial` that does not fit, aliased taps, raising without `keep_norm`, or a
+        second derivative with `raise_rank` of a convolution.
 
     Examples:
       The identity on 64 samples within three taps, from stable rank 64 to 24 (Zheng et al. 2025):
@@ -164,7 +167,7 @@ def _of_pair(op: Operator, problem: Problem, pair: Pair):
 
 
 def _moved_pair(op: Operator, problem: Problem, pair: Pair) -> Pair:
-    return moving_pair(problem.kernel, op, problem.target, pair)
+    return determined_pair(op, (problem.kernel, problem.target), pair)
 
 
 @functools.partial(program, static_argnums=5)

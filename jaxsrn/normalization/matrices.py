@@ -48,7 +48,9 @@ def srn(matrix: Kernel, target, *, num_preserved: int = 1, raise_rank: bool = Fa
 
     Returns:
       An `SRNResult`, with `gap = 0`. A target below 1, or above `min(c_in, c_out)` when raising, is infeasible.
-      Derivatives hold the singular vectors constant: they are exact for the scalars and a surrogate for the matrix.
+      Derivatives hold the singular vectors constant: they are exact for the scalars and a surrogate for the matrix. A
+      second derivative is that of the first one: exact for the scalars where the singular values are simple, and not
+      symmetric for the matrix.
 
     Raises:
       ValueError: a matrix of the wrong rank or dtype, a bad target, a negative `num_preserved`.

@@ -77,7 +77,8 @@ def extreme_singular_values(kernel: Kernel, op: Operator, *, alpha=1.0, gram: st
     Returns:
       A scalar in float32 or wider; NaN where the kernel has one. The gradient, `+-grad_K ||M v||^2` with the extremal
       eigenvector `v` held constant, is their (2.3) and (2.5): exact for a simple eigenvalue, and always finite. Where
-      both ends are equally far it is the gradient of the upper one.
+      both ends are equally far it is the gradient of the upper one. The second derivative is exact for a simple
+      eigenvalue other than 0.
 
     Raises:
       ValueError: a kernel that does not fit, an `alpha` that is not positive, an unknown `gram`.

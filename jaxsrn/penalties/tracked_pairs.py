@@ -99,8 +99,8 @@ def extreme_singular_values_step(
       num_steps: static; power steps, two in the paper (section 3).
 
     Returns:
-      `(value, pairs)`. The value is an estimate of `R_alpha` from below, exact where the pairs have converged, and its
-      gradient holds the vectors constant. The stepped pairs are constants.
+      `(value, pairs)`. The value is an estimate of `R_alpha` from below, and its gradient holds the vectors constant.
+      Both, and the second derivative, are exact where the pairs have converged. The stepped pairs are constants.
 
     Raises:
       ValueError: as `init_pairs`, pairs that do not fit, or fewer than one step.

@@ -66,7 +66,8 @@ def clip_singular_values(kernel: Kernel, op: Operator, max_norm) -> Shaped[Array
 
     Returns:
       The kernel, in the dtype of the input. Derivatives, also in `max_norm`, are always finite. They are exact where no
-      singular value equals `max_norm`, and one of the generalised derivatives elsewhere.
+      singular value equals `max_norm`, and one of the generalised derivatives elsewhere. Second derivatives are exact
+      where, besides, all singular values of a matrix are distinct, and may be NaN elsewhere.
 
     Raises:
       ValueError: a kernel that does not fit, aliased taps, a `max_norm` that is not positive, or a zero-padded matrix
@@ -140,7 +141,8 @@ def project_spectral_ball(
       singular values stay the active ones), and finite and not expanding everywhere. `gap` has derivative 0.
 
     Raises:
-      ValueError: a kernel that does not fit, aliased taps, a `max_norm` or `tolerance` that is not positive.
+      ValueError: a kernel that does not fit, aliased taps, a `max_norm` or `tolerance` that is not positive, or a
+        second derivative of a convolution.
     """
     kernel, max_norm = _checked(kernel, op, max_norm)
     dtype = float_dtype(kernel.dtype)

@@ -67,7 +67,8 @@ def leading_triplet(
 
     Returns:
       A `SingularTriplet` in float32 or wider. `value` is differentiable: its gradient is the outer product of the
-      vectors, exact for a simple value and always finite. The vectors are constants.
+      vectors, exact for a simple value and always finite; second derivatives are those of `spectral_norm`. The vectors
+      are constants.
 
     Raises:
       ValueError: a kernel or an `initial` that does not fit, or a bad tolerance.
@@ -121,7 +122,9 @@ def spectral_norm(kernel: Kernel, op: Operator) -> Float[Array, ""]:
     layers: an SVD, or for large matrices the Lanczos method with a Cholesky factorization that proves its value. Zero
     padding: the same as dense layers up to 2**18 entries of the explicit matrix, and for layers of one tap; above, the
     Lanczos method to a relative residual of `eps ** 0.75`, without a proof. The gradient is the outer product of the
-    leading vectors, held constant: exact for a simple value, always finite (also at zero), in both modes.
+    leading vectors, held constant: exact for a simple value, always finite (also at zero), in both modes. The second
+    derivative is exact for a simple value too, and takes a linear system in the vectors. Where values coincide, what
+    would turn their vectors into each other is left out; with more than 512 numbers in the vectors it is NaN there.
 
     Args:
       kernel: `(c_in, c_out)` or `(*taps, c_in // groups, c_out)`.

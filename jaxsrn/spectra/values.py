@@ -70,7 +70,8 @@ def singular_values(kernel: Kernel, op: Operator) -> Float[Array, " n"]:
 
     Circular convolutions take SVDs of the symbol at half of the frequencies (Sedghi et al. 2019), dense layers an SVD,
     layers with zero padding an SVD of the explicit matrix, up to 2**24 entries. The values are differentiable, and the
-    derivatives are finite where values coincide.
+    derivatives are finite where values coincide. Second derivatives are exact where all values of a matrix are
+    distinct, and may be NaN elsewhere.
 
     Args:
       kernel: `(c_in, c_out)` or `(*taps, c_in // groups, c_out)`.
@@ -122,7 +123,8 @@ def top_singular_values(kernel: Kernel, op: Operator, k: int) -> Float[Array, " 
 
     Circular and dense layers take the first of `singular_values`, and so do layers with zero padding where a fifth or
     more of the values of a small matrix is asked for. Other layers with zero padding take the Lanczos method with
-    deflation, matrix-free. The gradient holds the singular vectors constant, which is exact for simple values.
+    deflation, matrix-free. The gradient holds the singular vectors constant, which is exact for simple values, and so
+    is the second derivative.
 
     Args:
       kernel: `(c_in, c_out)` or `(*taps, c_in // groups, c_out)`.

@@ -115,7 +115,7 @@ def solve(
       proves nothing and equals `distance`. `num_steps` counts the steps of each descent. Derivatives hold `x` constant.
 
     Raises:
-      ValueError: as `objective`, or a number of restarts or steps below 1.
+      ValueError: as `objective`, a number of restarts or steps below 1, or a second derivative.
     """
     kernel, target, schedules, initial = _descent_arguments(kernel, op, target, alpha, penalty, initial)
     keys = jax.random.split(key, static_int(num_restarts, "num_restarts"))

@@ -129,7 +129,9 @@ def srnc_step(
         exact for the norm, and for the kernel it leaves out how the vectors turn. `"implicit"` is the derivative of the
         converged step by the implicit function theorem. It takes a linear system in the vectors, each product a further
         power step, and is the frozen one where that system is singular (the two leading values meet). A second
-        derivative is the true one only with `"implicit"` and a target; otherwise it takes the vectors for constants.
+        derivative is that of the gradient that was asked for, of the converged step. With `"implicit"`, and without a
+        target, it is the true one; with `"frozen"` and a target it is not symmetric, and NaN where that system is
+        singular.
       num_steps: static. Power steps of the pair before the kernel is normalized with it. The default is one with zero
         padding and a target, where each takes products with images, and otherwise two.
 
