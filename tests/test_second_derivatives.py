@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from cases import quick_jit
 from test_contracts import CONTRACTS, EXACT, TARGETS, Contract, gaussian
+from test_transformations import OTHERS
 
 import jaxsrn
 from jaxsrn import CircularConv, Dense, UnboundedConv, ZeroPaddedConv, bounds, lipschitz, penalties
@@ -141,25 +142,27 @@ def network(params, x):
 PARAMS = {"first": gaussian((4, 5), 1), "second": gaussian((5, 3), 2)}
 
 
-@pytest.mark.parametrize(
-    "function",
-    [
-        lambda params, x: lipschitz.local(network, params, x, tolerance=1e-12).value,
-        lambda params, x: lipschitz.local_frobenius(network, params, x).value,
-        lambda params, x: lipschitz.pairwise(network, params, x, x + 1),
-        lambda params, x: lipschitz.upper_bound({("first",): Dense(), ("second",): Dense()}, params)[None],
-    ],
-    ids=["local", "local_frobenius", "pairwise", "upper_bound"],
-)
-def test_constants_of_networks(function):
-    """In the parameters, and in the points where these matter."""
-    x = gaussian((2, 4), 3)
+def test_local_constants_in_parameters_and_points_at_once():
+    x, direction = gaussian((2, 4), 3), gaussian((4, 5), 6)
 
     def value(point):
-        return jnp.sum(function({**PARAMS, "first": point}, x + point[:, :2].T) ** 2)
+        params = {**PARAMS, "first": point}
+        return jnp.sum(lipschitz.local(network, params, x + point[:, :2].T, tolerance=1e-12).value ** 2)
 
-    direction = gaussian((4, 5), 6)
     assert_close(along(value, PARAMS["first"], direction), differences(value, PARAMS["first"], direction))
+
+
+@pytest.mark.parametrize(
+    ("function", "shape"),
+    [
+        pytest.param(*row[1:], id=row[0])
+        for row in OTHERS
+        if row[0] not in ("lipschitz.ascent", "lipschitz.margins", "lipschitz.local")
+    ],
+)
+def test_functions_of_other_arguments(function, shape):
+    value, point, direction = summed(lambda point, _: function(point), None), gaussian(shape), gaussian(shape, 4)
+    assert_close(along(value, point, direction), differences(value, point, direction))
 
 
 def test_points_that_have_climbed_refuse():

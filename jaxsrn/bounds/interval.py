@@ -95,7 +95,7 @@ def certified_by_pair(kernel: Float[Array, "..."], op: Operator, pair: Pair) -> 
 
 
 @program
-def _interval(kernel, op, below: Pair, above: tuple[tuple[Pair, Float[Array, ""]], ...]):
+def _interval(kernel, op, below: Pair, above: tuple[tuple[Pair, Float[Array, ""] | float], ...]):
     """The interval by the pair of its lower end, and by the pairs of the covers with what may exceed their values."""
     kernel, scale = rescaled(kernel, op)
     # A vector whose norm is above 1 by rounding would lift the lower end above the norm.
