@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from cases import CASES, dense, derivative, gaussian, quick_jit
 from events import TRACES, counted
+from jax.flatten_util import ravel_pytree
 
 from jaxsrn import CircularConv, Dense, UnboundedConv, ZeroPaddedConv, bounds, lipschitz
 from jaxsrn.lipschitz import jacobians
@@ -261,7 +262,7 @@ def test_spectral_measures_are_literal():
         scaled = params | {"first": 10 * params["first"]}
         np.testing.assert_allclose(measure(OPS, scaled, 20.0), expected[1], rtol=1e-9)
         slope = jax.jit(jax.grad(lambda p, measure=measure: measure(OPS, p, 2.0)))
-        assert np.all(np.isfinite(jax.flatten_util.ravel_pytree(slope(jax.tree.map(jnp.zeros_like, params)))[0]))
+        assert np.all(np.isfinite(ravel_pytree(slope(jax.tree.map(jnp.zeros_like, params)))[0]))
         direction = gaussian(params["second"].shape, 3)
         along = np.vdot(slope(params)["second"], direction)
         by_difference = derivative(

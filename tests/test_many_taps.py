@@ -17,7 +17,7 @@ import jaxsrn.operators.convolutions
 from jaxsrn import CircularConv, Dense, ZeroPaddedConv
 from jaxsrn._tools.subspaces import fixed_start
 from jaxsrn._tools.tolerances import search_tolerance
-from jaxsrn.normalization.training.reverse_mode import in_reverse
+from jaxsrn.normalization.reverse_mode import in_reverse
 from jaxsrn.spectra.image_pairs import matrix_free
 
 CONVOLUTIONS = [case for case in CASES if not isinstance(case.op, Dense)]

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxsrn import CircularConv, Dense, ZeroPaddedConv
-from jaxsrn.normalization.training.reverse_mode import in_reverse
+from jaxsrn.normalization.reverse_mode import in_reverse
 
 CONVOLUTIONS = [case for case in CASES if not isinstance(case.op, Dense)]
 # One operator of each kind.

@@ -13,7 +13,18 @@ import jaxsrn
 SOURCE = Path(jaxsrn.__file__).parent
 # A folder may import only from folders before it, and within a folder a file only from files before it.
 HOUSE = {
-    "_tools": ["checks", "programs", "loops", "indexing", "linalg", "tolerances", "proofs", "subspaces", "lanczos"],
+    "_tools": [
+        "checks",
+        "programs",
+        "loops",
+        "indexing",
+        "linalg",
+        "tolerances",
+        "held",
+        "proofs",
+        "subspaces",
+        "lanczos",
+    ],
     "operators": ["layouts", "many_taps", "base", "convolutions", "flax_layers", "layers"],
     "spectra": [
         "singular_pair",
@@ -39,6 +50,7 @@ HOUSE = {
         "padded.few_channels",
         "padded.leading",
         "pairs_by_kind",
+        "moving_pairs",
         "values",
         "norms",
         "ranks",
@@ -50,6 +62,9 @@ HOUSE = {
         "starts",
         "iteration",
         "result",
+        "normalized",
+        "reverse_mode",
+        "implicit",
         "matrices",
         "raise_stable_rank",
         "lower_stable_rank",
@@ -57,9 +72,6 @@ HOUSE = {
         "training.tracked_images",
         "training.tracked_torus",
         "training.tracking",
-        "training.normalized",
-        "training.reverse_mode",
-        "training.implicit",
         "training.step",
         "training.flax_constraint",
     ],

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from jaxsrn._tools.checks import float_dtype
+from jaxsrn._tools.held import held, refusing, stationary
 from jaxsrn._tools.linalg import einsum, matmul, unit
 from jaxsrn._tools.subspaces import fixed_start
 from jaxsrn.bounds.covers import NormInterval, covers, widened
@@ -80,11 +82,33 @@ def _leading_vectors(matrix: Float[Array, "rows columns"], num_steps: int | None
 
 
 def matrix_norm(matrices: Float[Array, "groups rows columns"], num_steps: int | None = None) -> Float[Array, ""]:
-    """The largest spectral norm of a stack of matrices; its derivative holds the singular vectors constant."""
-    rows, columns = jax.vmap(lambda matrix: _leading_vectors(matrix, num_steps))(lax.stop_gradient(matrices))
-    return largest_form(rows, matrices, columns)
+    """The largest spectral norm of a stack of matrices, or what power steps find of it, which has no second derivative.
+
+    The derivative holds the singular vectors constant.
+    """
+    vectors = jax.vmap(lambda matrix: _leading_vectors(matrix, num_steps))(lax.stop_gradient(matrices))
+    return largest_form(matrices, vectors, _MOVE if num_steps is None else _NO_MOVE)
 
 
-def largest_form(rows, matrices: Float[Array, "groups rows columns"], columns) -> Float[Array, ""]:
-    """The largest `u^T A v` over a stack, with `u` the row vector and `v` the column vector of each matrix."""
-    return jnp.max(einsum("gi,gio,go->g", rows, matrices, columns))
+def largest_form(matrices: Float[Array, "groups rows columns"], vectors, move: Callable | None = None):
+    """The largest `u^T A v` over a stack, with vectors `(u, v)` on the rows and columns of each matrix.
+
+    They are the leading singular ones, or have another `move` (`held.py`).
+    """
+    return jnp.max(held(_forms, move or _MOVE, matrices, vectors))
+
+
+def _forms(matrices, vectors):
+    rows, columns = vectors
+    return einsum("gi,gio,go->g", rows, matrices, columns)
+
+
+def _form(matrix, vectors):
+    return _forms(matrix[None], jax.tree.map(lambda vector: vector[None], vectors))[0]
+
+
+_MOVE = jax.vmap(stationary(_form))
+_NO_MOVE = refusing(
+    "num_steps: got a number of power steps, whose vectors are constants and whose bound has no second derivative; "
+    "take num_steps=None."
+)

@@ -44,10 +44,11 @@ def fantastic_four(kernel: Kernel, op: Operator, *, num_steps: int | None = None
 
     Returns:
       A scalar in float32 or wider; NaN where the kernel has one. The gradient is the outer product of the singular
-      vectors of the smallest matrix norm, held constant: finite always.
+      vectors of the smallest matrix norm, held constant: finite always. The second derivative is exact for a simple
+      value.
 
     Raises:
-      ValueError: a kernel that does not fit, or fewer than one step.
+      ValueError: a kernel that does not fit, fewer than one step, or a second derivative with `num_steps`.
     """
     kernel, op = op._flattened(kernel_array(kernel, op))
     return _fantastic_four(kernel, op, num_steps if num_steps is None else static_int(num_steps, "num_steps"))

@@ -20,6 +20,8 @@ from jax import lax
 from jaxtyping import Array, Complex, Float
 
 from jaxsrn._tools.checks import Kernel, kernel_array, static_int
+from jaxsrn._tools.held import held, stationary
+from jaxsrn._tools.indexing import picked
 from jaxsrn._tools.linalg import einsum, unit
 from jaxsrn._tools.programs import program
 from jaxsrn._tools.subspaces import fixed_start
@@ -61,7 +63,8 @@ def tensor_norm(kernel: Kernel, op: Operator, *, num_starts: int = 8, num_steps:
 
     Returns:
       A scalar in float32 or wider; NaN where the kernel has one. The gradient is the outer product of the maximising
-      vectors, held constant: finite always.
+      vectors, held constant: finite always. It and the second derivative are exact where the sweeps have converged to
+      an isolated maximum.
 
     Raises:
       ValueError: a kernel that does not fit, or fewer than one start or step.
@@ -75,14 +78,22 @@ def _tensor_norm(kernel, op, num_starts, num_steps):
     def bound(tensor):
         if num_terms(tensor) == 1:
             return matrix_norm(tensor.reshape((-1, *tensor.shape[-2:])))
-        outer = jax.vmap(lambda one: _rank_one(one, num_starts, num_steps))(lax.stop_gradient(tensor))
-        return math.sqrt(num_terms(tensor)) * jnp.max(jnp.sum(outer * tensor, axis=range(1, tensor.ndim)))
+        vectors = jax.vmap(lambda one: _best_vectors(one, num_starts, num_steps))(lax.stop_gradient(tensor))
+        values = jax.vmap(lambda one, vectors: held(_value, stationary(_value), one, vectors))(tensor, vectors)
+        return math.sqrt(num_terms(tensor)) * jnp.max(values)
 
     return smallest_over_covers(bound, kernel, op)
 
 
-def _rank_one(tensor: Float[Array, "..."], num_starts: int, num_steps: int) -> Float[Array, "..."]:
-    """The real part of the best rank-one tensor of norm 1; its inner product with the tensor is the norm found."""
+def _value(tensor: Float[Array, "..."], vectors) -> Float[Array, ""]:
+    """The real part of the inner product of the tensor with the outer product of a unit vector per axis."""
+    *factors, row, column = vectors
+    outer = einsum("q,i,o->qio", _outer([factor[None] for factor in factors])[0], row, column)
+    return jnp.sum(jnp.real(outer).reshape(tensor.shape) * tensor)
+
+
+def _best_vectors(tensor: Float[Array, "..."], num_starts: int, num_steps: int) -> list[Complex[Array, " _"]]:
+    """A unit vector per axis, with an outer product whose inner product with the tensor is the norm that is found."""
     terms, channels = tensor.shape[:-2], tensor.shape[-2:]
     flat = tensor.reshape((-1, *channels))
     waves = _plane_waves(terms, num_starts, tensor.dtype)
@@ -106,15 +117,15 @@ def _rank_one(tensor: Float[Array, "..."], num_starts: int, num_steps: int) -> F
 
     zeros = jnp.zeros(num_starts, tensor.dtype)
     factors, column, *_ = lax.while_loop(unfinished, sweep, (waves, column, zeros, zeros, jnp.asarray(0)))
-    taps = _outer(factors)
-    matrices = _on_taps(flat, taps)
+    matrices = _on_taps(flat, _outer(factors))
     row, column = _channel_vectors(matrices, column)
     values = einsum("sio,si,so->s", matrices, row, column)
     best = jnp.argmax(jnp.abs(values))
-    size = jnp.abs(values[best])
+    value, factors, row, column = picked((values, factors, row, column), best)
+    size = jnp.abs(value)
     # This phase makes the value real, so that the real part of the tensor carries all of it.
-    turn = jnp.where(size == 0, 1.0, jnp.conj(values[best]) / jnp.where(size == 0, 1.0, size).astype(values.dtype))
-    return jnp.real(einsum("q,i,o->qio", turn * taps[best], row[best], column[best])).reshape(tensor.shape)
+    turn = jnp.where(size == 0, 1.0, jnp.conj(value) / jnp.where(size == 0, 1.0, size).astype(value.dtype))
+    return [*factors, turn * row, column]
 
 
 def _plane_waves(terms: tuple[int, ...], num_starts: int, dtype) -> list[Complex[Array, "starts _"]]:

@@ -17,6 +17,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from jaxsrn._tools.checks import ensure, positive_scalar, static_int
+from jaxsrn._tools.held import held, stationary
 from jaxsrn._tools.lanczos import leading_singular_vectors
 from jaxsrn._tools.linalg import ratio, safe_sqrt, unit
 from jaxsrn._tools.programs import program
@@ -73,6 +74,7 @@ def local(f: Callable, params, x, *, tolerance=None) -> LocalConstant:
     Returns:
       A `LocalConstant` in float32 or wider; NaN where `x`, `params` or the output has one. The value is
       differentiable in `params` and `x`: the singular vectors are held constant, which is exact for a simple value.
+      The second derivative is exact there too.
 
     Raises:
       ValueError: an `x` that is not a real floating-point array, an output that does not fit, or a bad tolerance.
@@ -98,8 +100,21 @@ def _local(f, params, x, tolerance):
     fixed, points = lax.stop_gradient((params, x))
     left, right, residual = jax.vmap(lambda point: _leading_vectors(f, fixed, point, tolerance))(points)
     # The product with the found vectors is the only part that depends on what is differentiated.
+    values = functools.partial(_values_of_vectors, f)
+    move = jax.vmap(stationary(functools.partial(_value_of_sample, f)), ((None, 0), 0))
+    return LocalConstant(held(values, move, (params, x), (left, right)), residual)
+
+
+def _values_of_vectors(f: Callable, where, vectors) -> Float[Array, " samples"]:
+    """`<u, J v>` of vectors `(u, v)`, one row of each a sample; `where` is `(params, x)`."""
+    (params, x), (left, right) = where, vectors
     images = jax.jvp(lambda x: rows(f, params, x), (x,), (right.reshape(x.shape),))[1]
-    return LocalConstant(jnp.sum(left * images, axis=1), residual)
+    return jnp.sum(left * images, axis=1)
+
+
+def _value_of_sample(f: Callable, where, vectors) -> Float[Array, ""]:
+    params, point = where
+    return _values_of_vectors(f, (params, point[None]), jax.tree.map(lambda vector: vector[None], vectors))[0]
 
 
 def _products(f: Callable, params, point: Float[Array, "..."]):

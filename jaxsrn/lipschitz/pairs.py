@@ -12,6 +12,7 @@ from jax import lax
 from jaxtyping import Array, Float, Shaped
 
 from jaxsrn._tools.checks import ensure, static_int
+from jaxsrn._tools.held import held, refusing
 from jaxsrn._tools.linalg import ratio
 from jaxsrn._tools.programs import program
 from jaxsrn.lipschitz.samples import check_network, checked_batches, norms_of_samples, rows
@@ -86,7 +87,7 @@ def ascent(f: Callable, params, x, y, *, num_steps: int = 100, box=None) -> Asce
       `params`, with the points held constant.
 
     Raises:
-      ValueError: what `pairwise` refuses, a bad number of steps, or a box that is empty.
+      ValueError: what `pairwise` refuses, a bad number of steps, a box that is empty, or a second derivative.
     """
     check_network(f)
     ensure(
@@ -96,7 +97,18 @@ def ascent(f: Callable, params, x, y, *, num_steps: int = 100, box=None) -> Asce
     low, high = (-jnp.inf, jnp.inf) if box is None else box
     limits, points = (jnp.asarray(low, float), jnp.asarray(high, float)), (jnp.asarray(x), jnp.asarray(y))
     x, y = _climbed(f, *lax.stop_gradient((params, *points)), limits, static_int(num_steps, "num_steps"))
-    return Ascent(_pairwise(f, params, x, y), x, y)
+    ratios = held(functools.partial(_of_points, f), _NO_MOVE, params, (x, y))
+    return Ascent(ratios, x, y)
+
+
+_NO_MOVE = refusing(
+    "ascent: got a second derivative, which would need how the points move with params; "
+    "take that of pairwise(f, params, x, y) at the points that ascent returns."
+)
+
+
+def _of_points(f: Callable, params, points):
+    return _pairwise(f, params, *points)
 
 
 class _Pairs(NamedTuple):

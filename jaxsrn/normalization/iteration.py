@@ -26,7 +26,7 @@ from jaxsrn._tools.tolerances import vector_tolerance
 from jaxsrn.normalization.closed_form import INFEASIBLE, Candidate, Problem, closed_form, functional, problem_of
 from jaxsrn.normalization.starts import Survey, survey
 from jaxsrn.operators.base import Operator
-from jaxsrn.spectra.norms import frozen_value
+from jaxsrn.spectra.moving_pairs import frozen_value
 from jaxsrn.spectra.pairs_by_kind import leading_pair, nearby, no_pair
 from jaxsrn.spectra.singular_pair import Pair, rescaled
 

@@ -13,16 +13,19 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxsrn._tools.checks import Kernel, ensure, float_dtype, kernel_array, positive_scalar, static_int
+from jaxsrn._tools.held import held
 from jaxsrn._tools.linalg import ratio
 from jaxsrn._tools.programs import program
 from jaxsrn._tools.tolerances import kernel_tolerance
 from jaxsrn.normalization.closed_form import Problem, closed_form, functional, problem_of
+from jaxsrn.normalization.implicit import determined_pair
 from jaxsrn.normalization.iteration import Fixpoint, minorise_maximise
 from jaxsrn.normalization.matrices import srn_of_matrix
 from jaxsrn.normalization.raise_stable_rank import raised
 from jaxsrn.normalization.result import SRNResult, in_own_scale, in_shape, measured, proven_gap
 from jaxsrn.operators.base import Dense, Operator
-from jaxsrn.spectra.norms import SingularTriplet, check_triplet, frozen_value
+from jaxsrn.spectra.moving_pairs import frozen_value, with_free_frequency
+from jaxsrn.spectra.norms import SingularTriplet, check_triplet
 from jaxsrn.spectra.pairs_by_kind import pair_of_floats, pair_of_images, pair_shapes
 from jaxsrn.spectra.singular_pair import Pair, rescaled
 
@@ -73,10 +76,13 @@ def srnc(
     Returns:
       An `SRNResult`, whose `feasible` and `residual` say where the target is infeasible or the passes ran out.
       Derivatives hold the singular vectors constant: they are exact for the scalars and a surrogate for the kernel. A
-      raised convolution has those of `project_spectral_ball`, with the stable rank held.
+      second derivative is that of the first one: exact for the scalars, and not symmetric for the kernel. It is NaN
+      where the pair of the solution is not determined, such as at the lowest stable rank that a pair allows. A raised
+      convolution has the derivatives of `project_spectral_ball`, with the stable rank held.
 
     Raises:
-      ValueError: a kernel, target or `initial` that does not fit, aliased taps, raising without `keep_norm`.
+      ValueError: a kernel, target or `initial` that does not fit, aliased taps, raising without `keep_norm`, or a
+        second derivative with `raise_rank` of a convolution.
 
     Examples:
       The identity on 64 samples within three taps, from stable rank 64 to 24 (Zheng et al. 2025):
@@ -140,13 +146,14 @@ def _lowered(*args):
 def lowered(kernel, op: Operator, target, solution: Fixpoint, keep_norm: bool) -> SRNResult:
     """The result of `lowest`.
 
-    Derivatives see the closed form as a function of the kernel, and nothing of the iteration.
+    Derivatives see the closed form as a function of the kernel, and nothing of the iteration. Second derivatives see
+    how its pair moves.
     """
     a, scale = rescaled(kernel.astype(float_dtype(kernel.dtype)), op)
     problem = problem_of(a, op, target, frozen_value(a, op, solution.own))
     frozen, unchanged = lax.stop_gradient(problem), solution.unchanged
-    direction = lax.stop_gradient(functional(solution.pair, op, frozen.weights, a.shape))
-    new = closed_form(problem, direction).kernel
+    pair = with_free_frequency(solution.pair, op, a.dtype)
+    new = held(functools.partial(_of_pair, op), functools.partial(_moved_pair, op), problem, pair)
     if not keep_norm:
         new = new * ratio(problem.inner(new, a), problem.inner(new, new))
     result = jnp.where(unchanged, a, new)
@@ -156,6 +163,15 @@ def lowered(kernel, op: Operator, target, solution: Fixpoint, keep_norm: bool) -
     gap = proven_gap(frozen, solution.bound, lax.stop_gradient(distance), keep_norm, feasible, unchanged)
     found = measured(result, problem, norm, distance, gap, solution.num_steps, keep_norm, feasible)
     return in_own_scale(found, scale, kernel, op, unchanged)
+
+
+def _of_pair(op: Operator, problem: Problem, pair: Pair):
+    """The kernel of the closed form."""
+    return closed_form(problem, functional(pair, op, problem.weights, problem.kernel.shape)).kernel
+
+
+def _moved_pair(op: Operator, problem: Problem, pair: Pair) -> Pair:
+    return determined_pair(op, (problem.kernel, problem.target), pair)
 
 
 @functools.partial(program, static_argnums=5)

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import functools
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
 from jaxsrn._tools.checks import Kernel, float_dtype, kernel_array, positive_scalar, static_int
-from jaxsrn._tools.linalg import ratio, safe_sqrt
+from jaxsrn._tools.held import held
+from jaxsrn._tools.linalg import einsum, matmul, ratio, safe_sqrt
 from jaxsrn._tools.programs import program
+from jaxsrn._tools.tolerances import vector_tolerance
 from jaxsrn.normalization.result import SRNResult, deviation, in_own_scale
 from jaxsrn.operators.base import Dense
 from jaxsrn.spectra.singular_pair import rescaled
@@ -45,7 +48,9 @@ def srn(matrix: Kernel, target, *, num_preserved: int = 1, raise_rank: bool = Fa
 
     Returns:
       An `SRNResult`, with `gap = 0`. A target below 1, or above `min(c_in, c_out)` when raising, is infeasible.
-      Derivatives hold the singular vectors constant: they are exact for the scalars and a surrogate for the matrix.
+      Derivatives hold the singular vectors constant: they are exact for the scalars and a surrogate for the matrix. A
+      second derivative is that of the first one: exact for the scalars where the singular values are simple, and not
+      symmetric for the matrix.
 
     Raises:
       ValueError: a matrix of the wrong rank or dtype, a bad target, a negative `num_preserved`.
@@ -65,9 +70,9 @@ def srn(matrix: Kernel, target, *, num_preserved: int = 1, raise_rank: bool = Fa
 def srn_of_matrix(matrix, target, num_preserved, raise_rank):
     """`srn` for checked arguments."""
     a, scale = rescaled(matrix.astype(float_dtype(matrix.dtype)), Dense())
-    u, _, vt = (lax.stop_gradient(part) for part in jnp.linalg.svd(lax.stop_gradient(a), full_matrices=False))
+    u, _, vt = jnp.linalg.svd(lax.stop_gradient(a), full_matrices=False)
     # The singular values as functions of the matrix, with the vectors held constant.
-    s = jnp.einsum("ij,ik,kj->j", u, a, vt.T, precision=lax.Precision.HIGHEST)
+    s = held(_values, _turning, a, (u, vt))
     rank = ratio(jnp.sum(s**2), s[0] ** 2)
     lowered, preserved = _lowered_values(s, target, num_preserved)
     feasible, unchanged = (target >= 1) & jnp.isfinite(rank), target >= rank
@@ -79,7 +84,7 @@ def srn_of_matrix(matrix, target, num_preserved, raise_rank):
         preserved = jnp.where(raises, 1, preserved)
         feasible = jnp.where(raises, target <= len(s), feasible)
         unchanged = unchanged & ~raises
-    change = jnp.matmul(u * (values - s)[None], vt, precision=lax.Precision.HIGHEST)
+    change = held(_assembled, _moved, (a, values - s), (u, vt))
     new_rank = ratio(jnp.sum(values**2), values[0] ** 2)
     result = SRNResult(
         kernel=a + change,
@@ -94,6 +99,49 @@ def srn_of_matrix(matrix, target, num_preserved, raise_rank):
         feasible=feasible,
     )
     return in_own_scale(result, scale, matrix, Dense(), unchanged)
+
+
+# The singular vectors, held constant by first derivatives (`held.py`)
+
+
+def _values(a: Float[Array, "in out"], vectors) -> Float[Array, " n"]:
+    u, vt = vectors
+    return einsum("ij,ik,jk->j", u, a, vt)
+
+
+def _assembled(matrix_and_values, vectors) -> Float[Array, "in out"]:
+    u, vt = vectors
+    return matmul(u * matrix_and_values[1][None], vt)
+
+
+def _moved(matrix_and_values, vectors):
+    return _turning(matrix_and_values[0], vectors)
+
+
+@jax.custom_jvp
+def _turning(a: Float[Array, "in out"], vectors):
+    """The singular vectors `(u, vt)` of `a` with their derivative; equal singular values do not turn each other's."""
+    return vectors
+
+
+@_turning.defjvp
+def _turning_jvp(primals, tangents):
+    a, (u, vt) = primals
+    u, vt = _turning(a, (u, vt))
+    s, v, da = _values(a, (u, vt)), vt.T, tangents[0]
+    inside = matmul(u.T, matmul(da, v))
+    differences = s[None, :] ** 2 - s[:, None] ** 2
+    same = jnp.abs(differences) <= vector_tolerance(s.dtype) * s[0] ** 2
+    weights = jnp.where(same, 0.0, 1 / jnp.where(same, 1.0, differences))
+    of_u = matmul(u, weights * (inside * s[None, :] + s[:, None] * inside.T))
+    of_v = matmul(v, weights * (s[:, None] * inside + inside.T * s[None, :]))
+    # What turns out of the span of the vectors.
+    of_u = of_u + ratio(matmul(da, v) - matmul(u, inside), s[None, :])
+    of_v = of_v + ratio(matmul(da.T, u) - matmul(v, inside.T), s[None, :])
+    return (u, vt), (of_u, of_v.T)
+
+
+# The singular values
 
 
 def _lowered_values(s: Float[Array, " n"], target, num_preserved: int):

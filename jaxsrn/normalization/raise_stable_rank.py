@@ -27,7 +27,7 @@ from jaxsrn._tools.tolerances import kernel_tolerance, largest_scaling
 from jaxsrn.normalization.closed_form import Problem
 from jaxsrn.operators.base import Operator
 from jaxsrn.projections.nearest import Nearest, SolvedBall, nearest, not_yet, with_derivative
-from jaxsrn.spectra.norms import frozen_value
+from jaxsrn.spectra.moving_pairs import frozen_value
 from jaxsrn.spectra.singular_pair import Pair
 
 __all__ = [

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax.numpy as jnp
 from jax import lax
 
 from jaxsrn._tools.checks import Kernel, float_dtype, kernel_array, positive_scalar
+from jaxsrn._tools.held import held
 from jaxsrn._tools.linalg import ratio, safe_sqrt
 from jaxsrn._tools.programs import program
 from jaxsrn.normalization.closed_form import Problem, problem_of
 from jaxsrn.normalization.result import SRNResult, in_own_scale, in_shape, measured
 from jaxsrn.normalization.starts import survey
 from jaxsrn.operators.base import Operator
-from jaxsrn.spectra.norms import frozen_value
+from jaxsrn.spectra.moving_pairs import frozen_value, moving_with_kernel, with_free_frequency
 from jaxsrn.spectra.pairs_by_kind import leading_pair, value_gradient
 from jaxsrn.spectra.ranks import stable_rank_range
 from jaxsrn.spectra.singular_pair import Pair, rescaled
@@ -51,12 +54,22 @@ def srnc_tanay(kernel: Kernel, op: Operator, target) -> SRNResult:
 def _srnc_tanay(kernel, op, own, target):
     a, scale = rescaled(kernel.astype(float_dtype(kernel.dtype)), op)
     problem = problem_of(a, op, target, frozen_value(a, op, own))
-    first = problem.norm * lax.stop_gradient(value_gradient(own, op, a.shape))
+    pair = with_free_frequency(own, op, a.dtype)
+    first = held(functools.partial(_leading_part, op), functools.partial(_moved_pair, op), problem, pair)
     rest = a - first
     gamma = ratio(safe_sqrt(target - 1) * problem.norm, safe_sqrt(problem.inner(rest, rest)))
     unchanged = target >= problem.stable_rank
     result = assessed(jnp.where(unchanged, a, first + gamma * rest), problem, own, op, jnp.asarray(0))
     return in_own_scale(result._replace(gap=jnp.where(unchanged, 0.0, result.gap)), scale, kernel, op, unchanged)
+
+
+def _leading_part(op: Operator, problem: Problem, pair: Pair):
+    """`a1`."""
+    return problem.norm * value_gradient(pair, op, problem.kernel.shape)
+
+
+def _moved_pair(op: Operator, problem: Problem, pair: Pair) -> Pair:
+    return moving_with_kernel(op)(problem.kernel, pair)
 
 
 def assessed(candidate, problem: Problem, own: Pair, op: Operator, num_steps) -> SRNResult:
@@ -68,6 +81,6 @@ def assessed(candidate, problem: Problem, own: Pair, op: Operator, num_steps) ->
     bound = ratio(safe_sqrt(survey(lax.stop_gradient(problem), op, own).bound), safe_sqrt(problem.squared))
     # The bound is proven for targets below the stable rank of the original alone.
     proves = jnp.isfinite(bound) & (problem.target < problem.stable_rank)
-    gap = jnp.where(proves, distance - bound, distance)
+    gap = lax.stop_gradient(jnp.where(proves, distance - bound, distance))
     norm = frozen_value(candidate, op, leading)
     return measured(candidate, problem, norm, distance, gap, num_steps, True, feasible)

@@ -28,7 +28,7 @@ from jaxsrn.spectra.circular.boxes import on_dividing_grid
 from jaxsrn.spectra.circular.fourier import half_symbol, site_symbol
 from jaxsrn.spectra.circular.sites import among, distinct_sites, on_grid, sites_at, without_constant_axes
 from jaxsrn.spectra.image_pairs import as_images, flat_products
-from jaxsrn.spectra.norms import frozen_value
+from jaxsrn.spectra.moving_pairs import frozen_value
 from jaxsrn.spectra.pairs_by_kind import leading_pair
 from jaxsrn.spectra.singular_pair import Pair, matrix_size, rescaled
 
@@ -77,7 +77,8 @@ def extreme_singular_values(kernel: Kernel, op: Operator, *, alpha=1.0, gram: st
     Returns:
       A scalar in float32 or wider; NaN where the kernel has one. The gradient, `+-grad_K ||M v||^2` with the extremal
       eigenvector `v` held constant, is their (2.3) and (2.5): exact for a simple eigenvalue, and always finite. Where
-      both ends are equally far it is the gradient of the upper one.
+      both ends are equally far it is the gradient of the upper one. The second derivative is exact for a simple
+      eigenvalue other than 0.
 
     Raises:
       ValueError: a kernel that does not fit, an `alpha` that is not positive, an unknown `gram`.

@@ -18,6 +18,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from jaxsrn._tools.checks import Kernel, ensure, float_dtype, kernel_array, positive_scalar, static_int
+from jaxsrn._tools.held import held, stationary
 from jaxsrn._tools.lanczos import top_singular_vectors
 from jaxsrn._tools.linalg import matmul
 from jaxsrn._tools.programs import program
@@ -98,8 +99,8 @@ def extreme_singular_values_step(
       num_steps: static; power steps, two in the paper (section 3).
 
     Returns:
-      `(value, pairs)`. The value is an estimate of `R_alpha` from below, exact where the pairs have converged, and its
-      gradient holds the vectors constant. The stepped pairs are constants.
+      `(value, pairs)`. The value is an estimate of `R_alpha` from below, and its gradient holds the vectors constant.
+      Both, and the second derivative, are exact where the pairs have converged. The stepped pairs are constants.
 
     Raises:
       ValueError: as `init_pairs`, pairs that do not fit, or fewer than one step.
@@ -124,7 +125,8 @@ def _stepped(kernel, pairs, op, alpha, gram, num_steps):
 
     rows = subspace_iteration(product, orthonormal_rows(vectors.reshape((2, -1))), num_steps)
     stepped = _rotated(fixed, op, fixed_alpha, gram, rows.reshape(vectors.shape))
-    value = jnp.sum(_image(kernel, op, stepped.vectors[0], gram) ** 2) - alpha
+    squared = functools.partial(_squared_image, op, gram)
+    value = held(squared, stationary(squared), kernel, stepped.vectors[0]) - alpha
     return jnp.where(stepped.values[0] < 0, -value, value), stepped
 
 
@@ -144,6 +146,11 @@ def _gram_maps(kernel, op: Operator, gram: str) -> tuple[Callable, Callable]:
 def _image(kernel, op: Operator, vector: Float[Array, "..."], gram: str) -> Float[Array, "..."]:
     """`M v`, or `M^T v` where the Gram matrix is `M M^T`."""
     return _gram_maps(kernel, op, gram)[0](vector)
+
+
+def _squared_image(op: Operator, gram: str, kernel, vector: Float[Array, "..."]) -> Float[Array, ""]:
+    """`||M v||^2`, or `||M^T v||^2` where the Gram matrix is `M M^T`."""
+    return jnp.sum(_image(kernel, op, vector, gram) ** 2)
 
 
 def _shifted_gram(kernel, op: Operator, alpha, gram: str) -> Callable:

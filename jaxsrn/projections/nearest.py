@@ -28,6 +28,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from jaxsrn._tools.held import moving, refusing
 from jaxsrn._tools.linalg import safe_sqrt
 from jaxsrn._tools.tolerances import SPLIT_SIZE
 from jaxsrn.bounds.covers import covers
@@ -35,7 +36,7 @@ from jaxsrn.operators.base import Operator
 from jaxsrn.operators.convolutions import ZeroPaddedConv
 from jaxsrn.projections.augmented_lagrangian import Iterate, begin, derivative, distance_and_excess, minimise
 from jaxsrn.projections.clipping import MatrixStack, matrix_stack
-from jaxsrn.spectra.norms import frozen_value
+from jaxsrn.spectra.moving_pairs import frozen_value
 from jaxsrn.spectra.pairs_by_kind import leading_pair
 from jaxsrn.spectra.singular_pair import Pair, matrix_size
 
@@ -50,6 +51,11 @@ __all__ = [
 # Radii of the cover that are tried, each a convex problem of its own. A radius that misses the limit costs distance,
 # not feasibility: the last kernel is scaled into the ball.
 _NUM_RADII = 6
+# The derivative is that of the solved problem, whose own motion is not computed.
+_NO_MOVE = refusing(
+    "project_spectral_ball: got a second derivative, expected first ones alone; take clip_singular_values, which has "
+    "both, or bounds and penalties of the norm."
+)
 
 
 class SolvedBall(NamedTuple):
@@ -197,6 +203,7 @@ def with_derivative(op: Operator, target, limit, kernel, solution: SolvedBall) -
 @with_derivative.defjvp
 def _with_derivative_jvp(op: Operator, primals, tangents):
     target, limit, kernel, solution = primals
+    solution = moving(_NO_MOVE, (target, limit), solution)
     blocks = _inner_blocks(op, target.shape, target.dtype)
     # The projection is homogeneous: scaling `A` and the radius by `t` scales the result by `t`.
     rate = tangents[1] / limit

@@ -20,7 +20,7 @@ from jaxsrn._tools.tolerances import DENSE_SIZE, gap_tolerance
 from jaxsrn.operators.base import Dense, Operator
 from jaxsrn.projections.clipping import matrix_stack, smooth_clipped
 from jaxsrn.projections.nearest import nearest, with_derivative
-from jaxsrn.spectra.norms import frozen_value
+from jaxsrn.spectra.moving_pairs import frozen_value
 from jaxsrn.spectra.pairs_by_kind import leading_pair
 from jaxsrn.spectra.singular_pair import matrix_size, rescaled
 
@@ -66,7 +66,8 @@ def clip_singular_values(kernel: Kernel, op: Operator, max_norm) -> Shaped[Array
 
     Returns:
       The kernel, in the dtype of the input. Derivatives, also in `max_norm`, are always finite. They are exact where no
-      singular value equals `max_norm`, and one of the generalised derivatives elsewhere.
+      singular value equals `max_norm`, and one of the generalised derivatives elsewhere. Second derivatives are exact
+      where, besides, all singular values of a matrix are distinct, and may be NaN elsewhere.
 
     Raises:
       ValueError: a kernel that does not fit, aliased taps, a `max_norm` that is not positive, or a zero-padded matrix
@@ -142,7 +143,8 @@ def project_spectral_ball(
       singular values stay the active ones), and finite and not expanding everywhere. `gap` has derivative 0.
 
     Raises:
-      ValueError: a kernel that does not fit, aliased taps, a `max_norm` or `tolerance` that is not positive.
+      ValueError: a kernel that does not fit, aliased taps, a `max_norm` or `tolerance` that is not positive, or a
+        second derivative of a convolution.
     """
     kernel, max_norm = _checked(kernel, op, max_norm)
     shape = kernel.shape

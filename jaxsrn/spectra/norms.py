@@ -1,14 +1,12 @@
 """The leading singular triplet and the spectral norm of a layer, with exact derivatives.
 
-`pairs_by_kind.py` finds the leading pair. The norm is its value as a function of the kernel, with the pair held
-constant, and the derivative of that is the derivative of the norm.
+`pairs_by_kind.py` finds the leading pair, and the norm is its value as a function of the kernel (`moving_pairs.py`).
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
@@ -17,8 +15,9 @@ from jaxsrn._tools.checks import Kernel, ensure, float_dtype, kernel_array, posi
 from jaxsrn._tools.programs import program
 from jaxsrn.operators.base import Operator
 from jaxsrn.spectra.common_shapes import in_common_shape
-from jaxsrn.spectra.pairs_by_kind import leading_pair, pair_images, value_gradient
-from jaxsrn.spectra.singular_pair import Pair, rescaled
+from jaxsrn.spectra.moving_pairs import frozen_value
+from jaxsrn.spectra.pairs_by_kind import leading_pair, pair_images
+from jaxsrn.spectra.singular_pair import rescaled
 
 __all__ = [
     "SingularTriplet",
@@ -41,16 +40,6 @@ class SingularTriplet(NamedTuple):
     left: Float[Array, "..."]
     right: Float[Array, "..."]
     residual: Float[Array, "..."]
-
-
-def frozen_value(kernel: Float[Array, "..."], op: Operator, pair: Pair) -> Float[Array, ""]:
-    """`<output, T(K) input>` of a constant pair, as a function of `K` alone.
-
-    Its value at the leading pair is the spectral norm, and its derivative is the exact one of the norm, the outer
-    product of the vectors. Where singular values coincide that is one of the subgradients, and finite.
-    """
-    gradient = value_gradient(jax.tree.map(lax.stop_gradient, pair), op, kernel.shape)
-    return jnp.sum(gradient * kernel)
 
 
 def leading_triplet(
@@ -78,7 +67,8 @@ def leading_triplet(
 
     Returns:
       A `SingularTriplet` in float32 or wider. `value` is differentiable: its gradient is the outer product of the
-      vectors, exact for a simple value and always finite. The vectors are constants.
+      vectors, exact for a simple value and always finite; second derivatives are those of `spectral_norm`. The vectors
+      are constants.
 
     Raises:
       ValueError: a kernel or an `initial` that does not fit, or a bad tolerance.
@@ -132,7 +122,9 @@ def spectral_norm(kernel: Kernel, op: Operator) -> Float[Array, ""]:
     layers: an SVD, or for large matrices the Lanczos method with a Cholesky factorization that proves its value. Zero
     padding: the same as dense layers up to 2**18 entries of the explicit matrix, and for layers of one tap; above, the
     Lanczos method to a relative residual of `eps ** 0.75`, without a proof. The gradient is the outer product of the
-    leading vectors, held constant: exact for a simple value, always finite (also at zero), in both modes.
+    leading vectors, held constant: exact for a simple value, always finite (also at zero), in both modes. The second
+    derivative is exact for a simple value too, and takes a linear system in the vectors. Where values coincide, what
+    would turn their vectors into each other is left out; with more than 512 numbers in the vectors it is NaN there.
 
     Args:
       kernel: `(c_in, c_out)` or `(*taps, c_in // groups, c_out)`.

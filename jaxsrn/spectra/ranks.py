@@ -18,7 +18,7 @@ from jaxsrn._tools.programs import program
 from jaxsrn.operators.base import Operator
 from jaxsrn.operators.convolutions import UnboundedConv
 from jaxsrn.spectra.common_shapes import in_common_shape
-from jaxsrn.spectra.norms import frozen_value
+from jaxsrn.spectra.moving_pairs import frozen_value
 from jaxsrn.spectra.pairs_by_kind import leading_pair
 from jaxsrn.spectra.singular_pair import rescaled
 
@@ -37,7 +37,7 @@ def stable_rank(kernel: Kernel, op: Operator) -> Float[Array, ""]:
     """`srank(T) = ||T||_F^2 / ||T||_2^2` of the layer `T(kernel)`.
 
     It does not depend on the scale, and lies between 1 and the rank; it is 0 at the zero kernel. The gradient is exact
-    where the leading singular value is simple, and always finite.
+    where the leading singular value is simple, and always finite. So are second derivatives, as for `spectral_norm`.
 
     Args:
       kernel: `(c_in, c_out)` or `(*taps, c_in // groups, c_out)`.

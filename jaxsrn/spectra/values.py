@@ -16,6 +16,7 @@ from jax import lax
 from jaxtyping import Array, Complex, Float
 
 from jaxsrn._tools.checks import Kernel, ensure, float_dtype, kernel_array
+from jaxsrn._tools.held import held, stationary
 from jaxsrn._tools.lanczos import top_singular_vectors
 from jaxsrn._tools.programs import program
 from jaxsrn._tools.tolerances import DENSE_SIZE, vector_tolerance
@@ -69,7 +70,8 @@ def singular_values(kernel: Kernel, op: Operator) -> Float[Array, " n"]:
 
     Circular convolutions take SVDs of the symbol at half of the frequencies (Sedghi et al. 2019), dense layers an SVD,
     layers with zero padding an SVD of the explicit matrix, up to 2**24 entries. The values are differentiable, and the
-    derivatives are finite where values coincide.
+    derivatives are finite where values coincide. Second derivatives are exact where all values of a matrix are
+    distinct, and may be NaN elsewhere.
 
     Args:
       kernel: `(c_in, c_out)` or `(*taps, c_in // groups, c_out)`.
@@ -121,7 +123,8 @@ def top_singular_values(kernel: Kernel, op: Operator, k: int) -> Float[Array, " 
 
     Circular and dense layers take the first of `singular_values`, and so do layers with zero padding where a fifth or
     more of the values of a small matrix is asked for. Other layers with zero padding take the Lanczos method with
-    deflation, matrix-free. The gradient holds the singular vectors constant, which is exact for simple values.
+    deflation, matrix-free. The gradient holds the singular vectors constant, which is exact for simple values, and so
+    is the second derivative.
 
     Args:
       kernel: `(c_in, c_out)` or `(*taps, c_in // groups, c_out)`.
@@ -146,8 +149,15 @@ def _top_matrix_free(kernel, op, k):
     kernel = kernel.astype(float_dtype(kernel.dtype))
     fixed, _ = rescaled(lax.stop_gradient(kernel), op)
     found = top_singular_vectors(*flat_products(fixed, op), k, vector_tolerance(kernel.dtype), kernel.dtype)
-    inputs, outputs = lax.stop_gradient(found)
-    inputs = inputs.reshape((k, *op.in_shape(kernel.shape)))
-    images = op.apply(kernel, inputs, precision=lax.Precision.HIGHEST)
-    values = jnp.sum(outputs * images.reshape((k, -1)), axis=-1)
-    return jnp.sort(values)[::-1]
+    values = functools.partial(_values_of_vectors, op)
+    move = stationary(lambda kernel, vectors: values(kernel, jax.tree.map(lambda leaf: leaf[None], vectors))[0])
+    return jnp.sort(held(values, jax.vmap(move, (None, 0)), kernel, found))[::-1]
+
+
+def _values_of_vectors(op: Operator, kernel, vectors) -> Float[Array, " k"]:
+    """`<v, T(K) u>` of flat vectors `(u, v)`, one of each in a row."""
+    inputs, outputs = vectors
+    images = op.apply(
+        kernel, inputs.reshape((len(inputs), *op.in_shape(kernel.shape))), precision=lax.Precision.HIGHEST
+    )
+    return jnp.sum(outputs * images.reshape(outputs.shape), axis=-1)

@@ -19,13 +19,16 @@ from jaxtyping import Array, Float, Int
 
 from jaxsrn import optim
 from jaxsrn._tools.checks import Kernel, ensure, float_dtype, static_int
+from jaxsrn._tools.held import held, refusing
 from jaxsrn._tools.linalg import unit
 from jaxsrn._tools.programs import program
-from jaxsrn.normalization.closed_form import problem_of
+from jaxsrn.normalization.closed_form import Problem, problem_of
 from jaxsrn.normalization.result import SRNResult, in_own_scale
 from jaxsrn.normalization.tanay import assessed
 from jaxsrn.operators.base import Operator
-from jaxsrn.spectra.norms import frozen_value, norm_of
+from jaxsrn.operators.convolutions import CircularConv
+from jaxsrn.spectra.moving_pairs import frozen_value
+from jaxsrn.spectra.norms import norm_of
 from jaxsrn.spectra.pairs_by_kind import leading_pair
 from jaxsrn.spectra.singular_pair import rescaled
 from jaxsrn.surrogate.descent import State, advance, begin, by_step, geometric, starting_points
@@ -112,7 +115,7 @@ def solve(
       proves nothing and equals `distance`. `num_steps` counts the steps of each descent. Derivatives hold `x` constant.
 
     Raises:
-      ValueError: as `objective`, or a number of restarts or steps below 1.
+      ValueError: as `objective`, a number of restarts or steps below 1, or a second derivative.
     """
     kernel, target, schedules, initial = _descent_arguments(kernel, op, target, alpha, penalty, initial)
     keys = jax.random.split(key, static_int(num_restarts, "num_restarts"))
@@ -133,8 +136,19 @@ def _solve(kernel, op, target, keys, initial, schedules, optimizer, num_steps, s
     level = num_frequencies(op) / target
     ends, missed, distances = jax.vmap(descend)(starting_points(keys, a, initial))
     best = lax.stop_gradient(ends[jnp.lexsort((distances, missed))[0]])
-    result = assessed(kernel_at(best, problem, op), problem, own, op, jnp.asarray(num_steps))
+    found = held(functools.partial(_kernel_at, op), _NO_MOVE, problem, best)
+    result = assessed(found, problem, own, op, jnp.asarray(num_steps))
     return in_own_scale(result, scale, kernel, op, jnp.asarray(False))
+
+
+_NO_MOVE = refusing(
+    "surrogate.solve: got a second derivative, expected first ones alone, which hold the point x constant; take "
+    "jaxsrn.srnc, or derivatives of surrogate.objective."
+)
+
+
+def _kernel_at(op: CircularConv, problem: Problem, x):
+    return kernel_at(x, problem, op)
 
 
 def trajectory(

@@ -21,9 +21,9 @@ from jaxsrn._tools.indexing import chosen, picked
 from jaxsrn._tools.programs import program
 from jaxsrn._tools.tolerances import kernel_tolerance
 from jaxsrn.normalization.closed_form import INFEASIBLE, Problem, problem_of
+from jaxsrn.normalization.implicit import frozen, moving_pair
+from jaxsrn.normalization.normalized import is_only_rescaled, normalized
 from jaxsrn.normalization.starts import survey
-from jaxsrn.normalization.training.implicit import moving_pair
-from jaxsrn.normalization.training.normalized import is_only_rescaled, normalized
 from jaxsrn.normalization.training.tracking import (
     Track,
     follow,
@@ -34,7 +34,7 @@ from jaxsrn.normalization.training.tracking import (
 )
 from jaxsrn.operators.base import Operator
 from jaxsrn.operators.convolutions import ZeroPaddedConv
-from jaxsrn.spectra.norms import frozen_value
+from jaxsrn.spectra.moving_pairs import frozen_value
 from jaxsrn.spectra.pairs_by_kind import leading_pair
 from jaxsrn.spectra.singular_pair import Pair, rescaled
 
@@ -148,7 +148,9 @@ def srnc_step(
         exact for the norm, and for the kernel it leaves out how the vectors turn. `"implicit"` is the derivative of the
         converged step by the implicit function theorem. It takes a linear system in the vectors, each product a further
         power step, and is the frozen one where that system is singular (the two leading values meet). A second
-        derivative is the true one only with `"implicit"` and a target; otherwise it takes the vectors for constants.
+        derivative is that of the gradient that was asked for, of the converged step. With `"implicit"`, and without a
+        target, it is the true one; with `"frozen"` and a target it is not symmetric, and NaN where that system is
+        singular.
       num_steps: static. Power steps of the pair before the kernel is normalized with it. The default is one with zero
         padding and a target, where each takes products with images, and otherwise two, and more where the state is far
         from the kernel. A number that is given is kept to.
@@ -287,7 +289,7 @@ def _srnc_step(kernel, state, op, target, norm, cap, gradient, steps):
     # Where the norm alone is asked for, the frozen gradient is the true one.
     pair = track.pair if gradient == "frozen" or target is None else moving_pair(a, op, target, track.pair)
     # The solution is proportional to the norm and does not depend on the scale of the kernel.
-    unit_kernel = normalized(a, op, target, pair)
+    unit_kernel = (frozen if gradient == "frozen" else normalized)(a, op, target, pair)
     unchanged = jnp.asarray(op._tap_counts(kernel.shape) == 0)
     if norm is None or cap:
         own_norm = scale * frozen_value(a, op, (own or track).pair)

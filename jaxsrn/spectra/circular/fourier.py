@@ -12,6 +12,7 @@ import functools
 import itertools
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -170,10 +171,20 @@ def site_waves(op: CircularConv, kernel_shape, site: Site | ShiftedSite, dtype) 
     """`exp(-i <w, t>)` of every term of `polynomial` at the frequency of a site, or of several."""
     terms = terms_of(op, kernel_shape)
     factors = waves(angles_of(op.grid, dtype), 2 * site.index, terms)
-    if not isinstance(site, ShiftedSite):
-        return factors
-    turned = einsum("j,tj->t", site.shift, jnp.asarray(terms, dtype))
-    return factors * lax.complex(jnp.cos(turned), -jnp.sin(turned))
+    return factors * _turns(site.shift, terms) if isinstance(site, ShiftedSite) else factors
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _turns(shift: Float[Array, " axes"], terms: np.ndarray) -> Complex[Array, " terms"]:
+    """`exp(-i <shift, t>)` where the shift is 0: ones, of which the derivatives alone are computed."""
+    return jnp.ones(len(terms), complex_dtype(shift.dtype))
+
+
+@_turns.defjvp
+def _turns_jvp(terms, primals, tangents):
+    turns = _turns(*primals, terms)
+    radians = einsum("j,tj->t", tangents[0], jnp.asarray(terms, tangents[0].dtype))
+    return turns, turns * lax.complex(jnp.zeros_like(radians), -radians)
 
 
 def site_symbol(kernel: Float[Array, "..."], op: CircularConv, site: Site | ShiftedSite) -> Complex[Array, "in out"]:

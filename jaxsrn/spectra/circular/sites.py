@@ -52,7 +52,7 @@ class Site(NamedTuple):
 
 
 class ShiftedSite(NamedTuple):
-    """A site whose frequency has radians added to it, for derivatives in the frequency."""
+    """A site whose frequency has radians added to it, for derivatives in the frequency; their number is 0."""
 
     index: Int[Array, " axes"]
     group: Int[Array, ""]

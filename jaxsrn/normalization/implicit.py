@@ -1,0 +1,120 @@
+"""The true gradient of a training step: the derivative of the converged pair by the implicit function theorem.
+
+A converged pair is a fixed point of the training step at rest, so its derivative solves a linear system whose products
+are derivatives of one step. An unbounded layer's frequency is part of the solution: the value of the pair is stationary
+in it. Other layers have no frequencies, or the frequencies of a grid, which stay. The system is solved by GMRES
+(`held.py`) inside `lax.custom_root` and `lax.custom_linear_solve`, which give both modes. The frozen gradient leaves
+this derivative out, and its own derivative has it.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from jaxsrn._tools.held import gmres, held, is_inexact, real_vector
+from jaxsrn._tools.tolerances import kernel_tolerance
+from jaxsrn.normalization.closed_form import functional
+from jaxsrn.normalization.normalized import normalized
+from jaxsrn.normalization.reverse_mode import in_reverse
+from jaxsrn.operators.base import Operator
+from jaxsrn.operators.convolutions import UnboundedConv
+from jaxsrn.spectra.circular.boxes import degrees
+from jaxsrn.spectra.circular.sites import on_grid
+from jaxsrn.spectra.moving_pairs import with_free_frequency
+from jaxsrn.spectra.pairs_by_kind import power_step, value_gradient
+from jaxsrn.spectra.singular_pair import Pair
+
+__all__ = [
+    "determined_pair",
+    "frozen",
+    "moving_pair",
+]
+
+
+def frozen(a: Float[Array, "..."], op: Operator, target, pair: Pair) -> Float[Array, "..."]:
+    """`normalized`, with the derivative that holds the pair constant; its second derivative sees how the pair moves."""
+    if target is None:
+        return normalized(a, op, None, pair)
+    pair = with_free_frequency(pair, op, a.dtype)
+    return held(functools.partial(_normalized, op), functools.partial(determined_pair, op), (a, target), pair)
+
+
+def _normalized(op: Operator, problem, pair: Pair) -> Float[Array, "..."]:
+    a, target = problem
+    return normalized(a, op, target, pair)
+
+
+def determined_pair(op: Operator, problem, pair: Pair) -> Pair:
+    """The move (`held.py`) of a pair whose `problem` is `(a, target)`: NaN where the kernel does not determine it.
+
+    Such a kernel has the lowest stable rank that its pair allows, and is nothing but the functional of the pair.
+    """
+    a, target = problem
+    moved = moving_pair(a, op, target, pair, otherwise=jnp.nan)
+    if op._normalization_keeps_pairs:
+        return moved
+    weights = op.frobenius_weights(a.shape, a.dtype)
+    direction = functional(pair, op, weights, a.shape)
+    is_lowest = jnp.sum(weights * direction**2) * target <= 1 + kernel_tolerance(a.dtype)
+    factor = jnp.where(is_lowest, jnp.nan, 1.0)
+    return jax.tree.map(lambda leaf: leaf * factor.astype(leaf.dtype) if is_inexact(leaf) else leaf, moved)
+
+
+def moving_pair(a: Float[Array, "..."], op: Operator, target, pair: Pair, otherwise: float = 0.0) -> Pair:
+    """The pair as a function of the kernel: a fixed point of the step on the kernel normalized with the pair.
+
+    Where its linear system is singular the derivative of the pair is `otherwise`; with 0 the gradient is the frozen
+    one.
+    """
+    pair = with_free_frequency(pair, op, a.dtype)
+    fixed, rebuild = real_vector(pair)
+
+    def residual(op: Operator, vector):
+        now = rebuild(vector)
+        # A matrix has the same pair as its normalized form. It determines the pair where that form, of rank one, does
+        # not.
+        kernel = a if op._normalization_keeps_pairs else normalized(a, op, target, now)
+        new = _aligned(power_step(kernel, op, now), pair)
+        return vector - real_vector(_with_better_frequency(kernel, op, new))[0]
+
+    def tangent_solve(matvec, rhs):
+        backward = jax.vjp(functools.partial(residual, in_reverse(op)), fixed)[1]
+        return _tangent_solve(matvec, lambda cotangent: backward(cotangent)[0], rhs, otherwise)
+
+    return rebuild(lax.custom_root(functools.partial(residual, op), fixed, lambda _, vector: vector, tangent_solve))
+
+
+def _with_better_frequency(kernel: Float[Array, "..."], op: Operator, pair: Pair) -> Pair:
+    """A step uphill in the frequency, where that is free. The kernel has norm 1, so that the step has about its length.
+
+    Along an axis of a single tap the value is constant, and the frequency is held.
+    """
+    if not isinstance(op, UnboundedConv):
+        return pair
+
+    def value(shift):
+        moved = pair._replace(site=pair.site._replace(shift=shift))
+        return jnp.sum(value_gradient(moved, op, kernel.shape) * kernel)
+
+    shift = pair.site.shift
+    varies = jnp.asarray(degrees(on_grid(op, kernel.shape), kernel.shape)) > 0
+    return pair._replace(site=pair.site._replace(shift=jnp.where(varies, shift + jax.grad(value)(shift), 0)))
+
+
+def _aligned(pair: Pair, reference: Pair) -> Pair:
+    """The pair in the phase of the reference: a common phase of both vectors leaves it the same pair."""
+    overlap = jnp.vdot(pair.output, reference.output, precision=lax.Precision.HIGHEST)
+    size = jnp.sqrt(jnp.where(overlap == 0, 1.0, overlap.real**2 + overlap.imag**2))
+    phase = jnp.where(overlap == 0, 1.0, overlap / size.astype(overlap.dtype))
+    return Pair(pair.site, pair.input * phase, pair.output * phase)
+
+
+def _tangent_solve(matvec, transposed, rhs, otherwise: float):
+    """`matvec^-1 rhs` by GMRES, and `otherwise` where that does not converge."""
+    solve = functools.partial(gmres, otherwise=otherwise)
+    return lax.custom_linear_solve(matvec, rhs, solve, transpose_solve=lambda _, rhs: solve(transposed, rhs))

@@ -1,0 +1,237 @@
+"""Second derivatives of every public function: the derivative of the first one, or a refusal, never another number."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import quick_jit
+from test_contracts import CONTRACTS, EXACT, TARGETS, Contract, gaussian
+from test_transformations import OTHERS
+
+import jaxsrn
+from jaxsrn import CircularConv, Dense, UnboundedConv, ZeroPaddedConv, bounds, lipschitz, penalties
+
+# Numbers that are constants for derivatives, or that have a kink where the constraints are met.
+WITHOUT_DERIVATIVES = (".gap", ".residual", ".left", ".right")
+# Those whose first derivative does not depend on the kernel.
+LINEAR = ("symbol", "bounds.l1")
+REFUSED = (
+    "bounds.fantastic_four by power steps",
+    "project_spectral_ball",
+    "srnc raising",
+    "surrogate.solve",
+)
+
+
+def tracked(kernel, op):
+    """The penalty of pairs that have converged; those of `CONTRACTS` have not."""
+    return penalties.extreme_singular_values_step(kernel, penalties.init_pairs(kernel, op), op)[0]
+
+
+def pairs(wanted):
+    """`(function, operator, kernel shape)` of the contracts that are wanted, one for each operator."""
+    contracts = [contract for contract in CONTRACTS if contract.name != "penalties.extreme_singular_values_step"]
+    contracts.append(Contract("penalties.extreme_singular_values_step", tracked))
+    return [
+        pytest.param(contract.function, *operator, id=f"{contract.name}-{type(operator[0]).__name__}")
+        for contract in contracts
+        for operator in contract.operators
+        if not contract.is_constant and wanted(contract.name, operator[0])
+    ]
+
+
+def is_refused(name, op):
+    """A dense layer is projected by clipping its singular values."""
+    return name in REFUSED and (name, type(op)) != ("project_spectral_ball", Dense)
+
+
+def summed(function, op):
+    """A sum of all numbers of a result, with fixed weights."""
+
+    def value(kernel):
+        rng, total = np.random.default_rng(5), 0.0
+        for path, leaf in jax.tree.leaves_with_path(function(kernel, op)):
+            if jnp.issubdtype(leaf.dtype, jnp.inexact) and jax.tree_util.keystr(path) not in WITHOUT_DERIVATIVES:
+                total += jnp.sum(jnp.asarray(rng.uniform(0.5, 1.5, leaf.shape)) * (leaf.real + leaf.imag))
+        return total
+
+    return value
+
+
+def along(value, point, direction):
+    """The derivative of the gradient along a direction, by forward over reverse mode."""
+    return quick_jit(lambda point: jax.jvp(jax.grad(value), (point,), (direction,))[1])(point)
+
+
+def differences(value, point, direction, width=1e-4):
+    """The same by central differences of the gradient."""
+    gradient = quick_jit(jax.grad(value))
+    return (gradient(point + width * direction) - gradient(point - width * direction)) / (2 * width)
+
+
+def assert_close(found, expected, share=1e-4):
+    assert np.max(np.abs(expected)) > 1e-3
+    np.testing.assert_allclose(found, expected, atol=share * np.max(np.abs(expected)))
+
+
+@pytest.mark.parametrize(
+    ("function", "op", "shape"), pairs(lambda name, op: not is_refused(name, op) and name not in LINEAR)
+)
+def test_they_are_derivatives_of_the_first(function, op, shape):
+    value, kernel, direction = summed(function, op), gaussian(shape), gaussian(shape, 4)
+    assert_close(along(value, kernel, direction), differences(value, kernel, direction))
+
+
+@pytest.mark.parametrize(("function", "op", "shape"), pairs(lambda name, op: name in LINEAR))
+def test_what_is_linear_has_none(function, op, shape):
+    assert np.all(along(summed(function, op), gaussian(shape), gaussian(shape, 4)) == 0)
+
+
+@pytest.mark.parametrize(("function", "op", "shape"), pairs(is_refused))
+def test_refusals(function, op, shape):
+    """At trace time, with what to do instead."""
+    value, kernel = summed(function, op), gaussian(shape)
+    with pytest.raises(ValueError, match=r"second derivative.*take"):
+        jax.eval_shape(lambda kernel: jax.jvp(jax.grad(value), (kernel,), (kernel,)), kernel)
+
+
+def test_a_norm_by_every_composition_of_modes():
+    """Against JAX's norm of the matrix, by the whole Hessian."""
+    kernel = gaussian((3, 2))
+    expected = jax.hessian(lambda kernel: jnp.linalg.norm(kernel, 2))(kernel)
+    modes = (jax.jacfwd, jax.jacrev)
+
+    def norm(kernel):
+        return jaxsrn.spectral_norm(kernel, Dense())
+
+    found = quick_jit(lambda kernel: [outer(inner(norm))(kernel) for outer in modes for inner in modes])(kernel)
+    for hessian in found:
+        np.testing.assert_allclose(hessian, expected, atol=1e-10)
+
+
+def test_third_derivatives_of_a_norm():
+    kernel, direction = gaussian((3, 2)), gaussian((3, 2), 4)
+
+    def third(norm):
+        def second(t):
+            return jax.jvp(jax.grad(lambda t: norm(kernel + t * direction)), (t,), (1.0,))[1]
+
+        return quick_jit(jax.grad(second))(0.0)
+
+    expected = third(lambda kernel: jnp.linalg.norm(kernel, 2))
+    np.testing.assert_allclose(third(lambda kernel: jaxsrn.spectral_norm(kernel, Dense())), expected, rtol=1e-8)
+
+
+def test_without_edges():
+    """The frequency moves too. Its grid of 2**24 angles limits differences."""
+    for function in (jaxsrn.spectral_norm, bounds.tensor_norm):
+        value, kernel = summed(function, UnboundedConv()), gaussian((3, 2, 2))
+        direction = gaussian((3, 2, 2), 4)
+        expected = differences(value, kernel, direction, width=1e-2)
+        assert_close(along(value, kernel, direction), expected, share=3e-3)
+
+
+def network(params, x):
+    return jnp.tanh(x @ params["first"]) @ params["second"]
+
+
+PARAMS = {"first": gaussian((4, 5), 1), "second": gaussian((5, 3), 2)}
+
+
+def test_local_constants_in_parameters_and_points_at_once():
+    x, direction = gaussian((2, 4), 3), gaussian((4, 5), 6)
+
+    def value(point):
+        params = {**PARAMS, "first": point}
+        return jnp.sum(lipschitz.local(network, params, x + point[:, :2].T, tolerance=1e-12).value ** 2)
+
+    assert_close(along(value, PARAMS["first"], direction), differences(value, PARAMS["first"], direction))
+
+
+@pytest.mark.parametrize(
+    ("function", "shape"),
+    [
+        pytest.param(*row[1:], id=row[0])
+        for row in OTHERS
+        if row[0] not in ("lipschitz.ascent", "lipschitz.margins", "lipschitz.local")
+    ],
+)
+def test_functions_of_other_arguments(function, shape):
+    value, point, direction = summed(lambda point, _: function(point), None), gaussian(shape), gaussian(shape, 4)
+    assert_close(along(value, point, direction), differences(value, point, direction))
+
+
+def test_points_that_have_climbed_refuse():
+    def value(first):
+        x = gaussian((2, 4), 3)
+        return jnp.sum(lipschitz.ascent(network, {**PARAMS, "first": first}, x, x + 1, num_steps=2).ratio)
+
+    with pytest.raises(ValueError, match=r"second derivative.*take"):
+        jax.eval_shape(jax.jacfwd(jax.grad(value)), PARAMS["first"])
+
+
+@pytest.mark.parametrize("op", [Dense(), CircularConv((4,)), ZeroPaddedConv((5,))], ids=lambda op: type(op).__name__)
+def test_a_surrogate_gradient_has_a_derivative_that_is_not_symmetric(op):
+    """Forward mode over it and reverse mode over it are transposes: no mode takes the pair for a constant."""
+    shape = (3, 2) if isinstance(op, Dense) else (3, 2, 2)
+    kernel, direction, weights = gaussian(shape), gaussian(shape, 4), gaussian(shape, 5)
+    state = jaxsrn.srnc_state(kernel, op, TARGETS[op])
+
+    def value(kernel):
+        return jnp.sum(weights * jaxsrn.srnc_step(kernel, state, op, TARGETS[op])[0])
+
+    def both(kernel):
+        forward = jax.jvp(jax.grad(value), (kernel,), (direction,))[1]
+        return forward, jax.grad(lambda kernel: jnp.vdot(jax.grad(value)(kernel), weights))(kernel)
+
+    forward, reverse = quick_jit(both)(kernel)
+    np.testing.assert_allclose(jnp.vdot(forward, weights), jnp.vdot(reverse, direction), rtol=1e-7)
+
+
+def test_a_kernel_that_does_not_determine_its_pair():
+    """One of the lowest stable rank: the second derivative is NaN, not another number; the first one is finite."""
+    op, kernel = CircularConv((4,)), gaussian((3, 2, 2))
+
+    def value(kernel):
+        return jnp.sum(jaxsrn.srnc(kernel, op, 1.0, **EXACT).kernel)
+
+    def both(kernel):
+        return jax.jvp(jax.grad(value), (kernel,), (kernel,))
+
+    gradient, second = quick_jit(both)(kernel)
+    assert np.all(np.isfinite(gradient))
+    assert np.all(np.isnan(second))
+
+
+@pytest.mark.parametrize("op", [CircularConv((4,)), ZeroPaddedConv((4,), strides=2)], ids=["circular", "same"])
+def test_where_values_coincide_they_are_finite(op):
+    """Orthonormal columns in one tap, and zero."""
+    repeated = jnp.zeros((3, 2, 2)).at[1].set(jnp.eye(2))
+    hessian = quick_jit(jax.hessian(functools.partial(jaxsrn.spectral_norm, op=op)))
+    for kernel in (repeated, jnp.zeros((3, 2, 2))):
+        assert np.all(np.isfinite(hessian(kernel)))
+
+
+def test_large_systems_are_solved_by_krylov_vectors(monkeypatch):
+    """The same numbers as by eigenvectors, and NaN where that does not converge."""
+    op, kernel, direction = ZeroPaddedConv((5,)), gaussian((3, 2, 2)), gaussian((3, 2, 2), 4)
+    value = functools.partial(jaxsrn.spectral_norm, op=op)
+    expected = along(value, kernel, direction)
+    monkeypatch.setattr("jaxsrn._tools.held._FEW_UNKNOWNS", 0)
+    jax.clear_caches()
+    assert_close(along(value, kernel, direction), expected, share=1e-6)
+
+
+def test_first_derivatives_do_not_pay():
+    """No linear system is in their program."""
+
+    def text(function):
+        return jax.jit(function).lower(gaussian((3, 2))).as_text()
+
+    norm = functools.partial(jaxsrn.spectral_norm, op=Dense())
+    assert "syevd" not in text(jax.value_and_grad(norm))
+    assert "syevd" in text(jax.hessian(norm))
