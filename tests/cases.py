@@ -176,7 +176,7 @@ def _lowest_samples(op, taps: tuple[int, ...]) -> tuple[list[int], list[int]]:
     return [low for low, _ in pairs], sizes
 
 
-def _meetings(op, taps: tuple[int, ...]):
+def meetings(op, taps: tuple[int, ...]):
     """Every `(output position, tap, input sample)` that the layer multiplies."""
     circular = isinstance(op, CircularConv)
     lows, sizes = _lowest_samples(op, taps)
@@ -219,7 +219,7 @@ def dense(kernel, op) -> np.ndarray:
         return kernel.T
     in_shape, out_shape = shapes(kernel.shape, op)
     matrix = np.zeros((*out_shape, *in_shape))
-    for output, tap, sample in _meetings(op, kernel.shape[:-2]):
+    for output, tap, sample in meetings(op, kernel.shape[:-2]):
         for ins, outs in _groups(kernel.shape, op):
             matrix[(*output, outs, *sample, ins)] += kernel[tap][:, outs].T
     return matrix.reshape((np.prod(out_shape), np.prod(in_shape)))
@@ -235,7 +235,7 @@ def pull_back(matrix, op, kernel_shape: tuple[int, ...]) -> np.ndarray:
     in_shape, out_shape = shapes(kernel_shape, op)
     matrix = matrix.reshape((*out_shape, *in_shape))
     gradient = np.zeros(kernel_shape)
-    for output, tap, sample in _meetings(op, kernel_shape[:-2]):
+    for output, tap, sample in meetings(op, kernel_shape[:-2]):
         for ins, outs in _groups(kernel_shape, op):
             gradient[(*tap, slice(None), outs)] += matrix[(*output, outs, *sample, ins)].T
     return gradient
@@ -246,7 +246,7 @@ def weights(kernel_shape: tuple[int, ...], op) -> np.ndarray:
     if isinstance(op, Dense):
         return np.ones((1, 1))
     counts = np.zeros(kernel_shape[:-2])
-    for _, tap, _ in _meetings(op, kernel_shape[:-2]):
+    for _, tap, _ in meetings(op, kernel_shape[:-2]):
         counts[tap] += 1
     return counts[..., None, None]
 

@@ -45,6 +45,7 @@ HOUSE = {
         "circular.site_pairs",
         "circular.leading",
         "padded.idle_axes",
+        "padded.idle_channels",
         "padded.circular_model",
         "padded.starts",
         "padded.few_channels",

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import by_name, dense, gaussian, kernel, pull_back, weights
+from scipy.optimize import minimize
 
 import jaxsrn
 from jaxsrn import CircularConv, Dense, ZeroPaddedConv
@@ -116,6 +117,41 @@ def brute_force(a, n, target, num_points=100_000):
             else:
                 step *= 0.6
     return best.min()
+
+
+def closest_by_descent(a, op, target):
+    """The least distance of a kernel that meets both constraints, by SLSQP on the explicit matrix from many starts."""
+    basis = np.stack([dense(row.reshape(a.shape), op) for row in np.eye(a.size)])
+    gram, flat = np.einsum("iab,jab->ij", basis, basis), a.ravel()
+    norm = np.linalg.norm(dense(a, op), 2)
+
+    def misses(k):
+        return np.linalg.norm(np.tensordot(k, basis, 1), 2) - norm, k @ gram @ k - target * norm**2
+
+    best, rng = np.inf, np.random.default_rng(0)
+    for _ in range(12):
+        start = flat + rng.standard_normal(a.size)
+        constraint = {"type": "eq", "fun": misses}
+        end = minimize(lambda k: (k - flat) @ gram @ (k - flat), start, constraints=constraint, method="SLSQP")
+        if np.max(np.abs(misses(end.x))) < 1e-6:
+            best = min(best, end.fun)
+    return np.sqrt(best / (flat @ gram @ flat))
+
+
+@pytest.mark.parametrize("op", [ZeroPaddedConv((7,), strides=2), CircularConv((8,), strides=2)], ids=str)
+@pytest.mark.parametrize("kind", ["one tap", "orthogonal rows"])
+def test_taps_that_are_zero_in_the_kernel_are_used(op, kind):
+    """All singular values are equal, and a leading pair may touch only taps that allow too large stable ranks."""
+    a = np.zeros((3, 1, 2))
+    if kind == "one tap":
+        a[1, 0] = 0.6, 0.8
+    else:
+        a[:2, 0] = [[0.6, 0.8], [-0.8, 0.6]]
+    for target in (2.2, 3.0, 3.3):
+        result = jaxsrn.srnc(a, op, target)
+        assert bool(result.feasible)
+        np.testing.assert_allclose(measure(result.kernel, op), [target, measure(a, op)[1]], rtol=1e-10)
+        assert float(result.distance) <= closest_by_descent(a, op, target) * (1 + 1e-4)
 
 
 @pytest.mark.parametrize("n", [5, 6, 9, 16, 33, 64])

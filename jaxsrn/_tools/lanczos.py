@@ -24,10 +24,10 @@ from jaxsrn._tools.indexing import picked
 from jaxsrn._tools.linalg import matmul
 from jaxsrn._tools.subspaces import direction_of, fixed_start, projected_out, rayleigh_ritz
 
-__all__ = ["SingularVectors", "leading_singular_vectors", "top_singular_vectors"]
+__all__ = ["LONGEST_BASIS", "SingularVectors", "leading_singular_vectors", "top_singular_vectors"]
 
 # The basis holds so many vectors: more of them save steps, and cost memory and reorthogonalisation.
-_BASIS = 20
+LONGEST_BASIS = 20
 # A restart carries so many Ritz vectors: they resolve nearly equal leading values, and leave less room for new vectors.
 _KEPT = 8
 # The residual is looked at after so many steps: every look takes a small SVD, and late looks take steps in vain.
@@ -104,7 +104,7 @@ def leading_singular_vectors(
     start: Float[Array, " in"],
     out_size: int,
     tolerance: float | Float[Array, ""],
-    first_check: int = _BASIS,
+    first_check: int | Int[Array, ""] = LONGEST_BASIS,
 ) -> SingularVectors:
     """The leading singular triplet of the map `matvec`.
 
@@ -117,7 +117,7 @@ def leading_singular_vectors(
         singular vector could pass for the leading one earlier.
     """
     # A basis of one vector more than the smaller side exhausts the space, and the last coupling is exactly zero.
-    size = min(_BASIS, min(start.size, out_size) + 1)
+    size = min(LONGEST_BASIS, min(start.size, out_size) + 1)
     kept, places = min(_KEPT, size // 2), np.arange(size + 1, dtype=np.int32)
     extend = functools.partial(_extend, lambda x: rmatvec(matvec(x)))
 

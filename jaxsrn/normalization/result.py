@@ -40,7 +40,9 @@ class SRNResult(NamedTuple):
         (`surrogate.solve`); 0 for matrices.
       num_preserved: leading singular values kept.
       feasible: whether the constraints can hold together where the search ended; `residual` says how far they do. If
-        not, the kernel has the lowest stable rank found, or the highest when raising.
+        not, the kernel has the lowest stable rank found, or the highest when raising. `False` is no proof that no
+        kernel meets the constraints: that is certain for matrices, and for convolutions only where the target is
+        outside `stable_rank_range`.
     """
 
     kernel: Shaped[Array, "..."]

@@ -22,7 +22,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxsrn._tools.indexing import picked
-from jaxsrn._tools.linalg import einsum, safe_sqrt, top_values
+from jaxsrn._tools.linalg import einsum, safe_sqrt, top_pairs, top_values
 from jaxsrn.normalization.closed_form import (
     INFEASIBLE,
     INFEASIBLE_FROM,
@@ -40,6 +40,7 @@ from jaxsrn.spectra.circular.fourier import (
     half_symbol,
     lags_of,
     polynomial,
+    polyphase,
     site_shape,
     site_symbol,
     squared_phase_sums,
@@ -91,19 +92,23 @@ class _Reach(NamedTuple):
 
     Attributes:
       e: the largest `e` of the pairs in the box of a site, static.
+      phase: the stride phase that allows the largest `e`, static; `None` where all are alike.
       sizes: the Frobenius norm of the symbol, which bounds its singular values.
       phi: how far apart the frequencies of a box are (`branch_and_bound.py`), static; 0 where a box is one frequency.
       samples: the number of output samples that the Frobenius norm counts, static.
     """
 
     e: Float[np.ndarray, " sites"]
+    phase: int | None
     sizes: Float[Array, " sites"]
     phi: float
     samples: int
 
 
-def _reach(kernel: Float[Array, "..."], op: CircularConv, samples: int, has_boxes: bool) -> _Reach:
-    """The reach of all sites, each for itself or for the box around it."""
+def _reach(
+    kernel: Float[Array, "..."], op: CircularConv, samples: int, has_boxes: bool, layer: Operator | None = None
+) -> _Reach:
+    """The reach of all sites, each for itself or for the box around it; `layer` is what `op` is a model of, if any."""
     counts, sums = squared_phase_sums(op, kernel.shape)
     e = np.max(counts + np.abs(sums), axis=-1) / 2
     phi = 0.0
@@ -114,7 +119,22 @@ def _reach(kernel: Float[Array, "..."], op: CircularConv, samples: int, has_boxe
         terms = terms_of(op, kernel.shape)
         turning = 2 * np.abs(terms - (terms.max(axis=0) + terms.min(axis=0)) / 2).sum(axis=0)
         e = np.minimum(e + np.sum(turning * half_steps) / 2, counts.max())
-    return _Reach(e / samples, _frobenius_norms(kernel, op), phi, samples)
+    phase = _richest_phase(op if layer is None else layer, op, kernel.shape)
+    return _Reach(e / samples, phase, _frobenius_norms(kernel, op), phi, samples)
+
+
+def _richest_phase(layer: Operator, op: CircularConv, kernel_shape: tuple[int, ...]) -> int | None:
+    """The stride phase of the circular layer whose taps allow the largest `e` in `layer`; `None` where all are alike.
+
+    A tap adds at most one over the number of samples that it meets (`largest_functional` in `spectra/ranks.py`).
+    """
+    contacts = layer._axis_contacts(kernel_shape)
+    axes = [
+        in_phase @ [1 / len(tap.outputs) if len(tap.outputs) else 0.0 for tap in taps]
+        for taps, (_, in_phase) in zip(contacts, polyphase(op, kernel_shape), strict=True)
+    ]
+    sums = functools.reduce(np.multiply.outer, axes).reshape(-1)
+    return None if np.ptp(sums) <= 1e-9 * sums.max() else int(np.argmax(sums))
 
 
 def _all_sites(op: CircularConv, reach: _Reach) -> Site:
@@ -210,14 +230,17 @@ def _scanned(problem: Problem, op: CircularConv, reach: _Reach, wanted: Bool[Arr
     def look(state: _Scan) -> _Scan:
         places = picked(order, state.position)
         values, pairs = site_pairs(kernel, op, picked(sites, places))
-        by_phase = pairs.input.reshape((chunk, counts.size, -1))
+        bound = jnp.min(_bounds(problem, picked(e, places), values, reach.phi))
+        if reach.phase is not None:
+            values, pairs = _with_phase(kernel, op, values, pairs, reach.phase, counts.size)
+            places = jnp.concatenate([places, places])
+        by_phase = pairs.input.reshape((len(values), counts.size, -1))
         squares = jnp.sum(by_phase.conj() ** 2, axis=-1) * picked(factors, places).astype(by_phase.dtype)
         q = einsum("kpi,p->k", jnp.abs(by_phase) ** 2, weights) / (2 * reach.samples)
         c = jnp.sum(pairs.output**2, axis=-1) * jnp.sum(squares, axis=-1) / (2 * reach.samples)
         scores, theta = _best_phases(problem, q, c, values)
         turn = lax.complex(jnp.cos(theta), jnp.sin(theta))[:, None]
         pairs = pairs._replace(output=pairs.output * turn)
-        bound = jnp.min(_bounds(problem, picked(e, places), values, reach.phi))
         scores, pairs = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), state[:2], (scores, pairs))
         best = lax.top_k(-scores, kept)[1]
         return _Scan(*picked((scores, pairs), best), jnp.minimum(state.bound, bound), state.position + 1)
@@ -244,6 +267,21 @@ def _scanned(problem: Problem, op: CircularConv, reach: _Reach, wanted: Bool[Arr
     return Survey(scan.pairs, jnp.where(bound < INFEASIBLE_FROM, bound, jnp.inf))
 
 
+def _with_phase(kernel, op: CircularConv, values, pairs: Pair, phase: int, num_phases: int):
+    """The leading values and pairs of some sites, followed by the leading ones of inputs in one stride phase.
+
+    Taps that are zero in the kernel have no part in its leading pairs where they alone are in a phase, and a target
+    below what the other taps allow would then look infeasible.
+    """
+    symbols = jax.vmap(site_symbol, (None, None, 0))(kernel, op, pairs.site)
+    by_phase = symbols.reshape((len(values), num_phases, -1, symbols.shape[-1]))
+    further, rows, outputs = top_pairs(by_phase[:, phase])
+    inputs = jnp.zeros(by_phase.shape[:-1], rows.dtype).at[:, phase].set(rows).reshape(pairs.input.shape)
+    return jax.tree.map(
+        lambda a, b: jnp.concatenate([a, b]), (values, pairs), (further, Pair(pairs.site, inputs, outputs))
+    )
+
+
 def _scanned_torus(problem: Problem, op: UnboundedConv, wanted: Bool[Array, ""] | bool) -> Survey:
     """The survey of an unbounded convolution: the frequencies of a coarse grid, each for the box around it."""
     kernel = problem.kernel
@@ -265,7 +303,7 @@ def _image_starts(problem: Problem, op: ZeroPaddedConv, own: Pair, wanted: Bool[
     """
     kernel, shape = problem.kernel, problem.kernel.shape
     model = _coarse(op, shape, _MODEL_ANGLES)
-    reach = _reach(kernel, model, 1, has_boxes=False)
+    reach = _reach(kernel, model, 1, has_boxes=False, layer=op)
     norm, squared = _norm_of_model(kernel, model, reach), jnp.sum(kernel**2)
     target = problem.target * largest_functional(shape, op) / largest_functional(shape, without_edges(op))
     # A target at the model's own stable rank or above it would leave nothing to lower.

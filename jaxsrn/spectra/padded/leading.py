@@ -1,18 +1,21 @@
 """The leading pair of a layer with zero padding: proven by its matrix where that is small, else a search.
 
 The search is the Lanczos method (`_tools/lanczos.py`) from waves of a circular layer with the same taps. It ends at a
-small residual, which proves a singular value but not that none is larger.
+small residual, which proves a singular value but not that none is larger. It is repeated where it may have missed one.
 """
 
 from __future__ import annotations
 
 import functools
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
+from jaxsrn._tools.indexing import chosen
+from jaxsrn._tools.lanczos import LONGEST_BASIS
 from jaxsrn._tools.linalg import unit
 from jaxsrn._tools.programs import program
 from jaxsrn._tools.subspaces import fixed_start
@@ -22,8 +25,9 @@ from jaxsrn.spectra.dense import leading_of_matrix
 from jaxsrn.spectra.image_pairs import as_images, matrix_free, shapes
 from jaxsrn.spectra.padded.few_channels import MANY_CHANNELS, through_few_channels
 from jaxsrn.spectra.padded.idle_axes import at_first_contact, without_idle_axes
+from jaxsrn.spectra.padded.idle_channels import Channels, all_channels, start_in, without_channels_of
 from jaxsrn.spectra.padded.starts import circular_waves, cold_start, missed_phase
-from jaxsrn.spectra.singular_pair import Pair, matrix_size, rescaled
+from jaxsrn.spectra.singular_pair import Found, Pair, matrix_size, rescaled
 
 __all__ = ["leading_of_padded", "search"]
 
@@ -35,6 +39,8 @@ _WARM_NOISE = 1e-3
 _SHARPER = 0.5
 # From what few channels have found, the residual is looked at after so many steps.
 _WARM_STEPS = 1
+# A search ends after so many attempts: the first, one for the other phase, and the others in idle channels.
+_MOST_ATTEMPTS = 4
 
 
 @functools.partial(program, static_argnums=4)
@@ -59,20 +65,42 @@ def _leading(kernel: Float[Array, "..."], op: ZeroPaddedConv, tolerance, start, 
     return matrix_free(kernel, op, unit(start) + _WARM_NOISE * noise, tolerance).pair
 
 
-def search(kernel: Float[Array, "..."], op: ZeroPaddedConv, tolerance) -> Pair:
-    """The leading pair from a cold start, to a relative residual, without a proof that no singular value is larger."""
-    waves, tolerance = circular_waves(kernel, op), _SHARPER * tolerance
-    if op.feature_group_count == 1 and min(kernel.shape[-2:]) >= MANY_CHANNELS:
-        near = through_few_channels(kernel, op, waves, tolerance)
-        return matrix_free(kernel, op, near, tolerance, first_check=_WARM_STEPS).pair
+class _Search(NamedTuple):
+    """Where the next attempt starts, the best pair so far, the channels that no pair has used, and the attempts."""
 
-    def attempt(state):
-        count, start, _ = state
-        pair = matrix_free(kernel, op, start, tolerance).pair
-        missed = missed_phase(kernel, op, waves, start, pair.input)
-        # A second search is the last.
-        count = count + jnp.where(jnp.any(missed != 0), 1, 2)
-        return count, pair.input + missed, pair
+    start: Float[Array, "..."]
+    best: Found
+    channels: Channels
+    count: Int[Array, ""]
+
+
+def search(kernel: Float[Array, "..."], op: ZeroPaddedConv, tolerance) -> Pair:
+    """The leading pair from a cold start, to a relative residual, without a proof that no singular value is larger.
+
+    It is repeated once where the start may have missed the other phase of what is found, and from channels that the
+    found pairs leave idle, where these may hold a larger value.
+    """
+    waves, tolerance = circular_waves(kernel, op), _SHARPER * tolerance
+    wide = op.feature_group_count == 1 and min(kernel.shape[-2:]) >= MANY_CHANNELS
+    begin = through_few_channels(kernel, op, waves, tolerance) if wide else cold_start(waves)
+
+    def attempt(state: _Search) -> _Search:
+        first = state.count == 0
+        options = {"first_check": jnp.where(first, _WARM_STEPS, LONGEST_BASIS)} if wide else {}
+        found = matrix_free(kernel, op, state.start, tolerance, **options)
+        # A comparison with NaN is false, so that NaN is kept.
+        best = chosen(found.value <= state.best.value, state.best, found)
+        channels = without_channels_of(found.pair, state.channels)
+        start = start_in(channels, kernel, op, best.value)
+        if not wide:
+            missed = jnp.where(first, missed_phase(kernel, op, waves, state.start, found.pair.input), 0)
+            start = jnp.where(jnp.any(missed != 0), found.pair.input + missed, start)
+        return _Search(start, best, channels, state.count + 1)
+
+    def unfinished(state: _Search):
+        return jnp.any(state.start != 0) & (state.count < _MOST_ATTEMPTS)
 
     zeros = Pair(None, *(jnp.zeros(shape, kernel.dtype) for shape in shapes(op, kernel.shape)[1:]))
-    return jax.lax.while_loop(lambda state: state[0] < 2, attempt, (jnp.asarray(0), cold_start(waves), zeros))[2]
+    nothing = Found(jnp.asarray(-1, kernel.dtype), zeros)
+    state = _Search(begin, nothing, all_channels(op, kernel.shape), jnp.asarray(0))
+    return jax.lax.while_loop(unfinished, attempt, state).best.pair
