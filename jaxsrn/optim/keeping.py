@@ -26,7 +26,7 @@ from jaxsrn.operators.convolutions import ZeroPaddedConv
 from jaxsrn.operators.layers import Layers, after, check_some, find_kernels, named_kernels, stacked
 from jaxsrn.projections.spectral_ball import project_spectral_ball
 from jaxsrn.spectra.pairs_by_kind import no_pair
-from jaxsrn.spectra.ranks import target_of_fraction
+from jaxsrn.spectra.ranks import stable_rank, target_of_fraction
 from jaxsrn.spectra.singular_pair import Pair
 
 __all__ = [
@@ -35,6 +35,7 @@ __all__ = [
     "displacement",
     "in_the_ball",
     "keep",
+    "of_least_stable_rank",
     "of_stable_rank",
     "require_params",
 ]
@@ -195,6 +196,28 @@ def of_stable_rank(fraction: float) -> Rule:
         if isinstance(op, ZeroPaddedConv):
             return _followed(kernels, op, target, memories)
         return jax.vmap(lambda kernel: srnc(kernel, op, target).kernel)(kernels), memories
+
+    return Rule(begin, correct)
+
+
+def of_least_stable_rank(fraction: float) -> Rule:
+    """The rule of the kernels of the same norm whose stable rank is raised to `fraction` of the largest if below it."""
+
+    def begin(op: Operator, kernel_shape, dtype):
+        op._check_not_aliased(kernel_shape)
+        target_of_fraction(fraction, kernel_shape, op)
+        return ()
+
+    def raised(kernel, op: Operator):
+        target = jnp.asarray(target_of_fraction(fraction, kernel.shape, op), kernel.dtype)
+        # A kernel above the target is asked for its own stable rank, and stays.
+        own = stable_rank(kernel, op)
+        kernel_raised = srnc(kernel, op, jnp.maximum(own, target), raise_rank=True).kernel
+        return jnp.where(own < target, kernel_raised, kernel)
+
+    def correct(kernels, op: Operator, memories):
+        # Under `vmap` all kernels would take as many steps as the slowest.
+        return lax.map(lambda kernel: raised(kernel, op), kernels), memories
 
     return Rule(begin, correct)
 

@@ -8,7 +8,7 @@ import optax
 
 from jaxsrn._tools.checks import ensure, positive_scalar
 from jaxsrn.operators.layers import Layers
-from jaxsrn.optim.keeping import in_the_ball, keep, of_stable_rank
+from jaxsrn.optim.keeping import in_the_ball, keep, of_least_stable_rank, of_stable_rank
 
 __all__ = [
     "keep_spectral_norm",
@@ -55,8 +55,10 @@ def keep_spectral_norm(layers: Layers, max_norm, *, every: int = 1) -> optax.Gra
     return keep(layers, every, in_the_ball(limit))
 
 
-def keep_stable_rank(layers: Layers, fraction: float, *, every: int = 1) -> optax.GradientTransformationExtraArgs:
-    """Keeps the stable rank of layers at or below a fraction of the largest while any optimizer trains them.
+def keep_stable_rank(
+    layers: Layers, fraction: float, *, every: int = 1, upward: bool = False
+) -> optax.GradientTransformationExtraArgs:
+    """Keeps the stable rank of layers at or below a fraction of the largest, or above it, under any optimizer.
 
     It works as `keep_spectral_norm` does, with the closest kernels of stable rank `fraction * min(prod(in), prod(out))`
     that keep each layer's own norm: `srnc` (Zheng et al. 2025, eq. 7), and for matrices `srn` with one value preserved
@@ -73,9 +75,16 @@ def keep_stable_rank(layers: Layers, fraction: float, *, every: int = 1) -> opta
     Problem (7) is not convex. Circular layers are scanned anew in every projection. Zero-padded ones start from the
     pair of images with which the last projection ended, and from several starts where that misses the constraints.
 
+    With `upward` the layers whose stable rank is below the target are raised to it, each at its own norm, and those
+    above are not touched: `srnc(..., raise_rank=True)`, the projection of a multiple of the kernel on the ball. Large
+    multiples lead towards the matrix sign of a dense layer, and towards the kernel of steepest descent of a
+    convolution. A target beyond the limit of that path is met as nearly as the path goes. A projection of this kind
+    solves several convex problems: use a large `every`.
+
     Args:
       layers, every: as `keep_spectral_norm`.
       fraction: in (0, 1] (Sanyal's `c`, Zheng's `beta`), as in `jaxsrn.nnx.StableRankNorm`.
+      upward: static; whether the target is the least stable rank and not the largest.
 
     Returns, errors: as `keep_spectral_norm`; also a fraction outside (0, 1], and in `init`, naming the layer, a
       fraction below the least that its taps allow.
@@ -83,4 +92,4 @@ def keep_stable_rank(layers: Layers, fraction: float, *, every: int = 1) -> opta
     ensure(
         np.ndim(fraction) == 0 and 0 < float(fraction) <= 1, f"fraction: got {fraction}, expected a number in (0, 1]."
     )
-    return keep(layers, every, of_stable_rank(float(fraction)))
+    return keep(layers, every, (of_least_stable_rank if upward else of_stable_rank)(float(fraction)))

@@ -71,17 +71,20 @@ class MatrixStack(NamedTuple):
         return jnp.where(dead, 0.0, plain / jnp.where(dead, 1.0, self.weights))
 
 
-def matrix_stack(op: Operator, kernel_shape: tuple[int, ...], dtype) -> MatrixStack:
-    """The stack of an operator without aliased taps: those that fall on each other on the image."""
+def matrix_stack(op: Operator, kernel_shape: tuple[int, ...], dtype, per_degree: int = _ANGLES) -> MatrixStack:
+    """The stack of an operator without aliased taps: those that fall on each other on the image.
+
+    An unbounded convolution has so many angles per degree of its symbol.
+    """
     weights = jnp.broadcast_to(op.frobenius_weights(kernel_shape, dtype), kernel_shape)
     if isinstance(op, (CircularConv, UnboundedConv)):
-        layer, repeated = _on_few_frequencies(op, kernel_shape)
+        layer, repeated = _on_few_frequencies(op, kernel_shape, per_degree)
         counts = repeated * multiplicity(layer)[:, None, None]
         return MatrixStack(lambda kernel: half_symbol(kernel, layer), jnp.asarray(counts, dtype), weights)
     return MatrixStack(lambda kernel: op.to_dense(kernel)[None], jnp.ones((1, 1, 1), dtype), weights)
 
 
-def _on_few_frequencies(op: CircularConv | UnboundedConv, kernel_shape) -> tuple[CircularConv, float]:
+def _on_few_frequencies(op: CircularConv | UnboundedConv, kernel_shape, per_degree: int) -> tuple[CircularConv, float]:
     """The layer whose matrices stand for the operator's, and how many of the operator's each of them counts for.
 
     The frequencies of an unbounded convolution count for one output sample together.
@@ -89,7 +92,7 @@ def _on_few_frequencies(op: CircularConv | UnboundedConv, kernel_shape) -> tuple
     if isinstance(op, CircularConv):
         layer = without_constant_axes(op, kernel_shape)
         return layer, float(repetitions(op, layer))
-    layer = on_coarse_grid(op, kernel_shape, _ANGLES)
+    layer = on_coarse_grid(op, kernel_shape, per_degree)
     return layer, 1 / math.prod(layer.grid)
 
 

@@ -43,8 +43,11 @@ from jaxsrn.spectra.singular_pair import Pair, matrix_size
 __all__ = [
     "Nearest",
     "SolvedBall",
+    "inner_blocks",
+    "is_split",
     "nearest",
     "not_yet",
+    "outer_blocks",
     "with_derivative",
 ]
 
@@ -83,10 +86,18 @@ def is_split(op: Operator, kernel_shape: tuple[int, ...]) -> bool:
     return not op._needs_explicit_matrix or matrix_size(op, kernel_shape) <= SPLIT_SIZE
 
 
-def _inner_blocks(op: Operator, kernel_shape: tuple[int, ...], dtype) -> MatrixStack:
+def inner_blocks(op: Operator, kernel_shape: tuple[int, ...], dtype) -> MatrixStack:
+    """The stack whose ball is a part of the layer's: its own, or that of the cover of a layer too large to split."""
     if is_split(op, kernel_shape):
         return matrix_stack(op, kernel_shape, dtype)
     return _circular(op, kernel_shape, dtype, tight=False)
+
+
+def outer_blocks(op: Operator, kernel_shape: tuple[int, ...], dtype) -> MatrixStack:
+    """The stack whose ball contains the layer's: its own, or that of the tapered layer."""
+    if is_split(op, kernel_shape):
+        return matrix_stack(op, kernel_shape, dtype)
+    return _circular(op, kernel_shape, dtype, tight=True)
 
 
 def _circular(op: ZeroPaddedConv, kernel_shape: tuple[int, ...], dtype, tight: bool) -> MatrixStack:
@@ -118,7 +129,7 @@ def not_yet(
 ) -> tuple[SolvedBall, Nearest]:
     """A placeholder for what `nearest` returns: a loop that starts from it compiles `nearest` once, in its body."""
     zero = jnp.zeros_like(limit)
-    blocks = _inner_blocks(op, target.shape, target.dtype)
+    blocks = inner_blocks(op, target.shape, target.dtype)
     return SolvedBall(begin(target, blocks, limit), limit), Nearest(target, own, zero, zero, jnp.asarray(0))
 
 
@@ -131,7 +142,7 @@ def nearest(
     may be larger; it is in the result.
     """
     shape, dtype = target.shape, target.dtype
-    blocks = _inner_blocks(op, shape, dtype)
+    blocks = inner_blocks(op, shape, dtype)
     solve = functools.partial(_from_scratch, target, max_steps=max_steps, largest_excess=largest_excess)
     if is_split(op, shape):
         found = solve(blocks, limit)
@@ -140,9 +151,9 @@ def nearest(
         factor = _into_ball(best, frozen_value(best, op, leading), target, blocks, limit)
         distance, excess = distance_and_excess(target, blocks, found.best, factor)
         return SolvedBall(found, limit), Nearest(factor * best, leading, distance, excess, found.num_steps)
-    outer_blocks = _circular(op, shape, dtype, tight=True)
-    outer = solve(outer_blocks, limit)
-    reached, beyond = distance_and_excess(target, outer_blocks, outer.best, jnp.ones_like(limit))
+    larger = outer_blocks(op, shape, dtype)
+    outer = solve(larger, limit)
+    reached, beyond = distance_and_excess(target, larger, outer.best, jnp.ones_like(limit))
     begun = begin(target, blocks, limit)
     widened = _widened(lambda radius: solve(blocks, radius), begun, op, limit, own)
     best = widened.solution.iterate.best.kernel
@@ -204,7 +215,7 @@ def with_derivative(op: Operator, target, limit, kernel, solution: SolvedBall) -
 def _with_derivative_jvp(op: Operator, primals, tangents):
     target, limit, kernel, solution = primals
     solution = moving(_NO_MOVE, (target, limit), solution)
-    blocks = _inner_blocks(op, target.shape, target.dtype)
+    blocks = inner_blocks(op, target.shape, target.dtype)
     # The projection is homogeneous: scaling `A` and the radius by `t` scales the result by `t`.
     rate = tangents[1] / limit
     direction = tangents[0] - rate * target

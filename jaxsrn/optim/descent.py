@@ -1,0 +1,212 @@
+"""Steepest descent under every layer's own norm, as an optax transformation: Muon for convolutions.
+
+Dense layers are `optax.contrib.muon`'s. Its momentum and its scale are those of the convolutions too, whose momentum is
+replaced by the kernel of norm 1 along it (`projections/steepest.py`).
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from jaxsrn._tools.checks import ensure, errors_named, float_dtype, static_int
+from jaxsrn._tools.linalg import ratio
+from jaxsrn.operators.base import Dense, Operator
+from jaxsrn.operators.convolutions import UnboundedConv
+from jaxsrn.operators.layers import Layers, after, find_kernels, named_kernels, stacked
+from jaxsrn.projections.frequency_passes import few_frequencies, first_stack, passes, unit_direction
+from jaxsrn.projections.steepest import METHODS, flattened, steepest
+from jaxsrn.spectra.norms import frozen_value
+from jaxsrn.spectra.pairs_by_kind import leading_pair
+
+__all__ = [
+    "SpectralDescentState",
+    "spectral_descent",
+]
+
+
+class SpectralDescentState(NamedTuple):
+    """The state of the convolutions of `spectral_descent`.
+
+    Attributes:
+      count: steps taken.
+      momentum: the moving average of the gradients.
+      memory: one entry per layer, from which the passes of its next step start.
+    """
+
+    count: Int[Array, "..."]
+    momentum: Any
+    memory: Any
+
+
+def spectral_descent(
+    learning_rate,
+    layers: Layers,
+    *,
+    momentum: float = 0.95,
+    nesterov: bool = True,
+    method: str = "frequency",
+    num_passes: int = 4,
+    weight_decay: float = 0.0,
+    others: optax.GradientTransformation | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Muon with every layer's own norm: steps of given spectral norm along which the loss falls fastest.
+
+    Dense layers get `optax.contrib.muon`'s update to the last bit. Convolutions get, for their momentum `M`, minus
+
+        learning_rate * sqrt(max(1, outputs / inputs)) * argmax { <M, K> : ||T(K)||_2 <= 1 }
+
+    with the norm of the whole layer, strides and groups included, where Muon would flatten the kernel to a matrix. Here
+    `outputs` and `inputs` count the numbers that a layer writes and reads: for a convolution without edges `c_out` and
+    `c_in * prod(strides)`. This is the spectral condition of Yang, Simon, Bernstein 2023 ("A spectral condition for
+    feature learning", Condition 1), under which learning rates carry over from one width to another, with the maximum
+    of Muon (Jordan et al. 2024), whose steps are not smaller than 1 where a layer has fewer outputs than inputs.
+
+        layers = jaxsrn.nnx.layer_operators(model)
+        optimizer = optax.chain(spectral_descent(0.02, layers), keep_spectral_norm(layers, 1.0, every=10))
+
+    Decoupled from the step, `weight_decay` shrinks the kernels as in `optax.contrib.muon`. Parameters that `layers`
+    does not name get `others`. The weights themselves are kept on the ball by `keep_spectral_norm` behind this
+    transformation, and their stable rank high by `keep_stable_rank(..., upward=True)`.
+
+    Args:
+      learning_rate: a number or an optax schedule.
+      layers: `{path: operator}`, as `jaxsrn.nnx.layer_operators` gives it. Without inputs that makes the operators
+        unbounded, which is what this is fastest for.
+      momentum: the decay rate of the average of gradients, Muon's `beta`.
+      nesterov: whether the average looks one gradient ahead, as in Muon.
+      method: static; how convolutions find their step. `"exact"` is that of `projections.steepest`, for small layers.
+        `"frequency"` goes on from the last step's stack of symbols by `num_passes` passes, as momentum changes little
+        between steps. `"flattened"` is `U V^T` of the flattened kernel, divided by the true norm. The latter two are
+        divided by the highest peak of the norm over all frequencies that climbing finds, without a proof that no other
+        is higher, which would take most of the time.
+      num_passes: static; the passes of `"frequency"`, one SVD of the symbol on a coarse grid each.
+      weight_decay: of the layers in `layers`.
+      others: the transformation of all other parameters, its learning rate included; by default
+        `optax.adamw(learning_rate, weight_decay=0, nesterov=nesterov)`, as in `optax.contrib.muon`.
+
+    Returns:
+      The transformation. `update` needs `params` where there is weight decay.
+
+    Raises:
+      ValueError: an unknown method, a bad number of passes; in `init`, naming the layer: a path that names no leaf of
+        `params` or several, a kernel that does not fit its operator, aliased taps.
+    """
+    ensure(
+        isinstance(layers, Layers),
+        f"layers: got {layers!r}, expected {{path: operator}}, as layer_operators gives it.",
+    )
+    ensure(method in METHODS, f"method: got {method!r}, expected one of {', '.join(map(repr, METHODS))}.")
+    num_passes = static_int(num_passes, "num_passes")
+    dense = {path: op for path, op in layers.items() if isinstance(op, Dense)}
+    convolutions = {path: op for path, op in layers.items() if path not in dense}
+    rest = [optax.add_decayed_weights(weight_decay), optax.scale_by_learning_rate(learning_rate)]
+    by_muon = optax.contrib.scale_by_muon(beta=momentum, nesterov=nesterov, weight_dimension_numbers=_as_matrices)
+    parts = {
+        "dense": optax.chain(by_muon, optax.stateless(lambda steps, _: jax.tree.map(_scaled_as_muon, steps)), *rest),
+        "convolutions": optax.chain(_scale_by_steepest(convolutions, momentum, nesterov, method, num_passes), *rest),
+        "others": others or optax.adamw(learning_rate, weight_decay=0.0, nesterov=nesterov),
+    }
+
+    def labels(params):
+        kind = dict.fromkeys(find_kernels(dense, params).values(), "dense")
+        kind |= dict.fromkeys(find_kernels(convolutions, params).values(), "convolutions")
+        leaves, tree = jax.tree.flatten(params)
+        return tree.unflatten([kind.get(i, "others") for i in range(len(leaves))])
+
+    return optax.partition(parts, labels)
+
+
+def _as_matrices(updates):
+    """Muon's default, which optax does not fill in for a part of a tree."""
+    return jax.tree.map(lambda _: optax.contrib.MuonDimensionNumbers(), updates)
+
+
+def _scaled_as_muon(step):
+    return jnp.sqrt(jnp.maximum(1, step.shape[1] / step.shape[0])).astype(step.dtype) * step
+
+
+def _width_scale(op: Operator, kernel_shape: tuple[int, ...]) -> float:
+    """`sqrt(max(1, outputs / inputs))`, by which norms of steps grow so that features change alike at every width."""
+    if isinstance(op, UnboundedConv):
+        groups = op.feature_group_count
+        return math.sqrt(
+            max(1.0, kernel_shape[-1] / (kernel_shape[-2] * groups * math.prod(op._axis_strides(kernel_shape))))
+        )
+    return math.sqrt(max(1.0, math.prod(op.out_shape(kernel_shape)) / math.prod(op.in_shape(kernel_shape))))
+
+
+def _scale_by_steepest(layers, momentum, nesterov: bool, method: str, num_passes: int):
+    """Muon's momentum, and in its place the kernel of norm 1 along it times the scale of its shape."""
+
+    def init(params):
+        memory = []
+        for path, kernel in named_kernels(layers, params).items():
+            with errors_named(f"layers: at {path!r}"):
+                layers[path]._check_not_aliased(kernel.shape)
+            memory.append(_no_memory(layers[path], kernel, method))
+        return SpectralDescentState(jnp.zeros((), jnp.int32), jax.tree.map(jnp.zeros_like, params), tuple(memory))
+
+    def update(updates, state, params=None, **extra_args):
+        del params, extra_args
+        count = optax.safe_increment(state.count)
+        average = optax.tree.update_moment(updates, state.momentum, momentum, 1)
+        ahead = optax.tree.bias_correction(average, momentum, optax.safe_increment(count) if nesterov else count)
+        if nesterov:
+            now = optax.tree.bias_correction(updates, momentum, count)
+            ahead = jax.tree.map(lambda m, g: momentum * m + (1 - momentum) * g, ahead, now)
+        steps, memory = _all_steps(layers, named_kernels(layers, ahead), state.memory, state.count, method, num_passes)
+        leaves, tree = jax.tree.flatten(updates)
+        for path, place in find_kernels(layers, updates).items():
+            leaves[place] = steps[path].astype(leaves[place].dtype)
+        return tree.unflatten(leaves), SpectralDescentState(count, average, memory)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _no_memory(op: Operator, kernel, method: str):
+    if method != "frequency":
+        return ()
+    dtype = float_dtype(kernel.dtype)
+    zeros = jnp.zeros(kernel.shape, dtype)
+    return jnp.zeros_like(few_frequencies(op, kernel.shape, dtype).stack(zeros))
+
+
+def _all_steps(layers, momenta: dict, memory, count, method: str, num_passes: int):
+    """The step of every layer, by path, and the new memories in the order of the layers. Stacks take turns."""
+    memory, steps, done = dict(zip(layers, memory, strict=True)), {}, jnp.zeros(())
+    for stack in stacked(layers, momenta):
+        momentum = stack.kernels.astype(float_dtype(stack.kernels.dtype))
+        memories = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(memory[path] for path in stack.paths))
+        one = functools.partial(_one_step, op=stack.op, is_first=count == 0, method=method, num_passes=num_passes)
+        found, memories = lax.map(lambda layer, one=one: one(*layer), (after(momentum, done), memories))
+        done = found.reshape(-1)[0]
+        scale = _width_scale(stack.op, stack.kernels.shape[1:])
+        for i, path in enumerate(stack.paths):
+            steps[path] = scale * found[i]
+            memory[path] = jax.tree.map(lambda leaf, i=i: leaf[i], memories)
+    return steps, tuple(memory[path] for path in layers)
+
+
+def _one_step(momentum: Float[Array, "..."], memory, *, op: Operator, is_first, method: str, num_passes: int):
+    """The kernel of norm 1 along the momentum, and the memory of the next step."""
+    if method == "exact":
+        return steepest(momentum, op).kernel, memory
+    if method == "flattened":
+        found = flattened(momentum)
+    else:
+        blocks = few_frequencies(op, momentum.shape, momentum.dtype)
+        direction, _ = unit_direction(momentum, blocks)
+        start = jnp.where(is_first, first_stack(direction, blocks), memory)
+        found, _, memory = passes(direction, blocks, start, num_passes)
+    # An allowed excess of 1 is met by the highest peak that climbing finds.
+    norm = frozen_value(found, op, leading_pair(found, op, excess=1.0))
+    nothing = jnp.all(momentum == 0)
+    return jnp.where(nothing, 0.0, ratio(found, norm)), memory

@@ -1,0 +1,220 @@
+"""Steepest descent under a layer's norm: against a conic solver on explicit matrices, and optax's Muon."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from cases import dense, gaussian
+from flax import nnx
+
+import jaxsrn.nnx as jnnx
+from jaxsrn import CircularConv, Dense, UnboundedConv, ZeroPaddedConv
+from jaxsrn.optim import keep_spectral_norm, keep_stable_rank, spectral_descent
+from jaxsrn.projections import steepest
+
+CIRCULAR, SAME = CircularConv((4,)), ZeroPaddedConv((5,))
+SHAPES = {CIRCULAR: (3, 2, 2), SAME: (3, 2, 2), CircularConv((4, 4), strides=2): (3, 3, 1, 3)}
+# Of the promise in the docstring.
+CERTIFIED = 1e-3
+LAYERS = {("conv", "kernel"): UnboundedConv(), ("dense", "kernel"): Dense()}
+
+
+def dual_norm(gradient: np.ndarray, op, num_steps: int = 3000) -> float:
+    """The largest `<G, K>` by the alternating direction method on the explicit matrix of every basis kernel, in NumPy.
+
+    Of the iterates the clipped matrix need not be a layer's, so that the value is that of the kernel scaled into the
+    ball. The number of steps is what the slowest case needs to 1e-5.
+    """
+    basis = np.eye(gradient.size).reshape((-1, *gradient.shape))
+    columns = np.stack([np.asarray(dense(kernel, op)) for kernel in basis])
+    flat = columns.reshape((len(basis), -1)).T
+    inverse, g = np.linalg.pinv(flat), gradient.reshape(-1)
+    shape, kernel, multiplier = columns.shape[1:], np.zeros(len(basis)), np.zeros(flat.shape[0])
+    normal = inverse @ inverse.T
+    step, best = 0.3 * np.sqrt(len(basis)) / np.linalg.norm(normal @ g) / np.sqrt(flat.shape[0]), 0.0
+    for _ in range(num_steps):
+        u, s, vh = np.linalg.svd((flat @ kernel + multiplier).reshape(shape), full_matrices=False)
+        clipped = ((u * np.minimum(s, 1)) @ vh).reshape(-1)
+        multiplier = flat @ kernel + multiplier - clipped
+        kernel = inverse @ (clipped - multiplier) + step * normal @ g
+        best = max(best, g @ kernel / max(1.0, np.linalg.norm((flat @ kernel).reshape(shape), 2)))
+    return best
+
+
+@pytest.mark.parametrize("op", SHAPES)
+def test_exact_is_the_dual_norm_of_an_independent_solver(op):
+    gradient = gaussian(SHAPES[op])
+    result = steepest(jnp.asarray(gradient), op, method="exact")
+    value, norm = np.sum(gradient * result.kernel), np.linalg.norm(dense(result.kernel, op), 2)
+    expected = dual_norm(gradient, op)
+    assert norm <= 1 + 1e-12
+    assert 0 <= result.gap <= CERTIFIED
+    np.testing.assert_allclose(1 - value / result.dual_norm, result.gap, atol=1e-12)
+    np.testing.assert_allclose(value, expected, rtol=CERTIFIED)
+    # It is a proven bound, of everything that the other solver finds too.
+    assert expected <= result.dual_norm * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("method", ["frequency", "flattened"])
+def test_other_methods_are_in_the_ball_below_the_bound(method):
+    for op in (CIRCULAR, SAME):
+        gradients = jnp.asarray(np.stack([gaussian(SHAPES[op], seed) for seed in range(2)]))
+        results = jax.vmap(lambda gradient, op=op: steepest(gradient, op, method=method))(gradients)
+        for gradient, kernel, bound, gap in zip(gradients, *results, strict=True):
+            value, expected = np.sum(gradient * kernel), dual_norm(np.asarray(gradient), op, 500)
+            assert np.linalg.norm(dense(kernel, op), 2) <= 1 + 1e-12
+            assert value <= expected * (1 + 1e-3)
+            assert expected <= bound * (1 + 1e-9)
+            np.testing.assert_allclose(value, bound * (1 - gap), rtol=1e-9)
+            if op == CIRCULAR and method == "frequency":
+                assert value >= 0.95 * expected
+
+
+def test_the_unbounded_step_is_in_every_ball():
+    gradient = jnp.asarray(gaussian((3, 2, 2)))
+    result = steepest(gradient, UnboundedConv())
+    assert 0 <= result.gap <= CERTIFIED
+    # A circular layer of 97 samples sees nearly the supremum over all frequencies.
+    norm = np.linalg.norm(dense(result.kernel, CircularConv((97,))), 2)
+    assert 1 - CERTIFIED <= norm <= 1
+
+
+def test_dense_is_the_polar_factor():
+    gradient = gaussian((4, 3))
+    u, s, vh = np.linalg.svd(gradient)
+    result = steepest(jnp.asarray(gradient), Dense())
+    np.testing.assert_allclose(result.kernel, u[:, :3] @ vh, atol=1e-12)
+    np.testing.assert_allclose(result.dual_norm, s.sum(), rtol=1e-12)
+    # Of a matrix of rank 1 only one direction is known.
+    rank_one = np.outer([1.0, 2.0], [0.0, 3.0, 4.0])
+    np.testing.assert_allclose(
+        steepest(jnp.asarray(rank_one), Dense()).kernel, rank_one / np.linalg.norm(rank_one), atol=1e-12
+    )
+
+
+@pytest.mark.parametrize("op", [Dense(), CIRCULAR])
+def test_zeros_narrow_types_and_nan(op):
+    shape = SHAPES.get(op, (3, 2))
+    zero = steepest(jnp.zeros(shape), op)
+    assert all(np.all(np.asarray(leaf) == 0) for leaf in zero)
+    narrow = steepest(jnp.asarray(gaussian(shape), jnp.bfloat16), op, method="frequency")
+    assert narrow.kernel.dtype == jnp.bfloat16
+    assert narrow.gap.dtype == jnp.float32
+    broken = steepest(jnp.zeros(shape).at[(0,) * len(shape)].set(jnp.nan), op, method="frequency")
+    assert all(np.all(np.isnan(np.asarray(leaf, float))) for leaf in broken)
+
+
+def test_bad_arguments():
+    with pytest.raises(ValueError, match="method: got 'best', expected one of 'exact', 'frequency', 'flattened'"):
+        steepest(jnp.ones((3, 1, 1)), CIRCULAR, method="best")
+    with pytest.raises(ValueError, match="kernel: got shape"):
+        steepest(jnp.ones((1, 1)), CIRCULAR)
+    with pytest.raises(ValueError, match="method: got 'best'"):
+        spectral_descent(0.1, LAYERS, method="best")
+    with pytest.raises(ValueError, match=r"the path .* names 0 arrays"):
+        spectral_descent(0.1, LAYERS).init({"conv": {"kernel": jnp.ones((3, 1, 1))}})
+
+
+def params(seed, dtype=np.float32):
+    shapes = {"conv": (3, 2, 4), "dense": (3, 5)}
+    return {
+        name: {
+            "kernel": jnp.asarray(gaussian(shape, seed), dtype),
+            "bias": jnp.asarray(gaussian(shape[-1:], seed), dtype),
+        }
+        for name, shape in shapes.items()
+    }
+
+
+def run(optimizer, num_steps=3, seed=0):
+    """Updates of some steps, jitted, and the parameters that they lead to."""
+    weights, updates = params(seed), []
+    state = optimizer.init(weights)
+    update = jax.jit(optimizer.update)
+    for i in range(num_steps):
+        step, state = update(params(10 + i), state, weights)
+        updates.append(step)
+        weights = optax.apply_updates(weights, step)
+    return updates, weights
+
+
+def test_dense_layers_are_optax_muon(standard_promotion):
+    """And parameters without an operator are its Adam's."""
+    options = {"weight_decay": 0.1, "nesterov": True}
+    ours, _ = run(spectral_descent(0.02, LAYERS, **options, num_passes=1))
+    theirs, _ = run(optax.contrib.muon(0.02, beta=0.95, **options))
+    for a, b in zip(ours, theirs, strict=True):
+        np.testing.assert_array_equal(a["dense"]["kernel"], b["dense"]["kernel"])
+        for name in ("conv", "dense"):
+            np.testing.assert_allclose(a[name]["bias"], b[name]["bias"], rtol=1e-6)
+
+
+def test_convolutions_step_along_their_momentum(standard_promotion):
+    """The update is minus the rate times the scale times a kernel of norm 1, near the best one along the momentum."""
+    rate, op = 0.02, LAYERS["conv", "kernel"]
+    updates, _ = run(spectral_descent(rate, LAYERS, num_passes=10))
+    average = 0.0
+    for i, update in enumerate(updates):
+        gradient = np.asarray(params(10 + i)["conv"]["kernel"], float)
+        average = 0.95 * average + 0.05 * gradient
+        ahead = 0.95 * average / (1 - 0.95 ** (i + 2)) + 0.05 * gradient / (1 - 0.95 ** (i + 1))
+        # Twice as many outputs as inputs.
+        step = -np.asarray(update["conv"]["kernel"], float) / rate / np.sqrt(2)
+        np.testing.assert_allclose(np.linalg.norm(dense(step, CircularConv((96,))), 2), 1, rtol=2e-3)
+        assert np.sum(ahead * step) >= 0.9 * steepest(jnp.asarray(ahead), op).dual_norm
+
+
+@pytest.mark.parametrize("method", ["exact", "flattened"])
+def test_other_methods_of_descent_step_too(method, standard_promotion):
+    updates, _ = run(spectral_descent(0.02, LAYERS, method=method), num_steps=1)
+    step = -np.asarray(updates[0]["conv"]["kernel"], float) / 0.02 / np.sqrt(2)
+    np.testing.assert_allclose(np.linalg.norm(dense(step, CircularConv((96,))), 2), 1, rtol=2e-3)
+    value = np.sum(step * np.asarray(params(10)["conv"]["kernel"]))
+    bound = steepest(params(10)["conv"]["kernel"], LAYERS["conv", "kernel"]).dual_norm
+    assert value >= (0.99 if method == "exact" else 0.4) * bound
+
+
+def test_it_composes(standard_promotion):
+    """In a chain with the projection of the weights, and under accumulation of gradients."""
+    descent = functools.partial(spectral_descent, 0.1, LAYERS, num_passes=2)
+    _, weights = run(optax.chain(descent(), keep_spectral_norm(LAYERS, 1.0)))
+    assert np.linalg.norm(weights["dense"]["kernel"], 2) <= 1 + 1e-5
+    assert np.linalg.norm(dense(np.asarray(weights["conv"]["kernel"], float), CircularConv((96,))), 2) <= 1 + 1e-5
+
+    several = optax.MultiSteps(descent(), 2).gradient_transformation()
+    updates, _ = run(several, num_steps=2)
+    assert not np.any(updates[0]["conv"]["kernel"])
+    assert np.any(updates[1]["conv"]["kernel"])
+
+
+def test_stable_ranks_are_raised(standard_promotion):
+    """The companion that raises stable ranks leaves those alone that are high enough."""
+    descent = functools.partial(spectral_descent, 0.1, LAYERS, num_passes=2)
+    _, plain = run(descent(), num_steps=1)
+    _, weights = run(optax.chain(descent(), keep_stable_rank(LAYERS, 0.6, upward=True)), num_steps=1)
+    for name, largest in (("conv", 2), ("dense", 3)):
+        before, after = (np.asarray(tree[name]["kernel"], float) for tree in (plain, weights))
+        maps = [dense(k, CircularConv((96,))) if name == "conv" else k for k in (before, after)]
+        ranks = [np.sum(k**2) / np.linalg.norm(m, 2) ** 2 for k, m in zip((before, after), maps, strict=True)]
+        if ranks[0] >= 0.6 * largest:
+            np.testing.assert_array_equal(before, after)
+        else:
+            np.testing.assert_allclose(ranks[1], 0.6 * largest, rtol=2e-3)
+
+
+def test_it_trains_a_flax_model(standard_promotion):
+    model = nnx.Sequential(nnx.Conv(1, 2, (3,), rngs=nnx.Rngs(0)), nnx.Linear(2, 1, rngs=nnx.Rngs(1)))
+    optimizer = nnx.Optimizer(model, spectral_descent(0.05, jnnx.layer_operators(model), num_passes=2), wrt=nnx.Param)
+    x = jnp.asarray(gaussian((4, 8, 1)), jnp.float32)
+
+    @nnx.jit
+    def step(model, optimizer):
+        loss, grads = nnx.value_and_grad(lambda model: jnp.mean((model(x) - x) ** 2))(model)
+        optimizer.update(model, grads)
+        return loss
+
+    losses = [float(step(model, optimizer)) for _ in range(10)]
+    assert losses[-1] < 0.7 * losses[0]
