@@ -476,3 +476,19 @@ def test_the_second_derivative_with_a_target_is_the_true_one(op, shape):
 def test_the_second_derivative_of_the_norm_alone_is_the_true_one(op, shape):
     second, expected = second_and_differences(op, shape, None, lambda kernel: srnc_state(kernel, op, None))
     np.testing.assert_allclose(second, expected, atol=1e-6 * np.max(np.abs(expected)))
+
+
+@pytest.mark.parametrize("strides", [1, 2])
+def test_one_tap_without_edges_is_a_matrix(strides):
+    """`srnc` and the steps are Sanyal's closed form of the matrix, and the state has no watch over the torus."""
+    op, kernel, target = UnboundedConv(strides=(strides, strides)), gaussian((1, 1, 5, 4)), 1.3
+    rows, values, columns = np.linalg.svd(kernel[0, 0])
+    leading = values[0] * np.outer(rows[:, 0], columns[0])
+    rest = kernel[0, 0] - leading
+    expected = (leading + rest * values[0] * np.sqrt(target - 1) / np.linalg.norm(rest)) / values[0]
+    state = srnc_state(kernel, op, target)
+    assert state.normalized.watch is None
+    for _ in range(60):
+        stepped, state = srnc_step(kernel, state, op, target)
+    np.testing.assert_allclose(stepped[0, 0], expected, atol=1e-9)
+    np.testing.assert_allclose(jaxsrn.srnc(kernel, op, target).kernel[0, 0] / values[0], expected, atol=1e-12)

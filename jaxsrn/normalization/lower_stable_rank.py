@@ -24,6 +24,7 @@ from jaxsrn.normalization.matrices import srn_of_matrix
 from jaxsrn.normalization.raise_stable_rank import raised
 from jaxsrn.normalization.result import SRNResult, in_own_scale, in_shape, measured, proven_gap
 from jaxsrn.operators.base import Dense, Operator
+from jaxsrn.spectra.common_shapes import as_matrix
 from jaxsrn.spectra.moving_pairs import frozen_value, with_free_frequency
 from jaxsrn.spectra.norms import SingularTriplet, check_triplet
 from jaxsrn.spectra.pairs_by_kind import pair_of_floats, pair_of_images, pair_shapes
@@ -95,7 +96,7 @@ def srnc(
     """
     kernel = kernel_array(kernel, op)
     shape = kernel.shape
-    kernel, op = op._flattened(kernel)
+    kernel, op = as_matrix(kernel, op)
     op._check_not_aliased(kernel.shape)
     dtype = float_dtype(kernel.dtype)
     target = positive_scalar(target, "target", dtype)

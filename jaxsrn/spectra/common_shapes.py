@@ -17,7 +17,7 @@ from jaxtyping import Array, Shaped
 from jaxsrn.operators.base import Dense, Operator
 from jaxsrn.operators.convolutions import UnboundedConv
 
-__all__ = ["common_shape", "filled_up", "in_common_shape", "is_matrix"]
+__all__ = ["as_matrix", "common_shape", "filled_up", "in_common_shape", "is_matrix"]
 
 # The sides of common shapes: few, so that few programs are compiled.
 _SIDES = (32, 128, 512, 2048)
@@ -40,6 +40,12 @@ def in_common_shape(kernel: Shaped[Array, "..."], op: Operator) -> tuple[Shaped[
     filled = filled_up(np.asarray(kernel).reshape(kernel.shape[-2:]), shape)
     # Where nobody chose a device, choosing one would be another program.
     return (jax.device_put(filled, kernel.sharding) if kernel.committed else jnp.asarray(filled)), Dense()
+
+
+def as_matrix(kernel: Shaped[Array, "..."], op: Operator) -> tuple[Shaped[Array, "..."], Operator]:
+    """The kernel and operator in which the layer is computed, a matrix where it is one (`is_matrix`)."""
+    kernel, op = op._flattened(kernel)
+    return (kernel.reshape(kernel.shape[-2:]), Dense()) if is_matrix(kernel.shape, op) else (kernel, op)
 
 
 def is_matrix(kernel_shape: tuple[int, ...], op: Operator) -> bool:

@@ -16,15 +16,26 @@ from jaxsrn._tools.proofs import are_below, squared_limit
 from jaxsrn._tools.subspaces import fixed_start
 from jaxsrn._tools.tolerances import svds_are_dear, vector_tolerance
 from jaxsrn.operators.base import Dense
+from jaxsrn.spectra.common_shapes import in_common_shape
 from jaxsrn.spectra.image_pairs import matrix_free
 from jaxsrn.spectra.singular_pair import Pair, by_largest
 
 __all__ = ["leading_of_dense", "leading_of_matrix"]
 
 
+def leading_of_dense(kernel: Float[Array, "in out"]) -> Pair:
+    """The leading pair of a dense layer whose kernel is of any scale; called eagerly, of its common shape."""
+    filled, _ = in_common_shape(kernel, Dense())
+    pair = _leading_of_dense(filled)
+    if filled is kernel:
+        return pair
+    # A tall matrix was transposed.
+    first, second = (pair.input, pair.output) if kernel.shape[0] <= kernel.shape[1] else (pair.output, pair.input)
+    return Pair(pair.site, first[: kernel.shape[0]], second[: kernel.shape[1]])
+
+
 @program
-def leading_of_dense(kernel):
-    """The leading pair of a dense layer whose kernel is of any scale."""
+def _leading_of_dense(kernel):
     return leading_of_matrix(by_largest(kernel)[0])
 
 

@@ -34,6 +34,7 @@ from jaxsrn.normalization.training.tracking import (
 )
 from jaxsrn.operators.base import Operator
 from jaxsrn.operators.convolutions import ZeroPaddedConv
+from jaxsrn.spectra.common_shapes import as_matrix
 from jaxsrn.spectra.moving_pairs import frozen_value
 from jaxsrn.spectra.pairs_by_kind import leading_pair
 from jaxsrn.spectra.singular_pair import Pair, rescaled
@@ -94,7 +95,7 @@ def srnc_state(kernel: Kernel, op: Operator, target, *, norm=1.0, cap: bool = Fa
       ValueError: as `srnc_step` does.
     """
     kernel, target, _ = _checked(kernel, op, target, norm, cap)
-    kernel, op = op._flattened(kernel)
+    kernel, op = as_matrix(kernel, op)
     # The watch replaces a pair that the kernel outgrows, so that a proof would buy nothing. It would take nearly all of
     # the time for random kernels of many channels, whose largest singular values are alike at all frequencies.
     own = leading_pair(kernel, op, excess=1.0)
@@ -120,7 +121,8 @@ def srnc_step(
     stable rank is not above the target is only rescaled to the norm. Where the pair allows no such kernel (an
     infeasible target), the result has the lowest stable rank for that pair.
 
-    Dense layers take Algorithm 2 of Sanyal, Torr, Dokania 2020, with two power steps for its one. Any other layer takes
+    Dense layers, and convolutions without edges whose kernel has one tap, take Algorithm 2 of Sanyal, Torr, Dokania
+    2020, with two power steps for its one. Any other layer takes
     passes of the iteration of `srnc` for Zheng et al. 2025, eq. 7: two, or with zero padding one unless another pair
     takes over. Its power step is one on the kernel normalized with the stored pair, and its state also has vectors that
     may overtake that pair. The steps of circular and unbounded layers need no image. Without a target every layer takes
@@ -165,7 +167,7 @@ def srnc_step(
     """
     kernel, target, norm = _checked(kernel, op, target, norm, cap)
     shape = kernel.shape
-    kernel, op = op._flattened(kernel)
+    kernel, op = as_matrix(kernel, op)
     check_gradient(gradient)
     few = target is not None and isinstance(op, ZeroPaddedConv)
     least, most = (1 if few else _SEVERAL_STEPS, _MAX_PASSES) if num_steps is None else (num_steps, num_steps)
