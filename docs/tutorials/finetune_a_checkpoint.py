@@ -116,7 +116,7 @@ print("restored, predictions differ by at most", float(abs(fresh(images) - tuned
 
 tuned.conv2.layer.kernel[...] = CNN(nnx.Rngs(2)).conv2.kernel[...]
 jnnx.restart(tuned)
-norm = jaxsrn.spectral_norm(tuned.conv2.layer.kernel[...], op)
-print(f"other weights: norm {norm:.4f}, normalized {jaxsrn.spectral_norm(jnnx.fold(tuned).conv2.kernel[...], op):.4f}")
+kernels = tuned.conv2.layer.kernel[...], jnnx.fold(tuned).conv2.kernel[...]
+print("other weights: stable rank {:.2f}, normalized {:.2f}".format(*(jaxsrn.stable_rank(k, op) for k in kernels)))
 
 # To deploy, save the state of `plain`: an ordinary Flax model with the very weights that the wrappers computed with.
