@@ -41,11 +41,11 @@ _LOWER_END_TOLERANCE = 3e-3
 def certified(kernel: Kernel, op: Operator, *, resolution: float = 0.01) -> NormInterval:
     """An interval that is guaranteed to hold the spectral norm of `T(kernel)`.
 
-    The lower end of a circular or unbounded layer is the norm at one frequency; its upper end is the proof by branch
-    and bound that no other frequency exceeds it by more than `resolution`. The lower end of a zero-padded layer is a
-    Rayleigh quotient of the map itself (Lanczos); its upper end is the norm of a cover (`covers.py`). Both ends of a
-    dense layer are its `spectral_norm`. All ends are widened for rounding. The cost depends on the image only through
-    Lanczos.
+    The lower end of a circular or unbounded layer is the norm at one frequency; its upper end is the proof by
+    branch and bound that no other frequency exceeds it by more than `resolution`. The lower end of a zero-padded
+    layer is a Rayleigh quotient of the map itself (Lanczos); its upper end is the norm of a cover (`covers.py`).
+    Both ends of a dense layer are its `spectral_norm`. All ends are widened for rounding. Denormal entries count as
+    0, as in XLA. The cost depends on the image only through Lanczos.
 
     The upper end of an `UnboundedConv` bounds the norm of the layer at every image size, circular or zero-padded. With
     zero padding the width is what the covers lose, most on small images; it does not shrink with `resolution`. The

@@ -15,6 +15,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int, Shaped
 
 from jaxsrn._tools.checks import Kernel, ensure, float_dtype, kernel_array, positive_scalar, static_int
+from jaxsrn._tools.linalg import safe_sqrt
 from jaxsrn._tools.programs import program
 from jaxsrn._tools.tolerances import DENSE_SIZE, gap_tolerance
 from jaxsrn.operators.base import Dense, Operator
@@ -157,10 +158,18 @@ def project_spectral_ball(
     return found._replace(kernel=found.kernel.reshape(shape))
 
 
+def _within_range(limit, dtype):
+    """`(larger, limit / larger)`, where `larger` is the limit or machine epsilon."""
+    larger = jnp.maximum(limit, jnp.finfo(dtype).eps)
+    return larger, limit / larger
+
+
 @functools.partial(program, static_argnums=(5,))
 def _project_spectral_ball(kernel, op, own, max_norm, tolerance, max_steps):
     a, scale = rescaled(kernel.astype(float_dtype(kernel.dtype)), op)
-    limit = max_norm / scale
+    # Squares of a limit below rounding leave the range of the dtype. A ball so small is solved as a larger one, whose
+    # nearest kernel is scaled down: the ball of the limit lies in it, and so its least distance is a lower bound.
+    limit, shrinking = _within_range(max_norm / scale, a.dtype)
     fixed, fixed_limit = lax.stop_gradient((a, limit))
     inside = frozen_value(fixed, op, own) <= fixed_limit * (1 + _ROOM * jnp.finfo(a.dtype).eps)
     weights = op.frobenius_weights(a.shape, a.dtype)
@@ -173,7 +182,11 @@ def _project_spectral_ball(kernel, op, own, max_norm, tolerance, max_steps):
         asked = jnp.where(inside, jnp.inf, tolerance * size)
         solution, nearby = nearest(fixed, op, fixed_limit, own, max_steps, asked)
         found = with_derivative(op, a, limit, nearby.kernel, solution)
-        gap, num_steps = nearby.excess / jnp.where(size == 0, 1.0, size), nearby.num_steps
+        change = lax.stop_gradient(shrinking) * nearby.kernel - fixed
+        farther = jnp.where(shrinking < 1, safe_sqrt(jnp.sum(weights * change**2)) - nearby.distance, 0.0)
+        excess = nearby.excess + jnp.maximum(farther, 0.0)
+        gap, num_steps = excess / jnp.where(size == 0, 1.0, size), nearby.num_steps
+    found = found * shrinking
     keep = inside | jnp.asarray(op._tap_counts(kernel.shape) == 0)
     return ProjectionResult(
         kernel=jnp.where(keep, kernel, (found * scale).astype(kernel.dtype)),

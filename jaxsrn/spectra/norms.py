@@ -51,8 +51,9 @@ def leading_triplet(
     layers, and layers with zero padding of at most 2**18 entries of the explicit matrix or of one tap: an SVD, or the
     Lanczos method with a proof. Larger layers with zero padding: the Lanczos method with thick restarts (Wu, Simon
     2000) on the real operator, without a proof. It starts from a sum of the largest
-    waves of the circular layer and noise, and is repeated once where the start may have missed the other phase of what
-    is found. Layers of 32 channels or more are first searched in the few channels that they use most.
+    waves of the circular layer and noise, and is repeated once where the start may have missed the other phase of
+    what is found, and from channels that the found vectors leave idle where these may hold a larger value. Layers
+    of 32 channels or more are first searched in the few channels that they use most.
 
     Args:
       kernel: `(c_in, c_out)` or `(*taps, c_in // groups, c_out)`.
