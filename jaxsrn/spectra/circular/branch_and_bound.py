@@ -71,8 +71,9 @@ def highest_peak(poly: GramPolynomial, grid: Grid, corners, exists, peaks: Peak,
     first = jnp.concatenate([climbed.index, jnp.broadcast_to(grid.last_level, (1,))])[None]
     boxes = jnp.concatenate([jnp.concatenate([corners, levels], axis=-1), first.astype(jnp.int32)])
     # Where the coarsest boxes are single frequencies, the peak's own is one of them.
-    twice = (grid.last_level == 0) & jnp.all(corners == climbed.index[None], axis=-1)
-    proof = _push(proof, boxes, jnp.concatenate([exists & ~twice, jnp.ones(1, bool)]))
+    is_apart = grid.last_level > 0
+    others = exists & ~(is_apart & _is_flat(poly, allowed, climbed.value))
+    proof = _push(proof, boxes, jnp.concatenate([others, is_apart[None]]))
     step = functools.partial(_look, poly, grid, chunk, allowed)
     # Zero and NaN need no proof.
     return lax.while_loop(lambda proof: (proof.size > 0) & (proof.best.value > 0), step, proof).best
@@ -84,6 +85,19 @@ def _best_of(poly: GramPolynomial, grid: Grid, peaks: Peak) -> Peak:
     if min(poly.coefficients.shape[-2:]) >= _WIDE:
         return _polished(poly, grid, best)
     return best._replace(value=(1 - _DOUBT) * best.value)
+
+
+def _is_flat(poly: GramPolynomial, allowed, value):
+    """Whether the singular values of one frequency are, as far as is allowed, above those of all others.
+
+    The Gram matrices of two frequencies differ by at most twice the norms of all coefficients but the constant one.
+    Of the flat spectrum of an orthogonal kernel, branch and bound would look at every frequency.
+    """
+    if poly.basis is not None:
+        return jnp.asarray(False)
+    # By Cauchy and Schwarz, the sum of the norms is at most the root of so many times the sum of their squares.
+    count = max(len(poly.lags) - 1, 1)
+    return jnp.sum(jnp.maximum(poly.even**2, poly.odd**2)[1:]) <= (allowed * value**2) ** 2 / count
 
 
 def _push(proof: _Proof, boxes, keep) -> _Proof:
@@ -102,9 +116,9 @@ def _look(poly: GramPolynomial, grid: Grid, chunk: int, allowed, proof: _Proof) 
     low = _are_low(poly, grid, corners, levels, (1 + allowed) * proof.best.value)
     high = ~low & (bottom + places < proof.size)
     single = high & (levels == grid.last_level)
-    left, best = _examined(poly, grid, allowed, corners, single, proof.best)
+    best = _examined(poly, grid, allowed, corners, single, proof.best)
     halves, exists = split(grid, corners, levels)
-    keep = exists & (high & (left | ~single))[:, None]
+    keep = exists & (high & ~single)[:, None]
     below = jnp.minimum(levels + 1, grid.last_level)[:, None, None]
     halves = jnp.concatenate([halves, jnp.broadcast_to(below, (*halves.shape[:-1], 1))], axis=-1)
     # The chunk's order is kept, so the finest stay on top.
@@ -121,15 +135,11 @@ def _are_low(poly: GramPolynomial, grid: Grid, corners, levels, limit):
 
 
 def _examined(poly: GramPolynomial, grid: Grid, allowed, corners, high, known: Peak):
-    """Computes the leading pairs at the frequencies that may be high, one by one, until one is larger than the known.
-
-    Returns:
-      `(left, best)`: the frequencies that are still to be compared with the best pair, and that pair.
-    """
+    """The best of the known pair and the leading ones at the frequencies that may be high, taken one by one."""
     places = jnp.arange(len(corners), dtype=jnp.int32)
 
     def examine(state):
-        left, _, best = state
+        left, best = state
         place = lax.argmax(left, 0, jnp.int32)
         index = picked(corners, place)
         symbol = symbol_of(waves(grid.angles, 2 * index, poly.exponents), poly.coefficients)
@@ -143,10 +153,9 @@ def _examined(poly: GramPolynomial, grid: Grid, allowed, corners, high, known: P
             found = lax.while_loop(
                 lambda s: s[0], lambda s: (jnp.asarray(False), _larger_of(symbol, index, s[1])), (~low, best)
             )[1]
-        return left & (places != place), found.value > best.value, found
+        return left & (places != place), found
 
-    state = lax.while_loop(lambda s: jnp.any(s[0]) & ~s[1], examine, (high, jnp.asarray(False), known))
-    return state[0], state[2]
+    return lax.while_loop(lambda state: jnp.any(state[0]), examine, (high, known))[1]
 
 
 def _larger_of(symbol, index, known: Peak) -> Peak:
