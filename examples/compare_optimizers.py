@@ -25,26 +25,13 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 SCRIPT = Path(__file__).with_name("train_cifar10.py")
+# Checkpoints are for the ends of epochs alone.
 SIZES = {
-    "full": ["--save-every", "100000"],
-    "small": [
-        "--widths",
-        "8",
-        "16",
-        "32",
-        "--epochs",
-        "4",
-        "--images",
-        "2048",
-        "--batch",
-        "64",
-        "--blocks",
-        "1",
-        "--save-every",
-        "100000",
-    ],
-    "fast": ["--fast", "--stand-in", "--images", "64", "--save-every", "100000"],
+    "full": {"save-every": 100000},
+    "small": {"save-every": 100000, "blocks": 1, "epochs": 4, "images": 2048, "batch": 64},
+    "fast": {"save-every": 100000, "images": 64},
 }
+FLAGS = {"full": [], "small": ["--widths", "8", "16", "32"], "fast": ["--fast", "--stand-in"]}
 
 
 def run(name: str, seed: int, size: str, folder: Path) -> tuple[dict, list[float]]:
@@ -54,7 +41,8 @@ def run(name: str, seed: int, size: str, folder: Path) -> tuple[dict, list[float
         command = [sys.executable, SCRIPT, "--method", "plain", "--optimizer", name, "--seed", str(seed)]
         # All runs measure the same layers: compiled once.
         cache = {"JAX_COMPILATION_CACHE_DIR": str(folder / "compiled")}
-        subprocess.run([*command, *SIZES[size], "--output", output], check=True, env=os.environ | cache)
+        options = [f"--{option}={value}" for option, value in SIZES[size].items()]
+        subprocess.run([*command, *options, *FLAGS[size], "--output", output], check=True, env=os.environ | cache)
     return tuple(json.loads((output / file).read_text()) for file in ("curve.json", "seconds.json"))
 
 
