@@ -84,7 +84,7 @@ class SteepestResult(NamedTuple):
 
 
 def steepest(
-    kernel: Kernel, op: Operator, *, method: str = "exact", max_steps: int = 400, num_passes: int = 30, tolerance=None
+    kernel: Kernel, op: Operator, *, method: str = "exact", max_steps: int = 400, num_passes: int = 60, tolerance=None
 ) -> SteepestResult:
     """The kernel of the same support and of norm 1 along which a linear function grows fastest.
 
