@@ -68,6 +68,18 @@ print(f"stable rank before {jaxsrn.stable_rank(params['conv']['kernel'], op):.3f
 params, _, _ = step(params, optimizer.init(params))
 print(f"stable rank after one step {jaxsrn.stable_rank(params['conv']['kernel'], op):.3f}")
 
+# ## Steps of a given norm
+#
+# `spectral_descent` chooses each step by the norm of the layer that the step changes: Muon, with convolutions as the
+# linear maps that they are. A step along a momentum is the kernel of norm 1 that goes farthest along it, times the
+# learning rate and a scale of the layer's shape, which for eight outputs and one input is the root of eight.
+
+optimizer = jaxsrn.optim.spectral_descent(0.02, layers)
+gradient = jax.grad(lambda params: jnp.mean((predict(params, x) - y) ** 2))(params)
+updates, _ = optimizer.update(gradient, optimizer.init(params), params)
+print(f"norm of the step of the convolution {jaxsrn.spectral_norm(updates['conv']['kernel'], op):.4f}")
+print(f"0.02 * sqrt(8) = {0.02 * 8**0.5:.4f}")
+
 # ## The unit sphere
 #
 # `on_sphere` makes any transformation Riemannian: the parameters are unit vectors and stay so, to rounding.
