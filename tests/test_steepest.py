@@ -221,3 +221,32 @@ def test_it_trains_a_flax_model(standard_promotion):
 
     losses = [float(step(model, optimizer)) for _ in range(10)]
     assert losses[-1] < 0.7 * losses[0]
+
+
+def test_matrices_of_several_axes_and_one_tap(standard_promotion):
+    """The projections of attention, and 1x1 convolutions: the polar factor of the matrix that they are."""
+    kernel = gaussian((4, 2, 3))
+    for op, gradient, rows in (
+        (Dense(input_axes=1, output_axes=2), kernel, 4),
+        (Dense(input_axes=2, output_axes=1), kernel, 8),
+        (UnboundedConv(strides=(2, 2)), kernel[:, 0].reshape(1, 1, 4, 3), 4),
+    ):
+        left, values, right = np.linalg.svd(np.asarray(gradient).reshape(rows, -1), full_matrices=False)
+        found = steepest(gradient, op)
+        np.testing.assert_allclose(np.asarray(found.kernel).reshape(rows, -1), left @ right, atol=1e-10)
+        np.testing.assert_allclose(found.dual_norm, values.sum(), rtol=1e-10)
+
+
+def test_attention_without_convolutions_takes_muons_steps(standard_promotion):
+    model = nnx.MultiHeadAttention(num_heads=2, in_features=4, qkv_features=6, decode=False, rngs=nnx.Rngs(0))
+    layers = jnnx.layer_operators(model)
+    params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    optimizer = spectral_descent(0.02, layers)
+    gradients = jax.tree.map(lambda leaf: jnp.asarray(gaussian(leaf.shape), leaf.dtype), params)
+    steps, _ = optimizer.update(gradients, optimizer.init(params), params)
+    shapes = {"query": (4, 6), "key": (4, 6), "value": (4, 6), "out": (6, 4)}
+    matrices = {name: gradients[name]["kernel"].reshape(shape) for name, shape in shapes.items()}
+    muon = optax.contrib.muon(0.02, beta=0.95)
+    expected, _ = muon.update(matrices, muon.init(matrices), matrices)
+    for name, step in expected.items():
+        np.testing.assert_allclose(steps[name]["kernel"].reshape(step.shape), step, atol=1e-6)

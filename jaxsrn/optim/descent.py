@@ -23,6 +23,7 @@ from jaxsrn.operators.convolutions import UnboundedConv
 from jaxsrn.operators.layers import Layers, after, find_kernels, named_kernels, stacked
 from jaxsrn.projections.frequency_passes import few_frequencies, first_stack, passes, unit_direction
 from jaxsrn.projections.steepest import METHODS, flattened, steepest
+from jaxsrn.spectra.common_shapes import is_matrix
 from jaxsrn.spectra.norms import frozen_value
 from jaxsrn.spectra.pairs_by_kind import leading_pair
 
@@ -110,29 +111,45 @@ def spectral_descent(
     dense = {path: op for path, op in layers.items() if isinstance(op, Dense)}
     convolutions = {path: op for path, op in layers.items() if path not in dense}
     rest = [optax.add_decayed_weights(weight_decay), optax.scale_by_learning_rate(learning_rate)]
-    by_muon = optax.contrib.scale_by_muon(beta=momentum, nesterov=nesterov, weight_dimension_numbers=_as_matrices)
-    parts = {
-        "dense": optax.chain(by_muon, optax.stateless(lambda steps, _: jax.tree.map(_scaled_as_muon, steps)), *rest),
-        "convolutions": optax.chain(_scale_by_steepest(convolutions, momentum, nesterov, method, num_passes), *rest),
-        "others": others or optax.adamw(learning_rate, weight_decay=0.0, nesterov=nesterov),
-    }
+    parts = {"others": others or optax.adamw(learning_rate, weight_decay=0.0, nesterov=nesterov)}
+    if dense:
+        parts["dense"] = optax.chain(*_as_muon(dense, momentum, nesterov), *rest)
+    if convolutions:
+        steps = _scale_by_steepest(convolutions, momentum, nesterov, method, num_passes)
+        parts["convolutions"] = optax.chain(steps, *rest)
 
     def labels(params):
-        kind = dict.fromkeys(find_kernels(dense, params).values(), "dense")
-        kind |= dict.fromkeys(find_kernels(convolutions, params).values(), "convolutions")
+        kind = {
+            place: "dense" if isinstance(layers[path], Dense) else "convolutions"
+            for path, place in find_kernels(layers, params).items()
+        }
         leaves, tree = jax.tree.flatten(params)
         return tree.unflatten([kind.get(i, "others") for i in range(len(leaves))])
 
     return optax.partition(parts, labels)
 
 
-def _as_matrices(updates):
-    """Muon's default, which optax does not fill in for a part of a tree."""
-    return jax.tree.map(lambda _: optax.contrib.MuonDimensionNumbers(), updates)
+def _as_muon(dense, momentum: float, nesterov: bool):
+    """Muon's momentum and polar factor of dense layers, and its scale."""
 
+    def mapped(one, updates):
+        """`one(operator, update)` of all layers."""
+        leaves, tree = jax.tree.flatten(updates)
+        ops = {place: dense[path] for path, place in find_kernels(dense, updates).items()}
+        return tree.unflatten([one(ops[place], leaf) for place, leaf in enumerate(leaves)])
 
-def _scaled_as_muon(step):
-    return jnp.sqrt(jnp.maximum(1, step.shape[1] / step.shape[0])).astype(step.dtype) * step
+    def axes(op, update):
+        del update
+        all_axes = tuple(range(op.input_axes + op.output_axes))
+        return optax.contrib.MuonDimensionNumbers(all_axes[: op.input_axes], all_axes[op.input_axes :])
+
+    def scaled(op, step):
+        inputs, outputs = op._channels(step.shape)
+        return jnp.sqrt(jnp.maximum(1, outputs / inputs)).astype(step.dtype) * step
+
+    dimensions = functools.partial(mapped, axes)
+    polar = optax.contrib.scale_by_muon(beta=momentum, nesterov=nesterov, weight_dimension_numbers=dimensions)
+    return polar, optax.stateless(lambda steps, _: mapped(scaled, steps))
 
 
 def _width_scale(op: Operator, kernel_shape: tuple[int, ...]) -> float:
@@ -201,7 +218,7 @@ def _one_step(momentum: Float[Array, "..."], memory, *, op: Operator, is_first, 
     """The kernel of norm 1 along the momentum, and the memory of the next step."""
     if method == "exact":
         return steepest(momentum, op).kernel, memory
-    if method == "flattened":
+    if method == "flattened" or is_matrix(momentum.shape, op):
         found = flattened(momentum)
     else:
         blocks = few_frequencies(op, momentum.shape, momentum.dtype)

@@ -39,6 +39,7 @@ from jaxsrn.projections.frequency_passes import (
     unit_direction,
 )
 from jaxsrn.projections.nearest import inner_blocks, is_split, outer_blocks
+from jaxsrn.spectra.common_shapes import as_matrix
 from jaxsrn.spectra.norms import frozen_value
 from jaxsrn.spectra.pairs_by_kind import leading_pair
 from jaxsrn.spectra.singular_pair import Pair, rescaled, without_idle_taps
@@ -103,8 +104,8 @@ def steepest(
     - `"flattened"`: `U V^T` of the kernel as a matrix of `taps * c_in` rows, as optax's and PyTorch's Muon take it, to
       compare with.
 
-    For a dense layer all of them are `U V^T`, without the directions of singular values that are 0. A zero gradient
-    gives zeros.
+    For a dense layer, and for a convolution without edges of one tap, all of them are `U V^T`, without the directions
+    of singular values that are 0. A zero gradient gives zeros.
 
     Args:
       kernel: the gradient, `(c_in, c_out)` or `(*taps, c_in // groups, c_out)`.
@@ -124,15 +125,19 @@ def steepest(
     """
     ensure(method in METHODS, f"method: got {method!r}, expected one of {', '.join(map(repr, METHODS))}.")
     kernel = kernel_array(kernel, op)
+    shape = kernel.shape
+    kernel, op = as_matrix(kernel, op)
     op._check_not_aliased(kernel.shape)
     dtype = float_dtype(kernel.dtype)
     tolerance = positive_scalar(1e-3 if tolerance is None else tolerance, "tolerance", dtype)
     max_steps, num_passes = static_int(max_steps, "max_steps"), static_int(num_passes, "num_passes")
     found, bound = _candidate(lax.stop_gradient(kernel), op, tolerance, method, max_steps, num_passes)
-    if isinstance(op, Dense):
-        return _on_unit_sphere(kernel, op, found, bound, None, 0.0)
-    pair = leading_pair(found, op, excess=_EXCESS[method])
-    return _on_unit_sphere(kernel, op, found, bound, pair, _EXCESS[method])
+    pair, excess = None, 0.0
+    if not isinstance(op, Dense):
+        excess = _EXCESS[method]
+        pair = leading_pair(found, op, excess=excess)
+    result = _on_unit_sphere(kernel, op, found, bound, pair, excess)
+    return result._replace(kernel=result.kernel.reshape(shape))
 
 
 @functools.partial(program, static_argnums=(3, 4, 5))
