@@ -41,7 +41,7 @@ from jaxsrn.projections.frequency_passes import (
     polar,
     unit_direction,
 )
-from jaxsrn.spectra.norms import frozen_value
+from jaxsrn.spectra.moving_pairs import frozen_value
 from jaxsrn.spectra.pairs_by_kind import leading_pair
 
 try:

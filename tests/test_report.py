@@ -538,6 +538,9 @@ def test_bad_files_say_what_they_are(tmp_path):
         index.write_text(text)
         with pytest.raises(BrokenFile, match="no index of"):
             open_arrays(index)
+    index.write_text('{"weight_map": {"a": "../other.safetensors"}}')
+    with pytest.raises(BrokenFile, match="expected the names of files beside it"):
+        open_arrays(index)
     index.write_text('{"weight_map": {"a": "missing.safetensors"}}')
     with pytest.raises(BrokenFile, match=r"missing.safetensors: there is no such file, which an index names"):
         open_arrays(index.parent)

@@ -123,12 +123,12 @@ def is_inexact(leaf: jax.Array) -> bool:
 def real_vector(tree) -> tuple[Float[Array, " n"], Callable]:
     """The real and complex arrays of a tree as one real vector, and the function that rebuilds the tree from one."""
     leaves, structure = jax.tree.flatten(tree)
-    moves = [is_inexact(leaf) for leaf in leaves]
+    are_parts = [is_inexact(leaf) for leaf in leaves]
     is_complex = [jnp.iscomplexobj(leaf) for leaf in leaves]
     parts = [
         part
-        for leaf, moving, pair in zip(leaves, moves, is_complex, strict=True)
-        if moving
+        for leaf, is_part, pair in zip(leaves, are_parts, is_complex, strict=True)
+        if is_part
         for part in ((leaf.real, leaf.imag) if pair else (leaf,))
     ]
 
@@ -137,8 +137,8 @@ def real_vector(tree) -> tuple[Float[Array, " n"], Callable]:
         pieces = jnp.split(vector, [sum(sizes[:i]) for i in range(1, len(sizes))])
         shaped = (piece.reshape(part.shape) for piece, part in zip(pieces, parts, strict=True))
         rebuilt = [
-            (lax.complex(next(shaped), next(shaped)) if pair else next(shaped)) if moving else leaf
-            for leaf, moving, pair in zip(leaves, moves, is_complex, strict=True)
+            (lax.complex(next(shaped), next(shaped)) if pair else next(shaped)) if is_part else leaf
+            for leaf, is_part, pair in zip(leaves, are_parts, is_complex, strict=True)
         ]
         return jax.tree.unflatten(structure, rebuilt)
 

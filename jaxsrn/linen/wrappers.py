@@ -231,7 +231,7 @@ def _with_kernel(variables: Mapping, kernel: jax.Array) -> dict:
     return {**variables, "params": {**params, "kernel": nn.meta.replace_boxed(params["kernel"], kernel)}}
 
 
-class Held(NamedTuple):
+class WrappedLayer(NamedTuple):
     """A wrapped layer as the variables have it: its path, its kernel, the state of its wrapper, and its norm."""
 
     layer: tuple
@@ -240,7 +240,7 @@ class Held(NamedTuple):
     norm: Any
 
 
-def held(module: nn.Module, variables: Mapping) -> dict[tuple, Held]:
+def wrapped_layers(module: nn.Module, variables: Mapping) -> dict[tuple, WrappedLayer]:
     """All wrapped layers, by the paths of their wrappers."""
     states, params = flatten_dict(variables.get(COLLECTION, {})), flatten_dict(variables["params"])
     ensure(
@@ -255,14 +255,14 @@ def held(module: nn.Module, variables: Mapping) -> dict[tuple, Held]:
         with errors_named(written(layer, module)):
             ensure((*layer, "kernel") in params, "wrapped, but variables['params'] has no kernel for it.")
             norm = params[(*wrapper, "norm")] if state.norm == LEARNED else state.norm
-            found[wrapper] = Held(layer, params[(*layer, "kernel")], state, nn.meta.unbox(norm))
+            found[wrapper] = WrappedLayer(layer, params[(*layer, "kernel")], state, nn.meta.unbox(norm))
     return found
 
 
 def stepped(module: nn.Module, variables: Mapping) -> dict[tuple, tuple[tuple, Any, StableRankState]]:
     """One step of all wrappers: `{path of a wrapper: (path of its layer, normalized kernel, next state)}`."""
     found = {}
-    for wrapper, (layer, kernel, state, norm) in held(module, variables).items():
+    for wrapper, (layer, kernel, state, norm) in wrapped_layers(module, variables).items():
         with errors_named(written(layer, module)):
             found[wrapper] = (layer, *_stepped_kernel(kernel, state, norm))
     return found
@@ -277,7 +277,7 @@ def _stepped_kernel(kernel, state: StableRankState, norm) -> tuple[Any, StableRa
 
 def started(module: nn.Module, variables: Mapping) -> dict[tuple, StableRankState]:
     """The states of all wrappers, each started anew from its kernel: `{path of a wrapper: state}`."""
-    found = held(module, variables)
+    found = wrapped_layers(module, variables)
     starts, kinds, kernels = [], [], []
     for layer, kernel, state, norm in found.values():
         norm = 1.0 if state.norm == LEARNED else norm

@@ -1,4 +1,4 @@
-"""The true gradient of a training step: the derivative of the converged pair by the implicit function theorem.
+"""How the pair of a normalized kernel moves with the kernel: for the implicit gradient, and for second derivatives.
 
 A converged pair is a fixed point of the training step at rest, so its derivative solves a linear system whose products
 are derivatives of one step. An unbounded layer's frequency is part of the solution: the value of the pair is stationary

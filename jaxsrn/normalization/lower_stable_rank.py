@@ -72,7 +72,7 @@ def srnc(
       tolerance: the relative change of the kernel in a pass at which to stop, by default `eps ** 0.6`; traced. The
         constraints are met to about its square. When raising it is the relative error of the stable rank.
       initial: where to start, in place of the scan: a singular triplet, such as that of the last result in training, or
-        the compact pair `state.normalized.pair` of `srnc_state`. Raising does not use it.
+        the pair `state.normalized.pair` of `srnc_state`. Raising, and layers that are matrices, do not use it.
 
     Returns:
       An `SRNResult`, whose `feasible` and `residual` say where the target is infeasible or the passes ran out.

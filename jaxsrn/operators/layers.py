@@ -118,7 +118,7 @@ def named_kernels(layers: Layers, params) -> dict[Path, Shaped[Array, "..."]]:
     """The kernels that `layers` names in `params`, by path.
 
     Raises:
-      ValueError: what `find_kernels` refuses, or a kernel that does not fit its operator.
+      ValueError: what `find_kernels` refuses, a kernel that does not fit its operator, or a stack of kernels.
     """
     leaves = jax.tree.leaves(params)
     kernels = {}

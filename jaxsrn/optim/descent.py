@@ -24,7 +24,7 @@ from jaxsrn.operators.layers import Layers, after, find_kernels, named_kernels, 
 from jaxsrn.projections.frequency_passes import few_frequencies, first_stack, passes, unit_direction
 from jaxsrn.projections.steepest import METHODS, flattened, steepest
 from jaxsrn.spectra.common_shapes import is_matrix
-from jaxsrn.spectra.norms import frozen_value
+from jaxsrn.spectra.moving_pairs import frozen_value
 from jaxsrn.spectra.pairs_by_kind import leading_pair
 
 __all__ = [
@@ -60,7 +60,8 @@ def spectral_descent(
 ) -> optax.GradientTransformationExtraArgs:
     """Muon with every layer's own norm: steps of given spectral norm along which the loss falls fastest.
 
-    Dense layers get `optax.contrib.muon`'s update to the last bit. Convolutions get, for their momentum `M`, minus
+    Dense layers get `optax.contrib.muon`'s update to the last bit; those of several axes get that of the matrix that
+    they are. Convolutions get, for their momentum `M`, minus
 
         learning_rate * sqrt(max(1, outputs / inputs)) * argmax { <M, K> : ||T(K)||_2 <= 1 }
 

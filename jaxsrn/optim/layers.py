@@ -78,8 +78,8 @@ def keep_stable_rank(
     With `upward` the layers whose stable rank is below the target are raised to it, each at its own norm, and those
     above are not touched: `srnc(..., raise_rank=True)`, the projection of a multiple of the kernel on the ball. Large
     multiples lead towards the matrix sign of a dense layer, and towards the kernel of steepest descent of a
-    convolution. A target beyond the limit of that path is met as nearly as the path goes. A projection of this kind
-    solves several convex problems: use a large `every`.
+    convolution (with zero padding, of the kernel times its Frobenius weights). A target beyond the limit of that path
+    is met as nearly as the path goes. A projection of this kind solves several convex problems: use a large `every`.
 
     Args:
       layers, every: as `keep_spectral_norm`.

@@ -40,7 +40,7 @@ from jaxsrn.projections.frequency_passes import (
 )
 from jaxsrn.projections.nearest import inner_blocks, is_split, outer_blocks
 from jaxsrn.spectra.common_shapes import as_matrix
-from jaxsrn.spectra.norms import frozen_value
+from jaxsrn.spectra.moving_pairs import frozen_value
 from jaxsrn.spectra.pairs_by_kind import leading_pair
 from jaxsrn.spectra.singular_pair import Pair, rescaled, without_idle_taps
 
@@ -53,7 +53,7 @@ __all__ = [
 
 METHODS = "exact", "frequency", "flattened"
 # Angles per degree of the symbol of an unbounded convolution. Frequencies between them exceed the grid's by at most
-# 0.4% (2-D), and at the solutions that were looked at by 0.05%, which counts as gap.
+# 0.4% (2-D), which counts as gap.
 _ANGLES = 24
 # The length of a proximal step along the direction, whose singular values have the mean square 1. Longer ones take
 # fewer rounds, each with more steps and less exact.
@@ -74,7 +74,7 @@ class SteepestResult(NamedTuple):
 
     Attributes:
       kernel: `||T(kernel)||_2 <= 1`.
-      dual_norm: a proven upper bound of the dual norm, the largest `<G, K>` over the ball.
+      dual_norm: an upper bound of the dual norm, the largest `<G, K>` over the ball, proven up to rounding.
       gap: `1 - <G, kernel> / dual_norm`. No kernel of the ball has a `<G, K>` that is larger by more than this share of
         `dual_norm`.
     """
@@ -94,8 +94,9 @@ def steepest(
         maximise <G, K>   subject to   ||T(K)||_2 <= 1
 
     for a gradient `G`, given as `kernel`; minus the result is the direction of steepest descent under the norm of the
-    whole layer. `<G, K>` is the plain inner product. The result is divided by its norm at the end, as far as that norm
-    is proven (`spectral_norm`), so that it is in the ball whatever the method.
+    whole layer. `<G, K>` is the plain inner product. The result is divided by a bound of its norm, which exceeds the
+    norm by at most 1e-4 (`"exact"`) or 1e-2, so that it is in the ball whatever the method. Of large zero-padded layers
+    the norm is not proven (`spectral_norm`).
 
     - `"exact"`: by projections on the spectral ball, until the gap is proven. Larger layers with zero padding take the
       ball of their cover, and a bound from the tapered layer (see `project_spectral_ball`); their gap stays larger.
@@ -114,8 +115,7 @@ def steepest(
       max_steps: static; the most steps of `"exact"`, one SVD of all matrices each.
       num_passes: static; the passes of `"frequency"`.
       tolerance: the gap at which `"exact"` stops, 1e-3 by default; traced. In float32 it is not always reached, above
-        all for gradients whose singular values differ by far, which end at a gap below 1e-2 after `max_steps`; float64
-        reaches it. That is no failure: `gap` says what was reached.
+        all for gradients whose singular values differ by far. `gap` says what was reached.
 
     Returns:
       A `SteepestResult`. It is a constant for derivatives. Taps that meet no sample of the image get 0.

@@ -75,7 +75,8 @@ def analyze(
 
     Args:
       source: an NNX model; a Linen module; a pytree of parameters; or the path of a `.safetensors` file, of
-        several with their index `*.safetensors.index.json`, of an `.npz` file, or of an Orbax checkpoint's folder.
+        an index `*.safetensors.index.json` of several of them or its folder, of an `.npz` file, or of the folder of an
+        Orbax checkpoint.
       *inputs: those of the model, arrays or `jax.ShapeDtypeStruct`s; for a Linen module the variables come first.
       layout: `"HWIO"`, `"OIHW"` or `"OHWI"`, the order in which all kernels of bare weights are stored.
       input_shape: the spatial shape at which bare convolutions of as many axes are taken, with zero padding `"SAME"`.

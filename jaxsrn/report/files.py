@@ -84,7 +84,8 @@ def open_arrays(path: str | os.PathLike) -> NamedArrays:
         raise FileNotFoundError(f"{path}: there is no such file; expected {_FORMATS}.")
     if path.is_dir():
         indices = sorted(path.glob(f"*{_INDEX}"))
-        return _Shards(indices[0]) if len(indices) == 1 else _Orbax(path)
+        ensure(len(indices) < 2, f"{path}: it has {len(indices)} indices, expected one; name the one that is meant.")
+        return _Shards(indices[0]) if indices else _Orbax(path)
     if path.name.endswith(_INDEX):
         return _Shards(path)
     kinds = {".safetensors": _Safetensors, ".npz": _Npz}
@@ -224,6 +225,9 @@ class _Shards(NamedArrays):
         self._index, self.source = index, index.name
         try:
             places = json.loads(index.read_text())["weight_map"]
+            outside = [place for place in places.values() if Path(place).name != place]
+            if outside:
+                raise BrokenFile(f"{index}: it names {outside[0]}, expected the names of files beside it.")
             files = {place: _Safetensors(index.parent / place) for place in sorted(set(places.values()))}
             self.infos = _sorted({name: files[place].infos[name] for name, place in places.items()})
         except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, TypeError, KeyError) as error:

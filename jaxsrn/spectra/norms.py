@@ -1,4 +1,4 @@
-"""The leading singular triplet and the spectral norm of a layer, with exact derivatives.
+"""The leading singular triplet and the spectral norm of a layer, whose derivatives are exact where it is simple.
 
 `pairs_by_kind.py` finds the leading pair, and the norm is its value as a function of the kernel (`moving_pairs.py`).
 """

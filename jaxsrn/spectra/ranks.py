@@ -37,7 +37,8 @@ def stable_rank(kernel: Kernel, op: Operator) -> Float[Array, ""]:
     """`srank(T) = ||T||_F^2 / ||T||_2^2` of the layer `T(kernel)`.
 
     It does not depend on the scale, and lies between 1 and the rank; it is 0 at the zero kernel. The gradient is exact
-    where the leading singular value is simple, and always finite. So are second derivatives, as for `spectral_norm`.
+    where the leading singular value is simple, and always finite. The second
+    derivative is exact there too; elsewhere it is as that of `spectral_norm`.
 
     Args:
       kernel: `(c_in, c_out)` or `(*taps, c_in // groups, c_out)`.

@@ -155,7 +155,8 @@ def srnc_step(
         singular.
       num_steps: static. Power steps of the pair before the kernel is normalized with it. The default is one with zero
         padding and a target, where each takes products with images, and otherwise two, and more where the state is far
-        from the kernel. A number that is given is kept to.
+        from the kernel. A number that is given is kept to, except that one step is followed by a second one where
+        another pair takes over.
 
     Returns:
       The kernel in its dtype, with taps that meet no sample as they were, and the new state. Derivatives go through the
