@@ -358,6 +358,8 @@ HELD_ELSEWHERE = {
     "plots.symbol_norms": "test_plots.test_symbol_norms_on_a_plane",
     "report.analyze": "test_report.test_a_model_says_what_its_layers_are",
     "nnx.constrain": "test_nnx.test_constrain_and_layer_operators",
+    "linen.restart": "test_states.test_restart_is_a_new_wrapper",
+    "nnx.restart": "test_states.test_restart_is_a_new_wrapper",
     "nnx.fold": "test_nnx.test_constrain_and_layer_operators",
     "nnx.layer_operators": "test_nnx.test_constrain_and_layer_operators",
     "nnx.refresh": "test_nnx.test_forwards_read_and_training_forwards_step",

@@ -271,7 +271,8 @@ def test_one_call_for_each_distinct_shape():
     value = penalties.total(function, LAYERS | {("e", "kernel"): OP}, params)
     assert len(calls) == len(set(calls)) == 4
     assert value.dtype == jnp.float64
-    assert penalties.total(function, {}, params) == 0
+    with pytest.raises(ValueError, match="got none"):
+        penalties.total(function, {}, params)
 
 
 def test_trees_that_layers_are_found_in():

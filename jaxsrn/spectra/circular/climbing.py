@@ -43,7 +43,7 @@ __all__ = [
 # An estimate takes so many power steps. A wrong one costs a worse place to climb from, and never the proof.
 _POWER_STEPS = 8
 # Power steps that let the vectors follow a frequency, at every step of a climb.
-_FOLLOWING_STEPS = 2
+_FOLLOWING_STEPS = 3
 # A guard of the loop over the steps of a climb.
 _MOST_STEPS = 100
 # So many climbers start from the largest estimates: more of them find the highest peak more often, at a price each. In
