@@ -1,6 +1,6 @@
 """What does each heuristic of the searches buy? Errors, time and program size with it, and with it taken away.
 
-    python benchmarks/ablations.py           # all searches; recorded
+    python benchmarks/ablations.py           # all searches; about seven minutes; recorded
     python benchmarks/ablations.py --fast    # under two minutes: few small kernels, nothing recorded
 
 A row takes one heuristic away: it replaces a constant or a function of the library, and compiles the call anew. The
