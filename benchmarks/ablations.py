@@ -14,7 +14,6 @@ import argparse
 import contextlib
 import functools
 import math
-import re
 import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -25,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from _clock import interleaved
 from _report import publish, table
+from compilation.counts import operations_in
 from norms.cases import gaussian, reference_norm, trained
 from norms.kinds import gaussian_kernel, peaked, waves
 from tqdm import tqdm
@@ -86,8 +86,7 @@ def built(subject: Subject, without: Without | None) -> Program:
             stack.enter_context(mock.patch.object(module, name, value))
         kernel = jax.ShapeDtypeStruct(subject.kernels[0].shape, jnp.float32)
         lowered = jax.jit(lambda kernel: subject.call(kernel, subject.op)).lower(kernel)
-    operations = len(re.findall(r"^.* = .*(?:stablehlo\.|call @)", lowered.as_text(), flags=re.MULTILINE))
-    return Program(lowered.compile(), operations)
+    return Program(lowered.compile(), operations_in(lowered))
 
 
 def deviations(subject: Subject, values: np.ndarray, others: np.ndarray) -> np.ndarray:

@@ -35,7 +35,6 @@ from jaxsrn.projections import steepest
 from jaxsrn.projections.frequency_passes import (
     dual_point,
     few_frequencies,
-    first_stack,
     nuclear_norm,
     passes,
     polar,
@@ -115,8 +114,7 @@ def divided(kernel):
 def by_passes(gradient, num_passes: int, stack=None):
     blocks = few_frequencies(OP, gradient.shape, gradient.dtype)
     direction, _ = unit_direction(gradient, blocks)
-    start = first_stack(direction, blocks) if stack is None else stack
-    kernel, _, stack = passes(direction, blocks, start, num_passes)
+    kernel, _, stack = passes(direction, blocks, num_passes, stack)
     return divided(kernel), stack
 
 
@@ -135,7 +133,7 @@ def proven_bound(gradient) -> float:
     def bound(gradient):
         blocks = few_frequencies(OP, gradient.shape, gradient.dtype, 8)
         direction, scale = unit_direction(gradient, blocks)
-        _, multiplier, _ = passes(direction, blocks, first_stack(direction, blocks), 150)
+        _, multiplier, _ = passes(direction, blocks, 150)
         return scale * nuclear_norm(blocks, dual_point(blocks, direction, multiplier))
 
     return float(bound(gradient))

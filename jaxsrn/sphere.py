@@ -18,7 +18,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, PRNGKeyArray, Shaped
 
-from jaxsrn._tools.checks import ensure, float_dtype
+from jaxsrn._tools.checks import ensure, float_dtype, real_floating
 from jaxsrn._tools.programs import program
 
 __all__ = [
@@ -46,16 +46,6 @@ _NEAR = 0.05
 # Checks of the arguments
 
 
-def _floating(dtype, name: str) -> None:
-    """Raises `ValueError` where the dtype is not real floating."""
-    is_complex = jnp.issubdtype(dtype, jnp.complexfloating)
-    advice = f"stack {name}.real and {name}.imag, a real point" if is_complex else "cast it with .astype(jnp.float32)"
-    ensure(
-        jnp.issubdtype(dtype, jnp.floating),
-        f"{name}: got dtype {dtype}, expected a real floating-point array; {advice}.",
-    )
-
-
 def _point_axes(axis, shape: tuple[int, ...]) -> tuple[int, ...]:
     """The axes of one point, counted from 0."""
     if axis is None:
@@ -75,7 +65,7 @@ def _inputs(axis, **arrays):
     """The arrays in the dtype of the computation, the axes of a point, and the dtype of the result."""
     arrays = {name: jnp.asarray(array) for name, array in arrays.items()}
     for name, array in arrays.items():
-        _floating(array.dtype, name)
+        real_floating(array.dtype, name, f"stack {name}.real and {name}.imag, a real point")
     shapes = [array.shape for array in arrays.values()]
     ensure(
         len(set(shapes)) == 1,
@@ -343,7 +333,7 @@ def random(key: PRNGKeyArray, shape, *, axis: Any = -1, dtype=None) -> Float[Arr
     """
     shape = (shape,) if isinstance(shape, int) else tuple(shape)
     dtype = jnp.result_type(float) if dtype is None else jnp.dtype(dtype)
-    _floating(dtype, "dtype")
+    real_floating(dtype, "dtype", "take a real one")
     return _random(key, shape, _point_axes(axis, shape), float_dtype(dtype)).astype(dtype)
 
 

@@ -150,6 +150,11 @@ def gaussian(shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
     return np.random.default_rng([seed, *shape]).standard_normal(shape)
 
 
+def gaussian32(shape: tuple[int, ...], seed: int = 0) -> jax.Array:
+    """A Gaussian float32 array of JAX, determined by its seed."""
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
+
+
 def _lowest_samples(op, taps: tuple[int, ...]) -> tuple[list[int], list[int]]:
     """Per axis: zeros (or wrapped samples) before the image, and the number of outputs."""
     extents = [(k - 1) * d + 1 for k, d in zip(taps, op.kernel_dilation, strict=True)]

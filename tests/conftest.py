@@ -55,6 +55,13 @@ def no_type_checks():
 
 
 @pytest.fixture
+def as_users_have_it():
+    """float32 and JAX's own promotion rules: Flax and optax rely on them."""
+    with jax.enable_x64(False), jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
+@pytest.fixture
 def standard_promotion():
     """JAX's own promotion rules, for optax's Adam: its bias correction raises a float to an integer count."""
     with jax.numpy_dtype_promotion("standard"):

@@ -21,11 +21,7 @@ from jaxsrn.operators.flax_layers import kind_of, layer_map
 IMAGES = ((load_digits().data / 16).astype(np.float32).reshape(-1, 8, 8, 1), load_digits().target)
 
 
-@pytest.fixture(autouse=True)
-def as_users_have_it():
-    """float32 and JAX's own promotion rules: Flax and optax rely on them."""
-    with jax.enable_x64(False), jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        yield
+pytestmark = pytest.mark.usefixtures("as_users_have_it")
 
 
 def conv(*args, **options):

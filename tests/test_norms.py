@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import CASES, by_name, derivative, gaussian, kernel, quick_jit
+from cases import CASES, by_name, derivative, gaussian, gaussian32, kernel, quick_jit
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -143,14 +143,10 @@ def test_a_cold_start_is_near_the_answer_whatever_the_image():
     assert np.linalg.norm(np.tensordot(phases, np.outer(samples[0], leading[:, 0]), 2)) > 0.95
 
 
-def gaussian32(seed, shape):
-    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape).astype(np.float32))
-
-
 @pytest.mark.parametrize("seed", [227, 302])
 def test_float32_tells_values_apart_that_are_close(seed):
     """Two values within 5e-5: what a looser search ends at lies between them, or is the smaller one."""
-    op, weights = ZeroPaddedConv((48,)), gaussian32(seed, (3, 4, 4))
+    op, weights = ZeroPaddedConv((48,)), gaussian32((3, 4, 4), seed)
     searched = leading_triplet(weights, op, proven=False).value
     np.testing.assert_allclose(searched, norm(weights, op), rtol=2e-6)
 
@@ -160,7 +156,7 @@ def test_float32_tells_values_apart_that_are_close(seed):
 )
 def test_the_larger_of_two_phases_is_found(seed, sizes, channels):
     """Nothing but the edges tells them apart, here by 2e-5 to 1e-3; a start in one of them is no way to the other."""
-    op, weights = ZeroPaddedConv(sizes), gaussian32(seed, (3, 3, channels, channels))
+    op, weights = ZeroPaddedConv(sizes), gaussian32((3, 3, channels, channels), seed)
     searched = leading_triplet(weights, op, proven=False).value
     np.testing.assert_allclose([searched, spectral_norm(weights, op)], norm(weights, op), rtol=5e-6)
 

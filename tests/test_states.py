@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import dense
+from cases import dense, gaussian32
 from flax import linen as nn
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -28,15 +28,7 @@ LAYERS = {
 CLOSE = 2e-3
 
 
-@pytest.fixture(autouse=True)
-def as_users_have_it():
-    """float32 and JAX's own promotion rules: Flax relies on them."""
-    with jax.enable_x64(False), jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        yield
-
-
-def gaussian(shape, seed=0):
-    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
+pytestmark = pytest.mark.usefixtures("as_users_have_it")
 
 
 def norm_and_rank(kernel, op):
@@ -73,7 +65,7 @@ def target_of(kernel, name, share):
 def test_states_are_real_floats_throughout(name):
     """The tracks of a target and of the kernel's own norm, from the start and from the step."""
     op, shape = LAYERS[name]
-    kernel, target = gaussian(shape), target_of(gaussian(shape), name, 0.7)
+    kernel, target = gaussian32(shape), target_of(gaussian32(shape), name, 0.7)
     state = jax.eval_shape(lambda kernel: srnc_state(kernel, op, target, norm=None), kernel)
     stepped = jax.eval_shape(lambda kernel, state: srnc_step(kernel, state, op, target, norm=None)[1], kernel, state)
     assert stepped == state
@@ -85,7 +77,7 @@ def test_states_are_real_floats_throughout(name):
 def test_a_state_survives_every_cast_and_average(name, share):
     """Casts that ask for nothing, as of a whole tree; the mean of states of kernels that have nothing in common."""
     start, step = compiled(name, share is not None)
-    kernel, other = (gaussian(LAYERS[name][1], seed) for seed in (1, 2))
+    kernel, other = (gaussian32(LAYERS[name][1], seed) for seed in (1, 2))
     target = target_of(kernel, name, share)
     state = start(kernel, target)
     exact, after = step(kernel, state, target)
@@ -111,8 +103,8 @@ def test_one_step_is_enough_for_a_kernel_that_was_replaced(name, share):
     (op, shape), (start, step) = LAYERS[name], compiled(name, share is not None)
     errors, given = [], []
     for seed in range(5):
-        state = start(gaussian(shape, seed), target_of(gaussian(shape, seed), name, share))
-        kernel = 5 * gaussian(shape, seed + 10)
+        state = start(gaussian32(shape, seed), target_of(gaussian32(shape, seed), name, share))
+        kernel = 5 * gaussian32(shape, seed + 10)
         target = target_of(kernel, name, share)
         errors.append(norm_and_rank(step(kernel, state, target)[0], op)[0] - 1)
         # A given number of power steps is kept to.
@@ -133,7 +125,7 @@ OP = CircularConv((8, 6))
 def weights_that_move(kernel, steps):
     """A kernel on its way, by tenths of its size."""
     for i in range(steps):
-        kernel = kernel + 0.1 * jnp.linalg.norm(kernel) * gaussian(kernel.shape, i) / jnp.sqrt(kernel.size)
+        kernel = kernel + 0.1 * jnp.linalg.norm(kernel) * gaussian32(kernel.shape, i) / jnp.sqrt(kernel.size)
         yield kernel
 
 
@@ -196,7 +188,7 @@ def test_files_that_hold_real_floats_alone(tmp_path):
 
 
 def other_kernel(kernel):
-    return 3 * gaussian(kernel.shape, 7)
+    return 3 * gaussian32(kernel.shape, 7)
 
 
 def assert_states_close(got, expected):
@@ -243,7 +235,7 @@ def test_evaluation_after_weights_were_loaded():
     state = jax.tree.map(jnp.copy, nnx.state(model, jnnx.StableRankState))
     kernel = jnnx.fold(model).kernel[...]
     np.testing.assert_allclose(norm_and_rank(kernel, OP)[0], 1, rtol=CLOSE)
-    x = gaussian((1, 8, 6, 2))
+    x = gaussian32((1, 8, 6, 2))
     np.testing.assert_allclose(model(x), jnnx.fold(model)(x), rtol=1e-5, atol=1e-5)
     jax.tree.map(np.testing.assert_array_equal, nnx.state(model, jnnx.StableRankState), state)
 
@@ -262,7 +254,7 @@ def test_what_has_no_wrapper_is_not_refreshed():
 def test_a_stored_pair_is_a_start_of_the_exact_solution():
     """`srnc` takes the compact pair of a state, also where it was cast."""
     op, shape = LAYERS["circular"]
-    kernel = gaussian(shape)
+    kernel = gaussian32(shape)
     target = target_of(kernel, "circular", 0.7)
     pair = compiled("circular", True)[0](kernel, target).normalized.pair
     for dtype in (jnp.float32, jnp.bfloat16):

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from cases import gaussian32
 from flax import linen as nn
 from flax import nnx
 
@@ -17,15 +18,7 @@ from jaxsrn.report import analyze
 NUMBER = 3
 
 
-@pytest.fixture(autouse=True)
-def as_users_have_it():
-    """float32 and JAX's own promotion rules: Flax relies on them."""
-    with jax.enable_x64(False), jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        yield
-
-
-def gaussian(shape, seed=0):
-    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
+pytestmark = pytest.mark.usefixtures("as_users_have_it")
 
 
 def matrix_norm(kernel, rows):
@@ -68,7 +61,7 @@ def test_a_stack_of_wrappers_is_a_batch_of_them():
     """`refresh`, `restart` and `fold` do to a stack what they do to each of its layers; gains are stacked too."""
     stack = nnx.vmap(lambda key: wrapped_layers(nnx.Rngs(key)))(KEYS)
     for wrapper in stack:
-        wrapper.layer.kernel[...] = gaussian(wrapper.layer.kernel.shape)
+        wrapper.layer.kernel[...] = gaussian32(wrapper.layer.kernel.shape)
     stack[1].norm[...] = jnp.asarray([0.5, -1.0, 2.0])
     singles = [part(stack, i) for i in range(NUMBER)]
     jnnx.refresh(stack)
@@ -101,7 +94,7 @@ class Deep(nnx.Module):
 
 def test_a_stack_in_a_model():
     """Wrapped, traced and reported; as a batch it is no kernel of another operator."""
-    model, x = Deep(), gaussian((2, 4))
+    model, x = Deep(), gaussian32((2, 4))
     for inputs in ((), (x,)):
         assert jnnx.layer_operators(model, *inputs) == {("layers", "kernel"): Dense()}
     constrained = jnnx.constrain(model, lambda path, layer: jnnx.SpectralNorm(layer))
@@ -146,7 +139,7 @@ def assert_kept(path, kernel, raw):
 
 def test_the_projections_of_attention_in_nnx():
     attention = nnx.MultiHeadAttention(num_heads=2, in_features=6, decode=False, rngs=nnx.Rngs(0))
-    x = gaussian((1, 3, 6))
+    x = gaussian32((1, 3, 6))
     expected = {(*path, "kernel"): Dense(input_axes=a, output_axes=b) for path, (a, b) in HEADS.items()}
     layers = jnnx.layer_operators(attention, x)
     assert layers == jnnx.layer_operators(attention) == expected
@@ -171,7 +164,7 @@ def test_the_projections_of_attention_in_nnx():
 
 
 def test_the_projections_of_attention_in_linen():
-    attention, x = nn.MultiHeadDotProductAttention(num_heads=2), gaussian((1, 3, 6))
+    attention, x = nn.MultiHeadDotProductAttention(num_heads=2), gaussian32((1, 3, 6))
     variables = attention.init(jax.random.key(0), x)
     layers = jlinen.layer_operators(attention, variables, x)
     assert layers == {(*path, "kernel"): Dense(input_axes=a, output_axes=b) for path, (a, b) in HEADS.items()}
@@ -224,7 +217,7 @@ FUNCTIONS = {
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_a_matrix_of_several_axes_is_the_reshaped_one(name):
-    kernel, op = gaussian((2, 2, 3, 2)), Dense(input_axes=2, output_axes=2)
+    kernel, op = gaussian32((2, 2, 3, 2)), Dense(input_axes=2, output_axes=2)
     matrix = kernel.reshape(4, 6)
     got, expected = FUNCTIONS[name](kernel, op), FUNCTIONS[name](matrix, Dense())
     shapes = [leaf.shape for leaf in jax.tree.leaves(got)]
@@ -303,7 +296,7 @@ def test_a_constraint_of_no_layers_is_an_error(make):
 
 def test_a_complex_kernel_is_a_real_one():
     """What the message says, against NumPy's complex singular values."""
-    kernel = np.asarray(gaussian((4, 3)) + 1j * gaussian((4, 3), 1))
+    kernel = np.asarray(gaussian32((4, 3)) + 1j * gaussian32((4, 3), 1))
     with pytest.raises(ValueError, match=r"kernel: got dtype complex64.*both parts, jnp.block") as raised:
         jaxsrn.spectral_norm(kernel, Dense())
     assert "astype" not in str(raised.value)
@@ -311,7 +304,7 @@ def test_a_complex_kernel_is_a_real_one():
     real = eval(advice, {"jnp": jnp, "kernel": kernel})
     expected = np.linalg.svd(kernel, compute_uv=False)
     np.testing.assert_allclose(jaxsrn.singular_values(real, Dense()), np.repeat(expected, 2), rtol=1e-5)
-    taps = np.asarray(gaussian((3, 2, 2)) + 1j * gaussian((3, 2, 2), 1))
+    taps = np.asarray(gaussian32((3, 2, 2)) + 1j * gaussian32((3, 2, 2), 1))
     real = jnp.block([[taps.real, taps.imag], [-taps.imag, taps.real]])
     symbols = np.fft.fft(taps, 4096, axis=0)
     norm = np.linalg.norm(symbols, 2, axis=(1, 2)).max()
@@ -389,13 +382,13 @@ class Cell(nn.RNNCellBase):
 
 def test_a_wrapper_in_a_recurrence_of_linen():
     """`nn.RNN` shares the state over time where it is named; its steps see the same weights, and `refresh` steps it."""
-    x = gaussian((2, 5, 3))
+    x = gaussian32((2, 5, 3))
     rnn = nn.RNN(Cell(), variable_broadcast=("params", "stable_rank"))
     variables = rnn.init(jax.random.key(0), x)
     folded = jlinen.fold(rnn, variables)
     np.testing.assert_allclose(matrix_norm(folded["params"]["cell"]["Dense_0"]["kernel"], 4), 0.9, rtol=1e-5)
     np.testing.assert_allclose(rnn.apply(variables, x), nn.RNN(Cell(wrapped=False)).apply(folded, x), rtol=1e-5)
-    moved = jax.tree.map(lambda leaf: leaf + 0.3 * gaussian(leaf.shape), variables["params"])
+    moved = jax.tree.map(lambda leaf: leaf + 0.3 * gaussian32(leaf.shape), variables["params"])
     variables = jlinen.refresh(rnn, {**variables, "params": moved})
     kernel = jlinen.fold(rnn, variables)["params"]["cell"]["Dense_0"]["kernel"]
     np.testing.assert_allclose(matrix_norm(kernel, 4), 0.9, rtol=1e-3)

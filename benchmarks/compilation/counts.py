@@ -32,8 +32,12 @@ def operations(layer: Layer, name: str, padding: str) -> int:
     op, (call, prepare) = layer.operators[padding], FUNCTIONS[name]
     kernel = jax.ShapeDtypeStruct(layer.shape, jnp.float32)
     prepared = jax.eval_shape(lambda kernel: prepare(kernel, op), kernel)
-    text = jax.jit(lambda kernel, prepared: call(kernel, op, *prepared)).lower(kernel, prepared).as_text()
-    return len(re.findall(r"^.* = .*(?:stablehlo\.|call @)", text, flags=re.MULTILINE))
+    return operations_in(jax.jit(lambda kernel, prepared: call(kernel, op, *prepared)).lower(kernel, prepared))
+
+
+def operations_in(lowered: jax.stages.Lowered) -> int:
+    """Operations in the StableHLO text of a program that is not compiled yet."""
+    return len(re.findall(r"^.* = .*(?:stablehlo\.|call @)", lowered.as_text(), flags=re.MULTILINE))
 
 
 def grown() -> list[str]:

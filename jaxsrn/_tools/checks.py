@@ -61,27 +61,27 @@ def static_int(value, name: str, minimum: int = 1) -> int:
 
 def kernel_array(kernel, op) -> jax.Array:
     """The kernel as an array; raises `ValueError` unless it is real, floating and of a shape that `op` takes."""
-    kernel = real_floating(kernel, "kernel")
+    kernel = jnp.asarray(kernel)
+    # The last two axes are the channels; the map acts on rows of real parts, followed by imaginary ones.
+    real_floating(
+        kernel.dtype,
+        "kernel",
+        "take the real map on both parts, jnp.block([[kernel.real, kernel.imag], [-kernel.imag, kernel.real]]), which "
+        "has the same norm, every singular value twice, and so twice the stable rank (group by group where there are "
+        "groups)",
+    )
     op._check_kernel_shape(kernel.shape)
     return kernel
 
 
-def real_floating(array, name: str) -> jax.Array:
-    """The array as one of JAX; raises `ValueError` unless it is real and floating."""
-    array = jnp.asarray(array)
-    advice = f"cast it with {name}.astype(jnp.float32)"
-    if jnp.issubdtype(array.dtype, jnp.complexfloating):
-        # The last two axes are the channels; the map acts on rows of real parts, followed by imaginary ones.
-        advice = (
-            f"take the real map on both parts, jnp.block([[{name}.real, {name}.imag], [-{name}.imag, {name}.real]]), "
-            "which has the same norm, every singular value twice, and so twice the stable rank (group by group where "
-            "there are groups)"
-        )
+def real_floating(dtype, name: str, if_complex: str) -> None:
+    """Raises `ValueError` where the dtype is not real floating, with this advice where it is complex."""
+    is_complex = jnp.issubdtype(dtype, jnp.complexfloating)
+    advice = if_complex if is_complex else "cast it with .astype(jnp.float32)"
     ensure(
-        jnp.issubdtype(array.dtype, jnp.floating),
-        f"{name}: got dtype {array.dtype}, expected a real floating-point array; {advice}.",
+        jnp.issubdtype(dtype, jnp.floating),
+        f"{name}: got dtype {dtype}, expected a real floating-point array; {advice}.",
     )
-    return array
 
 
 def float_dtype(*dtypes) -> jnp.dtype:

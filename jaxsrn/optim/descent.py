@@ -144,23 +144,19 @@ def _as_muon(dense, momentum: float, nesterov: bool):
         all_axes = tuple(range(op.input_axes + op.output_axes))
         return optax.contrib.MuonDimensionNumbers(all_axes[: op.input_axes], all_axes[op.input_axes :])
 
-    def scaled(op, step):
-        inputs, outputs = op._channels(step.shape)
-        return jnp.sqrt(jnp.maximum(1, outputs / inputs)).astype(step.dtype) * step
-
     dimensions = functools.partial(mapped, axes)
     polar = optax.contrib.scale_by_muon(beta=momentum, nesterov=nesterov, weight_dimension_numbers=dimensions)
-    return polar, optax.stateless(lambda steps, _: mapped(scaled, steps))
+    return polar, optax.stateless(lambda steps, _: mapped(_scaled, steps))
 
 
-def _width_scale(op: Operator, kernel_shape: tuple[int, ...]) -> float:
-    """`sqrt(max(1, outputs / inputs))`, by which norms of steps grow so that features change alike at every width."""
+def _scaled(op: Operator, step: Float[Array, "..."]) -> Float[Array, "..."]:
+    """The step times `sqrt(max(1, outputs / inputs))`, by which features change alike at every width."""
     if isinstance(op, UnboundedConv):
-        groups = op.feature_group_count
-        return math.sqrt(
-            max(1.0, kernel_shape[-1] / (kernel_shape[-2] * groups * math.prod(op._axis_strides(kernel_shape))))
-        )
-    return math.sqrt(max(1.0, math.prod(op.out_shape(kernel_shape)) / math.prod(op.in_shape(kernel_shape))))
+        outputs = step.shape[-1]
+        inputs = step.shape[-2] * op.feature_group_count * math.prod(op._axis_strides(step.shape))
+    else:
+        outputs, inputs = math.prod(op.out_shape(step.shape)), math.prod(op.in_shape(step.shape))
+    return jnp.sqrt(jnp.maximum(1, outputs / inputs)).astype(step.dtype) * step
 
 
 def _scale_by_steepest(layers, momentum, nesterov: bool, method: str, num_passes: int):
@@ -208,9 +204,8 @@ def _all_steps(layers, momenta: dict, memory, count, method: str, num_passes: in
         one = functools.partial(_one_step, op=stack.op, is_first=count == 0, method=method, num_passes=num_passes)
         found, memories = lax.map(lambda layer, one=one: one(*layer), (after(momentum, done), memories))
         done = found.reshape(-1)[0]
-        scale = _width_scale(stack.op, stack.kernels.shape[1:])
         for i, path in enumerate(stack.paths):
-            steps[path] = scale * found[i]
+            steps[path] = _scaled(stack.op, found[i])
             memory[path] = jax.tree.map(lambda leaf, i=i: leaf[i], memories)
     return steps, tuple(memory[path] for path in layers)
 
@@ -225,7 +220,7 @@ def _one_step(momentum: Float[Array, "..."], memory, *, op: Operator, is_first, 
         blocks = few_frequencies(op, momentum.shape, momentum.dtype)
         direction, _ = unit_direction(momentum, blocks)
         start = jnp.where(is_first, first_stack(direction, blocks), memory)
-        found, _, memory = passes(direction, blocks, start, num_passes)
+        found, _, memory = passes(direction, blocks, num_passes, start)
     # An allowed excess of 1 is met by the highest peak that climbing finds.
     norm = frozen_value(found, op, leading_pair(found, op, excess=1.0))
     nothing = jnp.all(momentum == 0)

@@ -121,13 +121,14 @@ def first_stack(direction: Float[Array, "..."], blocks: MatrixStack) -> Inexact[
     return blocks.stack(blocks.pull_back(polar(stack))) + _STEP * stack
 
 
-def passes(direction: Float[Array, "..."], blocks: MatrixStack, stack, num_passes: int):
-    """Passes from a stack of an earlier one.
+def passes(direction: Float[Array, "..."], blocks: MatrixStack, num_passes: int, stack=None):
+    """Passes from a stack of an earlier one, by default from the first.
 
     Returns:
       `(kernel, multiplier, stack)`: a kernel near the ball, the multiplier of `dual_point`, and where to go on.
     """
     one = jnp.ones((), direction.dtype)
+    stack = first_stack(direction, blocks) if stack is None else stack
 
     def one_pass(_, state):
         clipping = split(state[2], one)

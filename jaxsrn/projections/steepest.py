@@ -32,7 +32,6 @@ from jaxsrn.projections.clipping import MatrixStack, matrix_stack
 from jaxsrn.projections.frequency_passes import (
     dual_point,
     few_frequencies,
-    first_stack,
     nuclear_norm,
     passes,
     polar,
@@ -180,7 +179,7 @@ def _by_frequency(gradient, op: Operator, num_passes: int):
     """The kernel after the passes, and its bound: of zero-padded layers that of the gradient alone."""
     blocks = few_frequencies(op, gradient.shape, gradient.dtype)
     direction, scale = unit_direction(gradient, blocks)
-    found, multiplier, _ = passes(direction, blocks, first_stack(direction, blocks), num_passes)
+    found, multiplier, _ = passes(direction, blocks, num_passes)
     if isinstance(op, ZeroPaddedConv):
         return found, _plain_bound(gradient, op)
     return found, scale * nuclear_norm(blocks, dual_point(blocks, direction, multiplier))

@@ -192,8 +192,6 @@ class _Safetensors(NamedArrays):
             ) from error
         try:
             file = safetensors.safe_open(self._path, framework="numpy")
-        except FileNotFoundError as error:
-            raise BrokenFile(f"{self._path}: there is no such file, which an index names.") from error
         except safetensors.SafetensorError as error:
             raise BrokenFile(f"{self._path}: no .safetensors file ({error}).") from error
         with file:
@@ -228,7 +226,11 @@ class _Shards(NamedArrays):
             outside = [place for place in places.values() if Path(place).name != place]
             if outside:
                 raise BrokenFile(f"{index}: it names {outside[0]}, expected the names of files beside it.")
-            files = {place: _Safetensors(index.parent / place) for place in sorted(set(places.values()))}
+            paths = {place: index.parent / place for place in sorted(set(places.values()))}
+            missing = [path for path in paths.values() if not path.exists()]
+            if missing:
+                raise BrokenFile(f"{missing[0]}: there is no such file, which an index names.")
+            files = {place: _Safetensors(path) for place, path in paths.items()}
             self.infos = _sorted({name: files[place].infos[name] for name, place in places.items()})
         except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, TypeError, KeyError) as error:
             raise BrokenFile(f"{index}: no index of .safetensors files ({error!r}).") from error
@@ -240,11 +242,11 @@ class _Shards(NamedArrays):
 
     def copy(self, path, change):
         index = path if path.name.endswith(_INDEX) else path / self._index.name
-        index.parent.mkdir(parents=True, exist_ok=True)
         ensure(
             index.parent.resolve() != self._index.parent.resolve(),
             f"{path}: it is in the folder that is read, expected another one, as the files keep their names.",
         )
+        index.parent.mkdir(parents=True, exist_ok=True)
         for place, file in self._files.items():
             file.copy(index.parent / place, change)
         # The index comes last, so that what an interrupted run leaves is no set of files.

@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsrn._tools.checks import ensure
-from jaxsrn.operators.base import Dense
 from jaxsrn.operators.flax_layers import LayerMap
 from jaxsrn.report.files import NamedArrays, Tree
 from jaxsrn.report.kernels import KnownLayer
@@ -99,14 +98,13 @@ def _of_linen(module, inputs, computes, options) -> Model:
 
 def _known(seen: LayerMap) -> KnownLayer:
     def flattened(kernel):
-        return seen.op._flattened(seen.to_operator(kernel))[0]
+        return seen.op._flattened(seen.to_operator(kernel))
 
     def to_operator(kernel: np.ndarray) -> np.ndarray:
-        return np.asarray(flattened(jnp.asarray(kernel)))
+        return np.asarray(flattened(jnp.asarray(kernel))[0])
 
-    shape = jax.eval_shape(flattened, jax.ShapeDtypeStruct(seen.stored_shape, jnp.float32)).shape
-    op = Dense() if isinstance(seen.op, Dense) else seen.op
-    return KnownLayer(op, shape, seen.stored_shape, to_operator)
+    known, op = jax.eval_shape(flattened, jax.ShapeDtypeStruct(seen.stored_shape, jnp.float32))
+    return KnownLayer(op, known.shape, seen.stored_shape, to_operator)
 
 
 def _joined(path: tuple) -> str:

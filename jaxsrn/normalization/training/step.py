@@ -122,11 +122,11 @@ def srnc_step(
     infeasible target), the result has the lowest stable rank for that pair.
 
     Dense layers, and convolutions without edges whose kernel has one tap, take Algorithm 2 of Sanyal, Torr, Dokania
-    2020, with two power steps for its one. Any other layer takes
-    passes of the iteration of `srnc` for Zheng et al. 2025, eq. 7: two, or with zero padding one unless another pair
-    takes over. Its power step is one on the kernel normalized with the stored pair, and its state also has vectors that
-    may overtake that pair. The steps of circular and unbounded layers need no image. Without a target every layer takes
-    two power steps, and the state of dense layers has such vectors too.
+    2020, with two power steps for its one. Any other layer takes passes of the iteration of `srnc` for Zheng et al.
+    2025, eq. 7: two, or with zero padding one unless another pair takes over. Its power step is one on the kernel
+    normalized with the stored pair, and its state also has vectors that may overtake that pair. The steps of circular
+    and unbounded layers need no image. Without a target every layer takes two power steps, and the state of dense
+    layers has such vectors too.
 
     Problem (7) is not convex, and the step follows a local solution. Where the kernel's own stable rank falls just
     below the target, a result that meets both constraints may stay for a while although the kernel itself would do. The

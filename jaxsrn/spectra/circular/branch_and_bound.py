@@ -32,6 +32,7 @@ from jaxsrn.spectra.circular.boxes import Grid, centres, edges, split
 from jaxsrn.spectra.circular.climbing import Peak, chunk_of
 from jaxsrn.spectra.circular.fourier import of_group, symbol_of
 from jaxsrn.spectra.circular.grams import GramPolynomial, grams_at, whole_grams
+from jaxsrn.spectra.circular.real_floats import amplitudes_of, parts_of
 
 __all__ = [
     "highest_peak",
@@ -170,18 +171,12 @@ def _polished(poly: GramPolynomial, grid: Grid, peak: Peak) -> Peak:
     """The leading pair of the symbol at the frequency and group of a peak, by the Lanczos method from its vector."""
     symbol = symbol_of(waves(grid.angles, 2 * peak.index, poly.exponents), of_group(poly.coefficients, peak.group))
 
-    def complex_of(x):
-        return lax.complex(*jnp.split(x, 2))
-
-    def real_of(z):
-        return jnp.concatenate([z.real, z.imag])
-
     found = leading_singular_vectors(
-        lambda x: real_of(einsum("rc,c->r", symbol, complex_of(x))),
-        lambda y: real_of(einsum("rc,r->c", symbol.conj(), complex_of(y))),
-        real_of(peak.column),
+        lambda x: parts_of(einsum("rc,c->r", symbol, amplitudes_of(x))),
+        lambda y: parts_of(einsum("rc,r->c", symbol.conj(), amplitudes_of(y))),
+        parts_of(peak.column),
         2 * len(symbol),
         vector_tolerance(poly.even.dtype),
     )
-    row, column = unit(complex_of(found.output)), unit(complex_of(found.input))
+    row, column = unit(amplitudes_of(found.output)), unit(amplitudes_of(found.input))
     return peak._replace(row=row, column=column, value=jnp.linalg.norm(einsum("rc,c->r", symbol, column)))

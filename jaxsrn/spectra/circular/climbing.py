@@ -130,9 +130,9 @@ def _inverse_root(squared: Float[Array, "..."]) -> Float[Array, "..."]:
 
 
 def _normalised(vector: Complex[Array, " n"]) -> tuple[Complex[Array, " n"], Float[Array, ""]]:
-    """The vector with norm 1, and 0 for 0; and its norm."""
+    """The vector with norm 1, and 0 for 0; and the square of its norm."""
     squared = jnp.sum(vector.real**2 + vector.imag**2)
-    return vector * _inverse_root(squared).astype(vector.dtype), jnp.sqrt(squared)
+    return vector * _inverse_root(squared).astype(vector.dtype), squared
 
 
 def most_promising(known: Estimates, count: int) -> Int[Array, " chosen"]:
@@ -160,9 +160,10 @@ def climbs(poly: GramPolynomial, grid: Grid, known: Estimates, chosen: Int[Array
 
 
 class _Climb(NamedTuple):
-    """A climb: where it is, the steps over frequencies that come next, and how many were taken so far."""
+    """A climb: where it is, the products of its column with all terms, the next steps, and how many were taken."""
 
     peak: Peak
+    reached: Complex[Array, "terms rows"]
     stride: Int[Array, " axes"]
     count: Int[Array, ""]
 
@@ -175,29 +176,33 @@ def _uphill(poly: GramPolynomial, grid: Grid, index, group, column) -> Peak:
     """
     coefficients = of_group(poly.coefficients, group)
 
+    def times_terms(column):
+        # All climbers multiply the same coefficients at once, where each would have to read a symbol of its own.
+        return real_times("trc,c->tr", coefficients, column)
+
     def step(state: _Climb) -> _Climb:
-        peak, stride, count = state
-        index, own, next_stride = better_frequency(
-            grid.angles, poly.exponents, filter_of(coefficients, peak.row, peak.column), peak.index, stride
-        )
+        peak, reached, stride, count = state
+        filters = einsum("r,tr->t", peak.row.conj(), reached)
+        index, own, next_stride = better_frequency(grid.angles, poly.exponents, filters, peak.index, stride)
 
         def power(_, sides):
-            # All climbers multiply the same coefficients at once, where each would have to read a symbol of its own.
-            row, _ = _normalised(einsum("t,tr->r", own, real_times("trc,c->tr", coefficients, sides[1])))
-            column, value = _normalised(einsum("t,tc->c", own.conj(), real_times("trc,r->tc", coefficients, row)))
-            return row, column, value
+            row, _ = _normalised(einsum("t,tr->r", own, sides[0]))
+            column, squared = _normalised(einsum("t,tc->c", own.conj(), real_times("trc,r->tc", coefficients, row)))
+            return times_terms(column), row, column, squared
 
-        row, column, value = lax.fori_loop(0, _FOLLOWING_STEPS, power, (peak.row, peak.column, peak.value))
+        sides = reached, peak.row, peak.column, peak.value
+        reached, row, column, squared = lax.fori_loop(0, _FOLLOWING_STEPS, power, sides)
         # The first step stays where it is, as the row is yet to be found.
         next_stride = jnp.where(count == 0, jnp.right_shift(grid.sizes, 1), next_stride)
-        return _Climb(Peak(index, group, row, column, value), next_stride, count + 1)
+        return _Climb(Peak(index, group, row, column, jnp.sqrt(squared)), reached, next_stride, count + 1)
 
     def unfinished(state: _Climb):
         return (state.count == 0) | (jnp.any(state.stride > grid.finest) & (state.count < _MOST_STEPS))
 
     nothing = jnp.zeros(poly.coefficients.shape[-2], column.dtype)
     start = Peak(index, group, nothing, column, jnp.zeros((), poly.even.dtype))
-    return lax.while_loop(unfinished, step, _Climb(start, jnp.zeros_like(index), jnp.zeros((), jnp.int32))).peak
+    begin = _Climb(start, times_terms(column), jnp.zeros_like(index), jnp.zeros((), jnp.int32))
+    return lax.while_loop(unfinished, step, begin).peak
 
 
 def filter_of(coefficients: Float[Array, "terms rows columns"], row, column) -> Complex[Array, " terms"]:
