@@ -1,0 +1,62 @@
+"""What the studies share: runs that are kept, and several seeds with their spread and differences.
+
+A study trains one network for each of its settings and seeds. Every run is one file of JSON in the study's folder. A
+study that was stopped goes on with the runs that are missing.
+"""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import scipy.stats
+from tqdm import tqdm
+
+__all__ = ["compared", "mean_and_spread", "runs_of"]
+
+
+def runs_of(settings: dict[str, dict], num_seeds: int, folder: Path, run: Callable[..., dict]) -> dict[str, list[dict]]:
+    """The results of `run(seed=..., **setting)` by setting, one for each seed; those that are kept are read.
+
+    The seeds come one after the other and all settings within a seed, so that a study that is stopped has whole seeds.
+    `run` returns what JSON holds.
+    """
+    found = {name: [] for name in settings}
+    tasks = [(seed, name) for seed in range(num_seeds) for name in settings]
+    folder.mkdir(parents=True, exist_ok=True)
+    for seed, name in tqdm(tasks, desc=folder.name, unit="run"):
+        found[name].append(_kept(folder / f"{name}-{seed}.json", settings[name] | {"seed": seed}, run))
+    return found
+
+
+def _kept(file: Path, setting: dict, run: Callable[..., dict]) -> dict:
+    """The result in the file; or that of the run, written there once it is complete."""
+    # As JSON reads it back.
+    setting = json.loads(json.dumps(setting))
+    if file.exists():
+        kept = json.loads(file.read_text())
+        if kept["setting"] != setting:
+            sys.exit(f"{file} was made with {kept['setting']}, not {setting}: remove it, or give another --output.")
+        return kept["result"]
+    result = run(**setting)
+    partial = file.with_suffix(".partial")
+    partial.write_text(json.dumps({"setting": setting, "result": result}))
+    partial.replace(file)
+    return result
+
+
+def mean_and_spread(values, form: str = ".3f") -> str:
+    """The mean and the standard deviation over seeds, as `1.234 ± 0.056`; of one seed its value."""
+    values = np.asarray(values, float)
+    spread = f" ± {np.std(values, ddof=1):{form}}" if values.size > 1 else ""
+    return f"{np.mean(values):{form}}{spread}"
+
+
+def compared(values, others) -> tuple[float, float]:
+    """The mean difference of two settings over the same seeds, and its p-value: the paired t-test, two-sided.
+
+    The seed fixes the data, the first weights and the order of the batches of both, hence pairs.
+    """
+    difference = np.subtract(values, others)
+    return float(np.mean(difference)), float(scipy.stats.ttest_rel(values, others).pvalue)
