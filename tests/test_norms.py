@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import jaxsrn
 from jaxsrn import CircularConv, Dense, SingularTriplet, ZeroPaddedConv, bounds, leading_triplet, spectral_norm
 from jaxsrn.spectra.padded import leading
-from jaxsrn.spectra.padded.starts import circular_waves
+from jaxsrn.spectra.padded.starts import circular_peaks, circular_waves
 
 # One operator of each kind.
 KINDS = by_name("dense-wide", "circular-2d-strides", "same-1d")
@@ -136,7 +136,8 @@ def test_a_cold_start_is_near_the_answer_whatever_the_image():
     """Differences of neighbours: their leading frequency, pi, is none of an image of 21 samples."""
     channels = np.linalg.qr(gaussian((64, 64)))[0] * 0.8 ** np.arange(64)
     weights, op = np.stack([channels, -channels]), ZeroPaddedConv((21,))
-    phases = circular_waves(jnp.asarray(weights), op).phases[0]
+    weights = jnp.asarray(weights)
+    phases = circular_waves(circular_peaks(weights, op), weights, op).phases[0]
     # The layer is the tensor product of both factors.
     _, _, samples = np.linalg.svd(cases.dense(np.asarray([1.0, -1.0]).reshape((2, 1, 1)), op))
     leading, _, _ = np.linalg.svd(channels)

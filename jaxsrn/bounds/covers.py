@@ -41,17 +41,11 @@ def covers(kernel: Float[Array, "..."], op: Operator) -> list[tuple[Float[Array,
         return [(kernel, op)]
     found = []
     if set(op.input_dilation) == {1} or set(op.strides) != {1}:
-        found.append((kernel, _cover(op, kernel.shape, op.strides)))
+        found.append((kernel, circular_layer(op, kernel.shape, op.strides)))
     if set(op.input_dilation) != {1}:
         # The adjoint of an input dilation is a stride. A layer with both has two covers; each one ignores either.
-        found.append((_adjoint(kernel, op), _cover(op, kernel.shape, op.input_dilation)))
+        found.append((_adjoint(kernel, op), circular_layer(op, kernel.shape, op.input_dilation)))
     return found
-
-
-def _cover(op: ZeroPaddedConv, kernel_shape, strides: tuple[int, ...]) -> CircularConv:
-    """The circular operator on the padded image, which is enlarged until the strides divide it."""
-    padded = tuple(n + sum(pad) for n, pad in zip(op._dilated_shape, op._pads(kernel_shape), strict=True))
-    return circular_layer(op, kernel_shape, padded, strides)
 
 
 def _adjoint(kernel: Float[Array, "..."], op: ZeroPaddedConv) -> Float[Array, "..."]:

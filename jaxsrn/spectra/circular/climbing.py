@@ -22,13 +22,14 @@ from jaxtyping import Array, Bool, Complex, Float, Int
 from jaxsrn._tools.indexing import picked
 from jaxsrn._tools.linalg import einsum, real_times
 from jaxsrn._tools.subspaces import fixed_start
+from jaxsrn.operators.convolutions import CircularConv
 from jaxsrn.spectra.circular.angles import waves
 from jaxsrn.spectra.circular.boxes import Grid, centres, on_half_grid
-from jaxsrn.spectra.circular.fourier import of_group
+from jaxsrn.spectra.circular.fourier import of_group, site_shape
 from jaxsrn.spectra.circular.grams import CHUNK, GramPolynomial, grams_at, with_all_directions
+from jaxsrn.spectra.circular.sites import stands_for_torus
 
 __all__ = [
-    "MOST_CLIMBERS",
     "Estimates",
     "Peak",
     "better_frequency",
@@ -46,10 +47,11 @@ _POWER_STEPS = 8
 _FOLLOWING_STEPS = 3
 # A guard of the loop over the steps of a climb.
 _MOST_STEPS = 100
-# So many climbers start from the largest estimates: more of them find the highest peak more often, at a price each. On
-# the circular kernels of `python benchmarks/ablations.py` four find it too, in down to half of the time. An unbounded
-# layer pays more for a miss. Where channels are many a climber is dear beside the proof.
-MOST_CLIMBERS, _LEAST_CLIMBERS = 16, 4
+# So many climbers start from the largest estimates: more of them find the highest peak more often, at a price each.
+# Where they miss it, branch and bound goes on from a lower value. On the grid of an image that costs less than a fifth
+# climber would, on the torus up to a thousand times as much (`python benchmarks/ablations.py`). Where channels are many
+# a climber is dear beside the proof.
+_CLIMBERS, _MOST_CLIMBERS = 4, 16
 _CLIMBERS_TIMES_ENTRIES = 2**17
 
 
@@ -71,10 +73,12 @@ def chunk_of(poly: GramPolynomial) -> int:
     return int(np.clip(CHUNK // math.prod(poly.even.shape[1:]), 4, 512))
 
 
-def num_climbers(poly: GramPolynomial) -> int:
-    """How many climbers start from the largest estimates."""
-    entries = math.prod(poly.coefficients.shape[-2:])
-    return int(np.clip(_CLIMBERS_TIMES_ENTRIES // entries, _LEAST_CLIMBERS, MOST_CLIMBERS))
+def num_climbers(op: CircularConv, kernel_shape: tuple[int, ...]) -> int:
+    """How many climbers start from the largest estimates (static)."""
+    if not stands_for_torus(op):
+        return _CLIMBERS
+    entries = math.prod(site_shape(op, kernel_shape))
+    return int(np.clip(_CLIMBERS_TIMES_ENTRIES // entries, _CLIMBERS, _MOST_CLIMBERS))
 
 
 class Estimates(NamedTuple):

@@ -13,8 +13,9 @@ so that the small matrices `Q^T S^H S Q` suffice to prove that most frequencies 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from dataclasses import dataclass, field
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -49,7 +50,9 @@ _WIDE, _BASIS_ENTRIES = 256, 3 * 2**14
 _BASIS_STEPS = 3
 
 
-class GramPolynomial(NamedTuple):
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class GramPolynomial:
     """The symbol of every group, and the Gram matrix of its leading directions, as trigonometric polynomials.
 
     The columns are the shorter side of the symbol, or the inputs if both are equal, as trained kernels use inputs less
@@ -57,20 +60,29 @@ class GramPolynomial(NamedTuple):
 
     Attributes:
       coefficients: `S(w) = sum_t exp(-i <w, t>) C_t`, `(groups, terms, rows, columns)`.
-      exponents: the `t`, `(terms, axes)`; static.
+      terms: the `t`; static.
       basis: `Q` of each group, or `None` where all directions are kept.
       loss: an upper bound of what the other directions add to the square of a singular value.
-      even, odd: `Q^T S^H S Q = sum_l cos<w, l> even_l + i sin<w, l> odd_l`, `(lags, groups, kept, kept)`.
-      lags: the `l`, `(lags, axes)`, one of each opposite pair; static.
+      even, odd: `Q^T S^H S Q = sum_l cos<w, l> even_l + i sin<w, l> odd_l`, `(lags, groups, kept, kept)`, with one `l`
+        of each opposite pair.
     """
 
     coefficients: Float[Array, "groups terms rows columns"]
-    exponents: np.ndarray
+    terms: tuple[tuple[int, ...], ...] = field(metadata={"static": True})
     basis: Float[Array, "groups columns kept"] | None
     loss: Float[Array, ""]
     even: Float[Array, "lags groups kept kept"]
     odd: Float[Array, "lags groups kept kept"]
-    lags: np.ndarray
+
+    @property
+    def exponents(self) -> np.ndarray:
+        """The `t` of the terms, `(terms, axes)` (static)."""
+        return np.array(self.terms)
+
+    @property
+    def lags(self) -> np.ndarray:
+        """The `l` of `even` and `odd`, `(lags, axes)` (static)."""
+        return lags_of(self.exponents)[0][-len(self.even) :]
 
 
 def is_transposed(op: CircularConv, kernel_shape: tuple[int, ...]) -> bool:
@@ -98,7 +110,8 @@ def gram_polynomial(kernel: Float[Array, "..."], op: CircularConv, is_reduced: b
     if is_reduced:
         basis, loss = _leading_directions(coefficients)
         kept = matmul(coefficients, basis[:, None])
-    return GramPolynomial(coefficients, exponents, basis, loss, *_autocorrelation(kept, exponents))
+    terms = tuple(tuple(term.tolist()) for term in exponents)
+    return GramPolynomial(coefficients, terms, basis, loss, *_autocorrelation(kept, exponents))
 
 
 def _leading_directions(coefficients: Float[Array, "groups terms rows columns"]):
@@ -117,7 +130,7 @@ def _leading_directions(coefficients: Float[Array, "groups terms rows columns"])
 
 
 def _autocorrelation(coefficients: Float[Array, "groups terms rows columns"], exponents: np.ndarray):
-    """`(even, odd, lags)` of the Gram matrices: sums over the pairs of terms that lie one lag apart."""
+    """`(even, odd)` of the Gram matrices: sums over the pairs of terms that lie one lag apart."""
     groups, terms, rows, columns = coefficients.shape
     lags, places = lags_of(exponents)
     half, places = len(lags) // 2, jnp.asarray(places, jnp.int32)
@@ -132,7 +145,7 @@ def _autocorrelation(coefficients: Float[Array, "groups terms rows columns"], ex
     sums = jnp.zeros((len(lags), groups, columns, columns), coefficients.dtype)
     sums, _ = lax.scan(add, sums, (jnp.swapaxes(coefficients, 0, 1), places))
     later, earlier = sums[half:], sums[half::-1]
-    return (later + earlier).at[0].set(sums[half]), earlier - later, lags[half:]
+    return (later + earlier).at[0].set(sums[half]), earlier - later
 
 
 def grams_at(poly: GramPolynomial, angles: Angles, doubled) -> Complex[Array, "points groups kept kept"]:

@@ -20,9 +20,10 @@ from jaxsrn._tools.programs import program
 from jaxsrn._tools.tolerances import svds_are_dear, torus_excess
 from jaxsrn.operators.convolutions import CircularConv, UnboundedConv
 from jaxsrn.spectra.circular.boxes import grid_of, num_boxes
+from jaxsrn.spectra.circular.climbing import num_climbers
 from jaxsrn.spectra.circular.fourier import complex_dtype, half_symbol, site_shape
 from jaxsrn.spectra.circular.grams import is_reduced
-from jaxsrn.spectra.circular.peaks import highest
+from jaxsrn.spectra.circular.peaks import climbed, highest
 from jaxsrn.spectra.circular.site_pairs import pair_at
 from jaxsrn.spectra.circular.sites import Site, distinct_sites, half_grid, on_grid, sites_at, without_constant_axes
 from jaxsrn.spectra.dense import leading_of_matrix
@@ -38,7 +39,7 @@ __all__ = [
 def leading_wave(kernel: Float[Array, "..."], op: CircularConv | UnboundedConv, excess=0.0) -> tuple[Pair, float]:
     """The leading pair over all sites, by SVDs or by branch and bound up to the allowed `excess`.
 
-    Called eagerly, it compiles one program of branch and bound for all image sizes.
+    Called eagerly, it compiles the climb and branch and bound once for all image sizes.
 
     Returns:
       `(pair, excess)`: no singular value exceeds that of the pair by more than this share, 0 for SVDs.
@@ -50,9 +51,11 @@ def leading_wave(kernel: Float[Array, "..."], op: CircularConv | UnboundedConv, 
         excess = max(excess, torus_excess(kernel.dtype))
     elif not branch_and_bound_pays(kernel.shape, layer):
         return _by_svds(kernel, layer), 0.0
+    single, grid, *rest = search_arguments(layer, kernel)
+    found = climbed(kernel, single, grid, *rest)
     # In float32 climbing reaches the maximum to rounding.
     between = isinstance(op, UnboundedConv) and kernel.dtype == jnp.float64
-    return _branch_and_bound(kernel, *search_arguments(layer, kernel), excess, between), excess
+    return highest(found, single, kernel.shape, grid, excess, between), excess
 
 
 def branch_and_bound_pays(kernel_shape: tuple[int, ...], op: CircularConv) -> bool:
@@ -62,12 +65,12 @@ def branch_and_bound_pays(kernel_shape: tuple[int, ...], op: CircularConv) -> bo
 
 
 def search_arguments(op: CircularConv, kernel: Float[Array, "..."]):
-    """What the searches of `peaks.py` take of a layer: `(op, grid, counts, reduced)`.
+    """What `climbed` takes of a layer: `(op, grid, counts, is_reduced, count)`.
 
     All but the grid is static, and the same for most image sizes. The operator is the one on a single frequency.
     """
     reduced = is_reduced(op, kernel.shape)
-    return *_geometry(op, kernel.shape, jnp.dtype(kernel.dtype), reduced), reduced
+    return *_geometry(op, kernel.shape, jnp.dtype(kernel.dtype), reduced), reduced, num_climbers(op, kernel.shape)
 
 
 # NumPy takes 0.4 ms for it, which every eager call would pay.
@@ -75,11 +78,6 @@ def search_arguments(op: CircularConv, kernel: Float[Array, "..."]):
 def _geometry(op: CircularConv, kernel_shape: tuple[int, ...], dtype, reduced: bool):
     single = dataclasses.replace(op, input_shape=op.strides)
     return single, grid_of(op, kernel_shape, dtype, reduced), num_boxes(op, kernel_shape, reduced)
-
-
-@functools.partial(program, static_argnums=(3, 4, 6))
-def _branch_and_bound(kernel, op, grid, counts, reduced, excess, between):
-    return highest(by_largest(kernel)[0], op, grid, counts, reduced, excess, between)
 
 
 @program

@@ -6,74 +6,94 @@ with zero padding starts from several of them.
 
 from __future__ import annotations
 
+import functools
+from typing import NamedTuple
+
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxsrn._tools.indexing import picked
+from jaxsrn._tools.programs import program
 from jaxsrn.operators.convolutions import CircularConv
 from jaxsrn.spectra.circular.boxes import Grid, coarse_boxes
 from jaxsrn.spectra.circular.branch_and_bound import highest_peak
-from jaxsrn.spectra.circular.climbing import (
-    MOST_CLIMBERS,
-    Estimates,
-    Peak,
-    climbs,
-    estimates,
-    most_promising,
-    num_climbers,
-)
-from jaxsrn.spectra.circular.grams import gram_polynomial, is_transposed
+from jaxsrn.spectra.circular.climbing import Estimates, Peak, climbs, estimates, most_promising
+from jaxsrn.spectra.circular.grams import GramPolynomial, gram_polynomial, is_transposed
 from jaxsrn.spectra.circular.newton import at_maximum
 from jaxsrn.spectra.circular.sites import Site
-from jaxsrn.spectra.singular_pair import Pair
+from jaxsrn.spectra.singular_pair import Pair, by_largest
 
 __all__ = [
+    "Climbed",
+    "climbed",
     "highest",
     "several",
 ]
 
 
-def highest(
-    kernel: Float[Array, "..."],
-    op,
-    grid: Grid,
-    counts: tuple[int, ...],
-    is_reduced: bool,
-    allowed,
-    between: bool = False,
-) -> Pair:
+class Climbed(NamedTuple):
+    """What climbing has found, for the kernel of `by_largest`.
+
+    Attributes:
+      peaks: a stack of peaks.
+      poly: the symbol that they are of.
+      corners, exists: the coarsest boxes of the grid (`coarse_boxes`).
+    """
+
+    peaks: Peak
+    poly: GramPolynomial
+    corners: Int[Array, "boxes axes"]
+    exists: Bool[Array, " boxes"]
+
+
+# A program of its own: the search with zero padding and the proof of its upper bound start from the same peaks.
+@functools.partial(program, static_argnums=(1, 3, 4, 5))
+def climbed(
+    kernel: Float[Array, "..."], op, grid: Grid, counts: tuple[int, ...], is_reduced: bool, count: int
+) -> Climbed:
+    """Where climbing ends from the `count` most promising frequencies, for a kernel of any scale."""
+    poly, (corners, exists) = gram_polynomial(by_largest(kernel)[0], op, is_reduced), coarse_boxes(grid, counts)
+    known = estimates(poly, grid, corners, exists)
+    # Where every frequency was estimated, the largest estimates are neighbours of one peak.
+    chosen = _estimates_apart(known, grid, count) if is_reduced else most_promising(known, count)
+    return Climbed(climbs(poly, grid, known, chosen), poly, corners, exists)
+
+
+@functools.partial(program, static_argnums=(1, 2, 5))
+def highest(found: Climbed, op, kernel_shape: tuple[int, ...], grid: Grid, allowed, between: bool) -> Pair:
     """The pair of the largest singular value of the whole grid, up to a relative `2 sqrt(channels) eps`.
 
     With `allowed` no other singular value exceeds that of the pair by more than this share. With `between` the grid
-    stands for the whole torus, and the frequency is exact. The kernel's scale must not be extreme (`rescaled` in
-    `singular_pair.py`).
+    stands for the whole torus, and the frequency is exact.
     """
-    poly, (corners, exists) = gram_polynomial(kernel, op, is_reduced), coarse_boxes(grid, counts)
-    known = estimates(poly, grid, corners, exists)
-    found = climbs(poly, grid, known, most_promising(known, num_climbers(poly)))
-    peak = highest_peak(poly, grid, corners, exists, found, allowed)
-    return at_site(at_maximum(poly, grid, peak) if between else peak, op, kernel.shape)
+    peaks, poly, corners, exists = _all_of(found)
+    peak = highest_peak(poly, grid, corners, exists, peaks, allowed)
+    return at_site(at_maximum(poly, grid, peak) if between else peak, op, kernel_shape)
 
 
 def several(
-    kernel: Float[Array, "..."], op, grid: Grid, counts: tuple[int, ...], is_reduced: bool, count: int, radius
+    found: Climbed, op, kernel_shape: tuple[int, ...], grid: Grid, count: int
 ) -> tuple[Float[Array, " peaks"], Pair]:
-    """The highest peaks as far as climbing finds them, without a proof that none is higher.
+    """The highest of the peaks that climbing has found, without a proof that none is higher.
 
-    A frequency within `radius` indices of a higher one, or of its opposite, is no peak of its own.
+    A frequency next to that of a higher one, or to its opposite, is no peak of its own.
 
     Returns:
       `(values, pairs)`, stacks of at most `count`, the largest first; values are 0 where fewer were found.
     """
-    poly, (corners, exists) = gram_polynomial(kernel, op, is_reduced), coarse_boxes(grid, counts)
-    known = estimates(poly, grid, corners, exists)
-    # Where every frequency was estimated, the largest estimates are neighbours of one peak.
-    chosen = _estimates_apart(known, grid, count, radius) if is_reduced else most_promising(known, MOST_CLIMBERS)
-    found = climbs(poly, grid, known, chosen)
-    chosen, values = _largest_apart(found.value, found.index, found.group, grid, count, radius)
-    return values, at_site(picked(found, chosen), op, kernel.shape)
+    peaks = _all_of(found).peaks
+    chosen, values = _largest_apart(peaks.value, peaks.index, peaks.group, grid, count)
+    return values, at_site(picked(peaks, chosen), op, kernel_shape)
+
+
+def _all_of(found: Climbed) -> Climbed:
+    """The same; every place that uses it so uses all of it, and the program of `climbed` stands once in any other.
+
+    JAX removes what a place does not use from a program, and then holds a version of it for each place.
+    """
+    return lax.optimization_barrier(found)
 
 
 def at_site(peak: Peak, op: CircularConv, kernel_shape: tuple[int, ...]) -> Pair:
@@ -82,16 +102,14 @@ def at_site(peak: Peak, op: CircularConv, kernel_shape: tuple[int, ...]) -> Pair
     return Pair(Site(peak.index, peak.group), *sides)
 
 
-def _estimates_apart(known: Estimates, grid: Grid, count: int, radius):
-    """The places of the largest estimates, none near a larger one of its group."""
+def _estimates_apart(known: Estimates, grid: Grid, count: int):
+    """The places of the largest estimates, none next to a larger one of its group."""
     which, groups = np.indices(known.values.shape, np.int32).reshape((2, -1))
-    return _largest_apart(
-        known.values.reshape(-1), picked(known.index, jnp.asarray(which)), groups, grid, count, radius
-    )[0]
+    return _largest_apart(known.values.reshape(-1), picked(known.index, jnp.asarray(which)), groups, grid, count)[0]
 
 
-def _largest_apart(values: Float[Array, " n"], indices, groups, grid: Grid, count: int, radius):
-    """The indices of the largest values, and the values; none is near a larger one of its group, or its opposite.
+def _largest_apart(values: Float[Array, " n"], indices, groups, grid: Grid, count: int):
+    """The indices of the largest values, and the values; none is next to a larger one of its group, or its opposite.
 
     Where fewer than `count` are left, the rest of the values are 0.
     """
@@ -100,7 +118,7 @@ def _largest_apart(values: Float[Array, " n"], indices, groups, grid: Grid, coun
     def near(other):
         # The indices are in the half grid, and the others in it or opposite to it.
         steps = lax.rem(indices - other[None] + samples, samples)
-        return jnp.max(jnp.minimum(steps, samples - steps), axis=-1) <= radius
+        return jnp.max(jnp.minimum(steps, samples - steps), axis=-1) <= 1
 
     def pick(k, state):
         left, chosen, found = state

@@ -30,6 +30,7 @@ __all__ = [
     "on_grid",
     "repetitions",
     "sites_at",
+    "stands_for_torus",
     "without_constant_axes",
     "without_edges",
 ]
@@ -78,6 +79,11 @@ def on_grid(op: CircularConv | UnboundedConv, kernel_shape: tuple[int, ...]) -> 
         kernel_dilation=tuple(1 if s == 1 else e for s, e in zip(strides, dilations, strict=True)),
         feature_group_count=op.feature_group_count,
     )
+
+
+def stands_for_torus(op: CircularConv) -> bool:
+    """Whether the grid is one that stands for the whole torus."""
+    return max(op.grid) >= _FINE
 
 
 def among(site: Site, coarse: CircularConv, fine: CircularConv) -> Site:

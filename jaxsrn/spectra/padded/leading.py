@@ -6,7 +6,6 @@ small residual, which proves a singular value but not that none is larger. It is
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import NamedTuple
 
@@ -21,13 +20,14 @@ from jaxsrn._tools.programs import program
 from jaxsrn._tools.subspaces import fixed_start
 from jaxsrn._tools.tolerances import PROVEN_SIZE
 from jaxsrn.operators.convolutions import ZeroPaddedConv
+from jaxsrn.spectra.circular.peaks import Climbed
 from jaxsrn.spectra.dense import leading_of_matrix
 from jaxsrn.spectra.image_pairs import as_images, matrix_free, shapes
 from jaxsrn.spectra.padded.few_channels import MANY_CHANNELS, through_few_channels
 from jaxsrn.spectra.padded.idle_axes import at_first_contact, without_idle_axes
 from jaxsrn.spectra.padded.idle_channels import Channels, all_channels, start_in, without_channels_of
-from jaxsrn.spectra.padded.starts import circular_waves, cold_start, missed_phase
-from jaxsrn.spectra.singular_pair import Found, Pair, matrix_size, rescaled
+from jaxsrn.spectra.padded.starts import circular_peaks, circular_waves, cold_start, missed_phase
+from jaxsrn.spectra.singular_pair import Found, Pair, matrix_size, rescaled, without_idle_taps
 
 __all__ = ["leading_of_padded", "search"]
 
@@ -43,26 +43,45 @@ _WARM_STEPS = 1
 _MOST_ATTEMPTS = 4
 
 
-@functools.partial(program, static_argnums=4)
-def leading_of_padded(kernel, op, tolerance, start, proven):
-    """The leading pair of a layer with zero padding; the arguments are those of `leading_pair` (`pairs_by_kind.py`)."""
-    kernel, _ = rescaled(kernel, op)
+def leading_of_padded(kernel: Float[Array, "..."], op: ZeroPaddedConv, tolerance, start, proven: bool) -> Pair:
+    """The leading pair of a layer with zero padding; the arguments are those of `leading_pair` (`pairs_by_kind.py`).
+
+    Called eagerly, it shares the program of its first stage, the peaks of a circular layer, with other layers.
+    """
     small = without_idle_axes(op, kernel.shape)
-    if small.input_shape != op.input_shape:
-        # The images of a start are those of the larger layer.
-        return at_first_contact(_leading(kernel, small, tolerance, None, proven), op, kernel.shape)
-    return _leading(kernel, op, tolerance, start, proven)
-
-
-def _leading(kernel: Float[Array, "..."], op: ZeroPaddedConv, tolerance, start, proven: bool) -> Pair:
-    is_small = matrix_size(op, kernel.shape) <= PROVEN_SIZE
-    if (proven and is_small) or math.prod(op.input_shape) == 1:
-        pair = leading_of_matrix(op.to_dense(kernel).T)
-        return as_images(pair.input, pair.output, op, kernel.shape)
+    # The images of a start are those of the larger layer.
+    start = start if small == op else None
+    is_small = matrix_size(small, kernel.shape) <= PROVEN_SIZE
+    if (proven and is_small) or math.prod(small.input_shape) == 1:
+        return _of_matrix(kernel, op)
     if start is None:
-        return search(kernel, op, tolerance)
+        return _cold(kernel, op, tolerance, circular_peaks(without_idle_taps(kernel, op), small))
+    return _warm(kernel, op, tolerance, start)
+
+
+@program
+def _of_matrix(kernel, op) -> Pair:
+    kernel, small = rescaled(kernel, op)[0], without_idle_axes(op, kernel.shape)
+    pair = leading_of_matrix(small.to_dense(kernel).T)
+    return _in_whole(as_images(pair.input, pair.output, small, kernel.shape), op, kernel.shape)
+
+
+@program
+def _cold(kernel, op, tolerance, peaks: Climbed) -> Pair:
+    kernel, small = rescaled(kernel, op)[0], without_idle_axes(op, kernel.shape)
+    return _in_whole(search(kernel, small, tolerance, peaks), op, kernel.shape)
+
+
+@program
+def _warm(kernel, op, tolerance, start) -> Pair:
+    kernel, _ = rescaled(kernel, op)
     noise = unit(fixed_start(op.in_shape(kernel.shape), kernel.dtype))
     return matrix_free(kernel, op, unit(start) + _WARM_NOISE * noise, tolerance).pair
+
+
+def _in_whole(pair: Pair, op: ZeroPaddedConv, kernel_shape: tuple[int, ...]) -> Pair:
+    """A pair of the layer without idle axes in images of the whole layer."""
+    return pair if without_idle_axes(op, kernel_shape) == op else at_first_contact(pair, op, kernel_shape)
 
 
 class _Search(NamedTuple):
@@ -74,13 +93,13 @@ class _Search(NamedTuple):
     count: Int[Array, ""]
 
 
-def search(kernel: Float[Array, "..."], op: ZeroPaddedConv, tolerance) -> Pair:
+def search(kernel: Float[Array, "..."], op: ZeroPaddedConv, tolerance, peaks: Climbed) -> Pair:
     """The leading pair from a cold start, to a relative residual, without a proof that no singular value is larger.
 
     It is repeated once where the start may have missed the other phase of what is found, and from channels that the
     found pairs leave idle, where these may hold a larger value.
     """
-    waves, tolerance = circular_waves(kernel, op), _SHARPER * tolerance
+    waves, tolerance = circular_waves(peaks, kernel, op), _SHARPER * tolerance
     wide = op.feature_group_count == 1 and min(kernel.shape[-2:]) >= MANY_CHANNELS
     begin = through_few_channels(kernel, op, waves, tolerance) if wide else cold_start(waves)
 

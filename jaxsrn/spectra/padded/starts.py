@@ -17,14 +17,15 @@ from jaxtyping import Array, Float
 from jaxsrn._tools.linalg import einsum, unit
 from jaxsrn._tools.subspaces import fixed_start
 from jaxsrn.operators.convolutions import CircularConv, ZeroPaddedConv
-from jaxsrn.spectra.circular.grams import is_reduced
 from jaxsrn.spectra.circular.leading import search_arguments
-from jaxsrn.spectra.circular.peaks import several
-from jaxsrn.spectra.padded.circular_model import circular_layer, windowed
+from jaxsrn.spectra.circular.peaks import Climbed, climbed, several
+from jaxsrn.spectra.circular.sites import without_constant_axes
+from jaxsrn.spectra.padded.circular_model import circular_layer, windowed_input
 from jaxsrn.spectra.singular_pair import Pair
 
 __all__ = [
     "Waves",
+    "circular_peaks",
     "circular_waves",
     "cold_start",
     "missed_phase",
@@ -46,9 +47,6 @@ _RIVALS = 0.05
 _FEW_SAMPLES, _EQUAL = 512, 3
 # What a second phase adds to the first, below which it is the same.
 _SAME = 0.1
-# The frequencies are so many times as fine as the image's. A wave that is half a step off runs out of phase at the
-# edges; an eighth of a step is left.
-_FINER = 4
 
 
 class Waves(NamedTuple):
@@ -61,18 +59,20 @@ class Waves(NamedTuple):
     phases: Float[Array, "waves 2 ..."]
 
 
-def circular_waves(kernel: Float[Array, "..."], op: ZeroPaddedConv) -> Waves:
-    """The largest waves of the circular layer as far as climbing finds them, which are near the leading input.
+def circular_peaks(kernel: Float[Array, "..."], op: ZeroPaddedConv) -> Climbed:
+    """The peaks of the circular layer on the padded image, by the program that its norm takes too."""
+    return climbed(kernel, *search_arguments(_circular_model(op, kernel.shape), kernel))
 
-    Their frequencies are of a finer grid than the image's, as nothing binds a zero-padded layer to the latter.
-    """
-    layer, finer = _circular_model(op, kernel.shape)
-    values, pairs = several(kernel, *search_arguments(layer, kernel), _MOST_WAVES, finer)
+
+def circular_waves(found: Climbed, kernel: Float[Array, "..."], op: ZeroPaddedConv) -> Waves:
+    """The waves of the highest of `circular_peaks`, which are near the leading input."""
+    layer = _circular_model(op, kernel.shape)
+    single, grid, *_ = search_arguments(layer, kernel)
+    values, pairs = several(found, single, kernel.shape, grid, _MOST_WAVES)
 
     def phases(pair: Pair):
-        first, second = (
-            windowed(pair._replace(input=turn * pair.input), layer, op, kernel.shape).input for turn in (1, 1j)
-        )
+        turned = jnp.stack([pair.input, 1j * pair.input])
+        first, second = jax.vmap(lambda side: windowed_input(pair.site, side, layer, op, kernel.shape))(turned)
         rest = second - jnp.sum(first * second) * first
         norm = jnp.linalg.norm(rest.reshape(-1))
         return jnp.stack([first, rest / jnp.where(norm < _SAME, jnp.inf, norm)])
@@ -108,10 +108,6 @@ def missed_phase(kernel, op: ZeroPaddedConv, waves: Waves, start, found) -> Floa
     return jnp.where(again, unit(images[1]), 0)
 
 
-def _circular_model(op: ZeroPaddedConv, kernel_shape) -> tuple[CircularConv, int]:
-    """The circular layer whose frequencies are looked at, and how many times as fine as the image's they are."""
-    sizes = (tuple(scale * n for n in op._dilated_shape) for scale in (1, _FINER))
-    layer, finer = (circular_layer(op, kernel_shape, size, op.strides) for size in sizes)
-    # Kernels that are reduced on the image's grid (`grams.py`) would not be on a finer one. Sites must fit in 32 bits.
-    fine = not is_reduced(layer, kernel_shape) and math.prod(finer.grid) * op.feature_group_count < 2**31
-    return (finer, _FINER) if fine else (layer, 1)
+def _circular_model(op: ZeroPaddedConv, kernel_shape: tuple[int, ...]) -> CircularConv:
+    """The circular layer on the padded image, its axes of one tap left out."""
+    return without_constant_axes(circular_layer(op, kernel_shape, op.strides), kernel_shape)
