@@ -302,7 +302,7 @@ def test_a_layer_is_the_operator_that_its_twin_is(name):
     layer, make, input_shape = TWINS[name]
     twin, in_shape = make(nnx.Rngs(0)), (*(input_shape or (3,)), 2)
     shape = jax.eval_shape(layer.init, KEY, jnp.ones((1, *in_shape)))["params"]["kernel"].shape
-    kind, twin_kind = kind_of(layer, LAYERS_OF_LINEN, {}), kind_of(twin, jnnx._LAYERS, {})
+    kind, twin_kind = kind_of(layer, LAYERS_OF_LINEN, {}), kind_of(twin, jnnx.wrappers.LAYERS, {})
     assert kind == twin_kind
     for size in (input_shape, None):
         assert layer_map(layer, shape, size, kind) == layer_map(twin, twin.kernel.shape, size, kind)

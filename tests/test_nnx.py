@@ -90,7 +90,7 @@ def test_the_operator_is_the_layer(name):
     make, shape = LAYERS[name]
     layer = make()
     in_shape = (*(shape or ()), layer.in_features) if isinstance(getattr(layer, "in_features", 0), int) else (2, 3)
-    seen = layer_map(layer, layer.kernel.shape, shape, kind_of(layer, jnnx._LAYERS, {}))
+    seen = layer_map(layer, layer.kernel.shape, shape, kind_of(layer, jnnx.wrappers.LAYERS, {}))
     kernel = seen.to_operator(layer.kernel[...])
     np.testing.assert_array_equal(seen.to_layer(kernel), layer.kernel[...])
     expected = matrix_of(layer, in_shape)
@@ -128,7 +128,7 @@ CONVOLUTIONS = [name for name, (_, shape) in LAYERS.items() if shape]
 def test_without_an_image_size_no_size_exceeds_the_norm_and_large_ones_reach_it(name):
     make, shape = LAYERS[name]
     layer, large = make(), LARGE[len(shape)]
-    seen = layer_map(layer, layer.kernel.shape, None, kind_of(layer, jnnx._LAYERS, {}))
+    seen = layer_map(layer, layer.kernel.shape, None, kind_of(layer, jnnx.wrappers.LAYERS, {}))
     kernel = seen.to_operator(layer.kernel[...])
     assert kernel.shape == seen.shape
     np.testing.assert_array_equal(seen.to_layer(kernel), layer.kernel[...])

@@ -98,7 +98,7 @@ HOUSE = {
     "sphere": [],
     "optim": ["keeping", "riemannian", "layers", "descent"],
     "surrogate": ["smoothed_maximum", "problem", "descent", "solving"],
-    "nnx": [],
+    "nnx": ["wrappers", "models"],
     "linen": ["wrappers", "constrained", "models"],
     "report": [
         "files",

@@ -55,7 +55,7 @@ def model_of(model: Any, inputs: tuple, computes: Mapping, options: Mapping) -> 
 def _of_nnx(model, inputs, computes, options) -> Model:
     from flax import nnx
 
-    from jaxsrn.nnx import fold, layer_calls
+    from jaxsrn.nnx.models import fold, layer_calls
 
     # The weights of wrapped layers are those that they compute with.
     plain = fold(model)
