@@ -11,12 +11,15 @@ from PIL import Image
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 import resnet50
+from _clock import interleaved, race
 from _markdown import document, table
 
 __all__ = [
     "command_line",
+    "interleaved",
     "paragraphs",
     "prepared",
+    "race",
     "requirement",
     "resnet50",
     "run_parts",
