@@ -11,7 +11,7 @@ from PIL import Image
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 import resnet50
-from _clock import interleaved, race
+from _clock import interleaved
 from _markdown import document, table
 
 __all__ = [
@@ -19,7 +19,6 @@ __all__ = [
     "interleaved",
     "paragraphs",
     "prepared",
-    "race",
     "requirement",
     "resnet50",
     "run_parts",

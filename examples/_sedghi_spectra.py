@@ -102,7 +102,7 @@ def resnet_v2(fast: bool) -> tuple[str, dict]:
     model.eval()
     loss, accuracy = score(model, data.x_test, data.y_test, how.batch)
     about = (
-        f"a small ResNet v2: {how.blocks} blocks of each of the widths {list(how.widths)}, trained for {how.num_steps} "
+        f"a small ResNet v2: widths {list(how.widths)}, blocks of each: {how.blocks}; trained for {how.num_steps} "
         f"steps on {data.name} at {how.pixels}x{how.pixels}, test loss {loss:.3f}, test accuracy {accuracy:.1%}."
     )
     kernels = dict(nnx.to_flat_state(nnx.state(model, nnx.Param)))
