@@ -88,6 +88,14 @@ def wrong_with(setting: dict, values: dict[str, float]) -> list[str]:
 # Tables
 
 
+def difference_of(values, others) -> str:
+    """The mean difference, and its p-value where there are several seeds."""
+    if len(values) == 1:
+        return f"{values[0] - others[0]:+.1f}"
+    mean, p = compared(values, others)
+    return f"{mean:+.1f}, " + ("p < 0.01" if p < 0.01 else f"p = {p:.2f}")
+
+
 def scores_table(settings: dict[str, dict], found: dict[str, list[dict]], has_norms: bool) -> str:
     """One row a setting: the scores at the end, their difference to the plain network, and the norms."""
     plain = found[name_of("plain", 0.0, has_norms)]
@@ -96,10 +104,8 @@ def scores_table(settings: dict[str, dict], found: dict[str, list[dict]], has_no
         if setting["has_norms"] != has_norms:
             continue
         runs, errors = found[name], curve(found[name], "test_error")[:, -1]
-        difference = "-"
-        if setting["constraint"] != "plain" and len(runs) > 1:
-            mean, p = compared(100 * errors, 100 * curve(plain, "test_error")[:, -1])
-            difference = f"{mean:+.1f}, p = {p:.2f}"
+        others = curve(plain, "test_error")[:, -1]
+        difference = "-" if setting["constraint"] == "plain" else difference_of(100 * errors, 100 * others)
         gaps = curve(runs, "test_loss")[:, -1] - curve(runs, "loss")[:, -1]
         row = [words_of(setting), mean_and_spread(curve(runs, "loss")[:, -1]), mean_and_spread(100 * errors, ".1f")]
         row += [difference, mean_and_spread(gaps), mean_and_spread(largest(runs, "norm"), ".2f")]
@@ -118,12 +124,11 @@ def passes_table(settings: dict[str, dict], found: dict[str, list[dict]]) -> str
             continue
         norms = [mean_and_spread(np.array(largest(runs, "norm")) / limit) for runs in (once, found[name])]
         errors = [100 * curve(runs, "test_error")[:, -1] for runs in (found[name], once)]
-        mean, p = compared(*errors) if len(once) > 1 else (float(errors[0][0] - errors[1][0]), np.nan)
         costs = [
             f"{np.mean(curve(runs, 'corrections')[:, -1] / corrections_in(setting)):.3f}"
             for runs in (once, found[name])
         ]
-        rows.append(["with" if has_norms else "without", f"{limit:g}", *norms, f"{mean:+.1f}, p = {p:.2f}", *costs])
+        rows.append(["with" if has_norms else "without", f"{limit:g}", *norms, difference_of(*errors), *costs])
     header = ("batch norm", "limit c", "clipped: norm / c", "projected: norm / c", "test error, projected - clipped, %")
     return table((*header, "clipping, CPU s", "projection, CPU s"), rows)
 

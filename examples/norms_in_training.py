@@ -42,7 +42,7 @@ CORRECTIONS: dict[str, Callable] = {
 }
 PENALTIES: dict[str, Callable] = {
     "tensor norm": functools.partial(bounds.tensor_norm, num_starts=1, num_steps=5),
-    "entries": lambda kernel, op: jnp.sum(jnp.abs(kernel)),
+    "entries": bounds.l1,
 }
 # The limits of the norm, the weights of the penalties, and the share of the largest stable rank.
 STRENGTHS = {
