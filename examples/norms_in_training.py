@@ -79,7 +79,7 @@ PRESETS = {
         "correct_every": 50,
         "measure_every": 100,
     },
-    # A ResNet-32 of 2.4 million parameters, as Sedghi et al. have it; 250 epochs.
+    # A ResNet-32 of 2.3 million parameters, for the 2.4 of Sedghi et al.; 250 epochs.
     "full": {
         "widths": [36, 72, 144],
         "blocks": 5,
@@ -201,7 +201,7 @@ class Trainer:
         self.seconds = {"steps": 0.0, "corrections": 0.0}
 
     def step(self, number: int):
-        # Batches are drawn with replacement: of many epochs nothing else is to be known.
+        # With replacement, so that a step needs no order of an epoch.
         chosen = self.rng.integers(len(self.data.x_train), size=self.batch)
         images, labels = self.data.x_train[chosen], self.data.y_train[chosen]
         penalty = self.constraint if self.constraint in PENALTIES else None
