@@ -234,7 +234,8 @@ def about(data: Data, preset: Preset, found: dict) -> dict[str, str]:
         "data": f"{data.name}, averaged to {sizes.image}x{sizes.image} pixels, {colours}. Discriminator: {layers}, "
         f"then a dense layer; leaky ReLU, zero padding. {sizes.updates:,} updates of each network in turn, "
         f"{sizes.batch} images, Adam ({sizes.rate:g}, 0.5, 0.9), hinge loss but for WGAN-GP; "
-        f"{preset.seeds} seeds, which fix the first weights and the order of the batches. {minutes:.1f} minutes of CPU for all runs.",
+        f"{preset.seeds} seeds, which fix the first weights and the order of the batches. "
+        f"{minutes:.1f} minutes of CPU for all runs.",
         "scores": f"The scores are **not** FID and not the Inception score: they are made by the same formulas from "
         f"the {data.features.shape[1]} features of a small classifier that was trained here (test accuracy "
         f"{data.accuracy:.1%}), of {preset.judged:,} generated images against the {len(data.features):,} of the test "
