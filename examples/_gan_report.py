@@ -14,7 +14,7 @@ __all__ = ["report"]
 
 # How far a norm or a stable rank may be from what was asked.
 TOLERANCE = 0.01
-REFERENCE = "SN"
+REFERENCES = ("SN", "SN, norm 1.36")
 
 
 def last_look(result: dict) -> dict:
@@ -130,46 +130,53 @@ def draw_histograms(found: dict, path: Path) -> None:
     pooled = {
         name: np.concatenate([last_look(result)["ratios"] for result in results]) for name, results in found.items()
     }
-    exact = {name: ratios for name, ratios in pooled.items() if "reshaped" not in name and "GP" not in name}
-    start = np.concatenate([next(iter(result["looks"].values()))["ratios"] for result in next(iter(found.values()))])
-    others = {"untrained": start} | {name: ratios for name, ratios in pooled.items() if name not in exact}
+    first = next(iter(found))
+    start = np.concatenate([next(iter(result["looks"].values()))["ratios"] for result in found[first]])
+    exact = {name: pooled[name] for name in found if not any(word in name for word in ("reshaped", "norm", "GP"))}
+    others = {f"{first}, untrained": start, first: pooled[first]}
+    others |= {name: ratios for name, ratios in pooled.items() if name not in exact}
     figure, axes = plt.subplots(1, 2, figsize=(14, 4.2), layout="constrained")
-    lipschitz_histogram(exact, ax=axes[0])
-    lipschitz_histogram(others | {next(iter(exact)): next(iter(exact.values()))}, ax=axes[1])
-    axes[0].set(title="exact constraints")
-    axes[1].set(title="other discriminators")
+    for ax, ratios, title in zip(axes, (exact, others), ("norm 1, exact", "the others"), strict=True):
+        lipschitz_histogram(ratios, ax=ax)
+        ax.set(title=title)
     save(figure, path, dpi=90)
 
 
 def draw_training(found: dict, path: Path) -> None:
     """Means over seeds, against the updates."""
     curves = {
-        "eLhist, 95th percentile": lambda look: percentile(look),
+        "eLhist, 95th percentile": percentile,
         "Jacobian at real images, median": lambda look: jacobian(look, 0),
         "Fréchet distance of features": lambda look: look["frechet"],
     }
     figure, axes = plt.subplots(2, 2, figsize=(13, 8), layout="constrained")
     for (name, results), style in zip(found.items(), styles(len(found)), strict=True):
-        losses = np.mean([result["loss"] for result in results], axis=0)
-        steps = max(1, len(losses) // 50)
-        means = losses[: len(losses) // steps * steps].reshape(-1, steps).mean(1)
-        line = style | {"markevery": max(1, len(means) // 8)}
-        axes[0, 0].plot(np.arange(1, len(means) + 1) * steps, means, label=name, **line)
         for (title, of), ax in zip(curves.items(), axes.flat[1:], strict=True):
             updates = [int(update) for update in results[0]["looks"]]
             mean = np.mean([[of(look) for look in result["looks"].values()] for result in results], axis=0)
-            ax.plot(updates, mean, **style)
+            ax.plot(updates, mean, label=name, **style)
             ax.set(title=title, xlabel="updates", yscale="log")
-    axes[0, 0].set(title="discriminator's loss", xlabel="updates")
-    figure.legend(loc="outside right upper", frameon=False)
+        losses = np.mean([result["loss"] for result in results], axis=0)
+        steps = max(1, len(losses) // 30)
+        means = losses[: len(losses) // steps * steps].reshape(-1, steps).mean(1)
+        # That of WGAN-GP is another loss.
+        if "GP" not in name:
+            axes[0, 0].plot(np.arange(1, len(means) + 1) * steps, means, **style | {"markevery": 5})
+    axes[0, 0].set(title="discriminator's hinge loss (2 where it cannot tell)", xlabel="updates")
+    for which in (axes[1, 1].yaxis.set_major_formatter, axes[1, 1].yaxis.set_minor_formatter):
+        which("{x:g}")
+    figure.legend(*axes[0, 1].get_legend_handles_labels(), loc="outside right upper", frameon=False)
     save(figure, path, dpi=80)
 
 
-def draw_samples(found: dict, path: Path) -> None:
-    """A row of images for each discriminator, of the first seed."""
-    figure, axes = plt.subplots(len(found), 1, figsize=(9, 0.75 * len(found)), layout="constrained")
-    for ax, (name, results) in zip(axes, found.items(), strict=True):
-        row = np.concatenate(results[0]["samples"], axis=1).astype(np.uint8)
+def draw_samples(real, found: dict, path: Path) -> None:
+    """A row of images for each discriminator, of the first seed, and one of real images."""
+    rows = {"real": real} | {name: results[0]["samples"] for name, results in found.items()}
+    figure, axes = plt.subplots(len(rows), 1, figsize=(11, 0.7 * len(rows)), layout="constrained")
+    for ax, (name, images) in zip(axes, rows.items(), strict=True):
+        # A white line between images.
+        framed = np.pad(np.asarray(images), ((0, 0), (0, 0), (0, 1), (0, 0)), constant_values=255)
+        row = np.concatenate(framed, axis=1).astype(np.uint8)
         ax.imshow(np.broadcast_to(row, (*row.shape[:2], 3)))
         ax.set_ylabel(name, rotation=0, ha="right", va="center")
         ax.set(xticks=[], yticks=[])
@@ -180,19 +187,19 @@ def draw_samples(found: dict, path: Path) -> None:
 # All of it
 
 
-def report(found: dict, costs: dict, about: dict[str, str], command: str, output: Path) -> list[str]:
-    """Writes report and pictures; what is wrong. `about`: the paragraphs on data and scores."""
+def report(found: dict, costs: dict, about: dict[str, str], real, command: str, output: Path) -> list[str]:
+    """Writes report and pictures; what is wrong. `about`: the paragraphs on data and scores; `real`: some images."""
     draw_histograms(found, output / "elhist.png")
     draw_training(found, output / "training.png")
-    draw_samples(found, output / "samples.png")
+    draw_samples(real, found, output / "samples.png")
     wrong = missed(found)
-    reference = REFERENCE if REFERENCE in found else next(iter(found))
+    references = [name for name in REFERENCES if name in found] or [next(iter(found))]
     sections = {
         "What was trained": paragraphs(about["data"]),
         "Scores": paragraphs(about["scores"], score_table(found)),
-        f"Differences from {reference}": paragraphs(
+        "Differences": paragraphs(
             "Mean difference over seeds, and the p-value of the two-sided paired t-test.",
-            difference_table(found, reference),
+            *(difference_table(found, reference) for reference in references),
         ),
         "Empirical Lipschitz constants": paragraphs(
             "Ratios over pairs of a real and a generated image, all seeds.", "![eLhist](elhist.png)"

@@ -25,7 +25,8 @@ class Sizes(NamedTuple):
 
     `image`: pixels of a side; `colours`: 3, or 1 for grey; `generator`: channels, from the dense layer on, each of the
     others with twice the side; `discriminator`: `(channels, taps, stride)` of each convolution; `batch`: real images of
-    a step; `rate`: Adam's, for both networks; `updates`: steps of the generator, each after one of the discriminator.
+    a step; `rates`: Adam's, of the generator and of the discriminator; `updates`: steps of the generator, each after
+    one of the discriminator.
     """
 
     image: int
@@ -33,7 +34,7 @@ class Sizes(NamedTuple):
     generator: tuple[int, ...]
     discriminator: tuple[tuple[int, int, int], ...]
     batch: int
-    rate: float
+    rates: tuple[float, float]
     updates: int
 
 
@@ -110,7 +111,7 @@ class Reshaped(nnx.Module):
         return layer(x)
 
 
-def constrained(model: Discriminator, sizes: Sizes, held: str, fraction: float | None) -> Discriminator:
+def constrained(model: Discriminator, sizes: Sizes, held: str, fraction: float | None, norm: float) -> Discriminator:
     """The discriminator with every layer held: `exact` or `reshaped`, in norm alone where there is no fraction."""
     if held == "free":
         return model
@@ -125,19 +126,22 @@ def constrained(model: Discriminator, sizes: Sizes, held: str, fraction: float |
             layers.append(Reshaped(layer, fraction))
         else:
             op = operators["layers", i, "kernel"]
-            layers.append(exact(layer, op, fraction))
+            layers.append(exact(layer, op, fraction, norm))
     model.layers = nnx.List(layers)
     return model
 
 
-def exact(layer, op, fraction: float | None):
-    """The layer with the norm 1 of its linear map; and its stable rank, where one below the largest is possible."""
-    shape = getattr(op, "input_shape", None)
-    low, high = jaxsrn.stable_rank_range(layer.kernel.shape, op)
+def exact(layer, op, fraction: float | None, norm: float):
+    """The layer with this norm of its linear map; and its stable rank, where one below the largest is possible."""
+    shape, kernel = getattr(op, "input_shape", None), layer.kernel[...]
+    low, high = jaxsrn.stable_rank_range(kernel.shape, op)
     if fraction is None or low == high:
-        return jnnx.SpectralNorm(layer, input_shape=shape)
-    # No kernel of this shape has less than the lowest.
-    return jnnx.StableRankNorm(layer, max(fraction, 1.001 * low / high), input_shape=shape)
+        return jnnx.SpectralNorm(layer, input_shape=shape, norm=norm)
+    if fraction * high < 2 * low:
+        # The lower end is certified, but with zero padding not always attained: what a kernel of this shape reaches.
+        least = jaxsrn.srnc(kernel, op, 1.001 * low).stable_rank
+        fraction = max(fraction, 1.001 * float(least) / high)
+    return jnnx.StableRankNorm(layer, fraction, input_shape=shape, norm=norm)
 
 
 def fixed(model: Discriminator) -> Discriminator:
@@ -186,11 +190,14 @@ def _adam(rate: float):
     return optax.adam(rate, 0.5, 0.9)
 
 
-def new_networks(sizes: Sizes, held: str, fraction: float | None, seed: int) -> Networks:
+def new_networks(sizes: Sizes, held: str, fraction: float | None, seed: int, norm: float = 1.0) -> Networks:
     """Both networks, of which the seed fixes the first weights, and their optimizers."""
     generator = Generator(sizes, nnx.Rngs(2 * seed))
-    discriminator = constrained(Discriminator(sizes, nnx.Rngs(2 * seed + 1)), sizes, held, fraction)
-    optimizers = [nnx.Optimizer(model, _adam(sizes.rate), wrt=nnx.Param) for model in (generator, discriminator)]
+    discriminator = constrained(Discriminator(sizes, nnx.Rngs(2 * seed + 1)), sizes, held, fraction, norm)
+    models = generator, discriminator
+    optimizers = [
+        nnx.Optimizer(model, _adam(rate), wrt=nnx.Param) for model, rate in zip(models, sizes.rates, strict=True)
+    ]
     return Networks(generator, discriminator, *optimizers)
 
 

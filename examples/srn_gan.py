@@ -64,13 +64,13 @@ class Preset(NamedTuple):
     looks: int
 
 
-SMALL = Sizes(16, 1, (32, 16, 16), ((16, 4, 2), (32, 4, 2), (32, 3, 1)), 16, 1e-3, 600)
-TINY = Sizes(8, 1, (8, 4), ((4, 4, 2),), 8, 1e-3, 20)
+SMALL = Sizes(8, 1, (32, 16), ((16, 4, 2), (32, 3, 1)), 16, (5e-4, 1e-3), 900)
+TINY = Sizes(8, 1, (8, 4), ((4, 4, 2),), 8, (1e-3, 1e-3), 20)
 # The standard CNN of Miyato et al. 2018.
 STANDARD = ((64, 3, 1), (64, 4, 2), (128, 3, 1), (128, 4, 2), (256, 3, 1), (256, 4, 2), (512, 3, 1))
-PAPER = Sizes(32, 3, (512, 256, 128, 64), STANDARD, 64, 2e-4, 100_000)
+PAPER = Sizes(32, 3, (512, 256, 128, 64), STANDARD, 64, (2e-4, 2e-4), 100_000)
 PRESETS = {
-    "default": Preset(SMALL, 3, 1000, 4000, (3000, 100), 3),
+    "default": Preset(SMALL, 5, 1000, 4000, (1500, 100), 3),
     "fast": Preset(TINY, 2, 50, 200, (20, 5), 2),
     "full": Preset(PAPER, 5, 5000, 10_000, (20_000, 2000), 20),
 }
@@ -78,7 +78,9 @@ SETTINGS = {
     "SN": {"held": "exact", "fraction": None, "loss": "hinge"},
     "SRN, c=0.1": {"held": "exact", "fraction": 0.1, "loss": "hinge"},
     "SRN, c=0.03": {"held": "exact", "fraction": 0.03, "loss": "hinge"},
-    "SRN, c=0.01": {"held": "exact", "fraction": 0.01, "loss": "hinge"},
+    # The product of norms is that of the reshaped constraint at the end of training.
+    "SN, norm 1.36": {"held": "exact", "fraction": None, "loss": "hinge", "norm": 1.36},
+    "SRN, c=0.1, norm 1.36": {"held": "exact", "fraction": 0.1, "loss": "hinge", "norm": 1.36},
     "SN, reshaped": {"held": "reshaped", "fraction": None, "loss": "hinge"},
     "SRN, reshaped, c=0.3": {"held": "reshaped", "fraction": 0.3, "loss": "hinge"},
     "WGAN-GP": {"held": "free", "fraction": None, "loss": "wasserstein"},
@@ -161,10 +163,10 @@ def as_list(numbers) -> list[float]:
     return [float(f"{number:.5g}") for number in np.asarray(numbers)]
 
 
-def run(data: Data, preset: Preset, *, seed: int, held: str, fraction: float | None, loss: str, **_) -> dict:
+def run(data: Data, preset: Preset, *, seed: int, held: str, fraction: float | None, loss: str, norm=1.0, **_):
     """One GAN: its training, looks at its discriminator on the way, the scores of its images, its layers."""
     sizes, start = preset.sizes, time.process_time()
-    graph, state = nnx.split(tuple(new_networks(sizes, held, fraction, seed)))
+    graph, state = nnx.split(tuple(new_networks(sizes, held, fraction, seed, norm)))
     key, losses, looks = jax.random.key(seed), [], {}
     for update in range(sizes.updates + 1):
         if update % (sizes.updates // preset.looks) == 0:
@@ -205,7 +207,7 @@ def layers_of(model, image) -> list[dict]:
                 "rank": layer.stable_rank,
                 "largest": layer.stable_rank_high,
                 "reshaped norm": layer.flattened_norm,
-                "asked": [1.0, rank] if is_exact else None,
+                "asked": [float(wrapper.norm), rank] if is_exact else None,
                 "binds": target is not None and target < before.stable_rank,
             }
         )
@@ -216,7 +218,7 @@ def costs_of(data: Data, preset: Preset, settings: dict, *, seed: int, rounds: i
     """Seconds of an update of both networks for each setting, in rounds side by side; `plain` has no constraint."""
     sizes, key, calls = preset.sizes, jax.random.key(seed), {}
     for name, setting in (settings | {"plain": PLAIN}).items():
-        networks = new_networks(sizes, setting["held"], setting["fraction"], seed)
+        networks = new_networks(sizes, setting["held"], setting["fraction"], seed, setting.get("norm", 1.0))
         state = nnx.split(tuple(networks))
         calls[name] = functools.partial(gan_step, *state, setting["loss"], sizes.batch, data.train, key)
     return {name: as_list(seconds) for name, seconds in interleaved(calls, rounds).items()}
@@ -233,7 +235,8 @@ def about(data: Data, preset: Preset, found: dict) -> dict[str, str]:
     return {
         "data": f"{data.name}, averaged to {sizes.image}x{sizes.image} pixels, {colours}. Discriminator: {layers}, "
         f"then a dense layer; leaky ReLU, zero padding. {sizes.updates:,} updates of each network in turn, "
-        f"{sizes.batch} images, Adam ({sizes.rate:g}, 0.5, 0.9), hinge loss but for WGAN-GP; "
+        f"{sizes.batch} images, Adam (rates {sizes.rates[0]:g} and {sizes.rates[1]:g}; 0.5, 0.9), hinge loss but for "
+        "WGAN-GP; "
         f"{preset.seeds} seeds, which fix the first weights and the order of the batches. "
         f"{minutes:.1f} minutes of CPU for all runs.",
         "scores": f"The scores are **not** FID and not the Inception score: they are made by the same formulas from "
@@ -274,7 +277,9 @@ def main():
     timed = {"costs": {"rounds": 2 if args.fast else 20, **made_with}}
     costs = runs_of(timed, 1, runs, functools.partial(costs_of, data, preset, settings))["costs"][0]
     option = "" if size == "default" else f" --{size}"
-    wrong = report(found, costs, about(data, preset, found), f"python examples/srn_gan.py{option}", output)
+    wrong = report(
+        found, costs, about(data, preset, found), data.test[:16], f"python examples/srn_gan.py{option}", output
+    )
     if wrong:
         sys.exit("; ".join(wrong))
 
