@@ -71,7 +71,7 @@ STANDARD = ((64, 3, 1), (64, 4, 2), (128, 3, 1), (128, 4, 2), (256, 3, 1), (256,
 PAPER = Sizes(32, 3, (512, 256, 128, 64), STANDARD, 64, (2e-4, 2e-4), 100_000)
 PRESETS = {
     "default": Preset(SMALL, 5, 1000, 4000, (1500, 100), 3),
-    "fast": Preset(TINY, 2, 50, 200, (20, 5), 2),
+    "fast": Preset(TINY, 2, 500, 500, (20, 5), 1),
     "full": Preset(PAPER, 5, 5000, 10_000, (20_000, 2000), 20),
 }
 SETTINGS = {
