@@ -129,6 +129,19 @@ def difference_table(study: Study) -> str:
     return table(header, map(row, study.names[1:]))
 
 
+def kind_table(study: Study) -> str:
+    """The two constraints side by side, at equal `c` and at equal stable ranks."""
+    header = ("exact, against matrix", "gap: exact less matrix", "p", "memorised: exact less matrix", "p")
+
+    def row(name):
+        other = f"SRN {name.split(',')[0].split()[-1]}, matrix"
+        pairs = [compared(values(name), values(other)) for values in (study.gaps, study.memorised)]
+        (gap, p_gap), (memory, p_memory) = pairs
+        return f"{name}, against {other}", f"{gap:+.3f}", f"{p_gap:.1g}", f"{100 * memory:+.1f}", f"{p_memory:.1g}"
+
+    return table(header, [row(name) for name in study.names if name.startswith("SRN") and name.endswith("exact")])
+
+
 def _less(study: Study, name: str, other: str | None, values, factor: float, form: str) -> tuple[str, str]:
     """By how much a number is less than that of another setting, and the p-value."""
     if other is None or other == name:
@@ -141,7 +154,7 @@ def layer_table(study: Study) -> str:
     """Means over seeds."""
     layers = [layer["name"] for layer in study.runs["true"]["plain"][0]["layers"]]
     kept = layers if len(layers) <= 8 else [layers[i] for i in (0, len(layers) // 2, -1)]
-    header = ("network", *(f"{name.removesuffix('.kernel')}" for name in kept), "sum")
+    header = ("network", *(f"{name.removesuffix('/kernel')}" for name in kept), "sum")
 
     def row(name):
         runs = study.runs["true"][name]
@@ -184,19 +197,29 @@ def time_table(seconds: dict[str, np.ndarray]) -> str:
 
 def verdict(study: Study) -> str:
     """For each constraint whether gap and memorisation are less than those of the plain network and of SN."""
-    sentences = []
     quantities = {
         "Gap": study.gaps,
         "Gap at equal train loss": study.gaps_at_loss,
         "Accuracy on random labels": study.memorised,
     }
-    for what, values in quantities.items():
-        for kind in ("matrix", "exact"):
-            names = [name for name in study.names if name.startswith("SRN") and name.endswith(kind)]
-            for other in ("plain", f"SN, {kind}"):
-                if other in study.names and names:
-                    sentences.append(_sentence(study, what, values, names, other))
-    return "\n".join(sentences)
+    lines, held = [], []
+    for kind in ("matrix", "exact"):
+        names = [name for name in study.names if name.startswith("SRN") and name.endswith(kind)]
+        others = [name for name in study.names if name in ("plain", f"SN, {kind}")]
+        lines += [
+            _sentence(study, what, values, names, other) for what, values in quantities.items() for other in others
+        ]
+        for values in (study.gaps, study.memorised):
+            names = [name for name in names if all(_is_less(study, name, other, values) for other in others)]
+        held += [f"with the {kind} constraint for {', '.join(name.split(', ')[0] for name in names) or 'no c'}"]
+    claim = f"""The paper's claim, a smaller gap and less memorisation than the plain network and than SN, holds
+    {" and ".join(held)}."""
+    return f"{paragraphs(claim)}\n\n{chr(10).join(lines)}"
+
+
+def _is_less(study: Study, name: str, other: str, values) -> bool:
+    difference, p = compared(values(other), values(name))
+    return difference > 0 and p < SIGNIFICANT
 
 
 def _sentence(study: Study, what: str, values, names: list[str], other: str) -> str:
@@ -216,21 +239,31 @@ HIDDEN = ("SRN 0.5", "SRN 0.7", "SRN 0.9")
 
 
 def draw_scores(study: Study, path: Path) -> None:
-    """Gap and memorisation: over the epochs above, at the end for each `c` below."""
-    figure, axes = plt.subplots(2, 2, figsize=(12, 8.5), layout="constrained")
-    shown = [name for name in study.names if not name.startswith(HIDDEN)]
-    for name in shown:
-        _curve(axes[0, 0], study.runs["true"][name], "curve", gap_of, name)
-        _curve(axes[0, 1], study.runs["random"][name], "curve", lambda point: point["train_accuracy"], name)
+    """Gap and memorisation: over the training above, at the end for each `c` below."""
+    figure, axes = plt.subplots(2, 3, figsize=(16, 8.5), layout="constrained")
+    for name in study.names:
+        if not name.startswith(HIDDEN):
+            true, random = study.runs["true"][name], study.runs["random"][name]
+            _curve(axes[0, 0], true, "curve", gap_of, name)
+            losses, gaps = (
+                np.mean([[number(point) for point in run["curve"]] for run in true], axis=0)
+                for number in (lambda point: point["train_loss"], gap_of)
+            )
+            axes[0, 1].plot(losses, gaps, lw=1.6, **_style(name))
+            _curve(axes[0, 2], random, "curve", lambda point: point["train_accuracy"], name)
+    axes[0, 1].axvline(study.loss, lw=0.8, color="0.6")
+    axes[0, 1].invert_xaxis()
     _by_fraction(axes[1, 0], study, study.gaps)
-    _by_fraction(axes[1, 1], study, study.memorised)
+    _by_fraction(axes[1, 1], study, study.gaps_at_loss)
+    _by_fraction(axes[1, 2], study, study.memorised)
     axes[0, 0].set(title="gap: test loss - train loss, true labels", xlabel="epoch")
-    axes[0, 1].set(title="accuracy on random labels (memorised)", xlabel="epoch")
-    axes[1, 0].set(title="gap at the end", xlabel="c")
-    axes[1, 1].set(title="accuracy on random labels at the end", xlabel="c")
+    axes[0, 1].set(title="gap against train loss; grey: equal loss", xlabel="train loss, falling")
+    axes[0, 2].set(title="accuracy on random labels (memorised)", xlabel="epoch")
+    for ax, title in zip(axes[1], ("gap", "gap at equal train loss", "accuracy on random labels"), strict=True):
+        ax.set(title=f"{title}; ± standard deviation", xlabel="c")
     axes[0, 0].legend(frameon=False, fontsize=9)
-    axes[1, 1].legend(frameon=False, fontsize=9)
-    save(figure, path, dpi=90)
+    axes[1, 2].legend(frameon=False, fontsize=9)
+    save(figure, path, dpi=80)
 
 
 def _style(name: str) -> dict:
@@ -305,7 +338,7 @@ def write_report(found: dict[str, list[dict]], seconds, data_name: str, size, co
     draw_scores(study, output / "figure1.png")
     draw_constants(study, output / "figure2.png")
     seeds = len(study.runs["true"]["plain"])
-    kind = f"convolutions of {', '.join(map(str, size.widths))} channels" if size.widths else "DenseNet-40"
+    kind = f"Convolutions of {', '.join(map(str, size.widths))} channels" if size.widths else "DenseNet-40"
     sections = {
         "What was trained": paragraphs(
             f"""{data_name}: {size.num_train} images for each seed, other ones for each, and {size.num_test} to test,
@@ -318,7 +351,7 @@ def write_report(found: dict[str, list[dict]], seconds, data_name: str, size, co
             0 (equal effect). ± is the
             standard deviation over seeds.""",
         ),
-        "What came out": f"Paired t-tests over the seeds, two-sided; different: p < {SIGNIFICANT}.\n\n{verdict(study)}",
+        "What came out": f"{verdict(study)}\n\nPaired t-tests over seeds, two-sided; different: p < {SIGNIFICANT}.",
         "True labels: generalization": paragraphs(
             f"""Gap: test loss less train loss. At equal loss: where the train loss first falls to {study.loss:.2f},
             which all runs reach.""",
@@ -327,6 +360,7 @@ def write_report(found: dict[str, list[dict]], seconds, data_name: str, size, co
             difference_table(study),
         ),
         "Random labels: memorisation": paragraphs("After the same number of steps.", memory_table(study)),
+        "The matrix and the map": kind_table(study),
         "Stable ranks at the end": paragraphs(
             """Shares of the largest stable rank of the linear map / of the reshaped matrix; means over seeds, true
             labels; sum: of the stable ranks of the linear maps.""",
