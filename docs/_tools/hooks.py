@@ -20,7 +20,7 @@ ROOT = TOOLS.parents[1]
 PAPERS = ("zheng2025", "sedghi2019", "grishina2024", "guo_ye2019")
 RECORDED = {"performance": ROOT / "benchmarks" / "results"}
 RECORDED |= {f"experiments/{paper}": ROOT / "examples" / paper for paper in PAPERS}
-STUDIES = ("norms_in_training", "srn_gan")
+STUDIES = ("norms_in_training", "sanyal2020", "srn_gan", "stable_recurrence")
 RECORDED |= {f"studies/{study}": ROOT / "examples" / study for study in STUDIES}
 
 
