@@ -12,10 +12,13 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 __all__ = [
+    "FAILURE",
+    "WINDOW",
     "conclusion",
     "cost_table",
     "draw_curves",
     "draw_worst",
+    "failed_at",
     "has_failed",
     "norm_table",
     "psnr_table",
@@ -28,12 +31,32 @@ PLAIN = "plain"
 SIZES = ("same", "other")
 
 
-# Tables
+# Decibels below the short sequence, on average over so many frames in a row, that count as a failure.
+FAILURE, WINDOW = 3.0, 10
+
+
+# Numbers
+
+
+def number(value) -> float:
+    """Of what JSON holds, where `None` is what was not finite."""
+    return float("inf") if value is None else value
+
+
+def failed_at(played: dict) -> int | None:
+    """The number of frames of a long sequence after which it has failed, if it has."""
+    values = [np.nan if value is None else value for value in played["psnr"]]
+    means = np.convolve(values, np.ones(WINDOW) / WINDOW, "valid")
+    bad = np.flatnonzero(~(means >= played["short"] - FAILURE))
+    return int(bad[0]) + WINDOW if bad.size else None
 
 
 def has_failed(result: dict) -> bool:
     """Whether a run failed on either long sequence."""
-    return any(result[size]["failed_at"] is not None for size in SIZES)
+    return any(failed_at(result[size]) is not None for size in SIZES)
+
+
+# Tables
 
 
 def conclusion(runs: dict[str, list[dict]], exact: list[str]) -> str:
@@ -48,15 +71,10 @@ def conclusion(runs: dict[str, list[dict]], exact: list[str]) -> str:
     )
 
 
-def number(value) -> float:
-    """Of what JSON holds, where `None` is what was not finite."""
-    return float("inf") if value is None else value
-
-
 def failures(results: list[dict], size: str) -> str:
     """How many seeds failed, and at which frame the first did."""
-    found = [result[size]["failed_at"] for result in results if result[size]["failed_at"] is not None]
-    return f"{len(found)} of {len(results)}" + (f" (from {min(found)})" if found else "")
+    found = [at for result in results if (at := failed_at(result[size])) is not None]
+    return f"{len(found)} of {len(results)}" + (f" ({min(found)})" if found else "")
 
 
 def last(results: list[dict], size: str) -> str:
@@ -146,7 +164,7 @@ def draw_curves(runs, preset, path) -> None:
                 smooth = np.convolve(values, np.ones(10) / 10, "valid")
                 ax.plot(np.arange(len(smooth)) + 10, smooth, color=color, ls=style, lw=1.2)
         ax.axhline(results[0]["same"]["noisy"], color="0.6", lw=1, ls=":")
-        failed = sum(result[size]["failed_at"] is not None for result in results for size in SIZES)
+        failed = sum(failed_at(result[size]) is not None for result in results for size in SIZES)
         verdict = f"{failed} of {2 * len(results)} fail" if failed else "none fails"
         ax.set_title(f"{name}: {verdict}", fontsize=10, color=RED if failed else "black")
         ax.set(xscale="log", ylim=(-15, 30))

@@ -99,6 +99,7 @@ def exists(page: Path, target: str) -> bool:
         "tutorials": path.with_suffix(".py"),
         "performance": RESULTS.joinpath(*inside),
         "experiments": ROOT.joinpath("examples", *inside),
+        "studies": ROOT.joinpath("examples", *inside),
     }
     return folder in sources and sources[folder].exists()
 

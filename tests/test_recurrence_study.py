@@ -11,6 +11,7 @@ from flax import nnx
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
 import _recurrence as recurrence
+import _recurrence_report as study_report
 import stable_recurrence as study
 
 PLAIN = recurrence.Rule("plain", None, None, 1.0, False)
@@ -78,12 +79,11 @@ def test_frames_forth_and_back():
 
 
 def test_when_a_run_has_failed():
-    good = np.full(20, 25.0)
-    assert study.failed_at(good, 5) is None
-    # Means over five frames in a row: 22.6 with two frames that have lost six decibels, 21.4 with three.
-    bad = np.where(np.arange(20) >= 12, 19.0, 25.0)
-    assert study.failed_at(bad, 5) == 10
-    assert study.failed_at(np.where(np.arange(20) == 18, np.nan, 25.0), 5) == 14
+    good = [25.0] * 40
+    assert study_report.failed_at({"short": 24.0, "psnr": good}) is None
+    # Of ten frames in a row three have lost 11 dB after 23 frames (21.7 on average), two after 22 (22.8).
+    assert study_report.failed_at({"short": 25.0, "psnr": good[:20] + [14.0] * 20}) == 23
+    assert study_report.failed_at({"short": 25.0, "psnr": [*good[:30], None, *good[:9]]}) == 31
 
 
 def test_misses_are_found():

@@ -20,6 +20,8 @@ ROOT = TOOLS.parents[1]
 PAPERS = ("zheng2025", "sedghi2019", "grishina2024", "guo_ye2019")
 RECORDED = {"performance": ROOT / "benchmarks" / "results"}
 RECORDED |= {f"experiments/{paper}": ROOT / "examples" / paper for paper in PAPERS}
+STUDIES = ("stable_recurrence",)
+RECORDED |= {f"studies/{study}": ROOT / "examples" / study for study in STUDIES}
 
 
 def _tutorials():
