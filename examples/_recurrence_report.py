@@ -27,7 +27,7 @@ __all__ = [
 
 # Okabe, Ito: distinguishable with any colour vision.
 BLUE, RED = "#0072B2", "#D55E00"
-PLAIN = "plain"
+PLAIN, FLATTENED = "plain", "flattened-SN"
 SIZES = ("same", "other")
 
 
@@ -85,18 +85,24 @@ def last(results: list[dict], size: str) -> str:
     return ", ".join([mean_and_spread(finite, ".2f")] * bool(finite) + [f"{lost} beyond float32"] * bool(lost))
 
 
-def psnr_table(runs: dict[str, list[dict]]) -> str:
-    def short(results):
-        return [result["other"]["short"] for result in results]
+def difference(results: list[dict], others: list[dict], part: str) -> str:
+    """That of the PSNR at the other size, with its p-value; nothing where a run is beyond float32."""
+    values, baseline = ([result["other"][part] for result in each] for each in (results, others))
+    if results is others or None in values + baseline:
+        return ""
+    mean, p = compared(values, baseline)
+    return f"{mean:+.2f} (p = {p:.2g})"
 
+
+def psnr_table(runs: dict[str, list[dict]]) -> str:
     rows = []
     for name, results in runs.items():
-        difference, p = compared(short(results), short(runs[PLAIN]))
-        cost = "" if name == PLAIN else f"{difference:+.2f} (p = {p:.2g})"
+        short = mean_and_spread([result["other"]["short"] for result in results], ".2f")
         cells = [cell for size in SIZES for cell in (last(results, size), failures(results, size))]
-        rows.append((name, mean_and_spread(short(results), ".2f"), cost, *cells))
-    header = ("loop", "short", "against plain", "long, training size", "failed", "long, other size", "failed")
-    return table(header, rows)
+        against = difference(results, runs[PLAIN], "short"), difference(results, runs[FLATTENED], "last")
+        rows.append((name, short, against[0], *cells, against[1]))
+    long = ("long, training size", "failed", "long, other size", "failed", f"against {FLATTENED}")
+    return table(("loop", "short", f"against {PLAIN}", *long), rows)
 
 
 def norm_table(runs: dict[str, list[dict]]) -> str:
@@ -184,20 +190,22 @@ def draw_curves(runs, preset, path) -> None:
 
 
 def draw_worst(runs, path) -> None:
-    """Left: what is remembered of the worst case. Right: PSNR of short sequences against the bound."""
+    """Left: what is left of the worst case, the worst seed. Right: PSNR of short sequences against the bound."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(13, 4.6), layout="constrained")
-    for index, (name, results) in enumerate(runs.items()):
-        color, style = plt.get_cmap("tab10")(index % 10), ("-", "--")[index // 10]
+    colors = [*plt.get_cmap("tab10").colors, (0, 0, 0)]
+    for color, (name, results) in zip(colors, runs.items(), strict=False):
         curves = np.array([[number(value) for value in result["worst"]["remembered"]] for result in results])
-        left.plot(1 + np.arange(curves.shape[1]), np.maximum(curves.max(0), 1e-7), color=color, ls=style, label=name)
+        left.plot(1 + np.arange(curves.shape[1]), np.maximum(curves.max(0), 1e-7), color=color, label=name)
         for result in results:
             marker = {"marker": "x"} if has_failed(result) else {"marker": "o", "mec": "white"}
             right.plot(result["bound"], result["other"]["short"], color=color, ls="", ms=8, **marker)
     right.axvline(1, color="0.6", lw=1, ls=":")
-    left.set(title="distance of two states, of the first one", xlabel="frames after the worst case", yscale="log")
+    left.set(title="share of the worst case's state that is left", xlabel="frames after the worst case", yscale="log")
     left.set_ylim(1e-7, 1e4)
     right.set(title="crosses: fails on the long sequence", xlabel="L at every size")
     right.set(ylabel="PSNR of short sequences (dB)")
     right.set_xscale("log")
+    right.set_xticks([1, 2, 3, 4, 6], ["1", "2", "3", "4", "6"])
+    right.minorticks_off()
     figure.legend(*left.get_legend_handles_labels(), frameon=False, loc="outside right center")
     save(figure, path, dpi=100)
