@@ -70,7 +70,7 @@ FULL = Preset(64, 8, 7, 16, 64, 144, 20_000, 1e-3, 30 / 255, 5000, (40, 500))
 FAST = Preset(4, 2, 4, 2, 8, 12, 4, 5e-3, 30 / 255, 40, (4, 2))
 NUM_SEEDS, NUM_FAST_SEEDS = 4, 2
 
-FAST_SETTINGS = ("plain", "flattened-SN", "SRN-C-0.2", "SN-0.95-any-size")
+FAST_SETTINGS = ("plain", "flattened-SN", "SRN-C-0.1-any-size", "SN-0.95-any-size")
 
 # The first frames train, the others test.
 NUM_TRAIN = 90
