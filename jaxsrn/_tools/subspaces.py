@@ -80,8 +80,8 @@ def fixed_start(shape: tuple[int, ...], dtype, seed: int | Int[Array, ""] = 0) -
     """
     places = lax.iota(jnp.int32, math.prod(shape))
     # An array of one number: NumPy warns where a number alone overflows.
-    seed = np.full(1, seed, np.int32) if isinstance(seed, int) else jnp.asarray(seed, jnp.int32)[None]
-    first = (2 * seed + np.int32(1)) * np.int32(-2048144789)
+    number = np.full(1, seed, np.int32) if isinstance(seed, int) else jnp.asarray(seed, jnp.int32)[None]
+    first = (2 * number + np.int32(1)) * np.int32(-2048144789)
     # The overflow of integers is the reduction modulo 1, and the factors are large and odd.
     numbers = (places * np.int32(1640531527) + first) * places + first
     return (numbers.astype(dtype) * 2.0**-31).reshape(shape)
