@@ -114,7 +114,8 @@ def test_the_norm_without_edges_is_the_supremum(size, taps, dtype):
             norm, interval = as_float64((jaxsrn.spectral_norm(kernel, op), bounds.certified(kernel, op)))
             rounding = 20 * np.finfo(dtype).eps
             assert low * (1 - rounding) <= norm <= low * missed * (1 + rounding), name
-            assert holds(interval, norm)
+            # Not against the norm that was computed: that of a torus is off by up to 1e-13 (`sites.py`).
+            assert interval.lower <= low * missed and low <= interval.upper, name
             assert interval.upper <= 1.011 * norm
 
 
