@@ -40,13 +40,14 @@ class Data(NamedTuple):
 
     def of_size(self, pixels: int) -> "Data":
         """The images made smaller, by the mean over squares; `pixels` divides 32."""
-        side = 32 // pixels
+        train, test = (np.round(averaged(images, pixels)).astype(np.uint8) for images in (self.x_train, self.x_test))
+        return self._replace(x_train=train, x_test=test)
 
-        def smaller(images):
-            parts = images.reshape(-1, pixels, side, pixels, side, 3)
-            return np.round(parts.mean((2, 4))).astype(np.uint8)
 
-        return self._replace(x_train=smaller(self.x_train), x_test=smaller(self.x_test))
+def averaged(images: np.ndarray, pixels: int) -> np.ndarray:
+    """The means over squares of pixels, `pixels` of them a side, where that divides the images' side."""
+    number, side = len(images), images.shape[1] // pixels
+    return images.reshape(number, pixels, side, pixels, side, -1).mean((2, 4))
 
 
 def load(*, download: bool, stand_in: bool) -> Data:

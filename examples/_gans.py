@@ -7,17 +7,19 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from _reshaped import Reshaped
 from flax import nnx
 
 import jaxsrn
 import jaxsrn.nnx as jnnx
 
-__all__ = ["Networks", "Sizes", "fixed", "gan_step", "generate", "new_networks", "raw", "standardized"]
+__all__ = ["HELD", "Networks", "Sizes", "fixed", "gan_step", "generate", "new_networks", "raw", "standardized"]
 
 LATENT = 64
 # Of WGAN-GP (Gulrajani et al. 2017).
 PENALTY = 10.0
-WRAPPERS = (jnnx.StableRankNorm, jnnx.SpectralNorm, nnx.SpectralNorm)
+HELD = (jnnx.StableRankNorm, jnnx.SpectralNorm)
+WRAPPERS = (*HELD, nnx.SpectralNorm)
 
 
 class Sizes(NamedTuple):
@@ -82,33 +84,10 @@ class Discriminator(nnx.Module):
 
 
 def _called(layer, x, update_stats: bool):
-    return layer(x, update_stats=update_stats) if isinstance(layer, (*WRAPPERS, Reshaped)) else layer(x)
+    return layer(x, update_stats=update_stats) if isinstance(layer, WRAPPERS) else layer(x)
 
 
 # The constraints
-
-
-class Reshaped(nnx.Module):
-    """A convolution whose kernel is held as Sanyal et al. hold it: as the matrix (taps * c_in, c_out)."""
-
-    def __init__(self, layer: nnx.Conv, fraction: float):
-        shape = layer.kernel.shape
-        matrix = nnx.Linear(shape[0] * shape[1] * shape[2], shape[3], use_bias=False, rngs=nnx.Rngs(0))
-        matrix.kernel[...] = layer.kernel[...].reshape(matrix.kernel.shape)
-        self.matrix = jnnx.StableRankNorm(matrix, fraction)
-        layer.kernel[...] = jnp.zeros_like(layer.kernel[...])
-        self.layer = layer
-
-    def folded(self) -> nnx.Conv:
-        layer = nnx.clone(self.layer)
-        layer.kernel[...] = self.matrix.folded().kernel[...].reshape(layer.kernel.shape)
-        return layer
-
-    def __call__(self, x, update_stats: bool = True):
-        layer = self.folded()
-        if update_stats:
-            self.matrix.refresh()
-        return layer(x)
 
 
 def constrained(model: Discriminator, sizes: Sizes, held: str, fraction: float | None, norm: float) -> Discriminator:
@@ -123,7 +102,7 @@ def constrained(model: Discriminator, sizes: Sizes, held: str, fraction: float |
         if held == "reshaped" and (fraction is None or not is_conv):
             layers.append(nnx.SpectralNorm(layer, rngs=nnx.Rngs(i)))
         elif held == "reshaped":
-            layers.append(Reshaped(layer, fraction))
+            layers.append(jnnx.StableRankNorm(Reshaped(layer), fraction, computes=nnx.Linear))
         else:
             op = operators["layers", i, "kernel"]
             layers.append(exact(layer, op, fraction, norm))
@@ -154,14 +133,15 @@ def fixed(model: Discriminator) -> Discriminator:
 def raw(model: Discriminator) -> Discriminator:
     """The plain discriminator with the parameters themselves, before they are normalized."""
     model = nnx.clone(model)
-    wrapped = (jnnx.StableRankNorm, jnnx.SpectralNorm)
-    model.layers = nnx.List([layer.layer if isinstance(layer, wrapped) else _plain(layer) for layer in model.layers])
+    model.layers = nnx.List([_plain(layer.layer if isinstance(layer, HELD) else layer) for layer in model.layers])
     return model
 
 
 def _plain(layer):
-    if isinstance(layer, (Reshaped, jnnx.StableRankNorm, jnnx.SpectralNorm)):
-        return layer.folded()
+    if isinstance(layer, HELD):
+        layer = layer.folded()
+    if isinstance(layer, Reshaped):
+        return layer.plain()
     if isinstance(layer, nnx.SpectralNorm):
         # It overwrites its kernel by what it computes with.
         kernel = layer.layer_instance.kernel

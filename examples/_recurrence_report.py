@@ -15,7 +15,6 @@ __all__ = [
     "FAILURE",
     "WINDOW",
     "conclusion",
-    "cost_table",
     "draw_curves",
     "draw_worst",
     "failed_at",
@@ -144,14 +143,6 @@ def worst_table(runs: dict[str, list[dict]]) -> str:
     remembered = (f"remembered after {length}", f"after {10 * length}")
     header = ("loop", "largest feature / usual", *remembered, "PSNR lost at once", "lost at the end")
     return table(header, rows)
-
-
-def cost_table(costs: dict[str, np.ndarray]) -> str:
-    rows = [
-        (name, f"{1e3 * np.median(seconds):.1f}", f"{np.median(seconds / costs[PLAIN]):.2f}")
-        for name, seconds in costs.items()
-    ]
-    return table(("loop", "ms a step", "/ plain"), rows)
 
 
 # Figures

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from _reshaped import Reshaped
 from flax import nnx
 
 import jaxsrn.nnx as jnnx
@@ -120,27 +121,6 @@ def network(size: Size, seed: int) -> nnx.Module:
     """The plain network."""
     rngs = nnx.Rngs(seed)
     return CNN(size, rngs) if size.widths else DenseNet(rngs)
-
-
-class Reshaped(nnx.Module):
-    """A convolution that stores its kernel as the matrix `(taps * c_in, c_out)`.
-
-    A wrapper of jaxsrn that takes it for a dense layer holds the norm and the stable rank of that matrix.
-    """
-
-    def __init__(self, conv: nnx.Conv):
-        self.conv, self.shape = nnx.clone(conv), conv.kernel.shape
-        self.kernel = nnx.Param(conv.kernel[...].reshape(-1, self.shape[-1]))
-        del self.conv.kernel
-
-    def plain(self) -> nnx.Conv:
-        """The convolution as Flax stores it."""
-        conv = nnx.clone(self.conv)
-        conv.kernel = nnx.Param(self.kernel[...].reshape(self.shape))
-        return conv
-
-    def __call__(self, x):
-        return self.plain()(x)
 
 
 def constrained(model, size: Size, how: str | None, fractions: tuple[float, ...] | None):

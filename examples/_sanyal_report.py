@@ -7,7 +7,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 from _report import paragraphs, requirement, save, table, write
-from _studies import compared, mean_and_spread
+from _studies import compared, cost_table, mean_and_spread
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -184,12 +184,6 @@ def measure_table(study: Study, labels: str) -> str:
         return name, *cells
 
     return table(header, map(row, study.names))
-
-
-def time_table(seconds: dict[str, np.ndarray]) -> str:
-    plain = seconds["plain"]
-    rows = [(name, f"{1e3 * np.median(own):.1f} ms", f"{np.median(own / plain):.2f}") for name, own in seconds.items()]
-    return table(("network", "a step", "times plain"), rows)
 
 
 # What came out, in words
@@ -373,7 +367,7 @@ def write_report(found: dict[str, list[dict]], seconds, data_name: str, size, co
             measure_table(study, "true"),
         ),
         "Lipschitz constants and measures, random labels": measure_table(study, "random"),
-        "Time of a training step": time_table(seconds),
+        "Time of a training step": cost_table(seconds, ("network", "a step", "times plain")),
         **requirement("norm and stable rank of every constrained layer are within 1% of what was asked", wrong),
     }
     write(output, "Generalization and memorisation under stable rank constraints", command, sections)

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import scipy.stats
+from _report import table
 from tqdm import tqdm
 
-__all__ = ["compared", "mean_and_spread", "runs_of"]
+__all__ = ["compared", "cost_table", "mean_and_spread", "runs_of"]
 
 
 def runs_of(settings: dict[str, dict], num_seeds: int, folder: Path, run: Callable[..., dict]) -> dict[str, list[dict]]:
@@ -60,3 +61,13 @@ def compared(values, others) -> tuple[float, float]:
     """
     difference = np.subtract(values, others)
     return float(np.mean(difference)), float(scipy.stats.ttest_rel(values, others).pvalue)
+
+
+def cost_table(seconds: dict[str, np.ndarray], header: tuple[str, str, str]) -> str:
+    """The median time of a step by `interleaved`, and the median of its ratio to the plain one in the same round."""
+    plain = np.asarray(seconds["plain"])
+    rows = [
+        (name, f"{1e3 * np.median(own):.1f} ms", f"{np.median(np.asarray(own) / plain):.2f}")
+        for name, own in seconds.items()
+    ]
+    return table(header, rows)

@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from _report import command_line, prepared
+from _report import command_line, interleaved, prepared
 from _sanyal_network import FAST, FULL, SMALL, Size, constrained, network, optimizer_of, plain_of, train, train_step
 from _studies import runs_of
 from flax import nnx
@@ -35,9 +35,6 @@ import jaxsrn
 import jaxsrn.nnx as jnnx
 from jaxsrn import lipschitz
 from jaxsrn.report import analyze
-
-sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
-from _clock import interleaved
 
 FRACTIONS = (0.3, 0.5, 0.7, 0.9)
 # The `c` of Sanyal's constraint whose stable ranks the exact one takes over.
@@ -67,9 +64,7 @@ def settings_of(fast: bool) -> dict[str, dict]:
 
 def images_of(pixels: np.ndarray, size: Size) -> np.ndarray:
     """The images averaged over squares of pixels to the network's size; 0 is grey, and the deviation about 1."""
-    side = pixels.shape[1] // size.image
-    squares = pixels.reshape(len(pixels), size.image, side, size.image, side, 3)
-    return ((squares.mean((2, 4)) / 255 - 0.47) * 4).astype(np.float32)
+    return ((_cifar10.averaged(pixels, size.image) / 255 - 0.47) * 4).astype(np.float32)
 
 
 def data_of_seed(data, size: Size, labels: str, seed: int):

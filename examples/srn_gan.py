@@ -25,7 +25,6 @@ import jax
 import jax.numpy as jnp
 import matplotlib
 import numpy as np
-from _clock import interleaved
 from _gan_report import report
 from _gan_scores import (
     Classifier,
@@ -37,12 +36,12 @@ from _gan_scores import (
     trained,
     weights_of,
 )
-from _gans import Networks, Sizes, fixed, gan_step, generate, new_networks, raw, standardized
-from _report import command_line, prepared
+from _gans import HELD, Networks, Sizes, fixed, gan_step, generate, new_networks, raw, standardized
+from _report import command_line, interleaved, prepared
+from _reshaped import Reshaped
 from _studies import runs_of
 from flax import nnx
 
-import jaxsrn.nnx as jnnx
 from jaxsrn import lipschitz
 from jaxsrn.report import analyze
 
@@ -107,9 +106,8 @@ class Data(NamedTuple):
 
 def pooled(images: np.ndarray, side: int, colours: int) -> np.ndarray:
     """Images averaged over squares of pixels, to so many pixels a side; and over their colours for grey ones."""
-    number, size = len(images), images.shape[1] // side
-    means = images.reshape(number, side, size, side, size, colours, -1).mean((2, 4, 6))
-    return means.round().astype(np.uint8)
+    means = _cifar10.averaged(images, side)
+    return means.reshape(*means.shape[:-1], colours, -1).mean(-1).round().astype(np.uint8)
 
 
 def judge_of(data, *, seed: int, steps: int, **_) -> dict:
@@ -197,7 +195,7 @@ def layers_of(model, image) -> list[dict]:
     held, own = analyze(fixed(model), x, progress=False), analyze(raw(model), x, progress=False)
     rows = []
     for wrapper, layer, before in zip(model.layers, held.layers, own.layers, strict=True):
-        is_exact = isinstance(wrapper, (jnnx.SpectralNorm, jnnx.StableRankNorm))
+        is_exact = isinstance(wrapper, HELD) and not isinstance(wrapper.layer, Reshaped)
         target = wrapper.constraint.target if is_exact else None
         # A stable rank that is below the target already is kept.
         rank = before.stable_rank if target is None else min(target, before.stable_rank)

@@ -25,13 +25,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from _clock import interleaved
 from _recurrence import Rule, climbed, contraction, folded, forth_and_back, gain, middle, play, start, unrolled
 from _recurrence_report import (
     FAILURE,
     WINDOW,
     conclusion,
-    cost_table,
     draw_curves,
     draw_worst,
     has_failed,
@@ -39,8 +37,8 @@ from _recurrence_report import (
     psnr_table,
     worst_table,
 )
-from _report import command_line, paragraphs, prepared, requirement, write
-from _studies import runs_of
+from _report import command_line, interleaved, paragraphs, prepared, requirement, write
+from _studies import cost_table, runs_of
 from flax import nnx
 
 import jaxsrn
@@ -319,7 +317,7 @@ def write_report(runs, settings, costs, video, preset: Preset, output, command: 
             "again from a state of zeros: the distance of the two states, as a share of the first one's, and the PSNR "
             "lost. The worst seed of each. About 1e-7 is float32's rounding.",
         ),
-        "The cost of a step": cost_table(costs),
+        "The cost of a step": cost_table(costs, ("loop", "a step", "/ plain")),
     } | requirement("norms and stable ranks within 1%, and no failure where L < 1", wrong)
     write(output, "Recurrent video denoising", command, sections)
     return wrong

@@ -64,8 +64,8 @@ def test_losses_of_a_linear_discriminator():
 def test_the_reshaped_constraint_is_that_of_the_matrix(fraction):
     layer = nnx.Conv(2, 6, (3, 3), rngs=nnx.Rngs(0))
     own = np.linalg.svd(np.asarray(layer.kernel[...], float).reshape(18, 6), compute_uv=False)
-    wrapper = _gans.Reshaped(layer, fraction)
-    held = wrapper.folded()
+    wrapper = jnnx.StableRankNorm(Reshaped(layer), fraction, computes=nnx.Linear)
+    held = wrapper.folded().plain()
     values = np.linalg.svd(np.asarray(held.kernel[...], float).reshape(18, 6), compute_uv=False)
     np.testing.assert_allclose(values[0], 1, rtol=1e-5)
     expected = min(fraction * 6, np.sum(own**2) / own[0] ** 2)

@@ -9,7 +9,8 @@ import pytest
 from flax import nnx
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
-from _sanyal_network import CNN, Reshaped, Size, constrained, plain_of
+from _reshaped import Reshaped
+from _sanyal_network import CNN, Size, constrained, plain_of
 from _sanyal_report import gap_at
 from reproduce_sanyal2020 import images_of
 

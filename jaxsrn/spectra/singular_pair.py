@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Inexact
 
 from jaxsrn.operators.base import Operator
@@ -59,8 +61,15 @@ def rescaled(kernel: Float[Array, "..."], op: Operator) -> tuple[Float[Array, ".
 
 def without_idle_taps(kernel: Float[Array, "..."], op: Operator) -> Float[Array, "..."]:
     """The kernel with 0 in place of taps that meet no sample, which have no part in the map; NaN stays NaN."""
-    meets = op._tap_counts(kernel.shape) > 0
+    meets = _meeting_taps(op, kernel.shape)
     return kernel if meets.all() else kernel * jnp.asarray(meets, kernel.dtype)
+
+
+# Up to 1 ms, which every eager call would pay.
+@functools.lru_cache(maxsize=1024)
+def _meeting_taps(op: Operator, kernel_shape: tuple[int, ...]) -> np.ndarray:
+    """Which taps meet a sample (static)."""
+    return op._tap_counts(kernel_shape) > 0
 
 
 def by_largest(kernel: Float[Array, "..."]) -> tuple[Float[Array, "..."], Float[Array, ""]]:

@@ -97,7 +97,7 @@ def _is_flat(poly: GramPolynomial, allowed, value):
     if poly.basis is not None:
         return jnp.asarray(False)
     # By Cauchy and Schwarz, the sum of the norms is at most the root of so many times the sum of their squares.
-    count = max(len(poly.lags) - 1, 1)
+    count = max(len(poly.even) - 1, 1)
     return jnp.sum(jnp.maximum(poly.even**2, poly.odd**2)[1:]) <= (allowed * value**2) ** 2 / count
 
 
