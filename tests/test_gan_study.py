@@ -14,6 +14,9 @@ sys.path.append(str(Path(__file__).parents[1] / "examples"))
 import _gan_scores
 import _gans
 import srn_gan
+from _reshaped import Reshaped
+
+import jaxsrn.nnx as jnnx
 
 
 def test_frechet_distance_is_that_of_the_fitted_gaussians():
