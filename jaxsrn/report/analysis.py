@@ -179,7 +179,7 @@ def _measured(
             for j, i in enumerate(batch):
                 one = jax.tree.map(lambda leaf, j=j: leaf[j], (numbers, spectrum))
                 norm = norms.get(kernels[i].name)
-                found[i] = layer_report(kernels[i], *one, norm.scope if norm else None)
+                found[i] = layer_report(kernels[i], op, *one, norm.scope if norm else None)
     count(len(found), "")
     return [found[i] for i in range(len(kernels))]
 
