@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import jax
 from jax import lax
 
-__all__ = ["while_loop"]
+__all__ = ["one_by_one", "while_loop"]
 
 
 def while_loop(unfinished: Callable, step: Callable, state):
@@ -29,3 +30,57 @@ def while_loop(unfinished: Callable, step: Callable, state):
 
 def _is_traced(tree) -> bool:
     return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
+
+
+# A batch of smaller elements is computed side by side: its loops cost more than what they do.
+_WORTH_A_LOOP = 2**13
+
+
+def one_by_one(function: Callable, *, static_argnums: tuple[int, ...] = ()) -> Callable:
+    """The function, whose batches under `jax.vmap` are computed one after another where that is faster.
+
+    Side by side, all loops of a batch take the steps of the slowest, and convolutions whose kernels differ take a slow
+    path of XLA on a CPU. A GPU works on few small arrays at a time badly, so that batches stay side by side there.
+
+    Args:
+      function: what is computed, of arrays or trees of them; its arguments are positional.
+      static_argnums: the positions of its static arguments.
+    """
+
+    @functools.wraps(function)
+    def call(*args):
+        arrays = [None if i in static_argnums else arg for i, arg in enumerate(args)]
+
+        # Outside of transformations the function's own programs are shared with other eager calls.
+        if not _is_traced(arrays):
+            return function(*args)
+
+        def whole(arrays):
+            return function(*(args[i] if i in static_argnums else array for i, array in enumerate(arrays)))
+
+        return _in_turn(whole)(arrays)
+
+    return call
+
+
+def _in_turn(function: Callable) -> Callable:
+    """The function of one tree of arrays, with the rule of `one_by_one` for `jax.vmap`."""
+    one = jax.custom_batching.custom_vmap(function)
+
+    @one.def_vmap
+    def many(axis_size, in_batched, arrays):
+        leaves, structure = jax.tree.flatten(arrays)
+        is_own = jax.tree.leaves(in_batched)
+        stacks = [leaf for leaf, own in zip(leaves, is_own, strict=True) if own]
+        is_large = sum(stack.size for stack in stacks) >= axis_size * _WORTH_A_LOOP
+        in_turn = is_large and jax.default_backend() == "cpu"
+
+        def element(rows):
+            rows = iter(rows)
+            merged = [next(rows) if own else leaf for leaf, own in zip(leaves, is_own, strict=True)]
+            return (one if in_turn else function)(jax.tree.unflatten(structure, merged))
+
+        results = lax.map(element, stacks) if in_turn else jax.vmap(element)(stacks)
+        return results, jax.tree.map(lambda _: True, results)
+
+    return one

@@ -10,6 +10,7 @@ one measures residuals in `<., .>_d`, adds a ridge to the small system, and star
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -20,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxsrn._tools.checks import float_dtype
 from jaxsrn._tools.indexing import chosen, picked
 from jaxsrn._tools.linalg import matmul, safe_sqrt
-from jaxsrn._tools.loops import while_loop
+from jaxsrn._tools.loops import one_by_one, while_loop
 from jaxsrn._tools.programs import program
 from jaxsrn._tools.tolerances import vector_tolerance
 from jaxsrn.normalization.closed_form import INFEASIBLE, Candidate, Problem, closed_form, functional, problem_of
@@ -39,6 +40,8 @@ __all__ = [
 _ANDERSON_DEPTH = 3
 # A guard of the loop: every round but the last has found a larger singular value somewhere else.
 _MAX_ROUNDS = 10
+# Starts are followed until a pass changes the kernel by no more than this share; the best of them is followed further.
+_COMPARED_AT = 0.01
 
 
 class Fixpoint(NamedTuple):
@@ -111,7 +114,10 @@ def _anderson(memory: _Anderson, weights, point, residual) -> tuple[_Anderson, F
 
 
 class _Ascent(NamedTuple):
-    """The kernel where the next pass starts, the memory, and the best candidate so far with its pair."""
+    """The kernel where the next pass starts, the memory, and the best candidate so far with its pair.
+
+    Before the first pass `num_steps` is -1.
+    """
 
     point: Float[Array, "..."]
     memory: _Anderson
@@ -121,8 +127,8 @@ class _Ascent(NamedTuple):
     num_steps: Int[Array, ""]
 
 
-def _ascend(problem: Problem, op: Operator, start: Pair, max_steps: int | Int[Array, ""], tolerance) -> _Ascent:
-    """Accelerated passes from one pair, until the kernel changes by no more than `tolerance`, relative to its size.
+def _ascend(problem: Problem, op: Operator, start: _Ascent, max_steps: int | Int[Array, ""], tolerance) -> _Ascent:
+    """Accelerated passes, until the kernel changes by no more than `tolerance`, relative to its size.
 
     Every candidate is the closed form of a true unit pair, whatever point that pair was taken from. So a feasible one
     has `||K||_d^2 = r M^2` and `||T(K)||_2 >= M`, with or without acceleration. A pass that gains nothing is undone and
@@ -146,10 +152,34 @@ def _ascend(problem: Problem, op: Operator, start: Pair, max_steps: int | Int[Ar
         plain = best.kernel, _anderson_start(best.kernel)
         return _Ascent(*chosen(gained & ~first, (mixed, memory), plain), best, pair, finished, state.num_steps + 1)
 
-    nothing = Candidate(problem.kernel, jnp.full_like(problem.squared, INFEASIBLE))
-    memory = _anderson_start(problem.kernel)
-    state = _Ascent(problem.kernel, memory, nothing, start, jnp.asarray(False), jnp.asarray(-1))
-    return lax.while_loop(lambda s: ~s.finished & (s.num_steps < max_steps), step, state)
+    return lax.while_loop(lambda s: ~s.finished & (s.num_steps < max_steps), step, start)
+
+
+def _best_end(problem: Problem, op: Operator, starts: Pair, max_steps: Int[Array, ""], tolerance) -> _Ascent:
+    """Where the passes from the best start end: all starts are followed for a while, the best one until it is at rest.
+
+    Starts follow one another. Side by side under `vmap` they would be convolutions with a kernel each, for which XLA
+    has no fast code on a CPU, and all would take the passes of the slowest.
+    """
+    count = len(starts.input)
+    nothing = Candidate(problem.kernel, jnp.full_like(problem.squared, jnp.inf))
+    begin = _Ascent(
+        problem.kernel,
+        _anderson_start(problem.kernel),
+        nothing,
+        picked(starts, jnp.asarray(0)),
+        jnp.asarray(False),
+        jnp.asarray(-1),
+    )
+
+    def follow(i, best: _Ascent) -> _Ascent:
+        again = i == count
+        fresh = begin._replace(pair=picked(starts, jnp.minimum(i, count - 1)))
+        start = chosen(again, best._replace(finished=begin.finished), fresh)
+        end = _ascend(problem, op, start, max_steps, jnp.where(again, tolerance, jnp.maximum(tolerance, _COMPARED_AT)))
+        return chosen(again | (end.best.merit < best.best.merit), end, best)
+
+    return lax.fori_loop(0, count + 1, follow, begin)
 
 
 def _gains(new: Candidate, old: Candidate, scale) -> Bool[Array, ""]:
@@ -157,6 +187,7 @@ def _gains(new: Candidate, old: Candidate, scale) -> Bool[Array, ""]:
     return new.merit < old.merit - 4 * jnp.finfo(scale.dtype).eps * jnp.where(old.feasible, scale, old.merit)
 
 
+@functools.partial(one_by_one, static_argnums=(4,))
 def minorise_maximise(
     kernel: Float[Array, "..."], op: Operator, target, initial: Pair | None, max_steps: int, tolerance
 ) -> Fixpoint:
@@ -204,8 +235,7 @@ def _round(a, op, target, initial, max_steps, tolerance, state: Fixpoint, found:
     unfinished = ~unchanged & (first | (exceeds & (steps_left > 0) & (state.count < _MAX_ROUNDS)))
     starts, bound = _starts(problem, op, initial, leading, first & unfinished, state.bound)
     most = jnp.where(unfinished, steps_left, -1)
-    ends = jax.vmap(lambda start: _ascend(problem, op, start, most, tolerance))(starts)
-    end = picked(ends, lax.argmin(ends.best.merit, 0, jnp.int32))
+    end = _best_end(problem, op, starts, most, tolerance)
     made = chosen(first, leading, state.pair)
     candidate, pair = chosen(unfinished, (end.best, end.pair), (state.candidate, made))
     num_steps = state.num_steps + jnp.maximum(end.num_steps, 0)

@@ -70,7 +70,7 @@ def power_step(kernel: Float[Array, "..."], op: Operator, pair: Pair) -> Pair:
 
 def nearby(kernel: Float[Array, "..."], op: Operator, pair: Pair, tolerance) -> Pair:
     """The leading pair of the Krylov space that starts at the pair's input."""
-    return matrix_free(kernel, op, pair.input, tolerance).pair
+    return matrix_free(kernel, op, pair.input, tolerance, first_check=4).pair
 
 
 # Lanczos on flat vectors

@@ -52,7 +52,7 @@ _MOST_STEPS = 100
 # climbers would. On the torus four climbers take 245 times as long as sixteen for the stem of a trained ResNet-50
 # (`python benchmarks/ablations.py`). Where channels are many a climber is dear beside the proof.
 _CLIMBERS, _MOST_CLIMBERS = 4, 16
-_CLIMBERS_TIMES_ENTRIES = 2**17
+_CLIMBERS_TIMES_ENTRIES = 2**20
 
 
 class Peak(NamedTuple):

@@ -15,6 +15,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxsrn._tools.indexing import picked
+from jaxsrn._tools.loops import one_by_one
 from jaxsrn._tools.programs import program
 from jaxsrn.operators.convolutions import CircularConv
 from jaxsrn.spectra.circular.boxes import Grid, coarse_boxes
@@ -50,6 +51,7 @@ class Climbed(NamedTuple):
 
 # A program of its own: the search with zero padding and the proof of its upper bound start from the same peaks.
 @functools.partial(program, static_argnums=(1, 3, 4, 5))
+@functools.partial(one_by_one, static_argnums=(1, 3, 4, 5))
 def climbed(
     kernel: Float[Array, "..."], op, grid: Grid, counts: tuple[int, ...], is_reduced: bool, count: int
 ) -> Climbed:
@@ -62,6 +64,7 @@ def climbed(
 
 
 @functools.partial(program, static_argnums=(1, 2, 5))
+@functools.partial(one_by_one, static_argnums=(1, 2, 5))
 def highest(found: Climbed, op, kernel_shape: tuple[int, ...], grid: Grid, allowed, between: bool) -> Pair:
     """The pair of the largest singular value of the whole grid, up to a relative `2 sqrt(channels) eps`.
 

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 from jaxsrn._tools.indexing import chosen
 from jaxsrn._tools.lanczos import LONGEST_BASIS
 from jaxsrn._tools.linalg import unit
+from jaxsrn._tools.loops import one_by_one
 from jaxsrn._tools.programs import program
 from jaxsrn._tools.subspaces import fixed_start
 from jaxsrn._tools.tolerances import PROVEN_SIZE
@@ -67,12 +68,14 @@ def _of_matrix(kernel, op) -> Pair:
 
 
 @program
+@one_by_one
 def _cold(kernel, op, tolerance, peaks: Climbed) -> Pair:
     kernel, small = rescaled(kernel, op)[0], without_idle_axes(op, kernel.shape)
     return _in_whole(search(kernel, small, tolerance, peaks), op, kernel.shape)
 
 
 @program
+@one_by_one
 def _warm(kernel, op, tolerance, start) -> Pair:
     kernel, _ = rescaled(kernel, op)
     noise = unit(fixed_start(op.in_shape(kernel.shape), kernel.dtype))
