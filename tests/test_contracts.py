@@ -99,7 +99,9 @@ DESCENT = {"key": jax.random.key(0), "num_steps": 20, "optimizer": optim.sphere_
 
 
 def whole_tracked_step(kernel, op):
-    return penalties.extreme_singular_values_step(kernel, penalties.init_pairs(OTHER[op], op), op)
+    # Without float64 an array of it has no place.
+    other = OTHER[op].astype(jnp.float64 if kernel.dtype == jnp.float64 else jnp.float32)
+    return penalties.extreme_singular_values_step(kernel, penalties.init_pairs(other, op), op)
 
 
 def tracked_step(kernel, op):

@@ -377,3 +377,47 @@ def test_bad_limits(no_type_checks):
             keep_stable_rank(LAYERS, fraction)
     with pytest.raises(ValueError, match=r"at \('same', 'kernel'\): fraction: got 0.01, expected at least"):
         keep_stable_rank({("same", "kernel"): LAYERS["same", "kernel"]}, 0.01).init(tree(0))
+
+
+# Stacks of layers
+
+
+STACKS = {
+    "norm": functools.partial(keep_spectral_norm, max_norm=1.5),
+    "rank": functools.partial(keep_stable_rank, fraction=0.4),
+    "upward": functools.partial(keep_stable_rank, fraction=0.7, upward=True),
+}
+
+
+@pytest.mark.parametrize("kind", STACKS)
+def test_each_layer_of_a_stack_is_kept_by_itself(kind):
+    """Along one axis or two, beside a single layer of the same shape: as if all of them were named one by one."""
+    ops = {"same": ZeroPaddedConv((4,)), "dense": Dense()}
+    shapes = {"same": (3, 2, 2), "dense": (3, 4)}
+    if kind == "upward":
+        del ops["same"], shapes["same"]
+    outer = {"one": (), "row": (2,), "grid": (1, 2)}
+    params, grads = (
+        {(name, n): jnp.asarray(gaussian((*outer[n], *shapes[name]), seed)) for name in shapes for n in outer}
+        for seed in (0, 1)
+    )
+
+    def apart(tree):
+        return {
+            (*path, i): kernel
+            for path, leaf in tree.items()
+            for i, kernel in enumerate(leaf.reshape((-1, *shapes[path[0]])))
+        }
+
+    def after_steps(params, grads):
+        transform = STACKS[kind]({(path,): ops[path[0]] for path in params})
+        update, state = quick_jit(transform.update), transform.init(params)
+        for _ in range(2):
+            updates, state = update(jax.tree.map(lambda grad: -0.1 * grad, grads), state, params)
+            params = optax.apply_updates(params, updates)
+        return params
+
+    together, alone = after_steps(params, grads), after_steps(apart(params), apart(grads))
+    for path, kernel in apart(together).items():
+        np.testing.assert_allclose(kernel, alone[path], rtol=1e-9, atol=1e-9)
+        assert not np.allclose(kernel, apart(params)[path])

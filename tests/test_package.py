@@ -20,6 +20,7 @@ HOUSE = {
         "indexing",
         "linalg",
         "tolerances",
+        "minres",
         "held",
         "proofs",
         "subspaces",

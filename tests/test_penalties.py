@@ -275,6 +275,14 @@ def test_one_call_for_each_distinct_shape():
         penalties.total(function, {}, params)
 
 
+def test_total_of_a_stack_is_the_sum_over_its_layers():
+    """Those of one path, and of another with the same shape of kernels."""
+    params = {"scanned": jnp.asarray(gaussian((2, 4, 3))), "grid": jnp.asarray(gaussian((2, 1, 4, 3), seed=1))}
+    kernels = [*params["scanned"], *params["grid"][:, 0]]
+    value = penalties.total(jaxsrn.spectral_norm, {("scanned",): Dense(), ("grid",): Dense()}, params)
+    np.testing.assert_allclose(value, sum(np.linalg.norm(kernel, 2) for kernel in kernels), rtol=1e-12)
+
+
 def test_trees_that_layers_are_found_in():
     """States and parameters of Flax, boxed ones too: by the paths that Flax itself gives."""
 

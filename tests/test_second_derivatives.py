@@ -14,6 +14,7 @@ from test_transformations import OTHERS
 
 import jaxsrn
 from jaxsrn import CircularConv, Dense, UnboundedConv, ZeroPaddedConv, bounds, lipschitz, penalties
+from jaxsrn._tools.minres import minres
 
 # Numbers that are constants for derivatives, or that have a kink where the constraints are met.
 WITHOUT_DERIVATIVES = (".gap", ".residual", ".left", ".right")
@@ -216,14 +217,45 @@ def test_where_values_coincide_they_are_finite(op):
         assert np.all(np.isfinite(hessian(kernel)))
 
 
-def test_large_systems_are_solved_by_conjugate_gradients(monkeypatch):
-    """The same numbers as by eigenvectors."""
-    op, kernel, direction = ZeroPaddedConv((5,)), gaussian((3, 2, 2)), gaussian((3, 2, 2), 4)
-    value = functools.partial(jaxsrn.spectral_norm, op=op)
-    expected = along(value, kernel, direction)
+def third_value(kernel, op):
+    """The system of a value that is not the largest has eigenvalues of both signs."""
+    return jaxsrn.top_singular_values(kernel, op, 3)[2]
+
+
+@pytest.mark.parametrize("function", [jaxsrn.spectral_norm, third_value])
+def test_large_systems_are_solved_by_minres(function, monkeypatch):
+    """The same numbers as by eigenvectors, also where values coincide and the system is singular."""
+    op, direction = ZeroPaddedConv((8,)), gaussian((3, 2, 2), 4)
+    repeated = jnp.zeros((3, 2, 2)).at[1].set(jnp.eye(2)) + jnp.zeros((3, 2, 2)).at[0, 0, 0].set(0.5)
+    value = functools.partial(function, op=op)
+    kernels = gaussian((3, 2, 2)), repeated
+    expected = [along(value, kernel, direction) for kernel in kernels]
     monkeypatch.setattr("jaxsrn._tools.held._FEW_UNKNOWNS", 0)
     jax.clear_caches()
-    assert_close(along(value, kernel, direction), expected, share=1e-6)
+    for kernel, second in zip(kernels, expected, strict=True):
+        assert_close(along(value, kernel, direction), second, share=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+def test_minres_is_the_pseudo_inverse(dtype):
+    """Of symmetric matrices: of one sign, of both, singular, and zero; by NumPy."""
+    rng = np.random.default_rng(0)
+    basis = np.linalg.qr(rng.standard_normal((60, 60)))[0]
+    sizes, signs = rng.uniform(0.1, 1, 60), rng.choice([-1, 1], 60)
+    tolerance = 1e-10 if dtype == np.float64 else 1e-5
+
+    @jax.jit
+    def solved(matrix, rhs):
+        return minres(lambda x: matrix @ x, rhs, tolerance=tolerance, most_steps=500)
+
+    for values in (-sizes, signs * sizes, signs * sizes * (np.arange(60) > 4), 0 * sizes):
+        matrix, rhs = (basis * values) @ basis.T, rng.standard_normal(60)
+        x, outside = solved(jnp.asarray(matrix, dtype), jnp.asarray(rhs, dtype))
+        inverse = np.linalg.pinv(matrix, rcond=1e-9)
+        # Where a part of the right-hand side is out of reach, the rest is known to the root of rounding.
+        error = 1e-3 if np.any(values == 0) else 1e3 * tolerance
+        np.testing.assert_allclose(x, inverse @ rhs, atol=error * np.linalg.norm(rhs))
+        np.testing.assert_allclose(outside, rhs - matrix @ inverse @ rhs, atol=error * np.linalg.norm(rhs))
 
 
 def test_first_derivatives_do_not_pay():

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from cases import dense, gaussian
+from cases import dense, gaussian, quick_jit
 from flax import nnx
 
 import jaxsrn.nnx as jnnx
@@ -250,3 +250,25 @@ def test_attention_without_convolutions_takes_muons_steps(standard_promotion):
     expected, _ = muon.update(matrices, muon.init(matrices), matrices)
     for name, step in expected.items():
         np.testing.assert_allclose(steps[name]["kernel"].reshape(step.shape), step, atol=1e-6)
+
+
+def test_each_layer_of_a_stack_has_its_own_step(standard_promotion):
+    """A dense and a circular stack, for two steps: as if all layers were named one by one."""
+    ops = {"dense": Dense(), "circular": CircularConv((4,))}
+    shapes = {"dense": (3, 2, 4), "circular": (2, 3, 2, 2)}
+
+    def apart(tree):
+        return {(name, i): kernel for name, leaf in tree.items() for i, kernel in enumerate(leaf)}
+
+    def stepped(params, name_of):
+        optimizer = spectral_descent(0.1, {(path,): ops[name_of(path)] for path in params}, num_passes=2)
+        update, state = quick_jit(optimizer.update), optimizer.init(params)
+        for _ in range(2):
+            updates, state = update(jax.tree.map(jnp.cos, params), state, params)
+            params = optax.apply_updates(params, updates)
+        return params
+
+    params = {name: jnp.asarray(gaussian(shape)) for name, shape in shapes.items()}
+    together, alone = stepped(params, lambda path: path), stepped(apart(params), lambda path: path[0])
+    for path, kernel in apart(together).items():
+        np.testing.assert_allclose(kernel, alone[path], rtol=1e-9, atol=1e-9)

@@ -17,6 +17,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from jaxsrn._tools.linalg import matmul, unit
+from jaxsrn._tools.minres import minres
 from jaxsrn._tools.tolerances import kernel_tolerance, vector_tolerance
 
 __all__ = [
@@ -34,8 +35,9 @@ _FEW_UNKNOWNS = 512
 # A restart forgets what 40 Krylov vectors have found, and more of them take memory; 20 restarts guard the loop. The
 # method "incremental" stops in the midst of a restart, where "batched" always completes it.
 _GMRES = {"atol": 0.0, "restart": 40, "maxiter": 20, "solve_method": "incremental"}
-# A guard of the loop. The steps grow with the root of the norm over its distance from the next singular value.
-_CG_STEPS = 1000
+# A guard of the loop. The steps grow with the norm over the distance of the value from the next singular value; for the
+# largest value with the root of that.
+_MINRES_STEPS = 1000
 # Relative residual up to which a solution is used. It is the error of the derivative where the system is well
 # posed; near a singular system, where two leading values meet, there is none.
 _ACCEPTED_RESIDUAL = 1e-3
@@ -95,9 +97,10 @@ def _as_units(z):
 def stationary(value: Callable, onto: Callable = _as_units) -> Callable:
     """The move of a `z` that stays the stationary point of a scalar `value(x, onto(z))`, by the implicit function.
 
-    The second derivative of this function in `z` is symmetric. Directions in which it vanishes are left out, up to
-    `_FEW_UNKNOWNS` unknowns: those along which `onto` does not change, and those of values that coincide. Larger
-    systems are solved by conjugate gradients, and the derivative is NaN where these do not converge.
+    The second derivative of this function in `z` is symmetric. Directions in which it vanishes are left out: those
+    along which `onto` does not change, and those of values that coincide. Up to `_FEW_UNKNOWNS` unknowns are found by
+    eigenvectors. Larger systems are solved by MINRES, and the derivative is NaN where that does not converge, which is
+    where values nearly coincide.
 
     Args:
       value: real; the arrays of `z` may be complex.
@@ -150,7 +153,7 @@ def real_vector(tree) -> tuple[Float[Array, " n"], Callable]:
 
 def _symmetric_solve(matvec: Callable, rhs: Float[Array, " n"]):
     """`matvec^-1 rhs` of a symmetric system."""
-    solve = _by_eigenvectors if rhs.size <= _FEW_UNKNOWNS else _by_conjugate_gradients
+    solve = _by_eigenvectors if rhs.size <= _FEW_UNKNOWNS else _by_minres
     return lax.custom_linear_solve(matvec, rhs, solve, symmetric=True)
 
 
@@ -164,20 +167,19 @@ def _by_eigenvectors(matvec: Callable, rhs: Float[Array, " n"]) -> Float[Array, 
     return matmul(vectors, inverse * matmul(vectors.T, rhs))
 
 
-def _by_conjugate_gradients(matvec: Callable, rhs: Float[Array, " n"]) -> Float[Array, " n"]:
-    """The solution of a negative semidefinite system, as at a maximum; NaN where the steps do not lead to it."""
-    tolerance = kernel_tolerance(rhs.dtype)
-    x, _ = jax.scipy.sparse.linalg.cg(lambda x: -matvec(x), -rhs, tol=tolerance, maxiter=_CG_STEPS)
-    return _accepted(matvec, rhs, x, jnp.nan)
+def _by_minres(matvec: Callable, rhs: Float[Array, " n"]) -> Float[Array, " n"]:
+    """The solution in the range of the system; NaN where the steps do not lead to it."""
+    x, outside = minres(matvec, rhs, tolerance=kernel_tolerance(rhs.dtype), most_steps=_MINRES_STEPS)
+    return _accepted(matvec(x) + outside, rhs, x, jnp.nan)
 
 
 def gmres(matvec: Callable, rhs: Float[Array, " n"], *, otherwise: float) -> Float[Array, " n"]:
     """`matvec^-1 rhs` by GMRES, and `otherwise` where that does not converge."""
     x, _ = jax.scipy.sparse.linalg.gmres(matvec, rhs, tol=kernel_tolerance(rhs.dtype), **_GMRES)
-    return _accepted(matvec, rhs, x, otherwise)
+    return _accepted(matvec(x), rhs, x, otherwise)
 
 
-def _accepted(matvec: Callable, rhs: Float[Array, " n"], x: Float[Array, " n"], otherwise: float):
-    """The solution `x` where its residual is small, else `otherwise`."""
-    error = jnp.linalg.norm(matvec(x) - rhs)
+def _accepted(reached: Float[Array, " n"], rhs: Float[Array, " n"], x: Float[Array, " n"], otherwise: float):
+    """The solution `x` where what it reaches is close to the right-hand side, else `otherwise`."""
+    error = jnp.linalg.norm(reached - rhs)
     return jnp.where(error <= _ACCEPTED_RESIDUAL * jnp.linalg.norm(rhs), x, otherwise)

@@ -23,7 +23,9 @@ def upper_bound(layers: Layers, params, *, norm: Callable = spectral_norm, log: 
     constant at most 1: ReLU, tanh, sigmoid, pooling in windows that do not overlap; not GELU or swish. There must be no
     skips: a residual block `x + g(x)` has the bound `1 + L_g`, and branches that are added have the sum of theirs.
     Attention is no such layer, nor is batch normalization; fold it into its convolution (`penalties.fold_batch_norm`).
-    Every layer that is not 1-Lipschitz must be named: the function does not see the network, and cannot check it.
+    Every layer that is not 1-Lipschitz must be named: the function does not see the network, and cannot check it. A
+    stack of layers counts as a chain of them, as `nn.scan` applies them. Members of an ensemble (`nnx.vmap`) stand side
+    by side: bound them one by one, and take the largest bound.
     Source: Sanyal, Torr, Dokania 2020, section 2.
 
     The product is an upper bound as far as `norm` is one. `spectral_norm` is exact to rounding, but of large layers

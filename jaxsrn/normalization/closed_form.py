@@ -15,6 +15,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from jaxsrn._tools.linalg import ratio, safe_sqrt
@@ -30,6 +31,7 @@ __all__ = [
     "closed_form",
     "functional",
     "is_feasible",
+    "over_weights",
     "problem_of",
     "squared_distance",
 ]
@@ -86,10 +88,17 @@ class Candidate(NamedTuple):
         return self.merit < INFEASIBLE_FROM
 
 
-def functional(pair: Pair, op: Operator, weights: Float[Array, "..."], kernel_shape) -> Float[Array, "..."]:
+def functional(pair: Pair, op: Operator, kernel_shape: tuple[int, ...]) -> Float[Array, "..."]:
     """`E`, with `<K, E>_d = <v, T(K) u>` for every kernel `K`; it is 0 at taps that meet no sample."""
-    plain = value_gradient(pair, op, kernel_shape)
-    return jnp.where(weights == 0, 0.0, plain / jnp.where(weights == 0, 1.0, weights))
+    return over_weights(value_gradient(pair, op, kernel_shape), op)
+
+
+def over_weights(gradient: Float[Array, "..."], op: Operator) -> Float[Array, "..."]:
+    """A kernel divided by the Frobenius weights `d`, and 0 at taps that meet no sample."""
+    counts = op._tap_counts(gradient.shape)
+    # The weights are static: one constant takes the place of a division that looks for zeros.
+    inverse = np.where(counts == 0, 0, 1 / np.maximum(counts, 1))
+    return gradient * jnp.asarray(inverse, gradient.dtype)
 
 
 def squared_distance(e, m, problem: Problem):

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 
 from jaxsrn._tools.held import gmres, held, is_inexact, real_vector
 from jaxsrn._tools.tolerances import kernel_tolerance
-from jaxsrn.normalization.closed_form import functional
+from jaxsrn.normalization.closed_form import over_weights
 from jaxsrn.normalization.normalized import normalized
 from jaxsrn.normalization.reverse_mode import in_reverse
 from jaxsrn.operators.base import Operator
@@ -58,9 +58,8 @@ def determined_pair(op: Operator, problem, pair: Pair) -> Pair:
     moved = moving_pair(a, op, target, pair, otherwise=jnp.nan)
     if op._normalization_keeps_pairs:
         return moved
-    weights = op.frobenius_weights(a.shape, a.dtype)
-    direction = functional(pair, op, weights, a.shape)
-    is_lowest = jnp.sum(weights * direction**2) * target <= 1 + kernel_tolerance(a.dtype)
+    gradient = value_gradient(pair, op, a.shape)
+    is_lowest = jnp.sum(gradient * over_weights(gradient, op)) * target <= 1 + kernel_tolerance(a.dtype)
     factor = jnp.where(is_lowest, jnp.nan, 1.0)
     return jax.tree.map(lambda leaf: leaf * factor.astype(leaf.dtype) if is_inexact(leaf) else leaf, moved)
 

@@ -141,7 +141,7 @@ def _ascend(problem: Problem, op: Operator, start: _Ascent, max_steps: int | Int
         first = state.num_steps < 0
         tolerance_here = jnp.where(first, jnp.inf, vector_tolerance(weights.dtype))
         pair = chosen(first, state.pair, nearby(state.point, op, state.pair, tolerance_here))
-        new = closed_form(problem, functional(pair, op, weights, shape))
+        new = closed_form(problem, functional(pair, op, shape))
         residual = new.kernel - state.point
         size = safe_sqrt(problem.inner(new.kernel, new.kernel))
         change = safe_sqrt(problem.inner(residual, residual)) / jnp.where(size == 0, 1.0, size)

@@ -168,7 +168,7 @@ def lowered(kernel, op: Operator, target, solution: Fixpoint, keep_norm: bool) -
 
 def _of_pair(op: Operator, problem: Problem, pair: Pair):
     """The kernel of the closed form."""
-    return closed_form(problem, functional(pair, op, problem.weights, problem.kernel.shape)).kernel
+    return closed_form(problem, functional(pair, op, problem.kernel.shape)).kernel
 
 
 def _moved_pair(op: Operator, problem: Problem, pair: Pair) -> Pair:

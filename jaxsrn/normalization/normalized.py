@@ -15,9 +15,10 @@ from jaxtyping import Array, Bool, Float
 
 from jaxsrn._tools.linalg import safe_sqrt
 from jaxsrn._tools.programs import program
-from jaxsrn.normalization.closed_form import functional
+from jaxsrn.normalization.closed_form import over_weights
 from jaxsrn.operators.base import Operator
 from jaxsrn.spectra.moving_pairs import frozen_value
+from jaxsrn.spectra.pairs_by_kind import value_gradient
 from jaxsrn.spectra.singular_pair import Pair
 
 __all__ = ["is_only_rescaled", "normalized"]
@@ -43,17 +44,18 @@ def is_only_rescaled(a: Float[Array, "..."], op: Operator, target, pair: Pair) -
 
 def _parts(a: Float[Array, "..."], op: Operator, target, pair: Pair):
     """`(E / e, R, c)`, and whether `c = 1 / m`."""
-    weights = op.frobenius_weights(a.shape, a.dtype)
-    direction = functional(pair, op, weights, a.shape)
-    weighted = weights * direction
-    e, m = jnp.sum(weighted * direction), jnp.sum(weighted * a)
+    gradient = value_gradient(pair, op, a.shape)
+    direction = over_weights(gradient, op)
+    e, m = jnp.sum(gradient * direction), jnp.sum(gradient * a)
     # A pair of zeros leaves the kernel as the rest.
-    along = direction / jnp.where(e == 0, 1.0, e)
+    inverse = 1 / jnp.where(e == 0, 1.0, e)
+    along = inverse * direction
     rest = a - m * along
-    length = safe_sqrt(jnp.sum(weights * rest * rest))
-    radius = safe_sqrt(target - 1 / jnp.where(e == 0, 1.0, e))
+    # Lengths are compared by their squares, of which one root is taken in the end.
+    squared = jnp.sum(op.frobenius_weights(a.shape, a.dtype) * rest * rest)
+    wanted = jnp.maximum(target - inverse, 0.0)
     # A zero kernel counts as rescaled, and NaN does not.
-    is_rescaled = (m >= 0) & (length <= m * radius)
-    over = jnp.where(is_rescaled, m, length)
-    factor = jnp.where(is_rescaled, 1.0, radius) / jnp.where(over == 0, 1.0, over)
+    is_rescaled = (m >= 0) & (squared <= m * m * wanted)
+    over = jnp.where(is_rescaled, m * m, squared)
+    factor = safe_sqrt(jnp.where(is_rescaled, 1.0, wanted) / jnp.where(over == 0, 1.0, over))
     return along, rest, factor, is_rescaled

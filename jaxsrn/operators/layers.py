@@ -1,16 +1,20 @@
 """Layers of a model by path: the kernels that paths name in a tree of parameters, and stacks of kernels of one shape.
 
 A path is the tuple of plain keys from the root of the tree to the kernel, such as `("conv1", "kernel")`. The kernels of
-a stack share one compiled program.
+a stack share one compiled program. A path may also name a **stack of layers**, as `nn.scan` and `nnx.vmap` make them:
+then the array has the kernels of as many layers along axes before those of a kernel.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Shaped
 
 from jaxsrn._tools.checks import ensure, errors_named, kernel_array
@@ -25,6 +29,7 @@ __all__ = [
     "check_some",
     "find_kernels",
     "named_kernels",
+    "split_shape",
     "stacked",
     "stacks",
     "values_of_stacks",
@@ -59,11 +64,43 @@ class LayerOperators(dict):
 
 
 class Stack(NamedTuple):
-    """Kernels of one operator, shape and dtype along a new first axis, with their paths."""
+    """Kernels of one operator, shape and dtype along a first axis, with their paths.
+
+    Attributes:
+      op: the operator.
+      paths: where the kernels are.
+      outer: for each path, the shape of the stack of layers that it names; `()` for one layer.
+      kernels: those of all paths.
+    """
 
     op: Operator
     paths: list[Path]
+    outer: list[tuple[int, ...]]
     kernels: Shaped[Array, "layers ..."]
+
+    def joined(self, trees: Sequence):
+        """The trees of all paths, whose arrays have the axes of stacks first, as one along the axis of layers."""
+        return jax.tree.map(lambda *leaves: _joined(leaves, self.outer), *trees)
+
+    def parted(self, tree) -> list:
+        """The inverse of `joined`: a tree for each path."""
+        ends = np.cumsum([math.prod(outer) for outer in self.outer])
+        places = zip([0, *ends], ends, self.outer, strict=False)
+        return [
+            jax.tree.map(lambda leaf, a=a, b=b, outer=outer: leaf[a:b].reshape((*outer, *leaf.shape[1:])), tree)
+            for a, b, outer in places
+        ]
+
+
+def _joined(leaves, outer) -> Shaped[Array, "layers ..."]:
+    shaped = zip(leaves, outer, strict=True)
+    return jnp.concatenate([leaf.reshape((-1, *leaf.shape[len(axes) :])) for leaf, axes in shaped])
+
+
+def split_shape(op: Operator, shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The shape of the stack of layers, `()` for one layer, and that of a kernel, from the shape of an array."""
+    axes = 0 if op._kernel_axes is None else max(len(shape) - op._kernel_axes, 0)
+    return shape[:axes], shape[axes:]
 
 
 def plain(path) -> Path:
@@ -118,19 +155,16 @@ def named_kernels(layers: Layers, params) -> dict[Path, Shaped[Array, "..."]]:
     """The kernels that `layers` names in `params`, by path.
 
     Raises:
-      ValueError: what `find_kernels` refuses, a kernel that does not fit its operator, or a stack of kernels.
+      ValueError: what `find_kernels` refuses, or a kernel that does not fit its operator.
     """
     leaves = jax.tree.leaves(params)
     kernels = {}
     for path, index in find_kernels(layers, params).items():
         with errors_named(f"layers: at {path!r}"):
-            axes, shape = layers[path]._kernel_axes, jnp.shape(leaves[index])
-            ensure(
-                axes is None or len(shape) <= axes,
-                f"got a stack of kernels of shape {shape} for {layers[path]}, expected {axes} axes; give the layers "
-                "one by one, or wrap them, as the wrappers of jaxsrn.nnx and jaxsrn.linen take stacks.",
-            )
-            kernels[path] = kernel_array(leaves[index], layers[path])
+            checked = functools.partial(kernel_array, op=layers[path])
+            for _ in split_shape(layers[path], jnp.shape(leaves[index]))[0]:
+                checked = jax.vmap(checked)
+            kernels[path] = checked(leaves[index])
     return kernels
 
 
@@ -138,8 +172,13 @@ def stacked(layers: Layers, kernels: Mapping) -> list[Stack]:
     """The given kernels, with those of equal operator, shape and dtype stacked."""
     groups: dict[tuple, list[Path]] = {}
     for path, kernel in kernels.items():
-        groups.setdefault((layers[path], kernel.shape, kernel.dtype), []).append(path)
-    return [Stack(op, paths, jnp.stack([kernels[path] for path in paths])) for (op, _, _), paths in groups.items()]
+        _, shape = split_shape(layers[path], kernel.shape)
+        groups.setdefault((layers[path], shape, kernel.dtype), []).append(path)
+    found = []
+    for (op, _, _), paths in groups.items():
+        outer = [split_shape(op, kernels[path].shape)[0] for path in paths]
+        found.append(Stack(op, paths, outer, _joined([kernels[path] for path in paths], outer)))
+    return found
 
 
 def stacks(layers: Layers, params) -> list[Stack]:
@@ -171,7 +210,7 @@ def values_of_stacks(function: Callable, layers: Layers, params) -> list:
         leaves = jax.tree.leaves(values)
         for leaf in leaves:
             ensure(
-                jnp.shape(leaf) == (len(stack.paths),),
+                jnp.shape(leaf) == (len(stack.kernels),),
                 f"function: got a value of shape {jnp.shape(leaf)[1:]} for {stack.paths[0]!r}, expected a scalar.",
             )
         latest = jnp.sum(leaves[0])

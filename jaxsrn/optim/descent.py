@@ -20,7 +20,7 @@ from jaxsrn._tools.checks import ensure, errors_named, float_dtype, static_int
 from jaxsrn._tools.linalg import ratio
 from jaxsrn.operators.base import Dense, Operator
 from jaxsrn.operators.convolutions import UnboundedConv
-from jaxsrn.operators.layers import Layers, after, find_kernels, named_kernels, stacked
+from jaxsrn.operators.layers import Layers, after, find_kernels, named_kernels, split_shape, stacked
 from jaxsrn.projections.frequency_passes import few_frequencies, first_stack, passes, unit_direction
 from jaxsrn.projections.steepest import METHODS, flattened, steepest
 from jaxsrn.spectra.common_shapes import is_matrix
@@ -81,7 +81,7 @@ def spectral_descent(
     Args:
       learning_rate: a number or an optax schedule.
       layers: `{path: operator}`, as `jaxsrn.nnx.layer_operators` gives it. Without inputs that makes the operators
-        unbounded, which is what this is fastest for.
+        unbounded, which is what this is fastest for. A path may name a stack of layers, as in `keep_spectral_norm`.
       momentum: the decay rate of the average of gradients, Muon's `beta`.
       nesterov: whether the average looks one gradient ahead, as in Muon.
       method: static; how convolutions find their step. `"exact"` is that of `projections.steepest`, for small layers.
@@ -140,8 +140,8 @@ def _as_muon(dense, momentum: float, nesterov: bool):
         return tree.unflatten([one(ops[place], leaf) for place, leaf in enumerate(leaves)])
 
     def axes(op, update):
-        del update
-        all_axes = tuple(range(op.input_axes + op.output_axes))
+        first = len(split_shape(op, update.shape)[0])
+        all_axes = tuple(range(first, first + op.input_axes + op.output_axes))
         return optax.contrib.MuonDimensionNumbers(all_axes[: op.input_axes], all_axes[op.input_axes :])
 
     dimensions = functools.partial(mapped, axes)
@@ -151,11 +151,12 @@ def _as_muon(dense, momentum: float, nesterov: bool):
 
 def _scaled(op: Operator, step: Float[Array, "..."]) -> Float[Array, "..."]:
     """The step times `sqrt(max(1, outputs / inputs))`, by which features change alike at every width."""
+    _, shape = split_shape(op, step.shape)
     if isinstance(op, UnboundedConv):
-        outputs = step.shape[-1]
-        inputs = step.shape[-2] * op.feature_group_count * math.prod(op._axis_strides(step.shape))
+        outputs = shape[-1]
+        inputs = shape[-2] * op.feature_group_count * math.prod(op._axis_strides(shape))
     else:
-        outputs, inputs = math.prod(op.out_shape(step.shape)), math.prod(op.in_shape(step.shape))
+        outputs, inputs = math.prod(op.out_shape(shape)), math.prod(op.in_shape(shape))
     return jnp.sqrt(jnp.maximum(1, outputs / inputs)).astype(step.dtype) * step
 
 
@@ -165,9 +166,11 @@ def _scale_by_steepest(layers, momentum, nesterov: bool, method: str, num_passes
     def init(params):
         memory = []
         for path, kernel in named_kernels(layers, params).items():
+            outer, shape = split_shape(layers[path], kernel.shape)
             with errors_named(f"layers: at {path!r}"):
-                layers[path]._check_not_aliased(kernel.shape)
-            memory.append(_no_memory(layers[path], kernel, method))
+                layers[path]._check_not_aliased(shape)
+            none = _no_memory(layers[path], jax.ShapeDtypeStruct(shape, kernel.dtype), method)
+            memory.append(jax.tree.map(lambda leaf, n=outer: jnp.broadcast_to(leaf, (*n, *leaf.shape)), none))
         return SpectralDescentState(jnp.zeros((), jnp.int32), jax.tree.map(jnp.zeros_like, params), tuple(memory))
 
     def update(updates, state, params=None, **extra_args):
@@ -200,13 +203,12 @@ def _all_steps(layers, momenta: dict, memory, count, method: str, num_passes: in
     memory, steps, done = dict(zip(layers, memory, strict=True)), {}, jnp.zeros(())
     for stack in stacked(layers, momenta):
         momentum = stack.kernels.astype(float_dtype(stack.kernels.dtype))
-        memories = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(memory[path] for path in stack.paths))
+        memories = stack.joined([memory[path] for path in stack.paths])
         one = functools.partial(_one_step, op=stack.op, is_first=count == 0, method=method, num_passes=num_passes)
         found, memories = lax.map(lambda layer, one=one: one(*layer), (after(momentum, done), memories))
         done = found.reshape(-1)[0]
-        for i, path in enumerate(stack.paths):
-            steps[path] = _scaled(stack.op, found[i])
-            memory[path] = jax.tree.map(lambda leaf, i=i: leaf[i], memories)
+        for path, (step, new) in zip(stack.paths, stack.parted((found, memories)), strict=True):
+            steps[path], memory[path] = _scaled(stack.op, step), new
     return steps, tuple(memory[path] for path in layers)
 
 

@@ -23,7 +23,7 @@ from jaxsrn.normalization.lower_stable_rank import lowered, lowest, srnc
 from jaxsrn.normalization.result import SRNResult
 from jaxsrn.operators.base import Operator
 from jaxsrn.operators.convolutions import ZeroPaddedConv
-from jaxsrn.operators.layers import Layers, after, check_some, find_kernels, named_kernels, stacked
+from jaxsrn.operators.layers import Layers, after, check_some, find_kernels, named_kernels, split_shape, stacked
 from jaxsrn.projections.spectral_ball import project_spectral_ball
 from jaxsrn.spectra.pairs_by_kind import no_pair
 from jaxsrn.spectra.ranks import stable_rank, target_of_fraction
@@ -97,8 +97,11 @@ def keep(layers: Layers, every: int, rule: Rule) -> optax.GradientTransformation
         kernels = named_kernels(layers, params)
         memory = []
         for path, op in layers.items():
+            outer, shape = split_shape(op, kernels[path].shape)
             with errors_named(f"layers: at {path!r}", " To exempt this layer, leave its path out of layers."):
-                memory.append(rule.begin(op, kernels[path].shape, float_dtype(kernels[path].dtype)))
+                first = rule.begin(op, shape, float_dtype(kernels[path].dtype))
+            # Each layer of a stack has a memory of its own.
+            memory.append(jax.tree.map(lambda leaf, n=outer: jnp.broadcast_to(leaf, (*n, *leaf.shape)), first))
         return KeepState(jnp.zeros((), jnp.int32), tuple(memory))
 
     # The jit is here, so that an eager `update` compiles once.
@@ -153,14 +156,14 @@ def _corrected(layers, rule: Rule, kernels: dict, steps: dict, memory: dict):
     points = {path: kernels[path].astype(dtype) + steps[path].astype(dtype) for path, dtype in wide.items()}
     done = jnp.zeros(())
     for stack in stacked(layers, points):
-        memories = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(memory[path] for path in stack.paths))
+        memories = stack.joined([memory[path] for path in stack.paths])
         targets, memories = rule.correct(after(stack.kernels, done), stack.op, memories)
         done = targets.reshape(-1)[0]
-        for i, path in enumerate(stack.paths):
+        for path, (target, new) in zip(stack.paths, stack.parted((targets, memories)), strict=True):
             # A kernel that meets the constraint already keeps its step to the last bit.
-            same, step = targets[i] == points[path], targets[i] - kernels[path].astype(targets.dtype)
+            same, step = target == points[path], target - kernels[path].astype(target.dtype)
             steps[path] = jnp.where(same, steps[path], step.astype(steps[path].dtype))
-            memory[path] = jax.tree.map(lambda new, old, i=i: new[i].astype(old.dtype), memories, memory[path])
+            memory[path] = jax.tree.map(lambda new, old: new.astype(old.dtype), new, memory[path])
     return _listed(layers, steps, memory)
 
 

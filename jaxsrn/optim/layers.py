@@ -38,7 +38,8 @@ def keep_spectral_norm(layers: Layers, max_norm, *, every: int = 1) -> optax.Gra
 
     Args:
       layers: `{path: operator}`, as `jaxsrn.nnx.layer_operators` gives it; a path is the tuple of plain keys to the
-        kernel, `("conv1", "kernel")`.
+        kernel, `("conv1", "kernel")`. It may name a stack of layers, whose array has axes before those of a kernel, as
+        `nn.scan` and `nnx.vmap` make it; each layer of it is projected by itself.
       max_norm: positive.
       every: static; steps from one projection to the next. The first projection is in step `every`.
 

@@ -25,7 +25,8 @@ def total(function: Callable, layers: Layers, params) -> Float[Array, ""]:
       function: a map from `(kernel, op)` to a scalar, such as `spectral_norm`, `bounds.tensor_norm`, `stable_rank` or
         `functools.partial(penalties.extreme_singular_values, alpha=2.0)`.
       layers: `{path: operator}`; a path is the tuple of plain keys to the kernel, `("conv1", "kernel")`, as
-        `flax.traverse_util.flatten_dict` and `flax.nnx.to_flat_state` name it.
+        `flax.traverse_util.flatten_dict` and `flax.nnx.to_flat_state` name it. It may name a stack of layers, whose
+        array has axes before those of a kernel, as `nn.scan` and `nnx.vmap` make it; all its layers are summed.
       params: nested dicts, an `nnx.State`, or any pytree; other leaves are not read.
 
     Returns:

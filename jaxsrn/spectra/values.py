@@ -124,8 +124,8 @@ def top_singular_values(kernel: Kernel, op: Operator, k: int) -> Float[Array, " 
     Circular and dense layers take the first of `singular_values`, and so do layers with zero padding where a fifth or
     more of the values of a small matrix is asked for. Other layers with zero padding take the Lanczos method with
     deflation, matrix-free. The gradient holds the singular vectors constant, which is exact for simple values, and so
-    is the second derivative. Of layers with more than 512 numbers in their vectors that may be NaN for all but the
-    largest value, whose system alone is semidefinite.
+    is the second derivative. Of layers with more than 512 numbers in their vectors that is NaN where values nearly
+    coincide and the steps of a linear solver do not suffice.
 
     Args:
       kernel: `(c_in, c_out)` or `(*taps, c_in // groups, c_out)`.

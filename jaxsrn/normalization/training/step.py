@@ -210,10 +210,7 @@ def _follows_own(op: Operator, target, norm, cap) -> bool:
 def _srnc_state(kernel, op, own, target, follows_own):
     kernel = lax.stop_gradient(kernel.astype(float_dtype(kernel.dtype)))
     a, _ = rescaled(kernel, op)
-    state = _as_floats(_started(a, op, own, target, follows_own), op, kernel.shape)
-    # A NaN of the kernel reaches all of the state.
-    nothing = 0.0 * jnp.sum(a)
-    return jax.tree.map(lambda leaf: leaf + nothing, state)
+    return _as_floats(_started(a, op, own, target, follows_own), op, a)
 
 
 def _started(a: Float[Array, "..."], op: Operator, own: Pair, target, follows_own: bool) -> SRNCState:
@@ -299,14 +296,16 @@ def _srnc_step(kernel, state, op, target, norm, cap, gradient, steps):
         norm = own_norm if norm is None else jnp.minimum(norm, own_norm)
         # The map is the identity here. The product below has the same value, but no derivative at a zero kernel, where
         # both of its factors vanish.
-        unchanged = unchanged | (is_only_rescaled(a, op, target, pair) & (own_norm <= norm))
+        unchanged |= is_only_rescaled(a, op, target, pair) & (own_norm <= norm)
     normalized_kernel = jnp.where(unchanged, kernel, (norm * unit_kernel).astype(kernel.dtype))
-    return normalized_kernel, _as_floats(state, op, kernel.shape)
+    return normalized_kernel, _as_floats(state, op, fixed)
 
 
-def _as_floats(state: SRNCState, op: Operator, kernel_shape) -> SRNCState:
-    """The state in real floats throughout, as the caller keeps it."""
-    return SRNCState(*(track and track_as_floats(track, op, kernel_shape) for track in state))
+def _as_floats(state: SRNCState, op: Operator, a: Float[Array, "..."]) -> SRNCState:
+    """The state in real floats throughout, as the caller keeps it: all of it NaN for a kernel with NaN in it."""
+    nothing = 0.0 * jnp.sum(a)
+    floats = SRNCState(*(track and track_as_floats(track, op, a.shape) for track in state))
+    return jax.tree.map(lambda leaf: leaf + nothing, floats)
 
 
 def _of_floats(state: SRNCState, op: Operator, kernel_shape, dtype) -> SRNCState:
@@ -368,5 +367,7 @@ def _without_pair_of_zero(a: Float[Array, "..."], track: Track) -> Track:
     A zero kernel has no leading pair, and an arbitrary one would lead the next kernel to a poor local solution. With an
     output of 0 the closed form is the next kernel itself, up to its scale, so the pair starts as that kernel's own.
     """
-    output = jnp.where(jnp.all(a == 0), jnp.zeros_like(track.pair.output), track.pair.output)
+    # In the scale of `rescaled` it is 1, or 0 for a zero kernel.
+    largest = jnp.sign(jnp.max(jnp.abs(a)))
+    output = track.pair.output * largest.astype(track.pair.output.dtype)
     return track._replace(pair=track.pair._replace(output=output))

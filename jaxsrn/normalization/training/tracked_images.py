@@ -14,10 +14,11 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxsrn._tools.indexing import picked
 from jaxsrn._tools.linalg import einsum, unit
+from jaxsrn._tools.programs import program
 from jaxsrn._tools.subspaces import extended, fixed_start, rayleigh_ritz
 from jaxsrn.operators.base import Operator
 from jaxsrn.spectra.singular_pair import Pair
@@ -80,27 +81,37 @@ def follow(kernel: Float[Array, "..."], op: Operator, pair: Pair, watch: Float[A
         return op.apply(kernel, vectors.reshape((-1, *shape)), precision=highest)
 
     # The vectors come in orthonormal up to rounding, which the choice of the largest would amplify from step to step.
-    kept = _orthonormalised(jnp.concatenate([unit(pair.input)[None], watch]).reshape((1 + _RUNNERS_UP, -1)))
-    images = forward(kept)
-    steps = op.transpose(kernel, images[:_EXPANDED], precision=highest)
-    basis = _orthonormalised(jnp.concatenate([kept, steps.reshape((_EXPANDED, -1))]))
-    images = jnp.concatenate([images, forward(basis[len(kept) :])])
+    num_kept = 1 + _RUNNERS_UP
+    vectors = jnp.concatenate([unit(pair.input)[None], watch]).reshape((num_kept, -1))
+    room = jnp.zeros((_EXPANDED, vectors.shape[1]), vectors.dtype)
+    basis = _orthonormalised(jnp.concatenate([vectors, room]), np.int32(0), np.int32(num_kept))
+    images = forward(basis[:num_kept])
+    steps = op.transpose(kernel, images[:_EXPANDED], precision=highest).reshape(room.shape)
+    vectors = jnp.concatenate([basis[:num_kept], steps])
+    basis = _orthonormalised(vectors, np.int32(num_kept), np.int32(len(vectors)))
+    images = jnp.concatenate([images, forward(basis[num_kept:])])
     axes = tuple(range(1, images.ndim))
     gram = jnp.tensordot(images, images, axes=(axes, axes), precision=highest)
     squares, weights = rayleigh_ritz(gram)
-    weights = weights[: len(kept)]
+    weights = weights[:num_kept]
     inputs = einsum("kj,jn->kn", weights, basis)
     output = unit(jnp.tensordot(weights[0], images, axes=1, precision=highest))
     turned = jnp.abs(weights[0, 0]) < _SAME_OVERLAP
     step = Step(jnp.sqrt(gram[0, 0]), jnp.sqrt(squares[0]), turned)
-    return Pair(pair.site, unit(inputs[0]).reshape(shape), output), inputs[1:].reshape(watch.shape), step
+    return Pair(pair.site, inputs[0].reshape(shape), output), inputs[1:].reshape(watch.shape), step
 
 
-def _orthonormalised(vectors: Float[Array, "k n"]) -> Float[Array, "k n"]:
-    """What each vector adds to the span of those before it, as a unit vector, and 0 where that is nothing."""
+# A subroutine, as a step takes it twice.
+@program
+def _orthonormalised(vectors: Float[Array, "k n"], first: Int[Array, ""], end: Int[Array, ""]) -> Float[Array, "k n"]:
+    """What each vector from `first` to `end` adds to the span of those before it, as a unit vector, or 0 for nothing.
+
+    Those before the first are orthonormal already, and stay.
+    """
+    places = lax.broadcasted_iota(jnp.int32, (len(vectors), 1), 0)
 
     def add(i, basis):
-        new = extended(basis, picked(vectors, i))[-1]
-        return jnp.where((jnp.arange(len(basis), dtype=jnp.int32) == i)[:, None], new[None], basis)
+        before = jnp.where(places < i, basis, 0)
+        return jnp.where(places == i, extended(before, picked(basis, i))[-1:], basis)
 
-    return lax.fori_loop(np.int32(0), np.int32(len(vectors)), add, jnp.zeros_like(vectors))
+    return lax.fori_loop(first, end, add, vectors)

@@ -94,7 +94,7 @@ def follow(kernel: Float[Array, "..."], op: CircularConv | UnboundedConv, pair: 
         Climbers(pair.site.index, pair.output),
         watch,
     )
-    factors = waves(angles_of(layer.grid, kernel.dtype), 2 * rows.index, exponents)
+    factors = waves(angles_of(layer.grid, kernel.dtype, parts=1), rows.index, exponents)
     reached = real_times("gtrc,kgc->kgtr", coefficients, rows.output)
     before, inputs = _units(einsum("kgt,kgtr->kgr", factors, reached))
     filters = factors * einsum("kgr,kgtr->kgt", inputs.conj(), reached)

@@ -18,34 +18,35 @@ __all__ = ["Angles", "angles_of", "phases", "waves"]
 
 
 class Angles(NamedTuple):
-    """How many units make half a step between neighbouring frequencies, per axis: a whole number and the rest of it."""
+    """How many units make a part of a step between neighbouring frequencies, per axis: a whole number and its rest."""
 
     whole: Int[Array, " axes"]
     rest: Float[Array, " axes"]
 
 
-def angles_of(grid: tuple[int, ...], dtype) -> Angles:
-    """The angles of a grid, for computations in a real dtype (static)."""
-    bits = jnp.finfo(dtype).bits
-    halves = [divmod(2**bits, 2 * n) for n in grid]
-    whole = np.array([whole for whole, _ in halves], f"uint{bits}").view(f"int{bits}")
-    return Angles(whole, np.array([rest / (2 * n) for (_, rest), n in zip(halves, grid, strict=True)], dtype))
+def angles_of(grid: tuple[int, ...], dtype, *, parts: int = 2) -> Angles:
+    """The angles of a grid, for computations in a real dtype (static); by default those of halves of its steps."""
+    turn = 2 ** jnp.finfo(dtype).bits
+    wholes, rests = zip(*(divmod(turn, parts * n) for n in grid), strict=True)
+    whole = np.array([whole % turn for whole in wholes], f"uint{jnp.finfo(dtype).bits}")
+    rest = np.array([rest / (parts * n) for rest, n in zip(rests, grid, strict=True)], dtype)
+    return Angles(whole.view(f"int{jnp.finfo(dtype).bits}"), rest)
 
 
-def phases(angles: Angles, doubled: Int[Array, "... axes"], exponents: np.ndarray) -> Float[Array, "... terms"]:
-    """`<w, t>` up to full turns, at halves of the doubled indices, for the exponents `t`, `(terms, axes)`."""
+def phases(angles: Angles, steps: Int[Array, "... axes"], exponents: np.ndarray) -> Float[Array, "... terms"]:
+    """`<w, t>` up to full turns, as many steps of the angles away from 0, for the exponents `t`, `(terms, axes)`."""
     whole, rest = (jnp.asarray(part) for part in angles)
-    steps = doubled.astype(whole.dtype)
-    shape = (1,) * (doubled.ndim - 1) + whole.shape
+    steps = steps.astype(whole.dtype)
+    shape = (1,) * (steps.ndim - 1) + whole.shape
     units = steps * whole.reshape(shape)
     # A static grid of a power of two has no rest.
     if not isinstance(angles.rest, np.ndarray) or np.any(angles.rest):
         units = units + jnp.round(steps.astype(rest.dtype) * rest.reshape(shape)).astype(whole.dtype)
-    turns = lax.dot_general(units, jnp.asarray(exponents, whole.dtype), (((doubled.ndim - 1,), (1,)), ((), ())))
+    turns = lax.dot_general(units, jnp.asarray(exponents, whole.dtype), (((steps.ndim - 1,), (1,)), ((), ())))
     return turns.astype(rest.dtype) * (2 * math.pi * 2.0 ** -jnp.finfo(rest.dtype).bits)
 
 
-def waves(angles: Angles, doubled: Int[Array, "... axes"], exponents: np.ndarray) -> Complex[Array, "... terms"]:
-    """`exp(-i <w, t>)` at halves of the doubled indices."""
-    turned = phases(angles, doubled, exponents)
+def waves(angles: Angles, steps: Int[Array, "... axes"], exponents: np.ndarray) -> Complex[Array, "... terms"]:
+    """`exp(-i <w, t>)`, as many steps of the angles away from 0."""
+    turned = phases(angles, steps, exponents)
     return lax.complex(jnp.cos(turned), -jnp.sin(turned))

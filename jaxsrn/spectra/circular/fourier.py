@@ -170,7 +170,7 @@ def site_shape(op: CircularConv, kernel_shape) -> tuple[int, int]:
 def site_waves(op: CircularConv, kernel_shape, site: Site | ShiftedSite, dtype) -> Complex[Array, "... terms"]:
     """`exp(-i <w, t>)` of every term of `polynomial` at the frequency of a site, or of several."""
     terms = terms_of(op, kernel_shape)
-    factors = waves(angles_of(op.grid, dtype), 2 * site.index, terms)
+    factors = waves(angles_of(op.grid, dtype, parts=1), site.index, terms)
     return factors * _turns(site.shift, terms) if isinstance(site, ShiftedSite) else factors
 
 

@@ -14,6 +14,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Complex, Float
 
+from jaxsrn._tools.linalg import einsum
 from jaxsrn.operators.convolutions import CircularConv
 from jaxsrn.spectra.circular.angles import angles_of, phases
 from jaxsrn.spectra.circular.fourier import polynomial, site_waves
@@ -31,8 +32,8 @@ def site_gradient(
 ):
     """`grad_K Re(u^H S_K(w) v)` of a unit pair `(u, v)` at a site, of shape `kernel_shape`."""
     groups, dtype = op.feature_group_count, u.real.dtype
-    turned = site_waves(op, kernel_shape, site, dtype)[:, None] * v[None]
-    terms = (u.conj()[None, :, None] * turned[:, None]).real[None]
+    turned = einsum("t,c->tc", site_waves(op, kernel_shape, site, dtype), v)
+    terms = einsum("r,tc->trc", u.conj(), turned).real[None]
     if groups > 1:
         in_group = (jnp.arange(groups, dtype=jnp.int32) == site.group).astype(dtype)
         terms = in_group[:, None, None, None] * terms

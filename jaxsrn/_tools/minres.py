@@ -1,0 +1,117 @@
+"""Symmetric linear systems that need not be definite, by products alone: MINRES (Paige, Saunders 1975).
+
+The conjugate gradients of `jax.scipy` are for definite systems. The second derivative of a singular value in its
+vectors is definite for the largest value alone; for any other it has eigenvalues of both signs, and where values
+coincide it is singular.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from jaxsrn._tools.linalg import ratio
+
+__all__ = ["minres"]
+
+
+class _State(NamedTuple):
+    """The recurrences of Elman, Silvester, Wathen 2014, "Finite elements and fast iterative solvers", Algorithm 2.4.
+
+    Attributes:
+      x: the solution so far.
+      vectors: the last two vectors of Lanczos, the latter not normalised yet.
+      directions: the last two directions in which `x` moved.
+      length: of the latter vector of Lanczos.
+      cosines, sines: of the last two rotations.
+      residual: that of `x`, up to its sign.
+      slope, size: the norm of the matrix times the residual of the step before, and an estimate of the matrix's norm.
+      count: steps so far.
+    """
+
+    x: Float[Array, " n"]
+    vectors: tuple[Float[Array, " n"], Float[Array, " n"]]
+    directions: tuple[Float[Array, " n"], Float[Array, " n"]]
+    length: Float[Array, ""]
+    cosines: tuple[Float[Array, ""], Float[Array, ""]]
+    sines: tuple[Float[Array, ""], Float[Array, ""]]
+    residual: Float[Array, ""]
+    slope: Float[Array, ""]
+    size: Float[Array, ""]
+    count: Int[Array, ""]
+
+
+def minres(matvec: Callable, rhs: Float[Array, " n"], *, tolerance: float, most_steps: int):
+    """The shortest `x` of the smallest `||matvec(x) - rhs||`, for a symmetric `matvec`.
+
+    Args:
+      matvec: symmetric; definite or not, singular or not.
+      rhs: the right-hand side.
+      tolerance: the relative residual at which the loop ends.
+      most_steps: a guard of the loop, whose last `x` is returned.
+
+    Returns:
+      `(x, outside)`: what of `rhs` is outside of the range of `matvec`, up to the root of rounding, and is left out.
+    """
+
+    def step(state: _State) -> _State:
+        (before, now), (older, old) = state.vectors, state.directions
+        now = ratio(now, state.length)
+        image = matvec(now)
+        along = jnp.vdot(now, image)
+        following = image - along * now - state.length * before
+        length = jnp.linalg.norm(following)
+        (c_before, c), (s_before, s) = state.cosines, state.sines
+        diagonal = c * along - c_before * s * state.length
+        pivot = jnp.hypot(diagonal, length)
+        direction = now - s_before * state.length * older - (s * along + c_before * c * state.length) * old
+        direction = ratio(direction, pivot)
+        # Where the pivot is 0 nothing of the residual can go.
+        cosine, sine = ratio(diagonal, pivot), jnp.where(pivot == 0, 1.0, ratio(length, pivot))
+        return _State(
+            state.x + cosine * state.residual * direction,
+            (now, following),
+            (old, direction),
+            length,
+            (c, cosine),
+            (s, sine),
+            -sine * state.residual,
+            jnp.abs(state.residual) * jnp.hypot(diagonal, c * length),
+            jnp.maximum(state.size, jnp.hypot(along, length)),
+            state.count + 1,
+        )
+
+    norm = jnp.linalg.norm(rhs)
+
+    def is_outside(state: _State):
+        # No residual comes closer to the outside of the range in this arithmetic. In the beginning nothing is known.
+        closest = math.sqrt(jnp.finfo(rhs.dtype).eps)
+        return (state.slope <= closest * state.size * jnp.abs(state.residual)) & (state.count > 0)
+
+    def unfinished(state: _State):
+        is_left = (jnp.abs(state.residual) > tolerance * norm) & ~is_outside(state)
+        return is_left & (state.length > 0) & (state.count < most_steps)
+
+    nothing, zero, one = jnp.zeros_like(rhs), jnp.zeros_like(norm), jnp.ones_like(norm)
+    start = _State(
+        nothing,
+        (nothing, rhs),
+        (nothing, nothing),
+        norm,
+        (one, one),
+        (zero, zero),
+        norm,
+        zero,
+        zero,
+        jnp.zeros((), jnp.int32),
+    )
+    last = lax.while_loop(unfinished, step, start)
+    left_out = (jnp.abs(last.residual) > tolerance * norm) & is_outside(last)
+    outside = jnp.where(left_out, rhs - matvec(last.x), 0.0)
+    # The solution's part along it is arbitrary, and absent from the shortest one.
+    return last.x - ratio(jnp.vdot(outside, last.x), jnp.vdot(outside, outside)) * outside, outside
