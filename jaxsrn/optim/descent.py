@@ -90,9 +90,9 @@ def spectral_descent(
       momentum: the decay rate of the average of gradients, Muon's `beta`.
       nesterov: whether the average looks one gradient ahead, as in Muon.
       method: static; how convolutions find their step. `"exact"` is that of `projections.steepest`, for small layers.
-        `"frequency"` goes on from the last step's stack of symbols by `num_passes` passes, as momentum changes little
-        between steps. Four of them reach about 0.82 of the largest `<M, K>` on gradients of a network, where 60 from a
-        cold start reach 0.96 and Muon's step 0.55 (`python benchmarks/steepest.py --only network`). `"flattened"` is
+        `"frequency"` goes on from the last step's stack of symbols by `num_passes` passes.
+        Before they were over-relaxed four of them
+        reached about 0.82 of the largest `<M, K>` on gradients of a network, and Muon's step reaches 0.55. `"flattened"` is
         `U V^T` of the flattened kernel, divided by the true norm. The latter two are divided by the highest peak of the
         norm over all frequencies that climbing finds, without a proof that no other is higher, which would take most of
         the time; their norm can be above 1 by some tenths of a percent.
