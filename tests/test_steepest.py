@@ -59,6 +59,16 @@ def test_exact_is_the_dual_norm_of_an_independent_solver(op):
     assert expected <= result.dual_norm * (1 + 1e-9)
 
 
+def test_float32_is_certified_where_singular_values_differ_by_far():
+    op, gradient = CircularConv((8,)), gaussian((3, 4, 4)) * np.exp(-np.arange(4.0))
+    result = steepest(jnp.asarray(gradient, jnp.float32), op)
+    value, expected = np.sum(gradient * np.asarray(result.kernel, float)), dual_norm(gradient, op, 1000)
+    assert result.gap.dtype == jnp.float32
+    assert result.gap <= CERTIFIED
+    np.testing.assert_allclose(value, expected, rtol=CERTIFIED)
+    assert expected <= float(result.dual_norm) * (1 + 1e-5)
+
+
 @pytest.mark.parametrize("method", ["frequency", "flattened"])
 def test_other_methods_are_in_the_ball_below_the_bound(method):
     for op in (CIRCULAR, SAME):

@@ -67,9 +67,14 @@ def spectral_descent(
 
     with the norm of the whole layer, strides and groups included, where Muon would flatten the kernel to a matrix. Here
     `outputs` and `inputs` count the numbers that a layer writes and reads: for a convolution without edges `c_out` and
-    `c_in * prod(strides)`. This is the spectral condition of Yang, Simon, Bernstein 2023 ("A spectral condition for
-    feature learning", Condition 1), under which learning rates carry over from one width to another, with the maximum
-    of Muon (Jordan et al. 2024), whose steps are not smaller than 1 where a layer has fewer outputs than inputs.
+    `c_in * prod(strides)`.
+
+    The scale is for learning rates that carry over from one width to another. Inputs whose entries are of size 1 have a
+    norm of `sqrt(inputs)`. A change of the layer of norm `s` that is aligned with them changes the outputs by a vector
+    of norm `s * sqrt(inputs)`, and so each output by `s * sqrt(inputs / outputs)`, which is the same at all widths for
+    `s = sqrt(outputs / inputs)`. This is the spectral scaling of Yang, Simon, Bernstein 2023 ("A spectral condition for
+    feature learning", arXiv:2310.17813). The maximum is that of Muon (Jordan et al. 2024), whose steps are not smaller
+    than 1 where a layer has fewer outputs than inputs.
 
         layers = jaxsrn.nnx.layer_operators(model)
         optimizer = optax.chain(spectral_descent(0.02, layers), keep_spectral_norm(layers, 1.0, every=10))
@@ -85,10 +90,10 @@ def spectral_descent(
       momentum: the decay rate of the average of gradients, Muon's `beta`.
       nesterov: whether the average looks one gradient ahead, as in Muon.
       method: static; how convolutions find their step. `"exact"` is that of `projections.steepest`, for small layers.
-        `"frequency"` goes on from the last step's stack of symbols by `num_passes` passes, as momentum changes little
-        between steps. Four of them reach about 0.82 of the largest `<M, K>` on gradients of a network, where 60 from a
-        cold start reach 0.96 and Muon's step 0.55 (`python benchmarks/steepest.py --only network`). `"flattened"` is
-        `U V^T` of the flattened kernel, divided by the true norm. The latter two are divided by the highest peak of the
+        `"frequency"` goes on from the last step's stack of symbols by `num_passes` passes. Four of them reach
+        about 0.91 of the largest `<M, K>` on gradients of a network, 16 reach 0.96, and Muon's step 0.56
+        (`python benchmarks/steepest.py --only network`). `"flattened"` is `U V^T` of the flattened kernel, divided by
+        the true norm. The latter two are divided by the highest peak of the
         norm over all frequencies that climbing finds, without a proof that no other is higher, which would take most of
         the time; their norm can be above 1 by some tenths of a percent.
       num_passes: static; the passes of `"frequency"`, one SVD of the symbol on a coarse grid each.
@@ -222,7 +227,7 @@ def _one_step(momentum: Float[Array, "..."], memory, *, op: Operator, is_first, 
         blocks = few_frequencies(op, momentum.shape, momentum.dtype)
         direction, _ = unit_direction(momentum, blocks)
         start = jnp.where(is_first, first_stack(direction, blocks), memory)
-        found, _, memory = passes(direction, blocks, num_passes, start)
+        found, _, _, memory = passes(direction, blocks, num_passes, start)
     # An allowed excess of 1 is met by the highest peak that climbing finds.
     norm = frozen_value(found, op, leading_pair(found, op, excess=1.0))
     nothing = jnp.all(momentum == 0)

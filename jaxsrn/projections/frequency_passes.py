@@ -1,26 +1,30 @@
-"""Steepest descent directions of a convolution by a few passes over a coarse grid of frequencies.
+"""Steepest descent directions by passes that clip singular values and keep the taps.
 
-The problem is `max <G, K>` over the kernels `K` of the support whose symbol `S(K)` has norms of at most 1. Without the
-support its solution is the polar factor `U V^H` of the symbol `S(G)` at each frequency. Cropping it to the taps loses
-much, and the passes get it back. They are the alternating direction method of multipliers (Boyd et al. 2011, section
-3.1.1, scaled form), with the symbol `W` clipped and the kernel `K` cropped:
+The problem is `max <G, K>` over the kernels `K` of the support whose stack of matrices `S(K)` (`clipping.py`) has norms
+of at most 1. Of a convolution the stack is its symbol on a grid of frequencies. Without the support the solution is the
+polar factor `U V^H` of every matrix of `S(G)`. Cropping it to the taps loses much, and the passes get it back. They are
+the alternating direction method of multipliers (Boyd et al. 2011, section 3.1.1, scaled form, over-relaxed by `r` as in
+section 3.4.3), with the stack `W` clipped and the kernel `K` cropped:
 
-    X = S(K) + Y,   W = clip(X),   Y <- X - W,   K <- S^*(W - Y) + rho G.
+    W = clip(X),   Y <- X - W,   K <- (S^* S)^-1 (S^*(W - Y) + rho G),   X <- r S(K) + (1 - r) W + Y.
 
-Each pass takes one SVD of the symbol on the grid. At rest `S(K) = W` is in the ball, and `Y / rho` solves the dual. The
-stack `X` is all that a pass needs of the last one, so that an optimizer can go on from it with its next direction.
+Each pass takes one SVD of the stack. At rest `S(K) = W` is in the ball, and `Y / rho` solves the dual. On the way there
+both are candidates: `S^* W` divided by its norm, and `Y / rho` corrected to be feasible (`dual_point`). They bound the
+solution from both sides, so that `solved` stops by a proof. The stack `X` is all that a pass needs of the last one, so
+that an optimizer can go on from it with its next direction.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Inexact
+from jaxtyping import Array, Float, Inexact, Int
 
-from jaxsrn._tools.linalg import matmul
+from jaxsrn._tools.linalg import matmul, ratio, top_values
 from jaxsrn.bounds.covers import covers
 from jaxsrn.operators.base import Operator
 from jaxsrn.operators.convolutions import CircularConv
@@ -30,12 +34,15 @@ from jaxsrn.spectra.circular.fourier import half_symbol
 from jaxsrn.spectra.circular.sites import multiplicity, without_edges
 
 __all__ = [
+    "Passed",
+    "Solved",
     "dual_point",
     "few_frequencies",
     "first_stack",
     "nuclear_norm",
     "passes",
     "polar",
+    "solved",
     "unit_direction",
 ]
 
@@ -44,7 +51,14 @@ __all__ = [
 _ANGLES = 4
 # The length of the step along `G` in each pass; the root mean square of the singular values of `S(G)` is 1. Longer ones
 # are slower to begin with, shorter ones to end.
-_STEP = 0.2
+_STEP = 0.1
+# The over-relaxation. It has to be below 2, and halves the passes of 1.
+_RELAXATION = 1.9
+# Passes between two proofs of the gap, which take as long as one or two passes.
+_PASSES_PER_PROOF = 20
+# How much larger than the share of the multipliers that is not feasible the share of the clipped stack that is cropped
+# may be: fine grids need short steps in the end.
+_PREFERENCE = 0.3
 
 
 def few_frequencies(op: Operator, kernel_shape: tuple[int, ...], dtype, per_degree: int = _ANGLES) -> MatrixStack:
@@ -105,37 +119,121 @@ def nuclear_norm(blocks: MatrixStack, stack: Inexact[Array, "batch rows columns"
     return jnp.sum(blocks.counts[..., 0] * values)
 
 
+def _gain(blocks: MatrixStack) -> Float[Array, "..."]:
+    """`S^* S`, which is one number for each tap."""
+    return blocks.pull_back(blocks.stack(jnp.ones_like(blocks.weights)))
+
+
 def dual_point(blocks: MatrixStack, direction: Float[Array, "..."], multiplier) -> Inexact[Array, "..."]:
-    """The dual feasible point nearest to a multiplier, `Z` with `S^* Z = B`, and `S^* S` one number for each tap.
+    """The dual feasible point nearest to a multiplier: `Z` with `S^* Z = B`.
 
     For every `K` of the ball `<B, K>_d = <Z, S(K)> <= ||Z||_*`.
     """
-    gain = blocks.pull_back(blocks.stack(jnp.ones_like(direction)))
-    missing = direction - blocks.pull_back(multiplier)
-    return multiplier + blocks.stack(missing / jnp.where(gain == 0, 1.0, gain))
+    return multiplier + blocks.stack(ratio(direction - blocks.pull_back(multiplier), _gain(blocks)))
 
 
 def first_stack(direction: Float[Array, "..."], blocks: MatrixStack) -> Inexact[Array, "batch rows columns"]:
     """The stack that the passes start from: the cropped polar factor, and the multiplier `S(B)`."""
     stack = blocks.stack(direction)
-    return blocks.stack(blocks.pull_back(polar(stack))) + _STEP * stack
+    return blocks.stack(blocks.pull_back(polar(stack))) + jnp.asarray(_STEP, stack.dtype) * stack
 
 
-def passes(direction: Float[Array, "..."], blocks: MatrixStack, num_passes: int, stack=None):
-    """Passes from a stack of an earlier one, by default from the first.
+class Passed(NamedTuple):
+    """What passes end with.
 
-    Returns:
-      `(kernel, multiplier, stack)`: a kernel near the ball, the multiplier of `dual_point`, and where to go on.
+    Attributes:
+      kernel: the taps of `inside`; near the ball.
+      inside: `W`, the clipped stack.
+      multiplier: `Y / rho`, for `dual_point`.
+      stack: `X`, where to go on.
     """
-    one = jnp.ones((), direction.dtype)
+
+    kernel: Float[Array, "..."]
+    inside: Inexact[Array, "batch rows columns"]
+    multiplier: Inexact[Array, "batch rows columns"]
+    stack: Inexact[Array, "batch rows columns"]
+
+
+def passes(direction: Float[Array, "..."], blocks: MatrixStack, num_passes: int, stack=None, step=_STEP) -> Passed:
+    """Passes of the step `rho` from a stack of an earlier one, by default from the first."""
+    one, gain = jnp.ones((), direction.dtype), _gain(blocks)
     stack = first_stack(direction, blocks) if stack is None else stack
 
     def one_pass(_, state):
         clipping = split(state[2], one)
         inside, beyond = clipped(clipping), overshooting(clipping)
-        kernel = blocks.pull_back(inside - beyond) + _STEP * direction
-        return blocks.pull_back(inside), beyond, blocks.stack(kernel) + beyond
+        kernel = ratio(blocks.pull_back(inside - beyond) + step * direction, gain)
+        return inside, beyond, inside + _RELAXATION * (blocks.stack(kernel) - inside) + beyond
 
-    start = jnp.zeros_like(direction), jnp.zeros_like(stack), stack
-    kernel, beyond, stack = lax.fori_loop(0, num_passes, one_pass, start)
-    return kernel, beyond / jnp.asarray(_STEP, beyond.dtype), stack
+    start = jnp.zeros_like(stack), jnp.zeros_like(stack), stack
+    inside, beyond, stack = lax.fori_loop(0, num_passes, one_pass, start)
+    kernel = ratio(blocks.pull_back(inside), gain)
+    return Passed(kernel, inside, beyond / jnp.asarray(step, beyond.dtype), stack)
+
+
+class Solved(NamedTuple):
+    """The best kernel of the ball of a stack, and what is proven of it.
+
+    Attributes:
+      kernel: the norms of its stack are at most 1.
+      value: `<B, kernel>_d`.
+      bound: an upper bound of the largest value of all kernels of the ball.
+      stack: where the passes go on.
+      step: their `rho`.
+      num_passes: passes done.
+    """
+
+    kernel: Float[Array, "..."]
+    value: Float[Array, ""]
+    bound: Float[Array, ""]
+    stack: Inexact[Array, "batch rows columns"]
+    step: Float[Array, ""]
+    num_passes: Int[Array, ""]
+
+
+def solved(direction: Float[Array, "..."], blocks: MatrixStack, gap, max_passes: int) -> Solved:
+    """Passes until the value is proven to be within the share `gap` of the largest one, or `max_passes` are done."""
+    length = jnp.sqrt(blocks.inner(direction, direction))
+
+    def some_passes(state: Solved) -> Solved:
+        found = passes(direction, blocks, min(_PASSES_PER_PROOF, max_passes), state.stack, state.step)
+        kernel = ratio(found.kernel, jnp.max(top_values(blocks.stack(found.kernel))))
+        value = blocks.inner(direction, kernel)
+        # NaN compares as false, and must reach the result.
+        better = ~(value <= state.value)
+        step = state.step * _balance(found, direction, length, blocks)
+        return Solved(
+            kernel=jnp.where(better, kernel, state.kernel),
+            value=jnp.where(better, value, state.value),
+            bound=jnp.minimum(state.bound, nuclear_norm(blocks, dual_point(blocks, direction, found.multiplier))),
+            stack=found.stack + (step - state.step).astype(found.stack.dtype) * found.multiplier,
+            step=step,
+            num_passes=state.num_passes + _PASSES_PER_PROOF,
+        )
+
+    def unfinished(state: Solved):
+        return (state.value < (1 - gap) * state.bound) & (state.num_passes < max_passes)
+
+    zero = jnp.zeros((), direction.dtype)
+    begun = Solved(
+        kernel=jnp.zeros_like(direction),
+        value=zero,
+        bound=zero + jnp.inf,
+        stack=first_stack(direction, blocks),
+        step=zero + _STEP,
+        num_passes=jnp.asarray(0),
+    )
+    return lax.while_loop(unfinished, some_passes, begun)
+
+
+def _balance(found: Passed, direction, length, blocks: MatrixStack) -> Float[Array, ""]:
+    """The factor of the step that brings both infeasibilities together (Boyd et al. 2011, section 3.4.1).
+
+    A longer step makes the multipliers feasible sooner, and the clipped stack later.
+    """
+    cropped = found.inside - blocks.stack(found.kernel)
+    primal = jnp.sqrt(blocks.stack_inner(cropped, cropped) / blocks.stack_inner(found.inside, found.inside))
+    missing = direction - blocks.pull_back(found.multiplier)
+    dual = jnp.sqrt(blocks.inner(missing, missing)) / length
+    factor = jnp.sqrt(_PREFERENCE * ratio(dual, primal))
+    return jnp.clip(jnp.where(factor > 0, factor, 1.0), 0.5, 2.0)

@@ -8,8 +8,9 @@ it is `U V^T` and the nuclear norm (Muon: Jordan et al. 2024; Bernstein, Newhous
 `S^* Z = G / d` gives `<G, K> = <Z, S(K)> <= ||Z||_*` for all `K` of the ball, a bound of the dual norm. The best such
 bound is the dual norm.
 
-**Exactly.** With `B` the direction `G / d`, the problem is solved by the proximal point method, `K <- P(K + t B)` with
-the projection `P` on the ball, each started from the multipliers of the last one. It ends when the bound proves it.
+**Exactly.** The passes of `frequency_passes.py`, on the stack that carries the layer's norm, end when the bound proves
+the kernel. They add numbers of the size of the solution alone. The limit of projections of `t G` on the ball, `t` to
+infinity, has the same solution, but loses a factor of `t` to rounding: in float32 it stalls before a gap of 1e-3.
 """
 
 from __future__ import annotations
@@ -19,29 +20,28 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Inexact, Int, Shaped
+from jaxtyping import Array, Float, Shaped
 
 from jaxsrn._tools.checks import Kernel, ensure, float_dtype, kernel_array, positive_scalar, static_int
-from jaxsrn._tools.indexing import chosen
-from jaxsrn._tools.linalg import top_values
 from jaxsrn._tools.programs import program
+from jaxsrn._tools.tolerances import PROVEN_SIZE
 from jaxsrn.operators.base import Dense, Operator
-from jaxsrn.operators.convolutions import UnboundedConv, ZeroPaddedConv
-from jaxsrn.projections.augmented_lagrangian import DualPoint, begin, minimise
-from jaxsrn.projections.clipping import MatrixStack, matrix_stack
+from jaxsrn.operators.convolutions import ZeroPaddedConv
+from jaxsrn.projections.clipping import matrix_stack
 from jaxsrn.projections.frequency_passes import (
     dual_point,
     few_frequencies,
     nuclear_norm,
     passes,
     polar,
+    solved,
     unit_direction,
 )
-from jaxsrn.projections.nearest import inner_blocks, is_split, outer_blocks
+from jaxsrn.projections.nearest import inner_blocks, outer_blocks
 from jaxsrn.spectra.common_shapes import as_matrix
 from jaxsrn.spectra.moving_pairs import frozen_value
 from jaxsrn.spectra.pairs_by_kind import leading_pair
-from jaxsrn.spectra.singular_pair import Pair, rescaled, without_idle_taps
+from jaxsrn.spectra.singular_pair import Pair, matrix_size, rescaled, without_idle_taps
 
 __all__ = [
     "METHODS",
@@ -51,16 +51,9 @@ __all__ = [
 ]
 
 METHODS = "exact", "frequency", "flattened"
-# Angles per degree of the symbol of an unbounded convolution. Frequencies between them exceed the grid's by at most
-# 0.4% (2-D), which counts as gap.
-_ANGLES = 24
-# The length of a proximal step along the direction, whose singular values have the mean square 1. Longer ones take
-# fewer rounds, each with more steps and less exact.
-_REACH = 30.0
-_MAX_ROUNDS = 8
-# Multipliers that are nearly right need a large penalty from the start, but less than the last one, whose linear
-# systems take many conjugate gradients.
-_PENALTY_DROP = 16.0
+# Angles per degree of the symbol of an unbounded convolution. What frequencies between them exceed the grid's by counts
+# as gap, up to 0.2% for two axes (`1 / cos(pi / 64) ** 2`), and less as a rule.
+_ANGLES = 32
 # The share of the tolerance that the solver may use up. The norm takes another one, and, of unbounded layers, the
 # frequencies between those of the grid.
 _SOLVERS_SHARE = 0.4
@@ -84,7 +77,7 @@ class SteepestResult(NamedTuple):
 
 
 def steepest(
-    kernel: Kernel, op: Operator, *, method: str = "exact", max_steps: int = 400, num_passes: int = 60, tolerance=None
+    kernel: Kernel, op: Operator, *, method: str = "exact", max_passes: int = 2000, num_passes: int = 30, tolerance=None
 ) -> SteepestResult:
     """The kernel of the same support and of norm 1 along which a linear function grows fastest.
 
@@ -97,8 +90,9 @@ def steepest(
     norm by at most 1e-4 (`"exact"`) or 1e-2, so that it is in the ball whatever the method. Of large zero-padded layers
     the norm is not proven (`spectral_norm`).
 
-    - `"exact"`: by projections on the spectral ball, until the gap is proven. Larger layers with zero padding take the
-      ball of their cover, and a bound from the tapered layer (see `project_spectral_ball`); their gap stays larger.
+    - `"exact"`: by passes that clip singular values and keep the taps, until the gap is proven. Zero-padded layers take
+      their explicit matrix up to 2**18 entries. Larger ones take the ball of their cover, and a bound from the tapered
+      layer (see `project_spectral_ball`); their gap stays larger, most of it because the bound is.
     - `"frequency"`: the polar factor at each frequency of a coarse grid, cropped to the taps, then `num_passes` passes
       that get back what cropping lost (`frequency_passes.py`). The grid has four angles per degree of the symbol.
     - `"flattened"`: `U V^T` of the kernel as a matrix of `taps * c_in` rows, as optax's and PyTorch's Muon take it, to
@@ -111,10 +105,11 @@ def steepest(
       kernel: the gradient, `(c_in, c_out)` or `(*taps, c_in // groups, c_out)`.
       op: the operator of the layer.
       method: static; one of the three.
-      max_steps: static; the most steps of `"exact"`, one SVD of all matrices each.
+      max_passes: static; the most passes of `"exact"`, one SVD of all matrices each.
       num_passes: static; the passes of `"frequency"`.
-      tolerance: the gap at which `"exact"` stops, 1e-3 by default; traced. In float32 it is not always reached, above
-        all for gradients whose singular values differ by far. `gap` says what was reached.
+      tolerance: the gap at which `"exact"` stops, 1e-3 by default; traced. Of unbounded convolutions of several axes a
+        smaller one than the default is not reached, because the grid of frequencies gives that much away. `gap` says
+        what was reached.
 
     Returns:
       A `SteepestResult`. It is a constant for derivatives. Taps that meet no sample of the image get 0.
@@ -129,8 +124,8 @@ def steepest(
     op._check_not_aliased(kernel.shape)
     dtype = float_dtype(kernel.dtype)
     tolerance = positive_scalar(1e-3 if tolerance is None else tolerance, "tolerance", dtype)
-    max_steps, num_passes = static_int(max_steps, "max_steps"), static_int(num_passes, "num_passes")
-    found, bound = _candidate(lax.stop_gradient(kernel), op, tolerance, method, max_steps, num_passes)
+    max_passes, num_passes = static_int(max_passes, "max_passes"), static_int(num_passes, "num_passes")
+    found, bound = _candidate(lax.stop_gradient(kernel), op, tolerance, method, max_passes, num_passes)
     pair, excess = None, 0.0
     if not isinstance(op, Dense):
         excess = _EXCESS[method]
@@ -140,13 +135,13 @@ def steepest(
 
 
 @functools.partial(program, static_argnums=(3, 4, 5))
-def _candidate(kernel, op, tolerance, method, max_steps, num_passes):
+def _candidate(kernel, op, tolerance, method, max_passes, num_passes):
     """A kernel of any scale along the gradient, and the proven bound of the dual norm of the gradient."""
     gradient, scale = rescaled(kernel.astype(float_dtype(kernel.dtype)), op)
     if isinstance(op, Dense):
         return polar(gradient[None])[0], scale * jnp.sum(jnp.linalg.svd(gradient, compute_uv=False))
     if method == "exact":
-        found, bound = _exact(gradient, op, tolerance, max_steps)
+        found, bound = _exact(gradient, op, tolerance, max_passes)
     elif method == "frequency":
         found, bound = _by_frequency(gradient, op, num_passes)
     else:
@@ -179,10 +174,10 @@ def _by_frequency(gradient, op: Operator, num_passes: int):
     """The kernel after the passes, and its bound: of zero-padded layers that of the gradient alone."""
     blocks = few_frequencies(op, gradient.shape, gradient.dtype)
     direction, scale = unit_direction(gradient, blocks)
-    found, multiplier, _ = passes(direction, blocks, num_passes)
+    found = passes(direction, blocks, num_passes)
     if isinstance(op, ZeroPaddedConv):
-        return found, _plain_bound(gradient, op)
-    return found, scale * nuclear_norm(blocks, dual_point(blocks, direction, multiplier))
+        return found.kernel, _plain_bound(gradient, op)
+    return found.kernel, scale * nuclear_norm(blocks, dual_point(blocks, direction, found.multiplier))
 
 
 def _plain_bound(gradient, op: Operator) -> Float[Array, ""]:
@@ -193,90 +188,15 @@ def _plain_bound(gradient, op: Operator) -> Float[Array, ""]:
     return scale * nuclear_norm(blocks, dual_point(blocks, direction, nothing))
 
 
-def _exact(gradient, op: Operator, tolerance, max_steps: int):
+def _exact(gradient, op: Operator, tolerance, max_passes: int):
+    """The kernel and the bound, by passes on the layer's own stack, or on one each inside and outside its ball."""
     shape, dtype = gradient.shape, gradient.dtype
-    if is_split(op, shape):
-        blocks = (
-            matrix_stack(op, shape, dtype, _ANGLES) if isinstance(op, UnboundedConv) else inner_blocks(op, shape, dtype)
-        )
-        solution, scale = _solved(gradient, blocks, tolerance, max_steps)
-        return solution.kernel, scale * solution.bound
-    inner, _ = _solved(gradient, inner_blocks(op, shape, dtype), tolerance, max_steps)
-    outer, scale = _solved(gradient, outer_blocks(op, shape, dtype), tolerance, max_steps)
-    return inner.kernel, scale * outer.bound
 
+    def solve(blocks):
+        direction, scale = unit_direction(gradient, blocks)
+        found = solved(direction, blocks, _SOLVERS_SHARE * tolerance, max_passes)
+        return found.kernel, scale * found.bound
 
-def _bound(blocks: MatrixStack, found: DualPoint, change: Float[Array, "..."]) -> Float[Array, ""]:
-    """The bound of the dual norm of `B` by the multiplier `Y` of a projection of `K + t B` that ended at `K + change`.
-
-    `S^* Y = t B - change`, so that `Y` and the stack of the change together are feasible, after division by `t`.
-    """
-    missing = nuclear_norm(blocks, dual_point(blocks, change, jnp.zeros_like(blocks.stack(change))))
-    return (found.slack + found.support + missing) / _REACH
-
-
-class _Round(NamedTuple):
-    """The state of the proximal point method.
-
-    Attributes:
-      kernel: the best kernel of the ball of the stack.
-      value: `<B, kernel>_d`.
-      bound: the best proven bound of the largest value.
-      multiplier, penalty: what the last projection ended with.
-      num_steps: steps taken, one SVD of the stack each.
-      count: projections done.
-    """
-
-    kernel: Float[Array, "..."]
-    value: Float[Array, ""]
-    bound: Float[Array, ""]
-    multiplier: Inexact[Array, "batch rows columns"]
-    penalty: Float[Array, ""]
-    num_steps: Int[Array, ""]
-    count: Int[Array, ""]
-
-
-def _solved(gradient, blocks: MatrixStack, tolerance, max_steps: int) -> tuple[_Round, Float[Array, ""]]:
-    """The solution for the ball of the stack, and the scale of its value."""
-    direction, scale = unit_direction(gradient, blocks)
-    one, zero = jnp.ones((), direction.dtype), jnp.zeros((), direction.dtype)
-    goal = _SOLVERS_SHARE * tolerance
-    # An error of the distance from `K + t B`, of length `t |B|`, is `t` times one of the value.
-    largest_excess = 0.3 * goal * jnp.sqrt(blocks.inner(direction, direction))
-
-    def project(state: _Round) -> _Round:
-        target = state.kernel + _REACH * direction
-        begun = begin(target, blocks, one)
-        known = begun._replace(point=state.kernel, multiplier=state.multiplier, penalty=state.penalty / _PENALTY_DROP)
-        begun = chosen(state.count == 0, begun, known)._replace(num_steps=state.num_steps)
-        found = minimise(begun, target, blocks, one, max_steps, largest_excess)
-        kernel = found.best.kernel
-        bound = _bound(blocks, found.best, kernel - state.kernel)
-        norm = jnp.max(top_values(blocks.stack(kernel)))
-        kernel = kernel / jnp.where(norm == 0, 1.0, norm)
-        value = blocks.inner(direction, kernel)
-        better = ~(value <= state.value)
-        return _Round(
-            kernel=jnp.where(better, kernel, state.kernel),
-            value=jnp.where(better, value, state.value),
-            bound=jnp.minimum(state.bound, bound),
-            multiplier=found.multiplier,
-            penalty=found.penalty,
-            num_steps=found.num_steps,
-            count=state.count + 1,
-        )
-
-    def unfinished(state: _Round):
-        more = (state.num_steps < max_steps) & (state.count < _MAX_ROUNDS)
-        return (state.count == 0) | ((state.bound - state.value > goal * state.bound) & more)
-
-    begun = _Round(
-        kernel=jnp.zeros_like(direction),
-        value=zero,
-        bound=zero + jnp.inf,
-        multiplier=jnp.zeros_like(blocks.stack(direction)),
-        penalty=zero,
-        num_steps=jnp.asarray(0),
-        count=jnp.asarray(0),
-    )
-    return lax.while_loop(unfinished, project, begun), scale
+    if not op._needs_explicit_matrix or matrix_size(op, shape) <= PROVEN_SIZE:
+        return solve(matrix_stack(op, shape, dtype, _ANGLES))
+    return solve(inner_blocks(op, shape, dtype))[0], solve(outer_blocks(op, shape, dtype))[1]
