@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import jax
+import jax.core
 from jax import lax
 
 __all__ = ["while_loop"]

@@ -144,7 +144,8 @@ def _ascend(problem: Problem, op: Operator, start: Pair, max_steps: int | Int[Ar
         finished = ~first & ((change <= tolerance) | (~gained & (state.memory.count == 0)))
         best, pair = chosen(gained, (new, pair), (state.best, state.pair))
         plain = best.kernel, _anderson_start(best.kernel)
-        return _Ascent(*chosen(gained & ~first, (mixed, memory), plain), best, pair, finished, state.num_steps + 1)
+        point, memory = chosen(gained & ~first, (mixed, memory), plain)
+        return _Ascent(point, memory, best, pair, finished, state.num_steps + 1)
 
     nothing = Candidate(problem.kernel, jnp.full_like(problem.squared, INFEASIBLE))
     memory = _anderson_start(problem.kernel)
