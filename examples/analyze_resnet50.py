@@ -10,7 +10,6 @@ image size, then the exact ones for images of 224x224 samples. Tables and pictur
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 import time
 from pathlib import Path
@@ -60,11 +59,12 @@ def set_layer(part, weights, conv: str, norm: str) -> None:
         setattr(part.norm, name, kind(jnp.asarray(weights[f"{norm}/{stored}"])))
 
 
-def shown(report: Report, output: Path, name: str) -> str:
-    """The report in Markdown; its table as CSV and, where there is matplotlib, its picture are written."""
+def shown(report: Report, output: Path, name: str, heading: str) -> str:
+    """The report in Markdown; its table as CSV and its picture are written."""
     (output / f"{name}.csv").write_text(report.to_csv())
-    if importlib.util.find_spec("jaxsrn.plots"):
-        save(report.plot(), output / f"{name}.png", 100)
+    figure = report.plot()
+    figure.axes[0].set_title(heading)
+    save(figure, output / f"{name}.png", 100)
     return report.to_markdown()
 
 
@@ -85,7 +85,7 @@ def main() -> None:
     ):
         start = time.perf_counter()
         report = analyze(model, *inputs)
-        sections[heading] = shown(report, output, name) + f"\nThis took {time.perf_counter() - start:.1f} s."
+        sections[heading] = shown(report, output, name, heading) + f"\nThis took {time.perf_counter() - start:.1f} s."
     write(output, "The layers of a ResNet-50", "python examples/analyze_resnet50.py", sections)
 
 
