@@ -117,7 +117,9 @@ def main():
         constrained network every layer has norm {NORM:g}, and at most {FRACTION:.0%} of the largest stable rank, at
         every image size. Test accuracies: {", ".join(scores)}. Pairs of images do not attain the constant; pairs that
         climb come nearer to it, and none is above what is certified."""
-    sections = {"Lipschitz constants and generalization measures": paragraphs(about, table(("", *models), rows))}
+    picture = "![Bounds of the Lipschitz constants, and ratios of pairs of images](bounds.png)"
+    parts = paragraphs(about, table(("", *models), rows))
+    sections = {"Lipschitz constants and generalization measures": f"{parts}\n\n{picture}"}
     write(output, "Lipschitz constants of two networks", "python examples/lipschitz_constants.py", sections)
 
 
