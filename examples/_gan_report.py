@@ -199,8 +199,6 @@ def report(found: dict, costs: dict, about: dict[str, str], real, command: str, 
         "Cost": paragraphs(
             about["cost"], cost_table(costs, ("discriminator", "an update of both networks", "of plain"))
         ),
-    } | requirement(
-        f"every norm and stable rank of the exact constraints within {TOLERANCE:.0%} of what was asked", wrong
-    )
+    } | requirement("every norm and stable rank of the exact constraints within 1% of what was asked", wrong)
     write(output, "Stable rank normalization of a discriminator", command, sections)
     return wrong
