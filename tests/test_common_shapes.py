@@ -7,7 +7,7 @@ import pytest
 from events import COMPILATIONS, counted
 
 import jaxsrn
-from jaxsrn import CircularConv, Dense, UnboundedConv, bounds
+from jaxsrn import CircularConv, Dense, UnboundedConv, ZeroPaddedConv, bounds
 from jaxsrn.spectra.common_shapes import in_common_shape
 
 # The first fills the common shape of all others, in either direction.
@@ -34,19 +34,39 @@ def test_many_sizes_share_their_programs():
 
 
 @pytest.mark.parametrize(
+    "op",
+    [
+        CircularConv((4, 6), strides=2),
+        ZeroPaddedConv((3, 5), strides=2),
+        ZeroPaddedConv((3, 4), padding=[(2, 0), (1, 3)], strides=(2, 3)),
+        ZeroPaddedConv((2, 3), padding=[(0, 1), (1, 1)], input_dilation=2),
+    ],
+    ids=str,
+)
+def test_one_tap_is_a_matrix_many_times(op):
+    kernel = np.random.default_rng(0).standard_normal((1, 1, 20, 30))
+    assert in_common_shape(jnp.asarray(kernel), op)[1] == Dense()
+    dense = np.asarray(op.to_dense(kernel))
+    values = np.linalg.svd(dense.reshape(np.prod(op.out_shape(kernel.shape)), -1), compute_uv=False)
+    lower, upper, norm, rank = numbers(kernel, op)
+    np.testing.assert_allclose([norm, rank], [values[0], np.sum(values**2) / values[0] ** 2], rtol=1e-12)
+    assert lower <= values[0] <= upper <= lower * (1 + 1e-11)
+
+
+@pytest.mark.parametrize(
     ("shape", "op"),
     [
         ((3, 2), Dense()),
         ((40, 300), Dense()),
         ((3, 30, 100), UnboundedConv()),
         ((1, 15, 100), UnboundedConv(feature_group_count=2)),
-        ((1, 30, 100), CircularConv((4,))),
+        ((1, 30, 100), ZeroPaddedConv((1,), padding=[(3, -2)])),
     ],
-    ids=["much-filling", "more-filling", "taps", "groups", "samples"],
+    ids=["much-filling", "more-filling", "taps", "groups", "beside-the-image"],
 )
 def test_what_is_no_matrix_or_far_from_a_common_shape_stays(shape, op):
     kernel = jnp.ones(shape)
-    assert in_common_shape(kernel, op) == (kernel, op)
+    assert in_common_shape(kernel, op) == (kernel, op, 1)
 
 
 def test_traced_matrices_stay():

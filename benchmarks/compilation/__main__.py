@@ -27,7 +27,7 @@ from _report import publish
 from compilation.parts import Effort
 
 # Files, which are imported only where they are run: what one part imports is no part of another's cold start.
-PARTS = ("counts", "first-calls", "network", "wrapping", "stacks", "many-shapes")
+PARTS = ("counts", "first-calls", "network", "wrapping", "stacks", "many-shapes", "generators")
 
 
 def parse() -> argparse.Namespace:

@@ -54,8 +54,13 @@ def ratio(numerator, denominator):
 
 
 def real_times(spec: str, real: Float[Array, "..."], vectors: Inexact[Array, "..."]) -> Inexact[Array, "..."]:
-    """`einsum` of real coefficients and complex vectors, by two real products and without a complex copy."""
-    return lax.complex(einsum(spec, real, vectors.real), einsum(spec, real, vectors.imag))
+    """`einsum` of real coefficients and complex vectors, without a complex copy of the coefficients.
+
+    Real and imaginary parts stand side by side in one product, so that the coefficients are read once.
+    """
+    inputs, output = spec.split("->")
+    parts = einsum(f"{inputs}Z->{output}Z", real, jnp.stack([vectors.real, vectors.imag], axis=-1))
+    return lax.complex(parts[..., 0], parts[..., 1])
 
 
 def top_pairs(matrices: Inexact[Array, "batch in out"]):

@@ -8,6 +8,10 @@ time can be let go one by one, before the process has too many maps. A shape tha
 
 What a user jits is the user's and is never let go. While it lives, it holds the traces of the functions that it
 contains, and with them the programs of eager calls of the same functions and shapes.
+
+Programs of eager calls are compiled by XLA's former code generator on a CPU, which takes two thirds of the time and
+gives programs of the same speed (`python benchmarks/compilation --only generators`). In a function that a user jits,
+the user's choice holds.
 """
 
 from __future__ import annotations
@@ -19,6 +23,8 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
+import jax.core
+import jaxlib.version
 
 __all__ = ["program"]
 
@@ -29,6 +35,8 @@ MOST_MAPS = 25_000
 MAPS_OF_A_PROGRAM = 2_000
 # The latest programs stay even where the user's own take all the room, or no call would find its programs again.
 ALWAYS_KEPT = 16
+# How XLA compiles eager calls on a CPU. It stops at an option that it does not know, and later versions may not.
+QUICK = {"xla_cpu_use_fusion_emitters": False} if jaxlib.version.__version__.startswith("0.10.") else None
 
 
 def num_maps() -> int:
@@ -67,14 +75,16 @@ class Programs:
         """
         leaves, structure = jax.tree.flatten([arg for i, arg in enumerate(args) if i not in static])
         types = tuple((getattr(leaf, "shape", ()), getattr(leaf, "dtype", type(leaf))) for leaf in leaves)
-        key = (function, tuple(args[i] for i in static), structure, types)
+        # JAX takes options for outermost programs alone.
+        eager = not _is_traced(leaves)
+        key = (function, tuple(args[i] for i in static), structure, types, eager)
         # `grad` and `vmap` of an eager call make further programs; their arguments are tracers of their own types.
         kind = frozenset(map(type, leaves))
         with self._lock:
             entry = self._entries.get(key)
             if entry is None or kind not in entry.seen:
                 self._make_room()
-                entry = self._entries.setdefault(key, _Entry(_own_jit(function, static), set()))
+                entry = self._entries.setdefault(key, _Entry(_own_jit(function, static, eager), set()))
                 entry.seen.add(kind)
             self._entries.move_to_end(key)
         return entry.jitted
@@ -92,13 +102,22 @@ class Programs:
         self._not_counted = (self._most_maps - maps) // MAPS_OF_A_PROGRAM
 
 
-def _own_jit(function: Callable, static: tuple[int, ...]) -> Callable:
+def _is_traced(leaves: list) -> bool:
+    """Whether a call with these arguments is part of a larger program or of a transformation."""
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+        return True
+    # Under `jit` every operation gives a tracer, that of a constant too.
+    return isinstance(jax.lax.stop_gradient(0.0), jax.core.Tracer)
+
+
+def _own_jit(function: Callable, static: tuple[int, ...], eager: bool) -> Callable:
     # JAX's caches refer weakly to the function that was jitted, so each `jax.jit` gets a new one.
     @functools.wraps(function)
     def own(*args):
         return function(*args)
 
-    return jax.jit(own, static_argnums=static)
+    options = QUICK if eager and jax.default_backend() == "cpu" else None
+    return jax.jit(own, static_argnums=static, compiler_options=options)
 
 
 _programs = Programs()

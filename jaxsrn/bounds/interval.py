@@ -71,7 +71,7 @@ def certified(kernel: Kernel, op: Operator, *, resolution: float = 0.01) -> Norm
         isinstance(resolution, (int, float)) and 0 <= resolution < 1,
         f"resolution: got {resolution!r}, expected a static number from 0 to 1, such as 0.01.",
     )
-    kernel, op = in_common_shape(kernel.astype(float_dtype(kernel.dtype)), op)
+    kernel, op, _ = in_common_shape(kernel.astype(float_dtype(kernel.dtype)), op)
     # The pairs are found by compiled functions that the norms share.
     fixed = without_idle_taps(lax.stop_gradient(kernel), op)
     covered = [] if isinstance(op, Dense) else covers(fixed, op)

@@ -16,7 +16,7 @@ from jaxsrn.bounds.covers import NormInterval
 from jaxsrn.bounds.interval import certified_by_pair
 from jaxsrn.operators import Dense, Operator, UnboundedConv, ZeroPaddedConv
 from jaxsrn.spectra import singular_values, spectral_norm, stable_rank_range
-from jaxsrn.spectra.common_shapes import common_shape, is_matrix
+from jaxsrn.spectra.common_shapes import common_shape, is_matrix, num_copies
 from jaxsrn.spectra.pairs_by_kind import leading_pair
 from jaxsrn.spectra.ranks import norm_and_rank
 from jaxsrn.spectra.singular_pair import matrix_size
@@ -99,7 +99,7 @@ def as_computed(kernel_shape: tuple[int, ...], op: Operator, spectra: bool) -> t
     Convolutions of one tap do to each sample what a matrix does, and a matrix has the singular values of its transpose.
     Large matrices of many sizes share one shape, except where the smallest singular value is asked for.
     """
-    if not is_matrix(kernel_shape, op):
+    if not (is_matrix(kernel_shape, op) or (num_copies(kernel_shape, op) and not spectra)):
         return op, kernel_shape
     own = min(kernel_shape[-2:]), max(kernel_shape[-2:])
     return Dense(), common_shape(*own) if svds_are_dear(1, own) and not spectra else own
@@ -144,9 +144,10 @@ def _spectrum(values: Float[Array, " n"]) -> Spectrum:
     return Spectrum(values[0] / values[-1], jnp.where(values[0] == 0, 0.0, jnp.exp(-jnp.sum(shares * logs))))
 
 
-def layer_report(kernel, numbers: Numbers, spectrum: Spectrum | None, batch_norm: str | None) -> LayerReport:
-    """The record of one layer from its numbers; `kernel` is a `Kernel` of `kernels.py`."""
+def layer_report(kernel, op: Operator, numbers: Numbers, spectrum: Spectrum | None, batch_norm) -> LayerReport:
+    """The record of one layer; `kernel` is a `Kernel` of `kernels.py`, and the numbers were computed with `op`."""
     numbers = jax.tree.map(float, numbers)
+    copies = num_copies(kernel.shape, kernel.op) if isinstance(op, Dense) else 1
     low, high = stable_rank_range(kernel.shape, kernel.op)
     return LayerReport(
         name=kernel.name,
@@ -156,7 +157,7 @@ def layer_report(kernel, numbers: Numbers, spectrum: Spectrum | None, batch_norm
         spectral_norm=numbers.spectral_norm,
         norm_interval=numbers.norm_interval,
         flattened_norm=numbers.flattened_norm,
-        stable_rank=numbers.stable_rank,
+        stable_rank=copies * numbers.stable_rank,
         stable_rank_low=low,
         stable_rank_high=high,
         condition_number=None if spectrum is None else float(spectrum.condition_number),

@@ -1,8 +1,9 @@
 """Common shapes: matrices of many sizes that share few compiled programs.
 
-Rows and columns of zeros change neither norms nor stable ranks. So a matrix whose numbers are asked for eagerly is
-filled up with them, and a network of many dense and 1x1 layers compiles a handful of programs. A traced kernel is
-compiled together with what surrounds it, and stays as it is.
+Rows and columns of zeros change neither norms nor stable ranks, and a convolution of one tap has the norm of a matrix,
+whatever its image and its padding. So where numbers are asked for eagerly, such a kernel is filled up with zeros, and a
+network of many dense and 1x1 layers compiles a handful of programs. A traced kernel is compiled together with what
+surrounds it, and stays as it is.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from jaxtyping import Array, Shaped
 from jaxsrn.operators.base import Dense, Operator
 from jaxsrn.operators.convolutions import UnboundedConv
 
-__all__ = ["as_matrix", "common_shape", "filled_up", "in_common_shape", "is_matrix"]
+__all__ = ["as_matrix", "common_shape", "filled_up", "in_common_shape", "is_matrix", "num_copies"]
 
 # The sides of common shapes: few, so that few programs are compiled.
 _SIDES = (32, 128, 512, 2048)
@@ -26,21 +27,25 @@ _SIDES = (32, 128, 512, 2048)
 _MOST_FILLING = 4
 
 
-def in_common_shape(kernel: Shaped[Array, "..."], op: Operator) -> tuple[Shaped[Array, "..."], Operator]:
-    """The kernel and operator of a layer with the same norm and stable rank, for calls that are not traced.
+def in_common_shape(kernel: Shaped[Array, "..."], op: Operator) -> tuple[Shaped[Array, "..."], Operator, int]:
+    """A kernel and an operator with the norm of this layer, for calls that are not traced.
 
-    Dense layers, and convolutions without edges whose kernel has one tap, become matrices of a common shape. All other
-    layers are returned as they are.
+    Dense layers, and convolutions whose kernel has one tap, become matrices of a common shape. All other layers are
+    returned as they are.
+
+    Returns:
+      `(kernel, op, copies)`: the stable rank of the layer is so many times that of the kernel and operator.
     """
-    if isinstance(kernel, jax.core.Tracer) or not is_matrix(kernel.shape, op) or len(kernel.devices()) > 1:
-        return kernel, op
+    copies = num_copies(kernel.shape, op)
+    if isinstance(kernel, jax.core.Tracer) or not copies or len(kernel.devices()) > 1:
+        return kernel, op, 1
     shape = common_shape(*kernel.shape[-2:])
     # A shape that is not common is the matrix's own, and it is not worth a copy to exchange its sides.
     if shape == kernel.shape or not set(shape) <= set(_SIDES):
-        return kernel, op
+        return kernel, op, 1
     filled = filled_up(np.asarray(kernel).reshape(kernel.shape[-2:]), shape)
     # Where nobody chose a device, choosing one would be another program.
-    return (jax.device_put(filled, kernel.sharding) if kernel.committed else jnp.asarray(filled)), Dense()
+    return (jax.device_put(filled, kernel.sharding) if kernel.committed else jnp.asarray(filled)), Dense(), copies
 
 
 def as_matrix(kernel: Shaped[Array, "..."], op: Operator) -> tuple[Shaped[Array, "..."], Operator]:
@@ -53,6 +58,18 @@ def is_matrix(kernel_shape: tuple[int, ...], op: Operator) -> bool:
     """Whether the layer does the same to every sample, and no image size is named (static)."""
     is_one_tap = isinstance(op, UnboundedConv) and math.prod(kernel_shape[:-2]) == 1 == op.feature_group_count
     return isinstance(op, Dense) or is_one_tap
+
+
+def num_copies(kernel_shape: tuple[int, ...], op: Operator) -> int:
+    """How many times the layer applies one matrix, each time to other samples; 0 where it does something else (static).
+
+    Of an unbounded convolution it is one, as its stable rank is that per output sample.
+    """
+    if is_matrix(kernel_shape, op):
+        return 1
+    is_one_tap = math.prod(kernel_shape[:-2]) == 1 == getattr(op, "feature_group_count", 1)
+    # A tap that never meets the image makes the layer zero.
+    return int(op._tap_counts(kernel_shape).item()) if is_one_tap else 0
 
 
 def common_shape(rows: int, columns: int) -> tuple[int, int]:

@@ -25,7 +25,7 @@ __all__ = ["leading_of_dense", "leading_of_matrix"]
 
 def leading_of_dense(kernel: Float[Array, "in out"]) -> Pair:
     """The leading pair of a dense layer whose kernel is of any scale; called eagerly, of its common shape."""
-    filled, _ = in_common_shape(kernel, Dense())
+    filled, *_ = in_common_shape(kernel, Dense())
     pair = _leading_of_dense(filled)
     if filled is kernel:
         return pair

@@ -143,7 +143,7 @@ def spectral_norm(kernel: Kernel, op: Operator) -> Float[Array, ""]:
       >>> print(jaxsrn.spectral_norm(kernel, jaxsrn.CircularConv((8,))).round(4))
       4.0
     """
-    kernel, op = in_common_shape(*op._flattened(kernel_array(kernel, op)))
+    kernel, op, _ = in_common_shape(*op._flattened(kernel_array(kernel, op)))
     return _value(kernel, op, leading_pair(kernel, op))
 
 

@@ -55,17 +55,20 @@ def stable_rank(kernel: Kernel, op: Operator) -> Float[Array, ""]:
       >>> print(jaxsrn.stable_rank(jnp.diag(jnp.array([2.0, 1.0, 1.0])), jaxsrn.Dense()).round(4))
       1.5
     """
-    kernel, op = in_common_shape(*op._flattened(kernel_array(kernel, op)))
-    return norm_and_rank(kernel, op, leading_pair(kernel, op))[1]
+    kernel, op, copies = in_common_shape(*op._flattened(kernel_array(kernel, op)))
+    return norm_and_rank(kernel, op, leading_pair(kernel, op), copies)[1]
 
 
 @program
-def norm_and_rank(kernel, op, pair) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """The spectral norm and the stable rank of a kernel of any scale and dtype, from its leading pair."""
+def norm_and_rank(kernel, op, pair, copies=1) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """The spectral norm and the stable rank of a kernel of any scale and dtype, from its leading pair.
+
+    The layer applies the operator so many times, to other samples each time.
+    """
     kernel, scale = rescaled(kernel.astype(float_dtype(kernel.dtype)), op)
     norm = frozen_value(kernel, op, pair)
     # The map can be zero where the kernel is not: taps can miss the image, and aliased ones can cancel.
-    return norm * scale, ratio(squared_frobenius_norm(kernel, op), norm**2)
+    return norm * scale, copies * ratio(squared_frobenius_norm(kernel, op), norm**2)
 
 
 def squared_frobenius_norm(kernel: Kernel, op: Operator) -> Shaped[Array, ""]:

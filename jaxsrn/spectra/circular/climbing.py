@@ -179,6 +179,8 @@ def _uphill(poly: GramPolynomial, grid: Grid, index, group, column) -> Peak:
     rounding tells apart.
     """
     coefficients = of_group(poly.coefficients, group)
+    # Products with the transpose read it as it lies in memory.
+    transposed = coefficients.mT
 
     def times_terms(column):
         # All climbers multiply the same coefficients at once, where each would have to read a symbol of its own.
@@ -191,7 +193,7 @@ def _uphill(poly: GramPolynomial, grid: Grid, index, group, column) -> Peak:
 
         def power(_, sides):
             row, _ = _normalised(einsum("t,tr->r", own, sides[0]))
-            column, squared = _normalised(einsum("t,tc->c", own.conj(), real_times("trc,r->tc", coefficients, row)))
+            column, squared = _normalised(einsum("t,tc->c", own.conj(), real_times("tcr,r->tc", transposed, row)))
             return times_terms(column), row, column, squared
 
         sides = reached, peak.row, peak.column, peak.value
