@@ -123,6 +123,8 @@ def exact(layer, op, fraction: float | None, norm: float):
     return jnnx.StableRankNorm(layer, fraction, input_shape=shape, norm=norm)
 
 
+# Compiled: run operation by operation it would also compile the next states, which nobody reads here.
+@nnx.jit
 def fixed(model: Discriminator) -> Discriminator:
     """The plain discriminator with the weights that `model` computes with."""
     model = nnx.clone(model)

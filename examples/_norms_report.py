@@ -5,7 +5,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 from _report import paragraphs, save, table
-from _studies import compared, mean_and_spread
+from _studies import mean_and_spread, mean_difference, misses_target
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -13,7 +13,6 @@ import matplotlib.pyplot as plt
 __all__ = ["costs_section", "draw", "misses", "name_of", "sections_of"]
 
 # How far a norm or a stable rank may be from what was asked.
-TOLERANCE = 0.01
 WORDS = {
     "plain": "nothing",
     "clip": "one pass of clipping",
@@ -76,24 +75,16 @@ def wrong_with(setting: dict, values: dict[str, float]) -> list[str]:
     constraint, strength = setting["constraint"], setting["strength"]
     norm, share = values["norm"], values["rank"] / values["largest"]
     wrong = []
-    if constraint == "projection" and norm > strength * (1 + TOLERANCE):
+    if constraint == "projection" and misses_target(norm, strength, at_most=True):
         wrong.append(f"norm {norm:.4f}, at most {strength:g} was asked")
-    if constraint in ("spectral", "stable rank") and abs(norm - 1) > TOLERANCE:
+    if constraint in ("spectral", "stable rank") and misses_target(norm, 1):
         wrong.append(f"norm {norm:.4f}, 1 was asked")
-    if constraint == "stable rank" and share > strength * (1 + TOLERANCE):
+    if constraint == "stable rank" and misses_target(share, strength, at_most=True):
         wrong.append(f"stable rank {share:.4f} of the largest, at most {strength:g} was asked")
     return wrong
 
 
 # Tables
-
-
-def difference_of(values, others) -> str:
-    """The mean difference, and its p-value where there are several seeds."""
-    if len(values) == 1:
-        return f"{values[0] - others[0]:+.1f}"
-    mean, p = compared(values, others)
-    return f"{mean:+.1f}, " + ("p < 0.01" if p < 0.01 else f"p = {p:.2f}")
 
 
 def scores_table(settings: dict[str, dict], found: dict[str, list[dict]], has_norms: bool) -> str:
@@ -105,7 +96,7 @@ def scores_table(settings: dict[str, dict], found: dict[str, list[dict]], has_no
             continue
         runs, errors = found[name], curve(found[name], "test_error")[:, -1]
         others = curve(plain, "test_error")[:, -1]
-        difference = "-" if setting["constraint"] == "plain" else difference_of(100 * errors, 100 * others)
+        difference = "-" if setting["constraint"] == "plain" else mean_difference(100 * errors, 100 * others, ".1f")
         gaps = curve(runs, "test_loss")[:, -1] - curve(runs, "loss")[:, -1]
         row = [words_of(setting), mean_and_spread(curve(runs, "loss")[:, -1]), mean_and_spread(100 * errors, ".1f")]
         row += [difference, mean_and_spread(gaps), mean_and_spread(largest(runs, "norm"), ".2f")]
@@ -128,7 +119,7 @@ def passes_table(settings: dict[str, dict], found: dict[str, list[dict]]) -> str
             f"{np.mean(curve(runs, 'corrections')[:, -1] / corrections_in(setting)):.3f}"
             for runs in (once, found[name])
         ]
-        rows.append(["with" if has_norms else "without", f"{limit:g}", *norms, difference_of(*errors), *costs])
+        rows.append(["with" if has_norms else "without", f"{limit:g}", *norms, mean_difference(*errors, ".1f"), *costs])
     header = ("batch norm", "limit c", "clipped: norm / c", "projected: norm / c", "test error, projected - clipped, %")
     return table((*header, "clipping, CPU s", "projection, CPU s"), rows)
 

@@ -6,7 +6,7 @@
 import matplotlib
 import numpy as np
 from _report import save, table
-from _studies import compared, mean_and_spread
+from _studies import mean_and_spread, mean_difference
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -89,8 +89,7 @@ def difference(results: list[dict], others: list[dict], part: str) -> str:
     values, baseline = ([result["other"][part] for result in each] for each in (results, others))
     if results is others or None in values + baseline:
         return ""
-    mean, p = compared(values, baseline)
-    return f"{mean:+.2f} (p = {p:.2g})"
+    return mean_difference(values, baseline, ".2f")
 
 
 def psnr_table(runs: dict[str, list[dict]]) -> str:

@@ -1,4 +1,4 @@
-"""What the studies share: runs that are kept, and several seeds with their spread and differences.
+"""What the studies share: runs that are kept, seeds with their spread and differences, and whether a target is met.
 
 A study trains one network for each of its settings and seeds. Every run is one file of JSON in the study's folder. A
 study that was stopped goes on with the runs that are missing.
@@ -14,7 +14,10 @@ import scipy.stats
 from _report import table
 from tqdm import tqdm
 
-__all__ = ["compared", "cost_table", "mean_and_spread", "runs_of"]
+__all__ = ["compared", "cost_table", "mean_and_spread", "mean_difference", "misses_target", "runs_of"]
+
+# The share by which a layer may miss what was asked of it.
+TOLERANCE = 0.01
 
 
 def runs_of(settings: dict[str, dict], num_seeds: int, folder: Path, run: Callable[..., dict]) -> dict[str, list[dict]]:
@@ -61,6 +64,20 @@ def compared(values, others) -> tuple[float, float]:
     """
     difference = np.subtract(values, others)
     return float(np.mean(difference)), float(scipy.stats.ttest_rel(values, others).pvalue)
+
+
+def mean_difference(values, others, form: str) -> str:
+    """The mean difference with its p-value, as `+1.23 (p = 0.041)`; of one seed the difference alone."""
+    if len(values) == 1:
+        return f"{values[0] - others[0]:+{form}}"
+    mean, p = compared(values, others)
+    return f"{mean:+{form}} (p = {p:.2g})"
+
+
+def misses_target(value: float, asked: float, *, at_most: bool = False) -> bool:
+    """Whether a number is more than 1% from what was asked; with `at_most`, more than 1% above it. NaN misses."""
+    excess = value / asked - 1
+    return not (excess if at_most else abs(excess)) <= TOLERANCE
 
 
 def cost_table(seconds: dict[str, np.ndarray], header: tuple[str, str, str]) -> str:

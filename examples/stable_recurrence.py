@@ -38,7 +38,7 @@ from _recurrence_report import (
     worst_table,
 )
 from _report import command_line, interleaved, paragraphs, prepared, requirement, write
-from _studies import cost_table, runs_of
+from _studies import cost_table, misses_target, runs_of
 from flax import nnx
 
 import jaxsrn
@@ -256,11 +256,11 @@ def missed(setting: dict, layers: list[dict]) -> list[str]:
     """A layer whose own stable rank is below the target keeps it."""
     wrong = []
     for layer in layers:
-        if abs(layer["norm"] / setting["norm"] - 1) > 0.01:
+        if misses_target(layer["norm"], setting["norm"]):
             wrong.append(f"norm {layer['norm']:.4f} for {setting['norm']:g}")
         if setting["kind"] == "rank":
             asked = min(layer["raw"], setting["fraction"] * layer["high"])
-            if abs(layer["stable_rank"] / asked - 1) > 0.01:
+            if misses_target(layer["stable_rank"], asked):
                 wrong.append(f"stable rank {layer['stable_rank']:.4f} for {asked:.4f}")
     return wrong
 

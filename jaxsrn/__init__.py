@@ -7,6 +7,7 @@ pictures, are imported by name.
 """
 
 import importlib
+from typing import TYPE_CHECKING
 
 from jaxsrn.normalization import SRNResult, srn, srnc, srnc_tanay
 from jaxsrn.normalization.training import SRNCState, srnc_state, srnc_step
@@ -24,6 +25,9 @@ from jaxsrn.spectra import (
     target_of_fraction,
     top_singular_values,
 )
+
+if TYPE_CHECKING:
+    from jaxsrn import bounds, lipschitz, optim, penalties, sphere, surrogate
 
 __all__ = [
     "CircularConv",

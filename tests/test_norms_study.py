@@ -14,6 +14,7 @@ import _cifar10
 import _norms_report
 import _resnet
 import _sedghi_timing
+import _studies
 import norms_in_training
 
 from jaxsrn import ZeroPaddedConv
@@ -61,6 +62,25 @@ def test_what_is_more_than_one_percent_from_what_was_asked(constraint, strength,
     setting = {"constraint": constraint, "strength": strength}
     values = {"norm": norm, "rank": rank, "largest": 10.0}
     assert len(_norms_report.wrong_with(setting, values)) == number
+
+
+def test_a_difference_of_three_seeds_has_the_p_value_of_the_t_distribution():
+    values, others = np.array([1.0, 2.0, 4.0]), np.array([0.5, 1.0, 2.0])
+    difference = values - others
+    t = difference.mean() / (difference.std(ddof=1) / np.sqrt(3))
+    # The distribution with two degrees of freedom in closed form.
+    p = 1 - t / np.sqrt(2 + t**2)
+    assert _studies.mean_difference(values, others, ".2f") == f"{difference.mean():+.2f} (p = {p:.2g})"
+    assert _studies.mean_difference([2.0], [1.5], ".1f") == "+0.5"
+
+
+@pytest.mark.parametrize(
+    ("value", "misses", "exceeds"),
+    [(2.03, True, True), (2.01, False, False), (1.99, False, False), (1.97, True, False), (np.nan, True, True)],
+)
+def test_what_misses_a_target_of_two(value, misses, exceeds):
+    assert _studies.misses_target(value, 2.0) == misses
+    assert _studies.misses_target(value, 2.0, at_most=True) == exceeds
 
 
 def test_images_are_made_smaller_by_the_mean_over_squares():

@@ -248,6 +248,18 @@ def test_lipschitz_bounds():
             plots.lipschitz_bounds(numbers, {})
 
 
+@pytest.mark.parametrize("largest", [1.0, 3.0, 10.0, 50.0, 400.0, 1e6])
+def test_labels_of_a_logarithmic_axis_do_not_run_into_each_other(largest):
+    figure = Figure(figsize=(5, 3), layout="constrained")
+    axis = plots.lipschitz_bounds({"a": 1.0}, {"a": largest}, ax=figure.subplots()).axes[0].xaxis
+    figure.canvas.draw()
+    texts = [text for text in (*axis.get_ticklabels(), *axis.get_ticklabels(minor=True)) if text.get_text()]
+    inside = [text for text in texts if 0.5 <= text.get_position()[0] <= 2 * largest]
+    assert len(inside) >= 2
+    boxes = sorted((text.get_window_extent() for text in inside), key=lambda box: box.x0)
+    assert all(left.x1 < right.x0 for left, right in itertools.pairwise(boxes))
+
+
 def test_lipschitz_histogram():
     figure = plots.lipschitz_histogram({"a": np.array([0.0, 0.1, 0.9, 4.0]), "b": np.array([2.5])}, bins=4)
     first, second = (patch.get_data() for patch in figure.axes[0].patches)

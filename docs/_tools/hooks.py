@@ -18,8 +18,9 @@ TOOLS = Path(__file__).parent
 ROOT = TOOLS.parents[1]
 # Where recorded tables and pictures are, and the folders in which their pages are.
 PAPERS = ("zheng2025", "sedghi2019", "grishina2024", "guo_ye2019")
+NETWORKS = ("analyze_resnet50", "lipschitz_constants")
 RECORDED = {"performance": ROOT / "benchmarks" / "results"}
-RECORDED |= {f"experiments/{paper}": ROOT / "examples" / paper for paper in PAPERS}
+RECORDED |= {f"experiments/{name}": ROOT / "examples" / name for name in PAPERS + NETWORKS}
 STUDIES = ("norms_in_training", "sanyal2020", "srn_gan", "stable_recurrence")
 RECORDED |= {f"studies/{study}": ROOT / "examples" / study for study in STUDIES}
 

@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable
 
 import jax
+import jax.core
 from jax import lax
 
 __all__ = ["one_by_one", "while_loop"]

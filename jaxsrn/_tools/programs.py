@@ -23,6 +23,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
+import jax.core
 import jaxlib.version
 
 __all__ = ["program"]

@@ -15,7 +15,6 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from jaxsrn._tools.proofs import rounding
-from jaxsrn.operators.base import Operator
 from jaxsrn.operators.convolutions import CircularConv, UnboundedConv, ZeroPaddedConv
 from jaxsrn.spectra.circular.fourier import grouped
 from jaxsrn.spectra.padded.circular_model import circular_layer
@@ -35,7 +34,9 @@ class NormInterval(NamedTuple):
     upper: Float[Array, "..."]
 
 
-def covers(kernel: Float[Array, "..."], op: Operator) -> list[tuple[Float[Array, "..."], CircularConv | UnboundedConv]]:
+def covers(
+    kernel: Float[Array, "..."], op: CircularConv | UnboundedConv | ZeroPaddedConv
+) -> list[tuple[Float[Array, "..."], CircularConv | UnboundedConv]]:
     """The covers of a layer as `(kernel, operator)`: the norm of each is an upper bound of the layer's norm."""
     if isinstance(op, (CircularConv, UnboundedConv)):
         return [(kernel, op)]

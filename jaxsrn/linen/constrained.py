@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ from jaxsrn.linen.wrappers import (
     LEARNED,
     Normalized,
     StableRankState,
+    States,
     check_collection,
     nested,
     stepped,
@@ -101,7 +102,7 @@ class Constrained(nn.Module):
     @nn.nowrap
     def layer_maps(self) -> dict[tuple, LayerMap]:
         """The maps of the wrapped layers, by the paths of their kernels from the root of the whole model."""
-        states = flatten_dict({_CONSTRAINED: self.get_variable(COLLECTION, _CONSTRAINED)})
+        states = cast(States, flatten_dict({_CONSTRAINED: self.get_variable(COLLECTION, _CONSTRAINED)}))
         return {
             (*self.path, *state.layer_path(path[:-1]), "kernel"): state.constraint.layer_map
             for path, state in states.items()

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,7 @@ __all__ = [
     "SpectralNorm",
     "StableRankNorm",
     "StableRankState",
+    "States",
     "check_collection",
     "nested",
     "started",
@@ -41,8 +42,7 @@ LEARNED = "learned"
 _traces = itertools.count()
 
 
-@struct.dataclass
-class StableRankState:
+class StableRankState(struct.PyTreeNode):
     """What a wrapper carries from step to step, its variable `state` in the collection `"stable_rank"`.
 
     Its value is a `jaxsrn.SRNCState`, as in `jaxsrn.nnx`. The other fields are static: modules of Linen are
@@ -70,6 +70,10 @@ class StableRankState:
         """The kernel normalized by this state, and the next state."""
         kernel, value = self.constraint.step(kernel, self.value, norm)
         return kernel, self.replace(value=value)
+
+
+# The states of a model, by their paths.
+States = dict[tuple, StableRankState]
 
 
 class Normalized(nn.Module):
@@ -242,7 +246,8 @@ class WrappedLayer(NamedTuple):
 
 def wrapped_layers(module: nn.Module, variables: Mapping) -> dict[tuple, WrappedLayer]:
     """All wrapped layers, by the paths of their wrappers."""
-    states, params = flatten_dict(variables.get(COLLECTION, {})), flatten_dict(variables["params"])
+    states = cast(States, flatten_dict(variables.get(COLLECTION, {})))
+    params = flatten_dict(variables["params"])
     ensure(
         bool(states),
         f"variables: got the collections {sorted(variables)} for {type(module).__name__}, expected {COLLECTION!r} "

@@ -133,15 +133,14 @@ def _climbed(f, params, x, y, limits, num_steps):
 
     def step(i, best: _Pairs) -> _Pairs:
         x, y = (jnp.clip(point, *limits) for point in _trial(best))
-        (_, found), slopes = jax.value_and_grad(distances, (0, 1), has_aux=True)(x, y)
+        (_, found), (slope_x, slope_y) = jax.value_and_grad(distances, (0, 1), has_aux=True)(x, y)
         found = ratio(found, norms_of_samples(x - y))
         # The first trial is the given pair itself.
         better = (found > best.ratio) | (i == 0)
         length = jnp.where(i == 0, 1, jnp.where(better, jnp.minimum(2 * best.length, 1), best.length / 2))
-        trial = _Pairs(x, y, found, *slopes, length)
-        return _Pairs(
-            *(jnp.where(_like(better, new), new, old) for new, old in zip(trial, best, strict=True))
-        )._replace(length=length)
+        trial = _Pairs(x, y, found, slope_x, slope_y, length)
+        chosen = jax.tree.map(lambda new, old: jnp.where(_like(better, new), new, old), trial, best)
+        return chosen._replace(length=length)
 
     none = jnp.zeros(len(x), x.dtype)
     start = _Pairs(x, y, none, jnp.zeros_like(x), jnp.zeros_like(y), none)

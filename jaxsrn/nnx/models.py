@@ -7,6 +7,7 @@ from types import MappingProxyType
 from typing import Any
 
 import jax
+import jax.core
 from flax import nnx
 
 from jaxsrn._tools.checks import ensure, errors_named
@@ -176,7 +177,7 @@ def layer_calls(model: nnx.Module, *inputs, computes: Mapping[type, type | None]
 class _Recorder(nnx.Module):
     """Stands in for a layer while its model is traced, and notes the map of the layer."""
 
-    def __init__(self, layer: nnx.Module, path: tuple, calls: CallRecord):
+    def __init__(self, layer: Any, path: tuple, calls: CallRecord):
         self.layer, self.path, self.calls = layer, nnx.static(path), nnx.static(calls)
 
     def __getattr__(self, name: str):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -35,12 +37,13 @@ class Normalized(nnx.Module):
     """A layer whose kernel is normalized on the way into it; the stored kernel stays the raw parameter."""
 
     def __init__(self, layer: nnx.Module, norm, constraint: Constraint):
-        self.layer = layer
+        # The layers of Flax share no class that has a kernel.
+        self.layer: Any = layer
         self.norm = norm
         self.constraint = nnx.static(constraint)
         # Module.train() and Module.eval() set this attribute, as they do for batch normalization.
         self.use_running_average = False
-        self.state = StableRankState(self._start(layer.kernel[...]))
+        self.state = StableRankState(self._start(self.layer.kernel[...]))
 
     @property
     def operator(self) -> Operator:
@@ -177,5 +180,5 @@ def _map_of(layer, input_shape, computes) -> LayerMap:
 def _with_kernel(layer: nnx.Module, kernel: jax.Array) -> nnx.Module:
     """A copy of the layer with another kernel; the layer itself is not touched."""
     graphdef, state = nnx.split(layer)
-    state["kernel"] = state["kernel"].replace(kernel)
+    state["kernel"] = cast(nnx.Variable, state["kernel"]).replace(kernel)
     return nnx.merge(graphdef, state, copy=True)

@@ -150,7 +150,8 @@ def _ascend(problem: Problem, op: Operator, start: _Ascent, max_steps: int | Int
         finished = ~first & ((change <= tolerance) | (~gained & (state.memory.count == 0)))
         best, pair = chosen(gained, (new, pair), (state.best, state.pair))
         plain = best.kernel, _anderson_start(best.kernel)
-        return _Ascent(*chosen(gained & ~first, (mixed, memory), plain), best, pair, finished, state.num_steps + 1)
+        point, memory = chosen(gained & ~first, (mixed, memory), plain)
+        return _Ascent(point, memory, best, pair, finished, state.num_steps + 1)
 
     return lax.while_loop(lambda s: ~s.finished & (s.num_steps < max_steps), step, start)
 

@@ -153,7 +153,7 @@ def _frobenius_norms(kernel: Float[Array, "..."], op: CircularConv) -> Float[Arr
     which = (len(lags) // 2 + places[:, None] - places[None]).reshape(-1)
     sums = jnp.zeros((len(flat), len(lags)), products.dtype).at[:, which].add(products)
     rows = [axis_waves(n, lags[:, j])[:m] for j, (n, m) in enumerate(zip(op.grid, half_grid(op), strict=True))]
-    cosines = functools.reduce(lambda a, b: (a[:, None] * b[None]).reshape((-1, len(lags))), rows).real
+    cosines = np.real(functools.reduce(lambda a, b: (a[:, None] * b[None]).reshape((-1, len(lags))), rows))
     return safe_sqrt(einsum("gl,fl->fg", sums, jnp.asarray(cosines, sums.dtype)).reshape(-1))
 
 
@@ -243,7 +243,8 @@ def _scanned(problem: Problem, op: CircularConv, reach: _Reach, wanted: Bool[Arr
         pairs = pairs._replace(output=pairs.output * turn)
         scores, pairs = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), state[:2], (scores, pairs))
         best = lax.top_k(-scores, kept)[1]
-        return _Scan(*picked((scores, pairs), best), jnp.minimum(state.bound, bound), state.position + 1)
+        scores, pairs = picked((scores, pairs), best)
+        return _Scan(scores, pairs, jnp.minimum(state.bound, bound), state.position + 1)
 
     def unfinished(state: _Scan):
         following = picked(lowest, picked(order, jnp.minimum(state.position, num_chunks - 1))[0])

@@ -76,7 +76,7 @@ class Operator(abc.ABC):
         """Where each tap of each spatial axis meets real input samples (static)."""
 
     @abc.abstractmethod
-    def _apply_batch(self, kernel, x, precision, layout: Layout, by_fft: bool):
+    def _apply_batch(self, kernel, x, precision, layout: Layout, by_fft: bool) -> Shaped[Array, "..."]:
         """`apply` for exactly one batch axis and checked arguments, in full precision if it is by FFT."""
 
     def _is_cheaper_by_fft(self, kernel_shape: tuple[int, ...]) -> bool:

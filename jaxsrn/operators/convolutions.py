@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import inspect
 import math
 from collections.abc import Sequence
 
@@ -31,15 +32,26 @@ __all__ = [
 class _Conv(Operator):
     """What all convolutions share: their channels, and the extents of their taps."""
 
+    # What the subclasses hold: ints and tuples, whatever they were given as.
+    strides: int | tuple[int, ...]
+    kernel_dilation: int | tuple[int, ...]
+    feature_group_count: int
+
     def __repr__(self) -> str:
         """The operator as a call, without arguments that have their default value."""
-        fields = [(f, getattr(self, f.name)) for f in dataclasses.fields(self)]
+        arguments = [(p, getattr(self, p.name)) for p in inspect.signature(type(self)).parameters.values()]
         given = [
-            repr(value) if field.default is dataclasses.MISSING else f"{field.name}={value!r}"
-            for field, value in fields
-            if value != field.default and (field.default != 1 or set(np.ravel(value)) != {1})
+            repr(value) if argument.default is argument.empty else f"{argument.name}={value!r}"
+            for argument, value in arguments
+            if value != argument.default and (argument.default != 1 or set(np.ravel(value)) != {1})
         ]
         return f"{type(self).__name__}({', '.join(given)})"
+
+    def _hold(self, *, feature_group_count: int, **fields) -> None:
+        """Sets the fields of the frozen operator, once."""
+        fields["feature_group_count"] = int_tuple(feature_group_count, 1, "feature_group_count")[0]
+        for name, value in fields.items():
+            object.__setattr__(self, name, value)
 
     def _check_channels(self, kernel_shape) -> None:
         groups = self.feature_group_count
@@ -48,16 +60,12 @@ class _Conv(Operator):
             f"kernel: got {kernel_shape[-1]} output channels, expected a multiple of feature_group_count={groups}.",
         )
 
-    def _normalise_groups(self) -> None:
-        groups = int_tuple(self.feature_group_count, 1, "feature_group_count")[0]
-        object.__setattr__(self, "feature_group_count", groups)
-
     def _channels(self, kernel_shape):
         return kernel_shape[-2] * self.feature_group_count, kernel_shape[-1]
 
 
 @jax.tree_util.register_static
-@dataclasses.dataclass(frozen=True, repr=False)
+@dataclasses.dataclass(frozen=True, init=False, repr=False)
 class UnboundedConv(_Conv):
     """The convolution on an image without edges, with as many axes as its kernel has.
 
@@ -74,17 +82,21 @@ class UnboundedConv(_Conv):
       ValueError: sizes that are not positive integers.
     """
 
-    _: dataclasses.KW_ONLY
-    strides: int | Sequence[int] = 1
-    kernel_dilation: int | Sequence[int] = 1
-    feature_group_count: int = 1
+    strides: int | tuple[int, ...]
+    kernel_dilation: int | tuple[int, ...]
+    feature_group_count: int
 
-    def __post_init__(self):
-        for name in ("strides", "kernel_dilation"):
-            value = getattr(self, name)
-            normal = int_tuple(value, None, name)
-            object.__setattr__(self, name, normal[0] if np.ndim(value) == 0 else normal)
-        self._normalise_groups()
+    def __init__(
+        self,
+        *,
+        strides: int | Sequence[int] = 1,
+        kernel_dilation: int | Sequence[int] = 1,
+        feature_group_count: int = 1,
+    ):
+        sizes = {"strides": strides, "kernel_dilation": kernel_dilation}
+        fields = {name: int_tuple(size, None, name) for name, size in sizes.items()}
+        one_for_all = {name: field[0] for name, field in fields.items() if np.ndim(sizes[name]) == 0}
+        self._hold(**fields | one_for_all, feature_group_count=feature_group_count)
 
     @property
     def _kernel_axes(self) -> int | None:
@@ -129,6 +141,10 @@ class UnboundedConv(_Conv):
 class _SizedConv(_Conv):
     """The geometry and the application of convolutions of images; the subclasses add their padding."""
 
+    input_shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    kernel_dilation: tuple[int, ...]
+
     @property
     def num_axes(self) -> int:
         """The number of spatial axes."""
@@ -138,14 +154,12 @@ class _SizedConv(_Conv):
     def _kernel_axes(self) -> int:
         return self.num_axes + 2
 
-    def _normalise(self, *names: str) -> None:
-        """Turns the named fields into tuples of positive ints, one per axis."""
-        shape = int_tuple(self.input_shape, None, "input_shape")
-        ensure(1 <= len(shape) <= 3, f"input_shape: got {self.input_shape!r}, expected one to three spatial axes.")
-        object.__setattr__(self, "input_shape", shape)
-        for name in names:
-            object.__setattr__(self, name, int_tuple(getattr(self, name), len(shape), name))
-        self._normalise_groups()
+    def _hold_sizes(self, input_shape, feature_group_count: int, **sizes) -> None:
+        """Sets the fields: each of the `sizes` is a positive int, or one per axis of the image."""
+        shape = int_tuple(input_shape, None, "input_shape")
+        ensure(1 <= len(shape) <= 3, f"input_shape: got {input_shape!r}, expected one to three spatial axes.")
+        sizes = {name: int_tuple(size, len(shape), name) for name, size in sizes.items()}
+        self._hold(input_shape=shape, **sizes, feature_group_count=feature_group_count)
 
     def _axis_strides(self, kernel_shape):
         return self.strides
@@ -184,7 +198,7 @@ class _SizedConv(_Conv):
             layout,
             window_strides=self.strides,
             padding=[axis.padding for axis in axes],
-            lhs_dilation=self.input_dilation,
+            lhs_dilation=[axis.input_dilation for axis in axes],
             rhs_dilation=self.kernel_dilation,
             feature_group_count=self.feature_group_count,
             precision=precision,
@@ -192,7 +206,7 @@ class _SizedConv(_Conv):
 
 
 @jax.tree_util.register_static
-@dataclasses.dataclass(frozen=True, repr=False)
+@dataclasses.dataclass(frozen=True, init=False, repr=False)
 class CircularConv(_SizedConv):
     """A convolution with circular padding, equal to `flax.nnx.Conv(padding="CIRCULAR")` element by element.
 
@@ -206,14 +220,20 @@ class CircularConv(_SizedConv):
       ValueError: sizes that are not positive integers, or a stride that does not divide the image.
     """
 
-    input_shape: int | Sequence[int]
-    _: dataclasses.KW_ONLY
-    strides: int | Sequence[int] = 1
-    kernel_dilation: int | Sequence[int] = 1
-    feature_group_count: int = 1
+    input_shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    kernel_dilation: tuple[int, ...]
+    feature_group_count: int
 
-    def __post_init__(self):
-        self._normalise("strides", "kernel_dilation")
+    def __init__(
+        self,
+        input_shape: int | Sequence[int],
+        *,
+        strides: int | Sequence[int] = 1,
+        kernel_dilation: int | Sequence[int] = 1,
+        feature_group_count: int = 1,
+    ):
+        self._hold_sizes(input_shape, feature_group_count, strides=strides, kernel_dilation=kernel_dilation)
         ensure(
             all(n % s == 0 for n, s in zip(self.input_shape, self.strides, strict=True)),
             f"strides: got {self.strides} on an image of {self.input_shape}, expected divisors of it; a circular "
@@ -266,7 +286,7 @@ class CircularConv(_SizedConv):
 
 
 @jax.tree_util.register_static
-@dataclasses.dataclass(frozen=True, repr=False)
+@dataclasses.dataclass(frozen=True, init=False, repr=False)
 class ZeroPaddedConv(_SizedConv):
     """A convolution with zero padding, equal to `flax.nnx.Conv` with the same arguments.
 
@@ -283,43 +303,55 @@ class ZeroPaddedConv(_SizedConv):
 
     _needs_explicit_matrix = True
 
-    input_shape: int | Sequence[int]
-    _: dataclasses.KW_ONLY
-    padding: str | Sequence[tuple[int, int]] = "SAME"
-    strides: int | Sequence[int] = 1
-    input_dilation: int | Sequence[int] = 1
-    kernel_dilation: int | Sequence[int] = 1
-    feature_group_count: int = 1
+    input_shape: tuple[int, ...]
+    padding: str | tuple[tuple[int, ...], ...]
+    strides: tuple[int, ...]
+    input_dilation: tuple[int, ...]
+    kernel_dilation: tuple[int, ...]
+    feature_group_count: int
 
-    def __post_init__(self):
-        self._normalise("strides", "input_dilation", "kernel_dilation")
-        if isinstance(self.padding, str):
+    def __init__(
+        self,
+        input_shape: int | Sequence[int],
+        *,
+        padding: str | Sequence[Sequence[int]] = "SAME",
+        strides: int | Sequence[int] = 1,
+        input_dilation: int | Sequence[int] = 1,
+        kernel_dilation: int | Sequence[int] = 1,
+        feature_group_count: int = 1,
+    ):
+        sizes = {"strides": strides, "input_dilation": input_dilation, "kernel_dilation": kernel_dilation}
+        self._hold_sizes(input_shape, feature_group_count, **sizes)
+        object.__setattr__(self, "padding", self._normalised(padding))
+
+    def _normalised(self, padding) -> str | tuple[tuple[int, ...], ...]:
+        """The padding as a known name, or as one `(low, high)` pair per axis."""
+        if isinstance(padding, str):
             known = ("SAME", "VALID", "CAUSAL") if self.num_axes == 1 else ("SAME", "VALID")
             ensure(
-                self.padding in known,
-                f"padding: got {self.padding!r} for {self.num_axes} axes, expected one of {known} or (low, high) "
+                padding in known,
+                f"padding: got {padding!r} for {self.num_axes} axes, expected one of {known} or (low, high) "
                 "pairs; circular padding is CircularConv.",
             )
             ensure(
                 set(np.ravel(self.input_dilation)) == {1},
-                f"padding: got {self.padding!r} with input_dilation={self.input_dilation}, expected (low, high) pairs.",
+                f"padding: got {padding!r} with input_dilation={self.input_dilation}, expected (low, high) pairs.",
             )
-            return
-        pairs = self.padding if isinstance(self.padding, (tuple, list)) else ()
+            return padding
+        pairs = padding if isinstance(padding, (tuple, list)) else ()
         ensure(
             len(pairs) == self.num_axes and all(np.shape(pair) == (2,) for pair in pairs),
-            f"padding: got {self.padding!r}, expected a name or {self.num_axes} (low, high) pairs.",
+            f"padding: got {padding!r}, expected a name or {self.num_axes} (low, high) pairs.",
         )
         # Negative padding is allowed; it crops the image, as in `lax`.
-        normal = tuple(int_tuple(pair, 2, "padding", minimum=-(2**31)) for pair in pairs)
-        object.__setattr__(self, "padding", normal)
+        return tuple(int_tuple(pair, 2, "padding", minimum=-(2**31)) for pair in pairs)
 
     @property
     def _dilated_shape(self) -> tuple[int, ...]:
         """The image with `input_dilation - 1` zeros between its samples."""
         return tuple((n - 1) * d + 1 for n, d in zip(self.input_shape, self.input_dilation, strict=True))
 
-    def _pads(self, kernel_shape) -> Sequence[tuple[int, int]]:
+    def _pads(self, kernel_shape) -> Sequence[Sequence[int]]:
         """The padding as `(low, high)` pairs."""
         extents = self._extents(kernel_shape)
         if self.padding == "CAUSAL":

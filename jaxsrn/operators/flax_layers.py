@@ -95,7 +95,8 @@ class LayerMap:
     def _swap(self, kernel: jax.Array) -> jax.Array:
         if not self.swapped:
             return kernel
-        groups = self.op.feature_group_count
+        # One of the shapes has the channels of a group where the other has all.
+        groups = self.shape[-1] // self.stored_shape[-2]
         by_group = kernel.reshape((*kernel.shape[:-1], groups, -1)).swapaxes(-1, -3)
         return by_group.reshape((*by_group.shape[:-2], -1))
 

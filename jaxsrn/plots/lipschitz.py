@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from jaxsrn._tools.checks import ensure, static_int
 from jaxsrn.plots.canvas import COLORS, axes_of, checked_curves, size_for, styles, with_legend
@@ -45,7 +46,11 @@ def lipschitz_bounds(lower: Mapping[str, Any], upper: Mapping[str, Any], *, ax: 
         ax.bar_label(bars, fmt="%.3g", padding=3)
     # Bars have no natural foot on a logarithmic scale: below the smallest number, and room for the labels above.
     ax.set(xlabel="Lipschitz constant", xscale="log", xlim=(min(numbers) / 2, max(numbers) * 2))
-    ax.xaxis.set_major_formatter("{x:g}")
+    # Within two decades powers of ten are too few labels, and matplotlib's smaller ones run into each other.
+    is_short = max(numbers) < 100 * min(numbers)
+    locator = LogLocator(subs=(1, 2, 5)) if is_short else LogLocator(numticks=5)
+    ax.xaxis.set(major_locator=locator, major_formatter="{x:g}")
+    ax.xaxis.set_minor_formatter(NullFormatter())
     ax.set(ylim=(len(names) - 0.5, -0.5))
     ax.set_yticks(range(len(names)), names)
     return with_legend(ax)

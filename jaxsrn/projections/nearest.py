@@ -110,7 +110,7 @@ def _circular(op: ZeroPaddedConv, kernel_shape: tuple[int, ...], dtype, tight: b
     taper = jnp.ones_like(weights)
     if tight:
         cover = dataclasses.replace(cover, input_shape=_smallest_image(op, kernel_shape, cover.strides))
-        taper = weights / math.prod(cover.grid)
+        taper = weights / math.prod(cover.out_shape(example.shape)[:-1])
     own = matrix_stack(cover, example.shape, dtype)
     return MatrixStack(lambda kernel: own.stack(covers(kernel * taper, op)[0][0]), own.counts, weights)
 

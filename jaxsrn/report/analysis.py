@@ -177,9 +177,9 @@ def _measured(
             stack = np.stack(stack + stack[:1] * (size - len(batch)))
             numbers, spectrum = _of_batch(stack, op, spectra and has_spectrum(kernels[batch[0]].shape, op))
             for j, i in enumerate(batch):
-                one = jax.tree.map(lambda leaf, j=j: leaf[j], (numbers, spectrum))
+                own, spectrum_of_one = jax.tree.map(lambda leaf, j=j: leaf[j], (numbers, spectrum))
                 norm = norms.get(kernels[i].name)
-                found[i] = layer_report(kernels[i], op, *one, norm.scope if norm else None)
+                found[i] = layer_report(kernels[i], op, own, spectrum_of_one, norm.scope if norm else None)
     count(len(found), "")
     return [found[i] for i in range(len(kernels))]
 

@@ -55,4 +55,5 @@ def with_free_frequency(pair: Pair, op: Operator, dtype) -> Pair:
     """The pair of an unbounded layer with a frequency that can be differentiated in; other pairs as they are."""
     if not isinstance(op, UnboundedConv) or isinstance(pair.site, ShiftedSite):
         return pair
-    return pair._replace(site=ShiftedSite(*pair.site, jnp.zeros(pair.site.index.shape, dtype)))
+    index, group = pair.site
+    return pair._replace(site=ShiftedSite(index, group, jnp.zeros(index.shape, dtype)))

@@ -79,13 +79,14 @@ def squared_values(kernel: Float[Array, "..."], op: CircularConv) -> Float[Array
     return squares.reshape((math.prod(half_grid(op)), -1))
 
 
-def check_circular(op) -> None:
-    """Raises `ValueError` where the operator has no frequencies to smooth over."""
+def check_circular(op) -> CircularConv:
+    """The operator; `ValueError` where the operator has no frequencies to smooth over."""
     ensure(
         isinstance(op, CircularConv),
         f"op: got {op}, expected a CircularConv; the surrogate smooths over the frequencies of a circular convolution. "
         "srnc takes every operator.",
     )
+    return op
 
 
 def forms(kernel_shape: tuple[int, ...], op: Operator) -> Float[np.ndarray, "frequencies taps taps"]:
@@ -122,7 +123,7 @@ def form_eigenvalues(kernel_shape: tuple[int, ...], op: Operator) -> Float[np.nd
 
 def _waves(kernel_shape: tuple[int, ...], op: Operator) -> np.ndarray:
     """`exp(-i <w_l, p>)`, one row per frequency, one column per tap."""
-    check_circular(op)
+    op = check_circular(op)
     op._check_kernel_shape(kernel_shape)
     ensure(
         kernel_shape[-2:] == (1, 1) and set(op.strides) == {1},

@@ -219,8 +219,10 @@ def _prepared(kernel, op, target, schedules, optimizer, num_steps: int, smooth: 
     # With this weight both terms of `h` are relative to `(N / r)^2`.
     weight = level**2 / (frozen.target * jnp.where(frozen.norm == 0, 1.0, frozen.norm) ** 2)
     alpha, penalty = schedules
-    alpha = alpha or geometric(*(a / level for a in _ALPHAS), num_steps)
-    penalty = penalty or geometric(*(p * weight / scale**2 for p in _PENALTIES), num_steps)
+    first_alpha, last_alpha = (a / level for a in _ALPHAS)
+    first_penalty, last_penalty = (p * weight / scale**2 for p in _PENALTIES)
+    alpha = alpha or geometric(first_alpha, last_alpha, num_steps)
+    penalty = penalty or geometric(first_penalty, last_penalty, num_steps)
 
     def loss(x, step):
         # The loss depends on the direction alone: its gradient is tangent, and line searches may leave the sphere.

@@ -256,9 +256,9 @@ def _settled(problem: Problem, op: Operator, starts: Pair, track: Track) -> Trac
         kernel = normalized(a, op, target, pair)
         change = jnp.linalg.norm(kernel - state.kernel) / jnp.linalg.norm(kernel)
         merit = _merit(problem, kernel)
-        best = chosen(merit < state.merit, (pair, merit), (state.best, state.merit))
+        best, merit = chosen(merit < state.merit, (pair, merit), (state.best, state.merit))
         track, _ = follow(kernel, op, Track(pair, state.track.watch))
-        return _Search(track, kernel, change, *best, state.count + 1)
+        return _Search(track, kernel, change, best, merit, state.count + 1)
 
     def unfinished(state: _Search):
         # The second pass of the best is the first that can be compared with the one before.

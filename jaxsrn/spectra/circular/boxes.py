@@ -132,7 +132,9 @@ def grid_of(op: CircularConv, kernel_shape: tuple[int, ...], dtype, is_reduced: 
         sizes = np.minimum(ends, np.where(per_axis == 0, ends, wide))
     return Grid(
         angles_of(op.grid, dtype),
-        *(array.astype(np.int32) for array in (samples, ends, sizes)),
+        samples.astype(np.int32),
+        ends.astype(np.int32),
+        sizes.astype(np.int32),
         np.asarray(int(np.max(sizes) - 1).bit_length(), np.int32),
         (samples * math.sqrt(jnp.finfo(dtype).eps) / (2 * np.pi * np.maximum(per_axis, 1))).astype(np.int32),
         (np.pi * per_axis / (2 * samples)).astype(dtype),
