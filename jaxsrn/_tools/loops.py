@@ -1,4 +1,4 @@
-"""`while_loop`: a loop whose parts are compiled one by one where it is called eagerly."""
+"""Loops: `while_loop`, whose parts are compiled one by one where it is called eagerly, and batches one by one."""
 
 from __future__ import annotations
 
@@ -51,37 +51,41 @@ def one_by_one(function: Callable, *, static_argnums: tuple[int, ...] = ()) -> C
     @functools.wraps(function)
     def call(*args):
         arrays = [None if i in static_argnums else arg for i, arg in enumerate(args)]
-
         # Outside of transformations the function's own programs are shared with other eager calls.
         if not _is_traced(arrays):
             return function(*args)
 
-        def whole(arrays):
-            return function(*(args[i] if i in static_argnums else array for i, array in enumerate(arrays)))
+        leaves, structure = jax.tree.flatten(arrays)
+        found = []
 
-        return _in_turn(whole)(arrays)
+        def of_leaves(*leaves):
+            own = jax.tree.unflatten(structure, leaves)
+            result = function(*(args[i] if i in static_argnums else array for i, array in enumerate(own)))
+            results, found[:] = jax.tree.leaves(result), [jax.tree.structure(result)]
+            return results
+
+        results = _in_turn(of_leaves)(*leaves)
+        return jax.tree.unflatten(found[0], results)
 
     return call
 
 
 def _in_turn(function: Callable) -> Callable:
-    """The function of one tree of arrays, with the rule of `one_by_one` for `jax.vmap`."""
+    """The function of arrays, which returns a list of them, with the rule of `one_by_one` for `jax.vmap`."""
     one = jax.custom_batching.custom_vmap(function)
 
     @one.def_vmap
-    def many(axis_size, in_batched, arrays):
-        leaves, structure = jax.tree.flatten(arrays)
-        is_own = jax.tree.leaves(in_batched)
-        stacks = [leaf for leaf, own in zip(leaves, is_own, strict=True) if own]
+    def many(axis_size, in_batched, *leaves):
+        stacks = [leaf for leaf, own in zip(leaves, in_batched, strict=True) if own]
         is_large = sum(stack.size for stack in stacks) >= axis_size * _WORTH_A_LOOP
         in_turn = is_large and jax.default_backend() == "cpu"
 
         def element(rows):
             rows = iter(rows)
-            merged = [next(rows) if own else leaf for leaf, own in zip(leaves, is_own, strict=True)]
-            return (one if in_turn else function)(jax.tree.unflatten(structure, merged))
+            merged = [next(rows) if own else leaf for leaf, own in zip(leaves, in_batched, strict=True)]
+            return (one if in_turn else function)(*merged)
 
         results = lax.map(element, stacks) if in_turn else jax.vmap(element)(stacks)
-        return results, jax.tree.map(lambda _: True, results)
+        return results, [True] * len(results)
 
     return one

@@ -164,10 +164,10 @@ def climbs(poly: GramPolynomial, grid: Grid, known: Estimates, chosen: Int[Array
 
 
 class _Climb(NamedTuple):
-    """A climb: where it is, the products of its column with all terms, the next steps, and how many were taken."""
+    """A climb: where it is, the products of all terms' transposes with its row, the next steps, how many were taken."""
 
     peak: Peak
-    reached: Complex[Array, "terms rows"]
+    returned: Complex[Array, "terms columns"]
     stride: Int[Array, " axes"]
     count: Int[Array, ""]
 
@@ -182,32 +182,31 @@ def _uphill(poly: GramPolynomial, grid: Grid, index, group, column) -> Peak:
     # Products with the transpose read it as it lies in memory.
     transposed = coefficients.mT
 
-    def times_terms(column):
-        # All climbers multiply the same coefficients at once, where each would have to read a symbol of its own.
-        return real_times("trc,c->tr", coefficients, column)
-
     def step(state: _Climb) -> _Climb:
-        peak, reached, stride, count = state
-        filters = einsum("r,tr->t", peak.row.conj(), reached)
+        peak, returned, stride, count = state
+        filters = einsum("tc,c->t", returned.conj(), peak.column)
         index, own, next_stride = better_frequency(grid.angles, poly.exponents, filters, peak.index, stride)
 
         def power(_, sides):
-            row, _ = _normalised(einsum("t,tr->r", own, sides[0]))
-            column, squared = _normalised(einsum("t,tc->c", own.conj(), real_times("tcr,r->tc", transposed, row)))
-            return times_terms(column), row, column, squared
+            # All climbers multiply the same coefficients at once, where each would have to read a symbol of its own.
+            row, _ = _normalised(einsum("t,tr->r", own, real_times("trc,c->tr", coefficients, sides[2])))
+            returned = real_times("tcr,r->tc", transposed, row)
+            column, squared = _normalised(einsum("t,tc->c", own.conj(), returned))
+            return returned, row, column, squared
 
-        sides = reached, peak.row, peak.column, peak.value
-        reached, row, column, squared = lax.fori_loop(0, _FOLLOWING_STEPS, power, sides)
+        sides = returned, peak.row, peak.column, peak.value
+        returned, row, column, squared = lax.fori_loop(0, _FOLLOWING_STEPS, power, sides)
         # The first step stays where it is, as the row is yet to be found.
         next_stride = jnp.where(count == 0, jnp.right_shift(grid.sizes, 1), next_stride)
-        return _Climb(Peak(index, group, row, column, jnp.sqrt(squared)), reached, next_stride, count + 1)
+        return _Climb(Peak(index, group, row, column, jnp.sqrt(squared)), returned, next_stride, count + 1)
 
     def unfinished(state: _Climb):
         return (state.count == 0) | (jnp.any(state.stride > grid.finest) & (state.count < _MOST_STEPS))
 
-    nothing = jnp.zeros(poly.coefficients.shape[-2], column.dtype)
-    start = Peak(index, group, nothing, column, jnp.zeros((), poly.even.dtype))
-    begin = _Climb(start, times_terms(column), jnp.zeros_like(index), jnp.zeros((), jnp.int32))
+    terms, rows, columns = coefficients.shape
+    start = Peak(index, group, jnp.zeros(rows, column.dtype), column, jnp.zeros((), poly.even.dtype))
+    returned = jnp.zeros((terms, columns), column.dtype)
+    begin = _Climb(start, returned, jnp.zeros_like(index), jnp.zeros((), jnp.int32))
     return lax.while_loop(unfinished, step, begin).peak
 
 
