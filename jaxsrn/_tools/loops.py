@@ -33,8 +33,8 @@ def _is_traced(tree) -> bool:
     return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
 
 
-# A batch of smaller elements is computed side by side: its loops cost more than what they do.
-_WORTH_A_LOOP = 2**13
+# A batch of elements with fewer numbers is computed side by side: of large batches, each step costs more than its work.
+_WORTH_A_LOOP = 2**9
 
 
 def one_by_one(function: Callable, *, static_argnums: tuple[int, ...] = ()) -> Callable:
