@@ -23,7 +23,7 @@ NAMES = ("spectral_norm", "bounds.certified", "srnc_state", "srnc_step")
 
 
 def layers(effort: Effort) -> tuple[Layer, ...]:
-    return (layer_of(effort),) if effort.fast else (layer_of(effort), Layer(3, 256, 14), Layer(3, 512, 7))
+    return (layer_of(effort),) if effort.fast else (layer_of(effort), Layer(3, 256, 14))
 
 
 def compiled(lowered, options, repeats: int):
@@ -56,7 +56,9 @@ def row(effort: Effort, layer: Layer, name: str, padding: str) -> list[str]:
 
 def measured(effort: Effort) -> Part:
     """The part: a row is a function of one layer."""
-    cases = [(layer, name, way) for layer in layers(effort) for way in layer.operators for name in NAMES]
+    # The proof of a Gaussian kernel of many channels without edges takes seconds in every call.
+    pairs = [(layer, way) for layer in layers(effort) for way in layer.operators]
+    cases = [(layer, name, way) for layer, way in pairs if layer.channels < 256 or way != "unbounded" for name in NAMES]
     rows = [row(effort, *case) for case in tqdm(cases, desc="generators", leave=False)]
     about = ABOUT.format(options=QUICK, repeats=effort.repeats, rounds=ROUNDS)
     heads = ("function", "compilation, default", "former", "ratio", "call, default", "former", "ratio")

@@ -35,6 +35,7 @@ from jaxsrn.spectra.circular.grams import GramPolynomial, grams_at, whole_grams
 from jaxsrn.spectra.circular.real_floats import amplitudes_of, parts_of
 
 __all__ = [
+    "best_peak",
     "highest_peak",
 ]
 
@@ -78,6 +79,15 @@ def highest_peak(poly: GramPolynomial, grid: Grid, corners, exists, peaks: Peak,
     step = functools.partial(_look, poly, grid, chunk, allowed)
     # Zero and NaN need no proof.
     return lax.while_loop(lambda proof: (proof.size > 0) & (proof.best.value > 0), step, proof).best
+
+
+def best_peak(poly: GramPolynomial, grid: Grid, peaks: Peak) -> Peak:
+    """The best of a stack of peaks with a pair that is exact to rounding, without a proof that no other is higher."""
+    best = picked(peaks, lax.argmax(peaks.value, 0, jnp.int32))
+    if min(poly.coefficients.shape[-2:]) >= _WIDE:
+        return _polished(poly, grid, best)
+    symbol = symbol_of(waves(grid.angles, 2 * best.index, poly.exponents), poly.coefficients)
+    return _larger_of(symbol, best.index, best._replace(value=jnp.full_like(best.value, -1)))
 
 
 def _best_of(poly: GramPolynomial, grid: Grid, peaks: Peak) -> Peak:

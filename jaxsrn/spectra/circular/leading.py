@@ -23,7 +23,7 @@ from jaxsrn.spectra.circular.boxes import grid_of, num_boxes
 from jaxsrn.spectra.circular.climbing import num_climbers
 from jaxsrn.spectra.circular.fourier import complex_dtype, half_symbol, site_shape
 from jaxsrn.spectra.circular.grams import is_reduced
-from jaxsrn.spectra.circular.peaks import climbed, highest
+from jaxsrn.spectra.circular.peaks import climbed, highest, highest_climbed
 from jaxsrn.spectra.circular.site_pairs import pair_at
 from jaxsrn.spectra.circular.sites import Site, distinct_sites, half_grid, on_grid, sites_at, without_constant_axes
 from jaxsrn.spectra.dense import leading_of_matrix
@@ -39,6 +39,7 @@ __all__ = [
 def leading_wave(kernel: Float[Array, "..."], op: CircularConv | UnboundedConv, excess=0.0) -> tuple[Pair, float]:
     """The leading pair over all sites, by SVDs or by branch and bound up to the allowed `excess`.
 
+    With an excess of 1 or more the pair is that of the highest peak that climbing finds, without branch and bound.
     Called eagerly, it compiles the climb and branch and bound once for all image sizes.
 
     Returns:
@@ -53,6 +54,8 @@ def leading_wave(kernel: Float[Array, "..."], op: CircularConv | UnboundedConv, 
         return _by_svds(kernel, layer), 0.0
     single, grid, *rest = search_arguments(layer, kernel)
     found = climbed(kernel, single, grid, *rest)
+    if excess >= 1:
+        return highest_climbed(found, single, kernel.shape, grid), excess
     # In float32 climbing reaches the maximum to rounding.
     between = isinstance(op, UnboundedConv) and kernel.dtype == jnp.float64
     return highest(found, single, kernel.shape, grid, excess, between), excess

@@ -19,7 +19,7 @@ from jaxsrn._tools.loops import one_by_one
 from jaxsrn._tools.programs import program
 from jaxsrn.operators.convolutions import CircularConv
 from jaxsrn.spectra.circular.boxes import Grid, coarse_boxes
-from jaxsrn.spectra.circular.branch_and_bound import highest_peak
+from jaxsrn.spectra.circular.branch_and_bound import best_peak, highest_peak
 from jaxsrn.spectra.circular.climbing import Estimates, Peak, climbs, estimates, most_promising
 from jaxsrn.spectra.circular.grams import GramPolynomial, gram_polynomial, is_transposed
 from jaxsrn.spectra.circular.newton import at_maximum
@@ -30,6 +30,7 @@ __all__ = [
     "Climbed",
     "climbed",
     "highest",
+    "highest_climbed",
     "several",
 ]
 
@@ -74,6 +75,13 @@ def highest(found: Climbed, op, kernel_shape: tuple[int, ...], grid: Grid, allow
     peaks, poly, corners, exists = _all_of(found)
     peak = highest_peak(poly, grid, corners, exists, peaks, allowed)
     return at_site(at_maximum(poly, grid, peak) if between else peak, op, kernel_shape)
+
+
+@functools.partial(program, static_argnums=(1, 2))
+def highest_climbed(found: Climbed, op, kernel_shape: tuple[int, ...], grid: Grid) -> Pair:
+    """The pair of the highest peak that climbing has found, without a proof that none is higher."""
+    peaks, poly, *_ = _all_of(found)
+    return at_site(best_peak(poly, grid, peaks), op, kernel_shape)
 
 
 def several(
