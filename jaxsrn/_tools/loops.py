@@ -33,7 +33,7 @@ def _is_traced(tree) -> bool:
     return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
 
 
-# A batch of elements with fewer numbers is computed side by side: of large batches, each step costs more than its work.
+# Elements with fewer numbers are computed side by side: large batches of them take less than a loop over them.
 _WORTH_A_LOOP = 2**9
 
 

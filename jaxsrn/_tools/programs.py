@@ -10,7 +10,7 @@ What a user jits is the user's and is never let go. While it lives, it holds the
 contains, and with them the programs of eager calls of the same functions and shapes.
 
 Programs of eager calls are compiled by XLA's former code generator on a CPU, which takes two thirds of the time and
-gives programs of the same speed (`python benchmarks/compilation --only generators`). In a function that a user jits,
+gives searches of the same speed (`python benchmarks/compilation --only generators`). In a function that a user jits,
 the user's choice holds.
 """
 
