@@ -15,8 +15,8 @@ SOURCE = Path(jaxsrn.__file__).parent
 HOUSE = {
     "_tools": [
         "checks",
-        "programs",
         "loops",
+        "programs",
         "indexing",
         "linalg",
         "tolerances",

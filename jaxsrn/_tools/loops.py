@@ -9,7 +9,10 @@ import jax
 import jax.core
 from jax import lax
 
-__all__ = ["one_by_one", "while_loop"]
+__all__ = ["is_traced", "one_by_one", "while_loop"]
+
+# Elements with fewer numbers are computed side by side: large batches of them take less than a loop over them.
+_WORTH_A_LOOP = 2**9
 
 
 def while_loop(unfinished: Callable, step: Callable, state):
@@ -18,23 +21,20 @@ def while_loop(unfinished: Callable, step: Callable, state):
     The programs that a step is made of are then the same as in other eager calls. In one loop of one program all of
     them would be compiled again. Every step waits for its result.
     """
-    while not _is_traced(state):
+    while not is_traced(state):
         if not unfinished(state):
             return state
         following = step(state)
         # Then something else that the step refers to is traced.
-        if _is_traced(following):
+        if is_traced(following):
             break
         state = following
     return lax.while_loop(unfinished, step, state)
 
 
-def _is_traced(tree) -> bool:
+def is_traced(tree) -> bool:
+    """Whether an array of a tree is part of a larger program or of a transformation."""
     return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
-
-
-# Elements with fewer numbers are computed side by side: large batches of them take less than a loop over them.
-_WORTH_A_LOOP = 2**9
 
 
 def one_by_one(function: Callable, *, static_argnums: tuple[int, ...] = ()) -> Callable:
@@ -52,9 +52,10 @@ def one_by_one(function: Callable, *, static_argnums: tuple[int, ...] = ()) -> C
     def call(*args):
         arrays = [None if i in static_argnums else arg for i, arg in enumerate(args)]
         # Outside of transformations the function's own programs are shared with other eager calls.
-        if not _is_traced(arrays):
+        if not is_traced(arrays):
             return function(*args)
 
+        # JAX says by a tree of booleans which arrays are batches, and the library's own trees hold arrays alone.
         leaves, structure = jax.tree.flatten(arrays)
         found = []
 

@@ -23,8 +23,9 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
-import jax.core
 import jaxlib.version
+
+from jaxsrn._tools.loops import is_traced
 
 __all__ = ["program"]
 
@@ -76,7 +77,7 @@ class Programs:
         leaves, structure = jax.tree.flatten([arg for i, arg in enumerate(args) if i not in static])
         types = tuple((getattr(leaf, "shape", ()), getattr(leaf, "dtype", type(leaf))) for leaf in leaves)
         # JAX takes options for outermost programs alone.
-        eager = not _is_traced(leaves)
+        eager = not (is_traced(leaves) or _is_in_a_program())
         key = (function, tuple(args[i] for i in static), structure, types, eager)
         # `grad` and `vmap` of an eager call make further programs; their arguments are tracers of their own types.
         kind = frozenset(map(type, leaves))
@@ -102,12 +103,9 @@ class Programs:
         self._not_counted = (self._most_maps - maps) // MAPS_OF_A_PROGRAM
 
 
-def _is_traced(leaves: list) -> bool:
-    """Whether a call with these arguments is part of a larger program or of a transformation."""
-    if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
-        return True
-    # Under `jit` every operation gives a tracer, that of a constant too.
-    return isinstance(jax.lax.stop_gradient(0.0), jax.core.Tracer)
+def _is_in_a_program() -> bool:
+    """Whether the caller is being traced, where every operation gives a tracer, that of a constant too."""
+    return is_traced(jax.lax.stop_gradient(0.0))
 
 
 def _own_jit(function: Callable, static: tuple[int, ...], eager: bool) -> Callable:

@@ -156,13 +156,15 @@ def _ascend(problem: Problem, op: Operator, start: _Ascent, max_steps: int | Int
     return lax.while_loop(lambda s: ~s.finished & (s.num_steps < max_steps), step, start)
 
 
-def _best_end(problem: Problem, op: Operator, starts: Pair, max_steps: Int[Array, ""], tolerance) -> _Ascent:
-    """Where the passes from the best start end: all starts are followed for a while, the best one until it is at rest.
+def _best_end(
+    problem: Problem, op: Operator, starts: Pair, count: Int[Array, ""], max_steps: Int[Array, ""], tolerance
+) -> _Ascent:
+    """Where the passes from the best of the first `count` starts end.
 
-    Starts follow one another. Side by side under `vmap` they would be convolutions with a kernel each, for which XLA
-    has no fast code on a CPU, and all would take the passes of the slowest.
+    All of these are followed for a while, and the best one until it is at rest. Starts follow one another. Side by side
+    under `vmap` they would be convolutions with a kernel each, for which XLA has no fast code on a CPU, and all would
+    take the passes of the slowest.
     """
-    count = len(starts.input)
     nothing = Candidate(problem.kernel, jnp.full_like(problem.squared, jnp.inf))
     begin = _Ascent(
         problem.kernel,
@@ -236,7 +238,9 @@ def _round(a, op, target, initial, max_steps, tolerance, state: Fixpoint, found:
     unfinished = ~unchanged & (first | (exceeds & (steps_left > 0) & (state.count < _MAX_ROUNDS)))
     starts, bound = _starts(problem, op, initial, leading, first & unfinished, state.bound)
     most = jnp.where(unfinished, steps_left, -1)
-    end = _best_end(problem, op, starts, most, tolerance)
+    # Where one pair is followed all starts are the same.
+    num_starts = jnp.where(first, len(starts.input), 1)
+    end = _best_end(problem, op, starts, num_starts, most, tolerance)
     made = chosen(first, leading, state.pair)
     candidate, pair = chosen(unfinished, (end.best, end.pair), (state.candidate, made))
     num_steps = state.num_steps + jnp.maximum(end.num_steps, 0)

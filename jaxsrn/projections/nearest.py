@@ -44,7 +44,6 @@ __all__ = [
     "Nearest",
     "SolvedBall",
     "inner_blocks",
-    "is_split",
     "nearest",
     "not_yet",
     "outer_blocks",
@@ -81,21 +80,21 @@ class Nearest(NamedTuple):
     num_steps: Int[Array, ""]
 
 
-def is_split(op: Operator, kernel_shape: tuple[int, ...]) -> bool:
+def _is_split(op: Operator, kernel_shape: tuple[int, ...]) -> bool:
     """Whether the layer's own matrices are small enough for an SVD in every step."""
     return not op._needs_explicit_matrix or matrix_size(op, kernel_shape) <= SPLIT_SIZE
 
 
 def inner_blocks(op: Operator, kernel_shape: tuple[int, ...], dtype) -> MatrixStack:
     """The stack whose ball is a part of the layer's: its own, or that of the cover of a layer too large to split."""
-    if is_split(op, kernel_shape):
+    if _is_split(op, kernel_shape):
         return matrix_stack(op, kernel_shape, dtype)
     return _circular(op, kernel_shape, dtype, tight=False)
 
 
 def outer_blocks(op: Operator, kernel_shape: tuple[int, ...], dtype) -> MatrixStack:
     """The stack whose ball contains the layer's: its own, or that of the tapered layer."""
-    if is_split(op, kernel_shape):
+    if _is_split(op, kernel_shape):
         return matrix_stack(op, kernel_shape, dtype)
     return _circular(op, kernel_shape, dtype, tight=True)
 
@@ -144,7 +143,7 @@ def nearest(
     shape, dtype = target.shape, target.dtype
     blocks = inner_blocks(op, shape, dtype)
     solve = functools.partial(_from_scratch, target, max_steps=max_steps, largest_excess=largest_excess)
-    if is_split(op, shape):
+    if _is_split(op, shape):
         found = solve(blocks, limit)
         best = found.best.kernel
         leading = leading_pair(best, op)

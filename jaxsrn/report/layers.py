@@ -99,7 +99,8 @@ def as_computed(kernel_shape: tuple[int, ...], op: Operator, spectra: bool) -> t
     Convolutions of one tap do to each sample what a matrix does, and a matrix has the singular values of its transpose.
     Large matrices of many sizes share one shape, except where the smallest singular value is asked for.
     """
-    if not (is_matrix(kernel_shape, op) or (num_copies(kernel_shape, op) and not spectra)):
+    # Several copies of a matrix, as with padding, may have zeros among their singular values that it does not have.
+    if not (is_matrix(kernel_shape, op) if spectra else num_copies(kernel_shape, op)):
         return op, kernel_shape
     own = min(kernel_shape[-2:]), max(kernel_shape[-2:])
     return Dense(), common_shape(*own) if svds_are_dear(1, own) and not spectra else own

@@ -36,8 +36,8 @@ def in_common_shape(kernel: Shaped[Array, "..."], op: Operator) -> tuple[Shaped[
     Returns:
       `(kernel, op, copies)`: the stable rank of the layer is so many times that of the kernel and operator.
     """
-    copies = num_copies(kernel.shape, op)
-    if isinstance(kernel, jax.core.Tracer) or not copies or len(kernel.devices()) > 1:
+    copies = 0 if isinstance(kernel, jax.core.Tracer) else num_copies(kernel.shape, op)
+    if not copies or len(kernel.devices()) > 1:
         return kernel, op, 1
     shape = common_shape(*kernel.shape[-2:])
     # A shape that is not common is the matrix's own, and it is not worth a copy to exchange its sides.
@@ -56,8 +56,7 @@ def as_matrix(kernel: Shaped[Array, "..."], op: Operator) -> tuple[Shaped[Array,
 
 def is_matrix(kernel_shape: tuple[int, ...], op: Operator) -> bool:
     """Whether the layer does the same to every sample, and no image size is named (static)."""
-    is_one_tap = isinstance(op, UnboundedConv) and math.prod(kernel_shape[:-2]) == 1 == op.feature_group_count
-    return isinstance(op, Dense) or is_one_tap
+    return isinstance(op, (Dense, UnboundedConv)) and num_copies(kernel_shape, op) == 1
 
 
 def num_copies(kernel_shape: tuple[int, ...], op: Operator) -> int:
@@ -65,7 +64,7 @@ def num_copies(kernel_shape: tuple[int, ...], op: Operator) -> int:
 
     Of an unbounded convolution it is one, as its stable rank is that per output sample.
     """
-    if is_matrix(kernel_shape, op):
+    if isinstance(op, Dense):
         return 1
     is_one_tap = math.prod(kernel_shape[:-2]) == 1 == getattr(op, "feature_group_count", 1)
     # A tap that never meets the image makes the layer zero.

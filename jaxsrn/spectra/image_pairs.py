@@ -30,6 +30,9 @@ __all__ = [
 ]
 
 _HIGHEST = jax.lax.Precision.HIGHEST
+# From a pair that is near, the residual is looked at after so many steps. What passes for the leading pair too early is
+# found by the search that checks the end of an iteration.
+_NEAR_STEPS = 4
 
 
 def shapes(op: Operator, kernel_shape: tuple[int, ...]) -> Pair:
@@ -70,7 +73,7 @@ def power_step(kernel: Float[Array, "..."], op: Operator, pair: Pair) -> Pair:
 
 def nearby(kernel: Float[Array, "..."], op: Operator, pair: Pair, tolerance) -> Pair:
     """The leading pair of the Krylov space that starts at the pair's input."""
-    return matrix_free(kernel, op, pair.input, tolerance, first_check=4).pair
+    return matrix_free(kernel, op, pair.input, tolerance, first_check=_NEAR_STEPS).pair
 
 
 # Lanczos on flat vectors

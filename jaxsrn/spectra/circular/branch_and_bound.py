@@ -83,19 +83,32 @@ def highest_peak(poly: GramPolynomial, grid: Grid, corners, exists, peaks: Peak,
 
 def best_peak(poly: GramPolynomial, grid: Grid, peaks: Peak) -> Peak:
     """The best of a stack of peaks with a pair that is exact to rounding, without a proof that no other is higher."""
-    best = picked(peaks, lax.argmax(peaks.value, 0, jnp.int32))
-    if min(poly.coefficients.shape[-2:]) >= _WIDE:
+    best = _highest_of(peaks)
+    if _is_wide(poly):
         return _polished(poly, grid, best)
-    symbol = symbol_of(waves(grid.angles, 2 * best.index, poly.exponents), poly.coefficients)
-    return _larger_of(symbol, best.index, best._replace(value=jnp.full_like(best.value, -1)))
+    known = best._replace(value=jnp.full_like(best.value, -1))
+    return _larger_of(_whole_symbol(poly, grid, best.index), best.index, known)
 
 
 def _best_of(poly: GramPolynomial, grid: Grid, peaks: Peak) -> Peak:
     """The best of a stack of peaks, with a pair that is exact to rounding or a value that is too low."""
-    best = picked(peaks, lax.argmax(peaks.value, 0, jnp.int32))
-    if min(poly.coefficients.shape[-2:]) >= _WIDE:
-        return _polished(poly, grid, best)
+    if _is_wide(poly):
+        return best_peak(poly, grid, peaks)
+    best = _highest_of(peaks)
     return best._replace(value=(1 - _DOUBT) * best.value)
+
+
+def _highest_of(peaks: Peak) -> Peak:
+    return picked(peaks, lax.argmax(peaks.value, 0, jnp.int32))
+
+
+def _is_wide(poly: GramPolynomial) -> bool:
+    return min(poly.coefficients.shape[-2:]) >= _WIDE
+
+
+def _whole_symbol(poly: GramPolynomial, grid: Grid, index: Int[Array, " axes"]):
+    """The symbol of every group at an index of the grid."""
+    return symbol_of(waves(grid.angles, 2 * index, poly.exponents), poly.coefficients)
 
 
 def _is_flat(poly: GramPolynomial, allowed, value):
@@ -153,7 +166,7 @@ def _examined(poly: GramPolynomial, grid: Grid, allowed, corners, high, known: P
         left, best = state
         place = lax.argmax(left, 0, jnp.int32)
         index = picked(corners, place)
-        symbol = symbol_of(waves(grid.angles, 2 * index, poly.exponents), poly.coefficients)
+        symbol = _whole_symbol(poly, grid, index)
         if poly.basis is None:
             found = _larger_of(symbol, index, best)
         else:

@@ -188,8 +188,9 @@ def _uphill(poly: GramPolynomial, grid: Grid, index, group, column) -> Peak:
         index, own, next_stride = better_frequency(grid.angles, poly.exponents, filters, peak.index, stride)
 
         def power(_, sides):
+            _, _, column, _ = sides
             # All climbers multiply the same coefficients at once, where each would have to read a symbol of its own.
-            row, _ = _normalised(einsum("t,tr->r", own, real_times("trc,c->tr", coefficients, sides[2])))
+            row, _ = _normalised(einsum("t,tr->r", own, real_times("trc,c->tr", coefficients, column)))
             returned = real_times("tcr,r->tc", transposed, row)
             column, squared = _normalised(einsum("t,tc->c", own.conj(), returned))
             return returned, row, column, squared
