@@ -257,7 +257,7 @@ def _settled(problem: Problem, op: Operator, starts: Pair, track: Track) -> Trac
         change = jnp.linalg.norm(kernel - state.kernel) / jnp.linalg.norm(kernel)
         merit = _merit(problem, kernel)
         best, merit = chosen(merit < state.merit, (pair, merit), (state.best, state.merit))
-        track, _ = follow(kernel, op, Track(pair, state.track.watch))
+        track, _ = follow(kernel, op, Track(pair, state.track.watch), state.count)
         return _Search(track, kernel, change, best, merit, state.count + 1)
 
     def unfinished(state: _Search):
@@ -334,11 +334,12 @@ def _followed(a: Float[Array, "..."], op: Operator, target, state: SRNCState, st
     def one_pass(passes: _Passes) -> _Passes:
         track, own = passes.state
         kernel = a if keeps_pairs else normalized(a, op, target, track.pair)
-        track, step = follow(kernel, op, track)
+        turn = passes.count if steps[1] > 1 else None
+        track, step = follow(kernel, op, track, turn)
         # The closed form gives the value 1 to the pair with which it was made.
         rise = _rise(step.before if keeps_pairs else 1.0, step.after)
         if own is not None:
-            own, step_of_own = follow(a, op, own)
+            own, step_of_own = follow(a, op, own, turn)
             rise = jnp.maximum(rise, _rise(step_of_own.before, step_of_own.after))
         far = rise > jnp.where(passes.far, _AT_REST, _FAR)
         return _Passes(passes.count + 1, step.turned, far, SRNCState(track, own))

@@ -68,7 +68,7 @@ def begin(kernel: Float[Array, "..."], op: Operator) -> Float[Array, "..."]:
     return fixed_start(watch_shapes(op, kernel.shape), kernel.dtype)
 
 
-def follow(kernel: Float[Array, "..."], op: Operator, pair: Pair, watch: Float[Array, "..."]):
+def follow(kernel: Float[Array, "..."], op: Operator, pair: Pair, watch: Float[Array, "..."], _):
     """The best pairs in the space of the leading inputs and power steps of the first two of them.
 
     Returns:

@@ -8,10 +8,14 @@ the size of the image. The frequencies that are compared lie around the pair, fr
 Such a step would not see another frequency with other vectors overtake. So the half grid is cut into **cells**, with a
 **climber** in each: a pair of every group that takes the same steps, and does not leave its cell. The best of them, if
 it is better than the pair of the track, takes its place. `spectra/circular/climbing.py` climbs from a cold start.
+
+The climbers take nearly all of the time of a step. So where a training step consists of several, one half of them moves
+in the first, the other half in the second, and so on.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from typing import NamedTuple
@@ -20,17 +24,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Complex, Float, Int
+from jaxtyping import Array, Float, Int
 
 from jaxsrn._tools.indexing import picked
-from jaxsrn._tools.linalg import einsum, real_times
+from jaxsrn._tools.linalg import einsum
+from jaxsrn._tools.programs import program
 from jaxsrn._tools.subspaces import fixed_start
 from jaxsrn.normalization.training.tracked_images import Step
 from jaxsrn.operators.convolutions import CircularConv, UnboundedConv
-from jaxsrn.spectra.circular.angles import angles_of, waves
+from jaxsrn.spectra.circular.angles import angles_of, phases
 from jaxsrn.spectra.circular.boxes import degrees
-from jaxsrn.spectra.circular.fourier import complex_dtype, of_group, polynomial, site_shape
-from jaxsrn.spectra.circular.real_floats import amplitudes_of, indices_of, parts_of, turns_of
+from jaxsrn.spectra.circular.fourier import of_group, polynomial, site_shape, terms_of
+from jaxsrn.spectra.circular.real_floats import indices_of, turns_of
 from jaxsrn.spectra.circular.sites import Site, half_grid, on_grid
 from jaxsrn.spectra.singular_pair import Pair
 
@@ -40,26 +45,36 @@ __all__ = ["as_floats", "begin", "follow", "of_floats", "watch_shapes"]
 # a climber each. With two per degree a layer without edges ended 6% above its norm after 200 steps of Adam, with eight
 # within 0.6% (`tests/test_nnx.py`).
 _CELLS_PER_DEGREE, _MOST_CELLS = 8, 16
+# Parts of the climbers that take turns. With four the norm alone ended up to 10% too large where weights move by 0.3% a
+# step, with two by 0.3%, as with one (`python benchmarks/training.py --only watching`).
+_PARTS = 2
+
+
+# The product with `exp(-i a)` as a matrix of `(real, imaginary)` parts: `cos(a)` times the first, `sin(a)` times the
+# second of these.
+_ROTATION = np.array([[[1, 0], [0, 1]], [[0, 1], [-1, 0]]])
 
 
 class Climbers(NamedTuple):
-    """A pair of every group in each cell: the index of its frequency, and its output."""
+    """A pair of every group in each cell: the index of its frequency, and the parts, real and imaginary, of its output.
+
+    Complex numbers are kept as two real ones throughout a step: XLA takes several times as long over complex ones.
+    """
 
     index: Int[Array, "cells groups axes"]
-    output: Complex[Array, "cells groups columns"]
+    output: Float[Array, "cells groups 2 columns"]
 
 
 def watch_shapes(op: CircularConv | UnboundedConv, kernel_shape: tuple[int, ...]) -> Climbers:
-    """The shapes of the climbers' arrays in floats, in their places (static)."""
+    """The shapes of the climbers' arrays in their places, in floats and otherwise (static)."""
     layer = on_grid(op, kernel_shape)
     cells, groups = len(_cells(layer, kernel_shape)), layer.feature_group_count
-    return Climbers((cells, groups, layer.num_axes), (2 * cells, groups, site_shape(layer, kernel_shape)[1]))
+    return Climbers((cells, groups, layer.num_axes), (cells, groups, 2, site_shape(layer, kernel_shape)[1]))
 
 
 def as_floats(watch: Climbers, op: CircularConv | UnboundedConv, kernel_shape) -> Climbers:
     """The climbers as they are kept between steps, in real floats (`spectra/circular/real_floats.py`)."""
-    grid, dtype = on_grid(op, kernel_shape).grid, watch.output.real.dtype
-    return Climbers(turns_of(watch.index, grid, dtype), parts_of(watch.output))
+    return watch._replace(index=turns_of(watch.index, on_grid(op, kernel_shape).grid, watch.output.dtype))
 
 
 def of_floats(watch: Climbers, op: CircularConv | UnboundedConv, kernel_shape, dtype) -> Climbers:
@@ -67,7 +82,7 @@ def of_floats(watch: Climbers, op: CircularConv | UnboundedConv, kernel_shape, d
     layer = on_grid(op, kernel_shape)
     lowest, highest = np.moveaxis(_cells(layer, kernel_shape)[:, None], -1, 0)
     index, output = jax.tree.map(lambda leaf: leaf.astype(dtype), watch)
-    return Climbers(indices_of(index, layer.grid, lowest, highest), amplitudes_of(output))
+    return Climbers(indices_of(index, layer.grid, lowest, highest), output)
 
 
 def begin(kernel: Float[Array, "..."], op: CircularConv | UnboundedConv) -> Climbers:
@@ -75,50 +90,90 @@ def begin(kernel: Float[Array, "..."], op: CircularConv | UnboundedConv) -> Clim
     index, outputs = watch_shapes(op, kernel.shape)
     cells = _cells(on_grid(op, kernel.shape), kernel.shape)
     middles = np.sum(cells, axis=-1, dtype=np.int32) // 2
-    vectors = fixed_start((outputs[0] // 2, *outputs[1:]), kernel.dtype).astype(complex_dtype(kernel.dtype))
-    return Climbers(jnp.broadcast_to(jnp.asarray(middles)[:, None], index), vectors)
+    vectors = fixed_start((outputs[0], outputs[1], outputs[-1]), kernel.dtype)
+    return Climbers(
+        jnp.broadcast_to(jnp.asarray(middles)[:, None], index),
+        jnp.stack([vectors, jnp.zeros_like(vectors)], axis=2),
+    )
 
 
-def follow(kernel: Float[Array, "..."], op: CircularConv | UnboundedConv, pair: Pair, watch: Climbers):
-    """A step of the pair and of the climbers; the best of them is the new pair.
+def follow(
+    kernel: Float[Array, "..."],
+    op: CircularConv | UnboundedConv,
+    pair: Pair,
+    watch: Climbers,
+    turn: Int[Array, ""] | None,
+):
+    """A step of the pair and of the climbers whose turn it is, by default all; the best of them is the new pair.
 
     Returns:
       `(pair, watch, step)`: another pair has taken over where a climber has taken the place of the pair.
     """
     layer = on_grid(op, kernel.shape)
     groups, samples = layer.feature_group_count, jnp.asarray(layer.grid, jnp.int32)
-    coefficients, exponents = polynomial(kernel, layer)
+    coefficients, _ = polynomial(kernel, layer)
+    cells = _cells(layer, kernel.shape)
+    start, count = _whose_turn(len(cells), turn)
+    moving = [
+        lax.dynamic_slice_in_dim(leaf, start, count, allow_negative_indices=False)
+        for leaf in (*watch, jnp.asarray(cells))
+    ]
     # The pair is the first row, in every group.
-    rows = jax.tree.map(
+    index, output, cells = jax.tree.map(
         lambda one, many: jnp.concatenate([jnp.broadcast_to(one, (1, *many.shape[1:])), many]),
-        Climbers(pair.site.index, pair.output),
-        watch,
+        [pair.site.index, jnp.stack([pair.output.real, pair.output.imag]), _everywhere(layer)],
+        moving,
     )
-    factors = waves(angles_of(layer.grid, kernel.dtype, parts=1), rows.index, exponents)
-    reached = real_times("gtrc,kgc->kgtr", coefficients, rows.output)
-    before, inputs = _units(einsum("kgt,kgtr->kgr", factors, reached))
-    filters = factors * einsum("kgr,kgtr->kgt", inputs.conj(), reached)
-    steps, turns = _best_steps(layer, kernel.shape, exponents, rows.index, filters)
-    returned = real_times("gtrc,kgr->kgtc", coefficients, inputs)
-    values, outputs = _units(einsum("kgt,kgtc->kgc", (factors * turns).conj(), returned))
+    # Letters: k rows, g groups, t terms, r and c the rows and columns of the symbol, y and z real and imaginary parts.
+    rotation = _rotations(index, layer, kernel.shape, kernel.dtype)
+    reached = einsum("gtrc,kgzc->kgztr", coefficients, output)
+    before, inputs = _units(einsum("kgyzt,kgztr->kgyr", rotation, reached))
+    products = einsum("kgyr,kgztr->kgyzt", inputs, reached)
+    index = index + _best_steps(layer, kernel.shape, index, cells, rotation, products)
+    returned = einsum("gtrc,kgyr->kgytc", coefficients, inputs)
+    rotation = _rotations(index, layer, kernel.shape, kernel.dtype)
+    values, outputs = _units(einsum("kgyzt,kgytc->kgzc", rotation, returned))
     # The first of equal values wins, so that nothing moves without need.
     winner = lax.argmax(_preferring_first(values, 0).reshape(-1), 0, jnp.int32)
-    rows = rows.index + steps, inputs, outputs
-    index, *sides = picked([leaf.reshape((-1, leaf.shape[-1])) for leaf in rows], winner)
+    rows = index, inputs, outputs
+    best, *sides = picked([leaf.reshape((-1, *leaf.shape[2:])) for leaf in rows], winner)
     group = jnp.zeros_like(winner) if groups == 1 else lax.rem(winner, np.int32(groups))
-    new = Pair(Site(lax.rem(index + samples, samples), group), *sides)
+    new = Pair(Site(lax.rem(best + samples, samples), group), *(lax.complex(*side) for side in sides))
     step = Step(of_group(before[0], pair.site.group), jnp.max(values), winner != pair.site.group)
-    return new, Climbers(rows[0][1:], outputs[1:]), step
+    moved = (
+        lax.dynamic_update_slice_in_dim(leaf, rows[1:], start, 0)
+        for leaf, rows in zip(watch, (index, outputs), strict=True)
+    )
+    return new, Climbers(*moved), step
 
 
-def _units(vectors: Complex[Array, "... n"]) -> tuple[Float[Array, "..."], Complex[Array, "... n"]]:
+def _whose_turn(num_cells: int, turn: Int[Array, ""] | None) -> tuple[Int[Array, ""] | int, int]:
+    """The first of the climbers that move, and their number (static)."""
+    if turn is None or num_cells % _PARTS:
+        return 0, num_cells
+    count = num_cells // _PARTS
+    return lax.rem(turn, np.int32(_PARTS)) * np.int32(count), count
+
+
+# Compiled as subroutines, as a step takes them more than once.
+@functools.partial(program, static_argnums=(1, 2, 3))
+def _rotations(
+    index: Int[Array, "k g axes"], layer: CircularConv, kernel_shape, dtype
+) -> Float[Array, "k g 2 2 terms"]:
+    """The product with `exp(-i <w, t>)` of every term, as a matrix of real and imaginary parts."""
+    turned = phases(angles_of(layer.grid, dtype, parts=1), index, terms_of(layer, kernel_shape))
+    parts = jnp.stack([jnp.cos(turned), jnp.sin(turned)], axis=2)
+    return einsum("xyz,kgxt->kgyzt", jnp.asarray(_ROTATION, dtype), parts)
+
+
+@program
+def _units(vectors: Float[Array, "k g 2 n"]) -> tuple[Float[Array, "k g"], Float[Array, "k g 2 n"]]:
     """The norms of the vectors, and their directions; a vector without structure takes the place of zero."""
-    places = (1,) * (vectors.ndim - 1) + (-1,)
     # Far below rounding, and its square is a normal number.
     spare = 1e3 * math.sqrt(jnp.finfo(vectors.dtype).tiny) * np.cos(np.arange(vectors.shape[-1]) ** 2)
-    vectors = vectors + jnp.asarray(spare.reshape(places), vectors.dtype)
-    norms = jnp.sqrt(jnp.sum(vectors.real**2 + vectors.imag**2, axis=-1))
-    return norms, vectors / norms[..., None].astype(vectors.dtype)
+    vectors = vectors + jnp.asarray(spare[None, None, None], vectors.dtype)
+    norms = jnp.sqrt(jnp.sum(vectors**2, axis=(-2, -1)))
+    return norms, vectors / norms[..., None, None]
 
 
 def _preferring_first(values: Float[Array, "..."], axis: int) -> Float[Array, "..."]:
@@ -160,21 +215,39 @@ def _offsets(layer: CircularConv, kernel_shape, dtype) -> np.ndarray:
     return np.array(sorted(steps, key=any), np.int32)
 
 
-def _best_steps(layer: CircularConv, kernel_shape, exponents: np.ndarray, index, filters):
-    """From each row's frequency to the best in its cell: differences of indices, and factors of `exp(-i <w, t>)`."""
-    offsets = _offsets(layer, kernel_shape, filters.real.dtype)
-    turns = jnp.asarray(np.exp(-2j * np.pi * (offsets / layer.grid) @ exponents.T), filters.dtype)
-    values = _preferring_first(jnp.abs(einsum("kgt,nt->kgn", filters, turns)), 2)
-    allowed = _in_cells(layer, kernel_shape, index, offsets)
-    return picked((jnp.asarray(offsets), turns), lax.argmax(jnp.where(allowed, values, 0), 2, jnp.int32))
+def _best_steps(layer: CircularConv, kernel_shape, index, cells, rotation, products):
+    """From each row's frequency to the best in its cell, as differences of indices.
+
+    The scalar filter is `sum_t exp(-i <w, t>) products_t`, where those of real and imaginary parts are given.
+    """
+    offsets = _offsets(layer, kernel_shape, rotation.dtype)
+    # The product of the conjugate input, by `y`, with what the rotation, by `x`, has turned of `z`.
+    turned = jnp.sum(rotation[:, :, :, None] * products[:, :, None], axis=4)
+    filters = einsum("xynct,kgxyt->kgnc", _turns(layer, kernel_shape, offsets, rotation.dtype), turned)
+    values = _preferring_first(jnp.sum(filters**2, axis=-1), 2)
+    allowed = _in_cells(index, cells, offsets)
+    return picked(jnp.asarray(offsets), lax.argmax(jnp.where(allowed, values, 0), 2, jnp.int32))
 
 
-def _in_cells(layer: CircularConv, kernel_shape, index, offsets: np.ndarray):
-    """Which offsets lead to a frequency in the row's cell; the first row is free."""
-    cells = _cells(layer, kernel_shape)
-    free = np.broadcast_to(np.array([-1, 2], np.int32) * np.max(layer.grid), (1, *cells.shape[1:]))
-    cells = np.concatenate([free, cells]).astype(np.int32)[:, None, None]
-    middles = np.sum(cells, axis=-1, dtype=np.int32)
-    doubled = 2 * (index[:, :, None] + jnp.asarray(offsets)[None, None])
-    outside = jnp.abs(doubled - jnp.asarray(middles)) > jnp.asarray(np.ptp(cells, axis=-1))
-    return ~jnp.any(outside, axis=-1)
+def _turns(layer: CircularConv, kernel_shape, offsets: np.ndarray, dtype) -> Float[Array, "2 2 n 2 terms"]:
+    """What each offset makes of every term's products, as parts of a complex number (static).
+
+    Those of a conjugate `a` and a rotated `b` are `b_x a_y`, by which `conj(a) b = (b_0 a_0 + b_1 a_1) + i (b_1 a_0 -
+    b_0 a_1)`.
+    """
+    angles = 2 * np.pi * (offsets / layer.grid) @ terms_of(layer, kernel_shape).T
+    conjugate = np.array([[[1, 0], [0, -1]], [[0, 1], [1, 0]]])
+    rotated = np.tensordot(np.stack([np.cos(angles), np.sin(angles)]), _ROTATION, (0, 0))
+    return jnp.asarray(np.einsum("xyz,ntcz->xynct", conjugate, rotated), dtype)
+
+
+def _in_cells(index, cells: Int[Array, "rows axes 2"], offsets: np.ndarray):
+    """Which offsets lead to a frequency in the row's cell."""
+    cells = cells[:, None, None]
+    reached = index[:, :, None] + jnp.asarray(offsets)[None, None]
+    return jnp.all((reached >= cells[..., 0]) & (reached <= cells[..., 1]), axis=-1)
+
+
+def _everywhere(layer: CircularConv) -> np.ndarray:
+    """A cell that no step from the half grid leaves (static)."""
+    return np.array([[-n, 2 * n] for n in layer.grid], np.int32)

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Inexact
+from jaxtyping import Array, Float, Inexact, Int
 
 from jaxsrn._tools.linalg import unit
 from jaxsrn.normalization.training import tracked_images, tracked_torus
@@ -71,17 +71,18 @@ def track_of_floats(track: Track, op: Operator, kernel_shape: tuple[int, ...], d
     return Track(pair_of_floats(track.pair, op, kernel_shape, dtype), watch)
 
 
-def follow(kernel: Float[Array, "..."], op: Operator, track: Track) -> tuple[Track, Step]:
+def follow(kernel: Float[Array, "..."], op: Operator, track: Track, turn: Int[Array, ""] | None) -> tuple[Track, Step]:
     """The track one step closer to the leading pair of `T(kernel)`, and what the step says of the kernel.
 
-    The value of the track's pair does not decrease. The kernel's scale must not be extreme.
+    The value of the track's pair does not decrease. The kernel's scale must not be extreme. Steps that
+    follow one another are counted by `turn`, and parts of a watch may move in turn; with `None` all of it moves.
     """
     if track.watch is None:
         pair = power_step(kernel, op, track.pair)
         # The value of the first product of a power step is this share of the value of the second, which stands as 1.
         share = jnp.abs(jnp.vdot(unit(track.pair.output), pair.output, precision=lax.Precision.HIGHEST))
         return Track(pair, None), Step(share, jnp.ones_like(share), jnp.asarray(False))
-    pair, watch, step = _watched(op).follow(kernel, op, *track)
+    pair, watch, step = _watched(op).follow(kernel, op, *track, turn)
     return Track(pair, watch), step
 
 
