@@ -67,14 +67,16 @@ def test_spectra_of_all_kinds(size, taps):
 
 
 @pytest.mark.parametrize(("size", "taps"), GRIDS, ids=str)
-def test_the_proof_alone_finds_the_largest(size, taps, monkeypatch):
-    """From the pair of frequency 0, whatever that is, instead of the climb."""
+@pytest.mark.parametrize("wide", [False, True], ids=["", "wide"])
+def test_the_proof_alone_finds_the_largest(size, taps, wide, monkeypatch):
+    """From the pair of frequency 0, whatever that is, instead of the climb; of wide kernels it climbs on."""
 
     def poor(poly, grid, peaks):
         first = jax.tree.map(lambda leaf: leaf[0], peaks)
         return first._replace(index=jnp.zeros_like(first.index), value=1e-3 * first.value)
 
     monkeypatch.setattr(proof, "_best_of", poor)
+    monkeypatch.setattr(proof, "_WIDE", 3 if wide else 128)
     op = CircularConv(size)
     # A new function: nothing compiled with the climb is used again.
     search = quick_jit(lambda kernels: jax.vmap(lambda kernel: branch_and_bound(kernel, op))(kernels))

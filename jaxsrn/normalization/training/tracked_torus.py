@@ -45,8 +45,8 @@ __all__ = ["as_floats", "begin", "follow", "of_floats", "watch_shapes"]
 # a climber each. With two per degree a layer without edges ended 6% above its norm after 200 steps of Adam, with eight
 # within 0.6% (`tests/test_nnx.py`).
 _CELLS_PER_DEGREE, _MOST_CELLS = 8, 16
-# Parts of the climbers that take turns. With four the norm alone ended up to 10% too large where weights move by 0.3% a
-# step, with two by 0.3%, as with one (`python benchmarks/training.py --only watching`).
+# Parts of the climbers that take turns. Where weights drift, norms ended up to 4.3% too large with four parts, and up
+# to 0.24% with two. One part had 0.44%, and takes 1.4 times as long (`python benchmarks/watching.py`).
 _PARTS = 2
 
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 import functools
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Int
@@ -29,7 +30,7 @@ from jaxsrn._tools.proofs import are_below, squared_limit
 from jaxsrn._tools.tolerances import vector_tolerance
 from jaxsrn.spectra.circular.angles import waves
 from jaxsrn.spectra.circular.boxes import Grid, centres, edges, split
-from jaxsrn.spectra.circular.climbing import Peak, chunk_of
+from jaxsrn.spectra.circular.climbing import Peak, Start, chunk_of, climbs
 from jaxsrn.spectra.circular.fourier import of_group, symbol_of
 from jaxsrn.spectra.circular.grams import GramPolynomial, grams_at, whole_grams
 from jaxsrn.spectra.circular.real_floats import amplitudes_of, parts_of
@@ -141,12 +142,28 @@ def _look(poly: GramPolynomial, grid: Grid, chunk: int, allowed, proof: _Proof) 
     high = ~low & (bottom + places < proof.size)
     single = high & (levels == grid.last_level)
     best = _examined(poly, grid, allowed, corners, single, proof.best)
+    if _is_wide(poly) and poly.basis is None:
+        # On a fine grid what is higher than all peaks is a slope, on which one frequency after the other is the best.
+        best = _uphill_from(poly, grid, best, best.value > proof.best.value)
     halves, exists = split(grid, corners, levels)
     keep = exists & (high & ~single)[:, None]
     below = jnp.minimum(levels + 1, grid.last_level)[:, None, None]
     halves = jnp.concatenate([halves, jnp.broadcast_to(below, (*halves.shape[:-1], 1))], axis=-1)
     # The chunk's order is kept, so the finest stay on top.
     return _push(_Proof(proof.boxes, bottom, best), halves.reshape((-1, halves.shape[-1])), keep.reshape(-1))
+
+
+def _uphill_from(poly: GramPolynomial, grid: Grid, best: Peak, is_new) -> Peak:
+    """Where climbing leads from a pair that is new; any other is returned as it is."""
+
+    def climb(state):
+        _, best = state
+        start = Start(*jax.tree.map(lambda leaf: leaf[None], (best.index, best.group, best.column)))
+        found = best_peak(poly, grid, climbs(poly, grid, start))
+        return jnp.asarray(False), chosen(found.value > best.value, found, best)
+
+    # The loop runs once or not at all: under `vmap`, `lax.cond` would climb everywhere.
+    return lax.while_loop(lambda state: state[0], climb, (is_new, best))[1]
 
 
 def _are_low(poly: GramPolynomial, grid: Grid, corners, levels, limit):

@@ -32,6 +32,7 @@ from jaxsrn.spectra.circular.sites import stands_for_torus
 __all__ = [
     "Estimates",
     "Peak",
+    "Start",
     "better_frequency",
     "chunk_of",
     "climbs",
@@ -39,6 +40,7 @@ __all__ = [
     "filter_of",
     "most_promising",
     "num_climbers",
+    "starts",
 ]
 
 # An estimate takes so many power steps. A wrong one costs a worse place to climb from, and never the proof.
@@ -50,9 +52,9 @@ _MOST_STEPS = 100
 # So many climbers start from the largest estimates: more of them find the highest peak more often, at a price each.
 # Where they miss it, branch and bound goes on from a lower value. On the grid of an image that costs less than more
 # climbers would. On the torus four climbers take 245 times as long as sixteen for the stem of a trained ResNet-50
-# (`python benchmarks/ablations.py`). Where channels are many a climber is dear beside the proof.
+# (`python benchmarks/ablations.py`). Of many channels a climber is dear, and branch and bound climbs itself.
 _CLIMBERS, _MOST_CLIMBERS = 4, 16
-_CLIMBERS_TIMES_ENTRIES = 2**20
+_CLIMBERS_TIMES_ENTRIES = 2**18
 
 
 class Peak(NamedTuple):
@@ -66,6 +68,14 @@ class Peak(NamedTuple):
     row: Complex[Array, "... rows"]
     column: Complex[Array, "... columns"]
     value: Float[Array, "..."]
+
+
+class Start(NamedTuple):
+    """Where a climb starts: a frequency, a group, and a vector of all columns of the symbol."""
+
+    index: Int[Array, "... axes"]
+    group: Int[Array, "..."]
+    column: Complex[Array, "... columns"]
 
 
 def chunk_of(poly: GramPolynomial) -> int:
@@ -148,16 +158,17 @@ def most_promising(known: Estimates, count: int) -> Int[Array, " chosen"]:
     return jnp.concatenate([largest, own_groups + groups * own])
 
 
-def climbs(poly: GramPolynomial, grid: Grid, known: Estimates, chosen: Int[Array, " k"]) -> Peak:
-    """Where climbing leads from the estimates at the chosen places: a stack of peaks on the half grid."""
+def starts(poly: GramPolynomial, known: Estimates, chosen: Int[Array, " k"]) -> Start:
+    """The starts at the chosen places of the estimates."""
     groups = np.int32(known.values.shape[-1])
     point, group = lax.div(chosen, groups), lax.rem(chosen, groups)
     columns = picked(known.vectors.reshape((-1, known.vectors.shape[-1])), chosen)
+    return Start(picked(known.index, point), group, jax.vmap(with_all_directions, (None, 0, 0))(poly, group, columns))
 
-    def climb(index, group, column):
-        return _uphill(poly, grid, index, group, with_all_directions(poly, group, column))
 
-    peaks = jax.vmap(climb)(picked(known.index, point), group, columns)
+def climbs(poly: GramPolynomial, grid: Grid, begin: Start) -> Peak:
+    """Where climbing leads from a stack of starts: a stack of peaks on the half grid."""
+    peaks = jax.vmap(lambda start: _uphill(poly, grid, *start))(begin)
     index, mirrored = on_half_grid(grid, peaks.index)
     row, column = (jnp.where(mirrored, side.conj(), side) for side in (peaks.row, peaks.column))
     return peaks._replace(index=index, row=row, column=column)
