@@ -143,7 +143,7 @@ ON_GRID = (
 ON_TORUS = (Without("sixteen climbers (four)", climbers(4)),)
 WIDE_ON_TORUS = (
     Without("four climbers (sixteen)", climbers(16)),
-    Without("branch and bound climbs on (it does not)", ((branch_and_bound, "_uphill_from", lambda *args: args[2]),)),
+    Without("branch and bound climbs on (it does not)", ((branch_and_bound, "_moved", lambda poly, grid, peak: peak),)),
 )
 WIDE = (
     *ON_GRID[:1],
@@ -184,7 +184,7 @@ def torus_subjects(fast: bool) -> list[Subject]:
         stem, op = next(group for group in cases if group[0].op.strides != (1, 1))[0].kernel, CircularConv((224, 224))
         found.append(norm_subject("the stem with stride 1", op, [stem], [reference_norm(stem, op)], ON_GRID))
         found.append(norm_subject("the stem, unbounded", UnboundedConv(), [stem], [norm_on_torus(stem)], ON_TORUS))
-        # Random kernels of many channels have many peaks of nearly the same height, and here climbing misses the highest.
+        # Random kernels of many channels have many peaks of nearly the same height; here climbing misses the highest.
         wide = np.random.default_rng(0).standard_normal((3, 3, 256, 256), np.float32)
         exact = [norm_on_torus(wide, 64)]
         found.append(norm_subject("Gaussian (256, 3), unbounded", UnboundedConv(), [wide], exact, WIDE_ON_TORUS))

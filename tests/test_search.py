@@ -71,7 +71,7 @@ def test_spectra_of_all_kinds(size, taps):
 def test_the_proof_alone_finds_the_largest(size, taps, wide, monkeypatch):
     """From the pair of frequency 0, whatever that is, instead of the climb; of wide kernels it climbs on."""
 
-    def poor(poly, grid, peaks):
+    def poor(poly, peaks):
         first = jax.tree.map(lambda leaf: leaf[0], peaks)
         return first._replace(index=jnp.zeros_like(first.index), value=1e-3 * first.value)
 

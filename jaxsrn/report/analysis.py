@@ -172,14 +172,15 @@ def _measured(
         for start in range(0, len(members), size):
             batch = members[start : start + size]
             count(len(found), kernels[batch[0]].name)
-            stack = [_in_shape(values(kernels[i]), shape) for i in batch]
+            own = [values(kernels[i]) for i in batch]
+            stack = [_in_shape(array, shape) for array in own]
             # The last batch is filled up, as another size would be another program.
             stack = np.stack(stack + stack[:1] * (size - len(batch)))
             numbers, spectrum = _of_batch(stack, op, spectra and has_spectrum(kernels[batch[0]].shape, op))
             for j, i in enumerate(batch):
-                own, spectrum_of_one = jax.tree.map(lambda leaf, j=j: leaf[j], (numbers, spectrum))
+                of_one = jax.tree.map(lambda leaf, j=j: leaf[j], (numbers, spectrum))
                 norm = norms.get(kernels[i].name)
-                found[i] = layer_report(kernels[i], op, own, spectrum_of_one, norm.scope if norm else None)
+                found[i] = layer_report(kernels[i], own[j], op, *of_one, norm.scope if norm else None)
     count(len(found), "")
     return [found[i] for i in range(len(kernels))]
 

@@ -9,19 +9,19 @@ at most `phi = 1/2 sum_j d_j |dw_j|`. If the grid's maximum `L` is in a box of f
 
 The bound of `U` is the grid certificate of `boxes.py`. A box whose centre is below the first bound for the best value
 known cannot hold a larger one, and one Cholesky factorization of the centre's Gram matrix proves that. The other boxes
-are split, down to single frequencies. How many are looked at depends on the taps and on how flat the spectrum is, not
-on the size of the image. SVDs at all frequencies (Sedghi, Gupta, Long 2019) give the same number at a cost that does.
+are split, down to single frequencies. One that is higher than all known ones may lie on a slope, where very many others
+are, so that the search climbs from it. How many boxes are looked at depends on the taps and on how flat the spectrum
+is, not on the size of the image. SVDs at all frequencies (Sedghi, Gupta, Long 2019) give the same number at a cost that
+does.
 """
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Int
 
 from jaxsrn._tools.indexing import chosen, picked, put
 from jaxsrn._tools.lanczos import leading_singular_vectors
@@ -29,8 +29,8 @@ from jaxsrn._tools.linalg import einsum, unit
 from jaxsrn._tools.proofs import are_below, squared_limit
 from jaxsrn._tools.tolerances import vector_tolerance
 from jaxsrn.spectra.circular.angles import waves
-from jaxsrn.spectra.circular.boxes import Grid, centres, edges, split
-from jaxsrn.spectra.circular.climbing import Peak, Start, chunk_of, climbs
+from jaxsrn.spectra.circular.boxes import Grid, centres, edges, on_half_grid, split
+from jaxsrn.spectra.circular.climbing import Peak, better_frequency, chunk_of, filter_of
 from jaxsrn.spectra.circular.fourier import of_group, symbol_of
 from jaxsrn.spectra.circular.grams import GramPolynomial, grams_at, whole_grams
 from jaxsrn.spectra.circular.real_floats import amplitudes_of, parts_of
@@ -47,17 +47,21 @@ _MOST_LEVELS = 25
 # The proof starts from a value that is lower than the best that climbing finds by this share. The frequency of that
 # value is then looked at first, and its pair computed to rounding.
 _DOUBT = 1e-4
+# The search for the best frequency of given vectors takes so many steps. The first are as long as half a box, and they
+# halve wherever the frequency stays.
+_MOVES = 40
 
 
 class _Proof(NamedTuple):
     """A stack of boxes still to look at, with the finest on top, and the best pair so far.
 
-    A box is its corner and its level.
+    A box is its corner and its level. A best pair is new until it is known to be at a peak.
     """
 
     boxes: Int[Array, "capacity axes+1"]
     size: Int[Array, ""]
     best: Peak
+    is_new: Bool[Array, ""]
 
 
 def highest_peak(poly: GramPolynomial, grid: Grid, corners, exists, peaks: Peak, allowed) -> Peak:
@@ -65,11 +69,12 @@ def highest_peak(poly: GramPolynomial, grid: Grid, corners, exists, peaks: Peak,
 
     Its pair is exact to rounding.
     """
-    climbed = _best_of(poly, grid, peaks)
+    climbed, is_wide = _best_of(poly, peaks), _is_wide(poly)
     chunk, (count, axes) = chunk_of(poly), corners.shape
     # At most one chunk's halves wait on each level at a time, as the finest boxes are taken first.
     capacity = count + 1 + chunk * (_MOST_LEVELS * 2**axes + 1)
-    proof = _Proof(jnp.zeros((capacity, axes + 1), jnp.int32), jnp.asarray(0, jnp.int32), climbed)
+    nothing = jnp.zeros((capacity, axes + 1), jnp.int32), jnp.asarray(0, jnp.int32)
+    proof = _Proof(*nothing, climbed, jnp.asarray(is_wide))
     levels = jnp.zeros((count, 1), jnp.int32)
     first = jnp.concatenate([climbed.index, jnp.broadcast_to(grid.last_level, (1,))])[None]
     boxes = jnp.concatenate([jnp.concatenate([corners, levels], axis=-1), first.astype(jnp.int32)])
@@ -77,7 +82,10 @@ def highest_peak(poly: GramPolynomial, grid: Grid, corners, exists, peaks: Peak,
     is_apart = grid.last_level > 0
     others = exists & ~(is_apart & _is_flat(poly, allowed, climbed.value))
     proof = _push(proof, boxes, jnp.concatenate([others, is_apart[None]]))
-    step = functools.partial(_look, poly, grid, chunk, allowed)
+
+    def step(proof: _Proof) -> _Proof:
+        return _look(poly, grid, chunk, allowed, _raised(poly, grid, proof) if is_wide else proof)
+
     # Zero and NaN need no proof.
     return lax.while_loop(lambda proof: (proof.size > 0) & (proof.best.value > 0), step, proof).best
 
@@ -91,12 +99,10 @@ def best_peak(poly: GramPolynomial, grid: Grid, peaks: Peak) -> Peak:
     return _larger_of(_whole_symbol(poly, grid, best.index), best.index, known)
 
 
-def _best_of(poly: GramPolynomial, grid: Grid, peaks: Peak) -> Peak:
-    """The best of a stack of peaks, with a pair that is exact to rounding or a value that is too low."""
-    if _is_wide(poly):
-        return best_peak(poly, grid, peaks)
+def _best_of(poly: GramPolynomial, peaks: Peak) -> Peak:
+    """The best of a stack of peaks; of kernels that are not wide its value is too low, so that its pair is computed."""
     best = _highest_of(peaks)
-    return best._replace(value=(1 - _DOUBT) * best.value)
+    return best if _is_wide(poly) else best._replace(value=(1 - _DOUBT) * best.value)
 
 
 def _highest_of(peaks: Peak) -> Peak:
@@ -142,28 +148,48 @@ def _look(poly: GramPolynomial, grid: Grid, chunk: int, allowed, proof: _Proof) 
     high = ~low & (bottom + places < proof.size)
     single = high & (levels == grid.last_level)
     best = _examined(poly, grid, allowed, corners, single, proof.best)
-    if _is_wide(poly) and poly.basis is None:
-        # On a fine grid what is higher than all peaks is a slope, on which one frequency after the other is the best.
-        best = _uphill_from(poly, grid, best, best.value > proof.best.value)
     halves, exists = split(grid, corners, levels)
     keep = exists & (high & ~single)[:, None]
     below = jnp.minimum(levels + 1, grid.last_level)[:, None, None]
     halves = jnp.concatenate([halves, jnp.broadcast_to(below, (*halves.shape[:-1], 1))], axis=-1)
     # The chunk's order is kept, so the finest stay on top.
-    return _push(_Proof(proof.boxes, bottom, best), halves.reshape((-1, halves.shape[-1])), keep.reshape(-1))
+    is_new = proof.is_new | (best.value > proof.best.value)
+    return _push(_Proof(proof.boxes, bottom, best, is_new), halves.reshape((-1, halves.shape[-1])), keep.reshape(-1))
 
 
-def _uphill_from(poly: GramPolynomial, grid: Grid, best: Peak, is_new) -> Peak:
-    """Where climbing leads from a pair that is new; any other is returned as it is."""
+def _raised(poly: GramPolynomial, grid: Grid, proof: _Proof) -> _Proof:
+    """The proof with a new best pair moved to the best frequency for its vectors, and there to the leading pair.
 
-    def climb(state):
-        _, best = state
-        start = Start(*jax.tree.map(lambda leaf: leaf[None], (best.index, best.group, best.column)))
-        found = best_peak(poly, grid, climbs(poly, grid, start))
-        return jnp.asarray(False), chosen(found.value > best.value, found, best)
+    Where that raises its value, the pair is new again.
+    """
+    slack = 4 * float(jnp.finfo(poly.even.dtype).eps)
 
-    # The loop runs once or not at all: under `vmap`, `lax.cond` would climb everywhere.
-    return lax.while_loop(lambda state: state[0], climb, (is_new, best))[1]
+    def move(state):
+        best, _ = state
+        found = _polished(poly, grid, _moved(poly, grid, best))
+        # The value of a pair that is not exact may be larger by rounding.
+        best = chosen(found.value >= (1 - slack) * best.value, found, best)
+        return best, found.value > (1 + slack) * state[0].value
+
+    best, is_new = _once(proof.is_new, move, (proof.best, proof.is_new))
+    return proof._replace(best=best, is_new=is_new)
+
+
+def _moved(poly: GramPolynomial, grid: Grid, peak: Peak) -> Peak:
+    """The peak's vectors at the frequency, uphill from its own, at which their value is largest."""
+    filters = filter_of(of_group(poly.coefficients, peak.group), peak.row, peak.column)
+
+    def step(_, state):
+        return better_frequency(grid.angles, poly.exponents, filters, *state)[::2]
+
+    index, _ = lax.fori_loop(0, _MOVES, step, (peak.index, jnp.right_shift(grid.sizes, 1)))
+    index, mirrored = on_half_grid(grid, index[None])
+    return peak._replace(index=index[0], column=jnp.where(mirrored[0], peak.column.conj(), peak.column))
+
+
+def _once(condition, step, state):
+    """`step(state)` where the condition holds, else the state; under `vmap`, `lax.cond` would take every step."""
+    return lax.while_loop(lambda s: s[0], lambda s: (jnp.asarray(False), step(s[1])), (condition, state))[1]
 
 
 def _are_low(poly: GramPolynomial, grid: Grid, corners, levels, limit):
@@ -187,13 +213,10 @@ def _examined(poly: GramPolynomial, grid: Grid, allowed, corners, high, known: P
         if poly.basis is None:
             found = _larger_of(symbol, index, best)
         else:
-            # The reduced Gram matrix proves little. The loop runs once or not at all: under `vmap`, `lax.cond` would
-            # compute the pair everywhere.
+            # The reduced Gram matrix proves little.
             level = squared_limit(poly.coefficients.shape[-2], (1 + allowed) * best.value)
             low = are_below(whole_grams(symbol)[None], level[None])[0]
-            found = lax.while_loop(
-                lambda s: s[0], lambda s: (jnp.asarray(False), _larger_of(symbol, index, s[1])), (~low, best)
-            )[1]
+            found = _once(~low, lambda best: _larger_of(symbol, index, best), best)
         return left & (places != place), found
 
     return lax.while_loop(lambda state: jnp.any(state[0]), examine, (high, known))[1]

@@ -32,7 +32,6 @@ from jaxsrn.spectra.circular.sites import stands_for_torus
 __all__ = [
     "Estimates",
     "Peak",
-    "Start",
     "better_frequency",
     "chunk_of",
     "climbs",
@@ -40,7 +39,6 @@ __all__ = [
     "filter_of",
     "most_promising",
     "num_climbers",
-    "starts",
 ]
 
 # An estimate takes so many power steps. A wrong one costs a worse place to climb from, and never the proof.
@@ -68,14 +66,6 @@ class Peak(NamedTuple):
     row: Complex[Array, "... rows"]
     column: Complex[Array, "... columns"]
     value: Float[Array, "..."]
-
-
-class Start(NamedTuple):
-    """Where a climb starts: a frequency, a group, and a vector of all columns of the symbol."""
-
-    index: Int[Array, "... axes"]
-    group: Int[Array, "..."]
-    column: Complex[Array, "... columns"]
 
 
 def chunk_of(poly: GramPolynomial) -> int:
@@ -158,17 +148,16 @@ def most_promising(known: Estimates, count: int) -> Int[Array, " chosen"]:
     return jnp.concatenate([largest, own_groups + groups * own])
 
 
-def starts(poly: GramPolynomial, known: Estimates, chosen: Int[Array, " k"]) -> Start:
-    """The starts at the chosen places of the estimates."""
+def climbs(poly: GramPolynomial, grid: Grid, known: Estimates, chosen: Int[Array, " k"]) -> Peak:
+    """Where climbing leads from the estimates at the chosen places: a stack of peaks on the half grid."""
     groups = np.int32(known.values.shape[-1])
     point, group = lax.div(chosen, groups), lax.rem(chosen, groups)
     columns = picked(known.vectors.reshape((-1, known.vectors.shape[-1])), chosen)
-    return Start(picked(known.index, point), group, jax.vmap(with_all_directions, (None, 0, 0))(poly, group, columns))
 
+    def climb(index, group, column):
+        return _uphill(poly, grid, index, group, with_all_directions(poly, group, column))
 
-def climbs(poly: GramPolynomial, grid: Grid, begin: Start) -> Peak:
-    """Where climbing leads from a stack of starts: a stack of peaks on the half grid."""
-    peaks = jax.vmap(lambda start: _uphill(poly, grid, *start))(begin)
+    peaks = jax.vmap(climb)(picked(known.index, point), group, columns)
     index, mirrored = on_half_grid(grid, peaks.index)
     row, column = (jnp.where(mirrored, side.conj(), side) for side in (peaks.row, peaks.column))
     return peaks._replace(index=index, row=row, column=column)

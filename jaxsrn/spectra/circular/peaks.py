@@ -20,7 +20,7 @@ from jaxsrn._tools.programs import program
 from jaxsrn.operators.convolutions import CircularConv
 from jaxsrn.spectra.circular.boxes import Grid, coarse_boxes
 from jaxsrn.spectra.circular.branch_and_bound import best_peak, highest_peak
-from jaxsrn.spectra.circular.climbing import Estimates, Peak, climbs, estimates, most_promising, starts
+from jaxsrn.spectra.circular.climbing import Estimates, Peak, climbs, estimates, most_promising
 from jaxsrn.spectra.circular.grams import GramPolynomial, gram_polynomial, is_transposed
 from jaxsrn.spectra.circular.newton import at_maximum
 from jaxsrn.spectra.circular.sites import Site
@@ -61,7 +61,7 @@ def climbed(
     known = estimates(poly, grid, corners, exists)
     # Where every frequency was estimated, the largest estimates are neighbours of one peak.
     chosen = _estimates_apart(known, grid, count) if is_reduced else most_promising(known, count)
-    return Climbed(climbs(poly, grid, starts(poly, known, chosen)), poly, corners, exists)
+    return Climbed(climbs(poly, grid, known, chosen), poly, corners, exists)
 
 
 @functools.partial(program, static_argnums=(1, 2, 5))
