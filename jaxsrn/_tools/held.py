@@ -43,8 +43,8 @@ _MINRES_STEPS = 1000
 _ACCEPTED_RESIDUAL = 1e-3
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 4))
-def held(function: Callable, move: Callable, x, z, freed: Callable = lambda z: z):
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def held(function: Callable, move: Callable, x, z):
     """`function(x, z)`, whose derivative is that in `x` alone; second derivatives see `z` as `move(x, z)`.
 
     So a second derivative is the derivative of the first one, whether or not that one is exact.
@@ -54,15 +54,14 @@ def held(function: Callable, move: Callable, x, z, freed: Callable = lambda z: z
       move: `move(x, z)` has the value `z` and the derivative in `x` that `z` has. It may refuse to be differentiated.
       x: what is differentiated in.
       z: what is held; integers in it have no derivative.
-      freed: `z` in the form in which it moves. The move has this form, and `function` takes both.
     """
     return function(x, z)
 
 
 @held.defjvp
-def _held_jvp(function, move, freed, primals, tangents):
+def _held_jvp(function, move, primals, tangents):
     x, z = primals
-    z = moving(move, x, freed(z))
+    z = moving(move, x, z)
     return jax.jvp(lambda x: function(x, z), (x,), (tangents[0],))
 
 

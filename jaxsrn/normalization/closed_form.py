@@ -34,7 +34,6 @@ __all__ = [
     "over_weights",
     "problem_of",
     "squared_distance",
-    "with_weights",
 ]
 
 
@@ -98,17 +97,8 @@ def over_weights(gradient: Float[Array, "..."], op: Operator) -> Float[Array, ".
     """A kernel divided by the Frobenius weights `d`, and 0 at taps that meet no sample."""
     counts = op._tap_counts(gradient.shape)
     # The weights are static: one constant takes the place of a division that looks for zeros.
-    return _times(np.where(counts == 0, 0, 1 / np.maximum(counts, 1)), gradient)
-
-
-def with_weights(kernel: Float[Array, "..."], op: Operator) -> Float[Array, "..."]:
-    """A kernel times the Frobenius weights `d`."""
-    return _times(op._tap_counts(kernel.shape), kernel)
-
-
-def _times(factors: np.ndarray, kernel: Float[Array, "..."]) -> Float[Array, "..."]:
-    """The product with static factors, which costs nothing where all are 1."""
-    return kernel if np.all(factors == 1) else kernel * jnp.asarray(factors, kernel.dtype)
+    inverse = np.where(counts == 0, 0, 1 / np.maximum(counts, 1))
+    return gradient * jnp.asarray(inverse, gradient.dtype)
 
 
 def squared_distance(e, m, problem: Problem):

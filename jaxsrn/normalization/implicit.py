@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from jaxsrn._tools.held import gmres, is_inexact, real_vector
+from jaxsrn._tools.held import gmres, held, is_inexact, real_vector
 from jaxsrn._tools.tolerances import kernel_tolerance
 from jaxsrn.normalization.closed_form import over_weights
 from jaxsrn.normalization.normalized import normalized
@@ -25,7 +25,7 @@ from jaxsrn.operators.base import Operator
 from jaxsrn.operators.convolutions import UnboundedConv
 from jaxsrn.spectra.circular.boxes import degrees
 from jaxsrn.spectra.circular.sites import on_grid
-from jaxsrn.spectra.moving_pairs import holding, with_free_frequency
+from jaxsrn.spectra.moving_pairs import with_free_frequency
 from jaxsrn.spectra.pairs_by_kind import power_step, value_gradient
 from jaxsrn.spectra.singular_pair import Pair
 
@@ -40,7 +40,8 @@ def frozen(a: Float[Array, "..."], op: Operator, target, pair: Pair) -> Float[Ar
     """`normalized`, with the derivative that holds the pair constant; its second derivative sees how the pair moves."""
     if target is None:
         return normalized(a, op, None, pair)
-    return holding(functools.partial(_normalized, op), functools.partial(determined_pair, op), (a, target), op, pair)
+    pair = with_free_frequency(pair, op, a.dtype)
+    return held(functools.partial(_normalized, op), functools.partial(determined_pair, op), (a, target), pair)
 
 
 def _normalized(op: Operator, problem, pair: Pair) -> Float[Array, "..."]:
@@ -69,7 +70,7 @@ def moving_pair(a: Float[Array, "..."], op: Operator, target, pair: Pair, otherw
     Where its linear system is singular the derivative of the pair is `otherwise`; with 0 the gradient is the frozen
     one.
     """
-    pair = with_free_frequency(op, pair)
+    pair = with_free_frequency(pair, op, a.dtype)
     fixed, rebuild = real_vector(pair)
 
     def residual(op: Operator, vector):

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxsrn._tools.checks import Kernel, ensure, float_dtype, kernel_array, positive_scalar, static_int
+from jaxsrn._tools.held import held
 from jaxsrn._tools.linalg import ratio
 from jaxsrn._tools.programs import program
 from jaxsrn._tools.tolerances import kernel_tolerance
@@ -24,7 +25,7 @@ from jaxsrn.normalization.raise_stable_rank import raised
 from jaxsrn.normalization.result import SRNResult, in_own_scale, in_shape, measured, proven_gap
 from jaxsrn.operators.base import Dense, Operator
 from jaxsrn.spectra.common_shapes import as_matrix
-from jaxsrn.spectra.moving_pairs import frozen_value, holding
+from jaxsrn.spectra.moving_pairs import frozen_value, with_free_frequency
 from jaxsrn.spectra.norms import SingularTriplet, check_triplet
 from jaxsrn.spectra.pairs_by_kind import pair_of_floats, pair_of_images, pair_shapes
 from jaxsrn.spectra.singular_pair import Pair, rescaled
@@ -152,7 +153,8 @@ def lowered(kernel, op: Operator, target, solution: Fixpoint, keep_norm: bool) -
     a, scale = rescaled(kernel.astype(float_dtype(kernel.dtype)), op)
     problem = problem_of(a, op, target, frozen_value(a, op, solution.own))
     frozen, unchanged = lax.stop_gradient(problem), solution.unchanged
-    new = holding(functools.partial(_of_pair, op), functools.partial(_moved_pair, op), problem, op, solution.pair)
+    pair = with_free_frequency(solution.pair, op, a.dtype)
+    new = held(functools.partial(_of_pair, op), functools.partial(_moved_pair, op), problem, pair)
     if not keep_norm:
         new = new * ratio(problem.inner(new, a), problem.inner(new, new))
     result = jnp.where(unchanged, a, new)

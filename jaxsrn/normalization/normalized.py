@@ -11,12 +11,11 @@ from __future__ import annotations
 import functools
 
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from jaxsrn._tools.linalg import safe_sqrt
 from jaxsrn._tools.programs import program
-from jaxsrn.normalization.closed_form import over_weights, with_weights
+from jaxsrn.normalization.closed_form import over_weights
 from jaxsrn.operators.base import Operator
 from jaxsrn.spectra.moving_pairs import frozen_value
 from jaxsrn.spectra.pairs_by_kind import value_gradient
@@ -32,8 +31,7 @@ def normalized(a: Float[Array, "..."], op: Operator, target, pair: Pair) -> Floa
     if target is None:
         value = frozen_value(a, op, pair)
         return a / jnp.where(value == 0, 1.0, value)
-    # JAX takes what a place does not use out of a subroutine, and so would write one for each place.
-    along, rest, factor, _ = _parts(a, op, target, lax.optimization_barrier(pair))
+    along, rest, factor, _ = _parts(a, op, target, pair)
     return along + factor * rest
 
 
@@ -54,10 +52,10 @@ def _parts(a: Float[Array, "..."], op: Operator, target, pair: Pair):
     along = inverse * direction
     rest = a - m * along
     # Lengths are compared by their squares, of which one root is taken in the end.
-    squared = jnp.sum(with_weights(rest, op) * rest)
+    squared = jnp.sum(op.frobenius_weights(a.shape, a.dtype) * rest * rest)
     wanted = jnp.maximum(target - inverse, 0.0)
     # A zero kernel counts as rescaled, and NaN does not.
-    is_rescaled = (m >= 0) & (squared <= m**2 * wanted)
-    over = jnp.where(is_rescaled, m**2, squared)
+    is_rescaled = (m >= 0) & (squared <= m * m * wanted)
+    over = jnp.where(is_rescaled, m * m, squared)
     factor = safe_sqrt(jnp.where(is_rescaled, 1.0, wanted) / jnp.where(over == 0, 1.0, over))
     return along, rest, factor, is_rescaled

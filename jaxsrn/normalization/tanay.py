@@ -8,13 +8,14 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxsrn._tools.checks import Kernel, float_dtype, kernel_array, positive_scalar
+from jaxsrn._tools.held import held
 from jaxsrn._tools.linalg import ratio, safe_sqrt
 from jaxsrn._tools.programs import program
 from jaxsrn.normalization.closed_form import Problem, problem_of
 from jaxsrn.normalization.result import SRNResult, in_own_scale, in_shape, measured
 from jaxsrn.normalization.starts import survey
 from jaxsrn.operators.base import Operator
-from jaxsrn.spectra.moving_pairs import frozen_value, holding, moving_with_kernel
+from jaxsrn.spectra.moving_pairs import frozen_value, moving_with_kernel, with_free_frequency
 from jaxsrn.spectra.pairs_by_kind import leading_pair, value_gradient
 from jaxsrn.spectra.ranks import stable_rank_range
 from jaxsrn.spectra.singular_pair import Pair, rescaled
@@ -53,7 +54,8 @@ def srnc_tanay(kernel: Kernel, op: Operator, target) -> SRNResult:
 def _srnc_tanay(kernel, op, own, target):
     a, scale = rescaled(kernel.astype(float_dtype(kernel.dtype)), op)
     problem = problem_of(a, op, target, frozen_value(a, op, own))
-    first = holding(functools.partial(_leading_part, op), functools.partial(_moved_pair, op), problem, op, own)
+    pair = with_free_frequency(own, op, a.dtype)
+    first = held(functools.partial(_leading_part, op), functools.partial(_moved_pair, op), problem, pair)
     rest = a - first
     gamma = ratio(safe_sqrt(target - 1) * problem.norm, safe_sqrt(problem.inner(rest, rest)))
     unchanged = target >= problem.stable_rank

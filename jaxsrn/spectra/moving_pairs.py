@@ -8,7 +8,6 @@ circular layer has the frequencies of a grid, where the leading one stays. That 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -23,7 +22,6 @@ from jaxsrn.spectra.singular_pair import Pair
 
 __all__ = [
     "frozen_value",
-    "holding",
     "moving_with_kernel",
     "with_free_frequency",
 ]
@@ -37,12 +35,7 @@ def frozen_value(kernel: Float[Array, "..."], op: Operator, pair: Pair) -> Float
     true one where the value is simple.
     """
     value = functools.partial(_value_of_pair, op)
-    return holding(value, moving_with_kernel(op), kernel, op, pair)
-
-
-def holding(function: Callable, move: Callable, x, op: Operator, pair: Pair):
-    """`function(x, pair)`, whose derivative holds the pair (`held.py`); the frequency in `move(x, pair)` is free."""
-    return held(function, move, x, pair, functools.partial(with_free_frequency, op))
+    return held(value, moving_with_kernel(op), kernel, with_free_frequency(pair, op, kernel.dtype))
 
 
 def _value_of_pair(op: Operator, kernel: Float[Array, "..."], pair: Pair) -> Float[Array, ""]:
@@ -58,9 +51,9 @@ def _of_unit_vectors(pair: Pair) -> Pair:
     return pair._replace(input=unit(pair.input), output=unit(pair.output))
 
 
-def with_free_frequency(op: Operator, pair: Pair) -> Pair:
+def with_free_frequency(pair: Pair, op: Operator, dtype) -> Pair:
     """The pair of an unbounded layer with a frequency that can be differentiated in; other pairs as they are."""
     if not isinstance(op, UnboundedConv) or isinstance(pair.site, ShiftedSite):
         return pair
     index, group = pair.site
-    return pair._replace(site=ShiftedSite(index, group, jnp.zeros(index.shape, pair.output.real.dtype)))
+    return pair._replace(site=ShiftedSite(index, group, jnp.zeros(index.shape, dtype)))

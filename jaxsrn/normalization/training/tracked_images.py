@@ -68,8 +68,10 @@ def begin(kernel: Float[Array, "..."], op: Operator) -> Float[Array, "..."]:
     return fixed_start(watch_shapes(op, kernel.shape), kernel.dtype)
 
 
-def follow(kernel: Float[Array, "..."], op: Operator, pair: Pair, watch: Float[Array, "..."], _):
+def follow(kernel: Float[Array, "..."], op: Operator, pair: Pair, watch: Float[Array, "..."], _turn):
     """The best pairs in the space of the leading inputs and power steps of the first two of them.
+
+    All vectors move in every step, whatever the turn.
 
     Returns:
       `(pair, watch, step)`: another pair has taken over where the first one has another input.

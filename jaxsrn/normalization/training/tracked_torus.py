@@ -15,7 +15,6 @@ in the first, the other half in the second, and so on.
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 from typing import NamedTuple
@@ -24,18 +23,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Complex, Float, Int
 
 from jaxsrn._tools.indexing import picked
-from jaxsrn._tools.linalg import einsum
-from jaxsrn._tools.programs import program
+from jaxsrn._tools.linalg import einsum, real_times
 from jaxsrn._tools.subspaces import fixed_start
 from jaxsrn.normalization.training.tracked_images import Step
 from jaxsrn.operators.convolutions import CircularConv, UnboundedConv
-from jaxsrn.spectra.circular.angles import angles_of, phases
+from jaxsrn.spectra.circular.angles import angles_of, waves
 from jaxsrn.spectra.circular.boxes import degrees
-from jaxsrn.spectra.circular.fourier import of_group, polynomial, site_shape, terms_of
-from jaxsrn.spectra.circular.real_floats import indices_of, turns_of
+from jaxsrn.spectra.circular.fourier import complex_dtype, of_group, polynomial, site_shape
+from jaxsrn.spectra.circular.real_floats import amplitudes_of, indices_of, parts_of, turns_of
 from jaxsrn.spectra.circular.sites import Site, half_grid, on_grid
 from jaxsrn.spectra.singular_pair import Pair
 
@@ -50,31 +48,24 @@ _CELLS_PER_DEGREE, _MOST_CELLS = 8, 16
 _PARTS = 2
 
 
-# The product with `exp(-i a)` as a matrix of `(real, imaginary)` parts: `cos(a)` times the first, `sin(a)` times the
-# second of these.
-_ROTATION = np.array([[[1, 0], [0, 1]], [[0, 1], [-1, 0]]])
-
-
 class Climbers(NamedTuple):
-    """A pair of every group in each cell: the index of its frequency, and the parts, real and imaginary, of its output.
-
-    Complex numbers are kept as two real ones throughout a step: XLA takes several times as long over complex ones.
-    """
+    """A pair of every group in each cell: the index of its frequency, and its output."""
 
     index: Int[Array, "cells groups axes"]
-    output: Float[Array, "cells groups 2 columns"]
+    output: Complex[Array, "cells groups columns"]
 
 
 def watch_shapes(op: CircularConv | UnboundedConv, kernel_shape: tuple[int, ...]) -> Climbers:
-    """The shapes of the climbers' arrays in their places, in floats and otherwise (static)."""
+    """The shapes of the climbers' arrays in floats, in their places (static)."""
     layer = on_grid(op, kernel_shape)
     cells, groups = len(_cells(layer, kernel_shape)), layer.feature_group_count
-    return Climbers((cells, groups, layer.num_axes), (cells, groups, 2, site_shape(layer, kernel_shape)[1]))
+    return Climbers((cells, groups, layer.num_axes), (2 * cells, groups, site_shape(layer, kernel_shape)[1]))
 
 
 def as_floats(watch: Climbers, op: CircularConv | UnboundedConv, kernel_shape) -> Climbers:
     """The climbers as they are kept between steps, in real floats (`spectra/circular/real_floats.py`)."""
-    return watch._replace(index=turns_of(watch.index, on_grid(op, kernel_shape).grid, watch.output.dtype))
+    grid, dtype = on_grid(op, kernel_shape).grid, watch.output.real.dtype
+    return Climbers(turns_of(watch.index, grid, dtype), parts_of(watch.output))
 
 
 def of_floats(watch: Climbers, op: CircularConv | UnboundedConv, kernel_shape, dtype) -> Climbers:
@@ -82,7 +73,7 @@ def of_floats(watch: Climbers, op: CircularConv | UnboundedConv, kernel_shape, d
     layer = on_grid(op, kernel_shape)
     lowest, highest = np.moveaxis(_cells(layer, kernel_shape)[:, None], -1, 0)
     index, output = jax.tree.map(lambda leaf: leaf.astype(dtype), watch)
-    return Climbers(indices_of(index, layer.grid, lowest, highest), output)
+    return Climbers(indices_of(index, layer.grid, lowest, highest), amplitudes_of(output))
 
 
 def begin(kernel: Float[Array, "..."], op: CircularConv | UnboundedConv) -> Climbers:
@@ -90,11 +81,8 @@ def begin(kernel: Float[Array, "..."], op: CircularConv | UnboundedConv) -> Clim
     index, outputs = watch_shapes(op, kernel.shape)
     cells = _cells(on_grid(op, kernel.shape), kernel.shape)
     middles = np.sum(cells, axis=-1, dtype=np.int32) // 2
-    vectors = fixed_start((outputs[0], outputs[1], outputs[-1]), kernel.dtype)
-    return Climbers(
-        jnp.broadcast_to(jnp.asarray(middles)[:, None], index),
-        jnp.stack([vectors, jnp.zeros_like(vectors)], axis=2),
-    )
+    vectors = fixed_start((outputs[0] // 2, *outputs[1:]), kernel.dtype).astype(complex_dtype(kernel.dtype))
+    return Climbers(jnp.broadcast_to(jnp.asarray(middles)[:, None], index), vectors)
 
 
 def follow(
@@ -111,7 +99,7 @@ def follow(
     """
     layer = on_grid(op, kernel.shape)
     groups, samples = layer.feature_group_count, jnp.asarray(layer.grid, jnp.int32)
-    coefficients, _ = polynomial(kernel, layer)
+    coefficients, exponents = polynomial(kernel, layer)
     cells = _cells(layer, kernel.shape)
     start, count = _whose_turn(len(cells), turn)
     moving = [
@@ -121,24 +109,23 @@ def follow(
     # The pair is the first row, in every group.
     index, output, cells = jax.tree.map(
         lambda one, many: jnp.concatenate([jnp.broadcast_to(one, (1, *many.shape[1:])), many]),
-        [pair.site.index, jnp.stack([pair.output.real, pair.output.imag]), _everywhere(layer)],
+        [pair.site.index, pair.output, _everywhere(layer)],
         moving,
     )
-    # Letters: k rows, g groups, t terms, r and c the rows and columns of the symbol, y and z real and imaginary parts.
-    rotation = _rotations(index, layer, kernel.shape, kernel.dtype)
-    reached = einsum("gtrc,kgzc->kgztr", coefficients, output)
-    before, inputs = _units(einsum("kgyzt,kgztr->kgyr", rotation, reached))
-    products = einsum("kgyr,kgztr->kgyzt", inputs, reached)
-    index = index + _best_steps(layer, kernel.shape, index, cells, rotation, products)
-    returned = einsum("gtrc,kgyr->kgytc", coefficients, inputs)
-    rotation = _rotations(index, layer, kernel.shape, kernel.dtype)
-    values, outputs = _units(einsum("kgyzt,kgytc->kgzc", rotation, returned))
+    factors = waves(angles_of(layer.grid, kernel.dtype, parts=1), index, exponents)
+    reached = real_times("gtrc,kgc->kgtr", coefficients, output)
+    before, inputs = _units(einsum("kgt,kgtr->kgr", factors, reached))
+    filters = factors * einsum("kgr,kgtr->kgt", inputs.conj(), reached)
+    steps, turns = _best_steps(layer, kernel.shape, exponents, index, cells, filters)
+    returned = real_times("gtrc,kgr->kgtc", coefficients, inputs)
+    values, outputs = _units(einsum("kgt,kgtc->kgc", (factors * turns).conj(), returned))
     # The first of equal values wins, so that nothing moves without need.
     winner = lax.argmax(_preferring_first(values, 0).reshape(-1), 0, jnp.int32)
+    index = index + steps
     rows = index, inputs, outputs
-    best, *sides = picked([leaf.reshape((-1, *leaf.shape[2:])) for leaf in rows], winner)
+    best, *sides = picked([leaf.reshape((-1, leaf.shape[-1])) for leaf in rows], winner)
     group = jnp.zeros_like(winner) if groups == 1 else lax.rem(winner, np.int32(groups))
-    new = Pair(Site(lax.rem(best + samples, samples), group), *(lax.complex(*side) for side in sides))
+    new = Pair(Site(lax.rem(best + samples, samples), group), *sides)
     step = Step(of_group(before[0], pair.site.group), jnp.max(values), winner != pair.site.group)
     moved = (
         lax.dynamic_update_slice_in_dim(leaf, rows[1:], start, 0)
@@ -155,25 +142,14 @@ def _whose_turn(num_cells: int, turn: Int[Array, ""] | None) -> tuple[Int[Array,
     return lax.rem(turn, np.int32(_PARTS)) * np.int32(count), count
 
 
-# Compiled as subroutines, as a step takes them more than once.
-@functools.partial(program, static_argnums=(1, 2, 3))
-def _rotations(
-    index: Int[Array, "k g axes"], layer: CircularConv, kernel_shape, dtype
-) -> Float[Array, "k g 2 2 terms"]:
-    """The product with `exp(-i <w, t>)` of every term, as a matrix of real and imaginary parts."""
-    turned = phases(angles_of(layer.grid, dtype, parts=1), index, terms_of(layer, kernel_shape))
-    parts = jnp.stack([jnp.cos(turned), jnp.sin(turned)], axis=2)
-    return einsum("xyz,kgxt->kgyzt", jnp.asarray(_ROTATION, dtype), parts)
-
-
-@program
-def _units(vectors: Float[Array, "k g 2 n"]) -> tuple[Float[Array, "k g"], Float[Array, "k g 2 n"]]:
+def _units(vectors: Complex[Array, "... n"]) -> tuple[Float[Array, "..."], Complex[Array, "... n"]]:
     """The norms of the vectors, and their directions; a vector without structure takes the place of zero."""
+    places = (1,) * (vectors.ndim - 1) + (-1,)
     # Far below rounding, and its square is a normal number.
     spare = 1e3 * math.sqrt(jnp.finfo(vectors.dtype).tiny) * np.cos(np.arange(vectors.shape[-1]) ** 2)
-    vectors = vectors + jnp.asarray(spare[None, None, None], vectors.dtype)
-    norms = jnp.sqrt(jnp.sum(vectors**2, axis=(-2, -1)))
-    return norms, vectors / norms[..., None, None]
+    vectors = vectors + jnp.asarray(spare.reshape(places), vectors.dtype)
+    norms = jnp.sqrt(jnp.sum(vectors.real**2 + vectors.imag**2, axis=-1))
+    return norms, vectors / norms[..., None].astype(vectors.dtype)
 
 
 def _preferring_first(values: Float[Array, "..."], axis: int) -> Float[Array, "..."]:
@@ -215,30 +191,13 @@ def _offsets(layer: CircularConv, kernel_shape, dtype) -> np.ndarray:
     return np.array(sorted(steps, key=any), np.int32)
 
 
-def _best_steps(layer: CircularConv, kernel_shape, index, cells, rotation, products):
-    """From each row's frequency to the best in its cell, as differences of indices.
-
-    The scalar filter is `sum_t exp(-i <w, t>) products_t`, where those of real and imaginary parts are given.
-    """
-    offsets = _offsets(layer, kernel_shape, rotation.dtype)
-    # The product of the conjugate input, by `y`, with what the rotation, by `x`, has turned of `z`.
-    turned = jnp.sum(rotation[:, :, :, None] * products[:, :, None], axis=4)
-    filters = einsum("xynct,kgxyt->kgnc", _turns(layer, kernel_shape, offsets, rotation.dtype), turned)
-    values = _preferring_first(jnp.sum(filters**2, axis=-1), 2)
+def _best_steps(layer: CircularConv, kernel_shape, exponents: np.ndarray, index, cells, filters):
+    """From each row's frequency to the best in its cell: differences of indices, and factors of `exp(-i <w, t>)`."""
+    offsets = _offsets(layer, kernel_shape, filters.real.dtype)
+    turns = jnp.asarray(np.exp(-2j * np.pi * (offsets / layer.grid) @ exponents.T), filters.dtype)
+    values = _preferring_first(jnp.abs(einsum("kgt,nt->kgn", filters, turns)), 2)
     allowed = _in_cells(index, cells, offsets)
-    return picked(jnp.asarray(offsets), lax.argmax(jnp.where(allowed, values, 0), 2, jnp.int32))
-
-
-def _turns(layer: CircularConv, kernel_shape, offsets: np.ndarray, dtype) -> Float[Array, "2 2 n 2 terms"]:
-    """What each offset makes of every term's products, as parts of a complex number (static).
-
-    Those of a conjugate `a` and a rotated `b` are `b_x a_y`, by which `conj(a) b = (b_0 a_0 + b_1 a_1) + i (b_1 a_0 -
-    b_0 a_1)`.
-    """
-    angles = 2 * np.pi * (offsets / layer.grid) @ terms_of(layer, kernel_shape).T
-    conjugate = np.array([[[1, 0], [0, -1]], [[0, 1], [1, 0]]])
-    rotated = np.tensordot(np.stack([np.cos(angles), np.sin(angles)]), _ROTATION, (0, 0))
-    return jnp.asarray(np.einsum("xyz,ntcz->xynct", conjugate, rotated), dtype)
+    return picked((jnp.asarray(offsets), turns), lax.argmax(jnp.where(allowed, values, 0), 2, jnp.int32))
 
 
 def _in_cells(index, cells: Int[Array, "rows axes 2"], offsets: np.ndarray):

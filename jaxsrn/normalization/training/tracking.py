@@ -74,8 +74,8 @@ def track_of_floats(track: Track, op: Operator, kernel_shape: tuple[int, ...], d
 def follow(kernel: Float[Array, "..."], op: Operator, track: Track, turn: Int[Array, ""] | None) -> tuple[Track, Step]:
     """The track one step closer to the leading pair of `T(kernel)`, and what the step says of the kernel.
 
-    The value of the track's pair does not decrease. The kernel's scale must not be extreme. Steps that
-    follow one another are counted by `turn`, and parts of a watch may move in turn; with `None` all of it moves.
+    The value of the track's pair does not decrease. The kernel's scale must not be extreme. `turn` counts steps that
+    follow one another, in which parts of a watch may move in turn; with `None` all of it moves.
     """
     if track.watch is None:
         pair = power_step(kernel, op, track.pair)
