@@ -42,13 +42,13 @@ class Held(NamedTuple):
 
     Attributes:
       tests: those that find most come first, as the run of a change ends at the first test that fails.
-      functions: the functions that are changed, by default all. The others search, and what is found is proven.
-      compiled: whether the tests call compiled functions, which have to be compiled again for every change.
+        They call the functions as they are, not their compiled programs, which would not see a change.
+      functions: the functions that are changed, by default all. The others check arguments, or search for what is
+        proven.
     """
 
     tests: tuple[str, ...]
     functions: tuple[str, ...] = ()
-    compiled: bool = False
 
 
 def proofs(which: str, *functions: str) -> Held:
@@ -58,6 +58,11 @@ def proofs(which: str, *functions: str) -> Held:
 HELD_BY = {
     "jaxsrn/_tools/proofs.py": proofs("below or rounding"),
     "jaxsrn/bounds/covers.py": proofs("cover or rounding"),
+    "jaxsrn/bounds/coefficients.py": proofs("coefficients or matrix_norms"),
+    "jaxsrn/bounds/entries.py": proofs("coefficients", "_lip_bound", "_l1", "_channel_l1"),
+    "jaxsrn/bounds/reshapings.py": proofs("coefficients", "_fantastic_four", "_reshapings"),
+    "jaxsrn/bounds/gram.py": proofs("written_out", "_gram_iteration", "_squared_symbol"),
+    "jaxsrn/bounds/interval.py": proofs("intervals_by or beyond", "_interval", "_beyond"),
     "jaxsrn/normalization/closed_form.py": proofs("closed_form or problem or functional or feasible"),
     "jaxsrn/spectra/circular/boxes.py": proofs("grid or boxes or overshoot"),
     "jaxsrn/spectra/circular/branch_and_bound.py": proofs("low or flat", "_are_low", "_is_flat"),
@@ -169,7 +174,7 @@ class EveryChange:
         if not passes(session.items):
             session.shouldfail = "the tests fail without a change"
             return True
-        module, compiled = importlib.import_module(self.module), HELD_BY[self.module.replace(".", "/") + ".py"].compiled
+        module = importlib.import_module(self.module)
         for key, changed in self.changes.items():
             results = json.loads(self.kept.read_text())
             if key in results:
@@ -177,22 +182,18 @@ class EveryChange:
             # What is kept before the tests stays where they do not end.
             self.kept.write_text(json.dumps(results | {key: "killed"}))
             signal.alarm(LONGEST)
-            if survives(module, changed, session.items, compiled):
+            if survives(module, changed, session.items):
                 self.kept.write_text(json.dumps(results | {key: "survived"}))
             signal.alarm(0)
             replace_code(module, self.source)
         return True
 
 
-def survives(module, changed: str, items, compiled: bool) -> bool:
-    import jax
-
+def survives(module, changed: str, items) -> bool:
     try:
         replace_code(module, changed)
     except Exception:
         return False
-    if compiled:
-        jax.clear_caches()
     return passes(items)
 
 
