@@ -466,6 +466,36 @@ def test_flat_spectra_are_flat():
     assert not called[0.1]
 
 
+@pytest.mark.parametrize("shape", [(2, 3, 2), (4, 2, 2), (3, 2, 2, 3)], ids=str)
+def test_spectra_are_called_flat_by_the_norms_of_all_lags(shape):
+    """`sum_l ||G_l||_F <= allowed * value^2`, by Cauchy and Schwarz, over half of the lags of the autocorrelation."""
+    kernel, op, value = gaussian(shape), CircularConv((9,) * (len(shape) - 2)), 3.0
+    products = {}
+    for a, b in itertools.product(np.ndindex(shape[:-2]), repeat=2):
+        lag = tuple(np.subtract(a, b))
+        # The columns of the symbol are its shorter side, the inputs if both are equal.
+        one, other = (kernel[a], kernel[b]) if shape[-1] < shape[-2] else (kernel[a].T, kernel[b].T)
+        products[lag] = products.get(lag, 0) + one.T @ other
+    half = [lag for lag in products if lag > (0,) * len(lag)]
+    opposite = [tuple(-step for step in lag) for lag in half]
+    pairs = [(products[lag], products[other]) for lag, other in zip(half, opposite, strict=True)]
+    squares = sum(np.sum(np.maximum((a + b) ** 2, (a - b) ** 2)) for a, b in pairs)
+    edge = np.sqrt(len(half) * squares) / value**2
+    poly = gram_polynomial(jnp.asarray(kernel), op, False)
+    for allowed, flat in ((edge * (1 + 1e-9), True), (edge * (1 - 1e-9), False)):
+        assert bool(branch_and_bound._is_flat(poly, allowed, jnp.asarray(value))) is flat
+    # The Gram matrix of few directions says nothing of the others.
+    reduced = dataclasses.replace(poly, basis=jnp.eye(2)[None])
+    assert not branch_and_bound._is_flat(reduced, 10 * edge, jnp.asarray(value))
+
+
+@pytest.mark.parametrize("taps", [1, 3])
+def test_one_tap_is_flat_to_the_last_digit(taps):
+    kernel = jnp.zeros((taps, 2, 2)).at[taps // 2].set(gaussian((2, 2)))
+    poly = gram_polynomial(kernel, CircularConv((9,)), False)
+    assert branch_and_bound._is_flat(poly, 0.0, jnp.ones(()))
+
+
 # Duality of projections
 
 
@@ -793,6 +823,27 @@ def test_intervals_by_pairs(op, shape, excess):
         found = interval._interval.__wrapped__(kernel, op, pair, above)
         assert norm * (1 - 1e-12) <= found.lower <= norm
         assert highest <= found.upper <= highest * (1 + 1e-12)
+
+
+def test_the_upper_end_holds_frequencies_beyond_the_grid(monkeypatch):
+    op, kernel = CircularConv((6,)), jnp.asarray(gaussian((3, 2, 2)))
+    monkeypatch.setattr(interval, "_beyond", lambda *_: 1.5)
+    pair = leading_pair(kernel, op)
+    found = interval._interval.__wrapped__(kernel, op, pair, ((pair, 0.0),))
+    np.testing.assert_allclose(found.upper, 1.5 * np.linalg.norm(dense(kernel, op), 2), rtol=1e-12)
+
+
+def test_rounding_of_taps_that_cancel_is_that_of_the_taps():
+    """Two large taps fall on each other with opposite signs. The room of other layers is that of the norm."""
+    op, kernel = CircularConv((3,)), gaussian((5, 1, 1))
+    kernel[0], kernel[3] = 1e9, -1e9
+    pair = leading_pair(jnp.asarray(kernel), op)
+    found = interval._interval.__wrapped__(jnp.asarray(kernel), op, pair, ((pair, 0.0),))
+    room = 4 * np.sqrt(5) * np.finfo(np.float64).eps * np.linalg.norm(kernel)
+    assert found.upper - found.lower >= 1.8 * room
+    identity = jnp.eye(64)
+    found = interval._interval.__wrapped__(identity, Dense(), leading_pair(identity, Dense()), ())
+    assert found.upper - 1 <= 2 * 4 * np.sqrt(64) * np.finfo(np.float64).eps
 
 
 def test_only_layers_without_edges_see_frequencies_beyond_their_grid():
