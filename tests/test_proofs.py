@@ -643,6 +643,7 @@ def test_polar_factors():
         (UnboundedConv(strides=2), (5, 2, 2), (8,)),
         (ZeroPaddedConv((9,)), (3, 2, 2), (8,)),
         (ZeroPaddedConv((5,), padding=((2, 2),), input_dilation=2), (4, 2, 3), (4,)),
+        (ZeroPaddedConv((5,), padding=((2, 2),), input_dilation=3, strides=2), (4, 2, 3), (4,)),
     ],
     ids=str,
 )
@@ -769,8 +770,12 @@ def test_matrix_norms_of_stacks():
         jax.jvp(jax.grad(lambda s: coefficients.matrix_norm(s, 2)), (stack,), (stack,))
 
 
+# The last one has as many frequencies as the coarse grid, and so needs no factor.
+ITERATED = [*BOUNDED, (Dense(), (4, 3)), (CircularConv((16,)), (3, 2, 2))]
+
+
 @pytest.mark.parametrize(("num_steps", "oversampling"), [(1, 2), (3, 8)])
-@pytest.mark.parametrize(("op", "shape"), [*BOUNDED, (Dense(), (4, 3))], ids=str)
+@pytest.mark.parametrize(("op", "shape"), ITERATED, ids=str)
 def test_gram_iteration_written_out(op, shape, num_steps, oversampling):
     """`||G^(2^t)||_F^(1/2^(t+1))` over the layer's frequencies, or over fewer with what they may miss."""
     kernel = 1e3 * gaussian(shape)
@@ -841,6 +846,8 @@ def test_rounding_of_taps_that_cancel_is_that_of_the_taps():
     found = interval._interval.__wrapped__(jnp.asarray(kernel), op, pair, ((pair, 0.0),))
     room = 4 * np.sqrt(5) * np.finfo(np.float64).eps * np.linalg.norm(kernel)
     assert found.upper - found.lower >= 1.8 * room
+    value = float(gram._gram_iteration.__wrapped__(jnp.asarray(kernel), op, 8, 8))
+    assert value >= np.linalg.norm(dense(kernel, op), 2) + 0.9 * room
     identity = jnp.eye(64)
     found = interval._interval.__wrapped__(identity, Dense(), leading_pair(identity, Dense()), ())
     assert found.upper - 1 <= 2 * 4 * np.sqrt(64) * np.finfo(np.float64).eps
