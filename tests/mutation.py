@@ -59,7 +59,7 @@ HELD_BY = {
     "jaxsrn/_tools/proofs.py": proofs("below or rounding"),
     "jaxsrn/bounds/covers.py": proofs("cover or rounding"),
     "jaxsrn/bounds/coefficients.py": proofs("coefficients or matrix_norms"),
-    "jaxsrn/bounds/entries.py": proofs("coefficients", "_lip_bound", "_l1", "_channel_l1"),
+    "jaxsrn/bounds/entries.py": proofs("coefficients or lip_bound", "_lip_bound", "_l1", "_channel_l1"),
     "jaxsrn/bounds/reshapings.py": proofs("coefficients", "_fantastic_four", "_reshapings"),
     "jaxsrn/bounds/gram.py": proofs("written_out or cancel", "_gram_iteration", "_squared_symbol"),
     "jaxsrn/bounds/interval.py": proofs("intervals_by or beyond or cancel", "_interval", "_beyond"),
