@@ -57,7 +57,7 @@ def proofs(which: str, *functions: str) -> Held:
 
 HELD_BY = {
     "jaxsrn/_tools/proofs.py": proofs("below or rounding"),
-    "jaxsrn/bounds/covers.py": proofs("cover or rounding"),
+    "jaxsrn/bounds/covers.py": proofs("cover or rounding or coefficients"),
     "jaxsrn/bounds/coefficients.py": proofs("coefficients or matrix_norms"),
     "jaxsrn/bounds/entries.py": proofs("coefficients or lip_bound", "_lip_bound", "_l1", "_channel_l1"),
     "jaxsrn/bounds/reshapings.py": proofs("coefficients", "_fantastic_four", "_reshapings"),
