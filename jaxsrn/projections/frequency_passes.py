@@ -193,10 +193,10 @@ class Solved(NamedTuple):
 
 def solved(direction: Float[Array, "..."], blocks: MatrixStack, gap, max_passes: int) -> Solved:
     """Passes until the value is proven to be within the share `gap` of the largest one, or `max_passes` are done."""
-    length = jnp.sqrt(blocks.inner(direction, direction))
+    length, count = jnp.sqrt(blocks.inner(direction, direction)), min(_PASSES_PER_PROOF, max_passes)
 
     def some_passes(state: Solved) -> Solved:
-        found = passes(direction, blocks, min(_PASSES_PER_PROOF, max_passes), state.stack, state.step)
+        found = passes(direction, blocks, count, state.stack, state.step)
         kernel = ratio(found.kernel, jnp.max(top_values(blocks.stack(found.kernel))))
         value = blocks.inner(direction, kernel)
         # NaN compares as false, and must reach the result.
@@ -208,7 +208,7 @@ def solved(direction: Float[Array, "..."], blocks: MatrixStack, gap, max_passes:
             bound=jnp.minimum(state.bound, nuclear_norm(blocks, dual_point(blocks, direction, found.multiplier))),
             stack=found.stack + (step - state.step).astype(found.stack.dtype) * found.multiplier,
             step=step,
-            num_passes=state.num_passes + _PASSES_PER_PROOF,
+            num_passes=state.num_passes + count,
         )
 
     def unfinished(state: Solved):
