@@ -260,7 +260,7 @@ ABOUT = {
 }
 LARGE = "zero-padded 24x24, 3x3, 2 channels, Gaussian"  # its explicit matrix is too large
 EXACT = "python benchmarks/steepest.py --only exact"
-HEADER = ("gradient", "step", "<G, K> / bound", "norm", "time", "of flattened")
+HEADER = ("gradient", "step", "`<G, K>` / bound", "norm", "time", "of flattened")
 
 
 def run(name: str, cases: dict, keep: bool) -> bool:

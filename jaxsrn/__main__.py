@@ -14,6 +14,8 @@ from pathlib import Path
 
 __all__ = ["main"]
 
+# What matplotlib draws everywhere.
+_PICTURES = ".png", ".pdf", ".svg"
 WRONG_ARGUMENTS, MISSING_FILE, BROKEN_FILE, NO_KERNELS, MISSING_LIBRARY = 2, 3, 4, 5, 6
 
 
@@ -87,6 +89,15 @@ def _count(text: str) -> tuple[str, int]:
     return name, int(count)
 
 
+def _check_outputs(*paths: Path | None) -> None:
+    """Nothing is computed for a file that cannot be written."""
+    from jaxsrn.report.files import BrokenFile
+
+    for path in filter(None, paths):
+        if not path.parent.is_dir():
+            raise BrokenFile(f"{path}: cannot be written, as there is no folder {path.parent}.")
+
+
 def _how_to_read(args) -> dict:
     return {
         "layout": args.layout,
@@ -100,8 +111,12 @@ def _how_to_read(args) -> dict:
 def _report(args) -> None:
     from jaxsrn.report import analyze
     from jaxsrn.report.rewriting import NoKernels
+    from jaxsrn.report.table import counted
     from jaxsrn.report.terminal import progress_bar, show_lines, show_table
 
+    _check_outputs(args.json, args.csv, args.plot)
+    if args.plot and args.plot.suffix.lower() not in _PICTURES:
+        raise ValueError(f"--plot: got {args.plot}, expected a name that ends in {', '.join(_PICTURES)}.")
     with progress_bar() as progress:
         report = analyze(
             args.file,
@@ -112,7 +127,8 @@ def _report(args) -> None:
         )
     if not report.layers:
         reasons = sorted({entry.reason for entry in report.skipped})
-        raise NoKernels(f"{args.file}: no kernels found among {len(report.skipped)} arrays: {'; '.join(reasons)}.")
+        arrays = f"among {counted(len(report.skipped), 'array')}: {'; '.join(reasons)}" if reasons else "and no arrays"
+        raise NoKernels(f"{args.file}: no kernels found {arrays}.")
     show_lines([report.source, ""])
     header, rows = report.cells()
     dispensable = ("range", "certified", "operator", "flattened", "kernel")
@@ -130,9 +146,10 @@ def _report(args) -> None:
 
 def _normalize(args) -> None:
     from jaxsrn.report.rewriting import normalize
-    from jaxsrn.report.table import digits
+    from jaxsrn.report.table import counted, digits
     from jaxsrn.report.terminal import progress_bar, show_lines, show_table
 
+    _check_outputs(args.out)
     options = {"norm": args.norm, "only": args.only or ("*",), **_how_to_read(args)}
     with progress_bar() as progress:
         changes, skipped = normalize(args.file, args.out, args.fraction, progress=progress, **options)
@@ -148,14 +165,9 @@ def _normalize(args) -> None:
         for change in changes
     ]
     moved = {change.name for change in changes if change.distance}
-    show_table(header, rows, moved)
-    show_lines(
-        [
-            "",
-            f"{len(moved)} of {len(changes)} kernels changed. The other {len(skipped)} arrays of {args.file} are the "
-            f"same bit by bit in {args.out}.",
-        ]
-    )
+    show_table(header, rows, moved, dispensable=("target",))
+    kept = f" Of {counted(len(skipped), 'other array')} {args.out} has the same bits." if skipped else ""
+    show_lines(["", f"{len(moved)} of {len(changes)} kernels changed.{kept}"])
 
 
 def _compare(args) -> None:
@@ -179,9 +191,16 @@ def _compare(args) -> None:
             numbers += [digits(a), digits(b), digits(b / a, 4) if a else "-"]
         rows.append([first.name, "x".join(map(str, first.kernel_shape)), *numbers, f"{100 * distance:.2f}%"])
     moved = {pairing.first.name for pairing in found.layers if pairing.distance}
-    show_table(header, rows, moved, left=2, dispensable=("kernel",))
+    show_table(header, rows, moved, left=2, dispensable=("kernel", "ratio"))
     for path, names in ((args.first, found.only_first), (args.second, found.only_second)):
         show_lines([f"In {path} alone: {', '.join(names)}."] if names else [])
+
+
+def _message(error: BaseException) -> str:
+    """What an error says; those of the system name their file first."""
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{error.filename}: {error.strerror}."
+    return str(error)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -207,7 +226,7 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except tuple(codes) as error:
-        print(f"jaxsrn: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"jaxsrn: {' '.join(_message(error).split())}", file=sys.stderr)
         return next(code for kind, code in codes.items() if isinstance(error, kind))
     return 0
 

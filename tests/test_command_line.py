@@ -99,16 +99,18 @@ def test_a_file_below_its_targets_stays_the_same(weights, tmp_path, capsys):
 
 def wrong(tmp_path):
     """`(arguments, exit code, what the message says)`."""
-    bad, empty, vectors = tmp_path / "bad.npz", tmp_path / "empty.safetensors", tmp_path / "vectors.npz"
+    bad, empty = tmp_path / "bad.npz", tmp_path / "empty.safetensors"
+    vectors, kernels = tmp_path / "vectors.npz", tmp_path / "kernels.npz"
     bad.write_bytes(b"no weights")
     safetensors.numpy.save_file({}, empty)
     np.savez(vectors, bias=np.zeros(3))
+    np.savez(kernels, kernel=np.ones((3, 3, 2, 2)))
     out = ["--out", tmp_path / "out.npz"]
     return [
         (["report", tmp_path / "missing.npz"], 3, "missing.npz: there is no such file"),
-        (["report", bad], 4, "bad.npz: no .npz file"),
-        (["report", empty], 5, "no kernels found among 0 arrays"),
-        (["report", vectors], 5, "no kernels found among 1 arrays: a bias"),
+        (["report", bad], 4, "bad.npz: cannot be read as an .npz file"),
+        (["report", empty], 5, "no kernels found and no arrays"),
+        (["report", vectors], 5, "no kernels found among 1 array: a bias"),
         (["report", tmp_path], 4, "a folder without an Orbax checkpoint"),
         (["report", vectors, "--layout", "HIWO"], 2, "invalid choice: 'HIWO'"),
         (["report", vectors, "--groups", "a"], 2, "expected NAME=N"),
@@ -116,6 +118,11 @@ def wrong(tmp_path):
         (["normalize", vectors, "--fraction", "0.5", *out], 5, "no kernels found"),
         (["normalize", vectors, "--fraction", "1.5", *out], 2, "fraction: got 1.5"),
         (["normalize", vectors, "--fraction", "0.5", "--out", tmp_path / "out.safetensors"], 2, "ends in .npz"),
+        (["report", kernels, "--input-shape", "8"], 2, "expected 2 integers"),
+        (["report", kernels, "--stacked", "layers"], 2, "stacked: got 'layers'"),
+        (["report", kernels, "--plot", tmp_path / "plot.xyz"], 2, "a name that ends in .png"),
+        (["report", kernels, "--json", tmp_path / "none" / "report.json"], 4, "there is no folder"),
+        (["normalize", kernels, "--fraction", "0.5", "--out", tmp_path / "none" / "out.npz"], 4, "there is no folder"),
         (["compare", vectors, vectors], 5, "no kernels of the same name"),
     ]
 

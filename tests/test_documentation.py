@@ -43,6 +43,18 @@ def test_text_and_code_of_a_tutorial_are_told_apart():
     assert all(lines[block.line - 1 :] for block in found)
 
 
+def test_recorded_tables_have_no_tags():
+    """What looks like a tag of HTML, as `<G, K>`, is not shown outside of code."""
+    tables = [*RESULTS.glob("*.md"), *(ROOT / "examples").glob("*/*.md"), *PAGES]
+    tags = [
+        f"{path.name}: {line}"
+        for path in tables
+        for line in path.read_text().split("\n")
+        if line.startswith("|") and re.search(r"<[A-Za-z]", re.sub(r"`[^`]*`", "", line))
+    ]
+    assert not tags
+
+
 def code_blocks(path: Path) -> list[str]:
     return re.findall(r"```python\n(.*?)```", path.read_text(), flags=re.DOTALL)
 

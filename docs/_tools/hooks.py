@@ -21,8 +21,14 @@ PAPERS = ("zheng2025", "sedghi2019", "grishina2024", "guo_ye2019")
 NETWORKS = ("analyze_resnet50", "lipschitz_constants")
 RECORDED = {"performance": ROOT / "benchmarks" / "results"}
 RECORDED |= {f"experiments/{name}": ROOT / "examples" / name for name in PAPERS + NETWORKS}
-STUDIES = ("norms_in_training", "sanyal2020", "srn_gan", "stable_recurrence")
+STUDIES = ("compare_optimizers", "norms_in_training", "sanyal2020", "srn_gan", "stable_recurrence")
 RECORDED |= {f"studies/{study}": ROOT / "examples" / study for study in STUDIES}
+
+
+# Tables get the room of the table of contents.
+_WIDE = b"---\nhide: [toc]\n---\n\n"
+# Spaces within numbers, at which cells of tables are not to break: before units, and in intervals and spreads.
+_WITHIN_NUMBERS = re.compile(r"(?<=\d) (?=(?:to -?\d|± |(?:ms|s|min|GB|MB)\b))|(?<=\d to) (?=-?\d)|(?<=±) (?=\d)")
 
 
 def _tutorials():
@@ -46,7 +52,8 @@ def on_files(files, config):
             files.append(File.generated(config, name, content=picture.read_bytes()))
     for folder, source in RECORDED.items():
         for path in (*source.glob("*.md"), *source.glob("*.png")):
-            files.append(File.generated(config, f"{folder}/{path.name}", content=path.read_bytes()))
+            head = _WIDE if path.suffix == ".md" else b""
+            files.append(File.generated(config, f"{folder}/{path.name}", content=head + path.read_bytes()))
     return files
 
 
@@ -73,10 +80,13 @@ def mathml(latex: str, display: bool) -> str:
 
 
 def on_page_content(content, page, config, files):
-    """Converts the formulas that `pymdownx.arithmatex` has marked."""
+    """Converts the formulas that `pymdownx.arithmatex` has marked, and keeps the numbers of tables whole."""
+    content = re.sub(r"<td.*?</td>", lambda cell: _WITHIN_NUMBERS.sub("\u00a0", cell[0]), content, flags=re.DOTALL)
 
     def converted(match):
         return mathml(html.unescape(match["latex"]).strip()[2:-2], display=match["tag"] == "div")
 
     marked = r'<(?P<tag>span|div) class="arithmatex">(?P<latex>.*?)</(?P=tag)>'
-    return re.sub(marked, converted, content, flags=re.DOTALL)
+    content = re.sub(marked, converted, content, flags=re.DOTALL)
+    # A formula and the sign after it stay on one line.
+    return re.sub(r"</math>(?=[.,;:)])", "</math>\u2060", content)

@@ -157,8 +157,8 @@ class Operator(abc.ABC):
         """How often each tap meets a real input sample: `||T(K)||_F^2 = sum(weights * K**2)`.
 
         Returns:
-          `(*taps, 1, 1)` (dense: ones) of `dtype`, which is JAX's default float if it is `None`. The weights
-          broadcast against the kernel. A zero marks a tap that never meets the image.
+          The array `(*taps, 1, 1)`, of dense layers ones, in `dtype`, which is JAX's default float if it is `None`. The
+          weights broadcast against the kernel. A zero marks a tap that never meets the image.
 
         Raises:
           ValueError: taps of a circular convolution that fall on each other (the weights are not diagonal then).

@@ -193,7 +193,7 @@ class _Safetensors(NamedArrays):
         try:
             file = safetensors.safe_open(self._path, framework="numpy")
         except safetensors.SafetensorError as error:
-            raise BrokenFile(f"{self._path}: no .safetensors file ({error}).") from error
+            raise BrokenFile(f"{self._path}: cannot be read as a .safetensors file ({error}).") from error
         with file:
             yield file
 
@@ -271,7 +271,7 @@ class _Npz(NamedArrays):
             with zipfile.ZipFile(path) as archive:
                 self.infos = {_key(name): self._header(archive, name) for name in archive.namelist()}
         except (zipfile.BadZipFile, ValueError, EOFError, OSError) as error:
-            raise BrokenFile(f"{path}: no .npz file ({error}).") from error
+            raise BrokenFile(f"{path}: cannot be read as an .npz file ({error}).") from error
 
     @staticmethod
     def _header(archive: zipfile.ZipFile, name: str) -> ArrayInfo:

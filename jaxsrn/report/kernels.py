@@ -101,7 +101,8 @@ def find_kernels(
       known: the layers of a model, if there is one; beside them only embeddings and other matrices are recognised.
 
     Raises:
-      ValueError: an unknown layout, groups for an array that is not there, or an `input_shape` that is none.
+      ValueError: an unknown layout, groups or stacks of arrays that are not there, or an `input_shape` that is none or
+        that no convolution has the axes for.
     """
     check_layout(layout)
     groups, strides = dict(groups or {}), dict(strides or {})
@@ -111,6 +112,11 @@ def find_kernels(
             not unknown,
             f"{option}: got {', '.join(unknown)}, expected names of arrays, such as {next(iter(infos), None)!r}.",
         )
+    idle = [repr(start) for start in stacked if not any(name.startswith(start) for name in infos)]
+    ensure(
+        not idle,
+        f"stacked: got {', '.join(idle)}, expected beginnings of names of arrays, such as {next(iter(infos), None)!r}.",
+    )
     shape = None if input_shape is None else ZeroPaddedConv(input_shape).input_shape
     reader = _Reader(infos, layout, shape, groups, strides, Scopes(infos, stacked), known)
     kernels, skipped = [], []
@@ -119,6 +125,11 @@ def find_kernels(
             kernels += reader.kernels(name)
         except _NoKernel as reason:
             skipped.append(Skipped(name, info.shape, str(reason)))
+    axes = sorted({len(kernel.shape) - 2 for kernel in kernels if not isinstance(kernel.op, Dense)})
+    ensure(
+        shape is None or not axes or len(shape) in axes,
+        f"input_shape: got {shape}, expected {' or '.join(map(str, axes))} integers, as the convolutions have axes.",
+    )
     return kernels, skipped
 
 

@@ -75,8 +75,10 @@ class LayerReport:
 
     @property
     def share(self) -> float:
-        """Where the stable rank is in its range: 0 at the lowest that the shape allows, 1 at the highest."""
+        """Where the stable rank is in its range: 0 at the lowest that the shape allows, 1 at the highest; zeros: 0."""
         low, high = self.stable_rank_low, self.stable_rank_high
+        if self.stable_rank == 0:
+            return 0.0
         return 1.0 if high == low else (self.stable_rank - low) / (high - low)
 
 

@@ -135,8 +135,8 @@ class Report:
         """The numbers of the network, the layers that stand out, and what was skipped, in sentences."""
         logarithm = self.log10_product_of_norms
         lines = [
-            f"{len(self.layers)} layers. Product of norms: {_power_of_ten(logarithm)}, a Lipschitz bound where the "
-            "network is a chain of these layers and 1-Lipschitz activations, without skips.",
+            f"{counted(len(self.layers), 'layer')}. Product of norms: {_power_of_ten(logarithm)}, a Lipschitz bound "
+            "where the network is a chain of these layers and 1-Lipschitz activations, without skips.",
             f"Sum of stable ranks: {digits(self.sum_of_stable_ranks)}.",
         ]
         outliers = self.outliers
@@ -250,4 +250,11 @@ def _power_of_ten(logarithm: float) -> str:
     if not math.isfinite(logarithm):
         return "0" if logarithm < 0 else f"{logarithm:g}"
     exponent = math.floor(logarithm)
-    return f"{10 ** (logarithm - exponent):.3g}" + (f"e{exponent:+d}" if exponent else "")
+    if -4 <= exponent < 7:
+        return digits(10**logarithm, 3)
+    return f"{10 ** (logarithm - exponent):.3g}e{exponent:+d}"
+
+
+def counted(number: int, noun: str) -> str:
+    """As `1 layer` and `2 layers`."""
+    return f"{number} {noun}{'s' * (number != 1)}"

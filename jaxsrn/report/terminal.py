@@ -10,6 +10,9 @@ from jaxsrn.report.table import aligned
 
 __all__ = ["progress_bar", "show_lines", "show_table"]
 
+# The least that the column of names has on a terminal.
+_FIRST_WIDTH = 12
+
 
 def _console(stream):
     """A console of `rich` for a stream that is a terminal; `None` for others, and without rich."""
@@ -32,7 +35,8 @@ def show_table(
     """A table on the standard output; rows whose first cell is marked are coloured.
 
     The first `left` columns are left-aligned. On a terminal a column that is the same in all rows is named once below
-    the table, and where the terminal is too narrow dispensable columns are left out, the first ones first.
+    the table, and where the terminal is too narrow dispensable columns are left out, the first ones first; all of them
+    that have the name.
     """
     console = _console(sys.stdout)
     if console is None:
@@ -45,11 +49,11 @@ def show_table(
     constant = [j for j in range(1, len(header)) if len(rows) > 2 and len({row[j] for row in rows}) == 1]
     shown = [j for j in range(len(header)) if j not in constant]
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    hidden = []
+    widths[0], hidden = max(widths[0], _FIRST_WIDTH), []
     for name in dispensable:
         # Two spaces stand between columns, and one at each end.
-        if sum(widths[j] + 3 for j in shown) > console.width and header.index(name) in shown:
-            shown.remove(header.index(name))
+        if sum(widths[j] + 3 for j in shown) > console.width and any(header[j] == name for j in shown):
+            shown = [j for j in shown if header[j] != name]
             hidden.append(name)
     table = Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False)
     for j in shown:
@@ -58,7 +62,7 @@ def show_table(
             justify="left" if j < left else "right",
             overflow="fold",
             no_wrap=j > 0,
-            min_width=None if j else 12,
+            min_width=None if j else _FIRST_WIDTH,
         )
     for row in rows:
         table.add_row(*(Text(row[j]) for j in shown), style="yellow" if row[0] in marked else None)
