@@ -23,8 +23,6 @@ import jax
 import jaxtyping
 import pytest
 
-from jaxsrn._tools.programs import MOST_MAPS, num_maps
-
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -77,5 +75,8 @@ def released_programs():
     They stay from module to module until there are so many that the library would begin to count them.
     """
     yield
+    # The plugin of jaxtyping 0.3.0 refuses packages that are imported before the tests.
+    from jaxsrn._tools.programs import MOST_MAPS, num_maps
+
     if num_maps() > MOST_MAPS // 3:
         jax.clear_caches()

@@ -47,6 +47,9 @@ def certified(kernel: Kernel, op: Operator, *, resolution: float = 0.01) -> Norm
     Both ends of a dense layer are its `spectral_norm`. All ends are widened for rounding. Denormal entries count as
     0, as in XLA. The cost depends on the image only through Lanczos.
 
+    `spectral_norm` of a zero-padded layer above 2**18 entries of the explicit matrix is searched for without a proof:
+    the true norm exceeds it by at most `upper - spectral_norm(kernel, op)`.
+
     The upper end of an `UnboundedConv` bounds the norm of the layer at every image size, circular or zero-padded. With
     zero padding the width is what the covers lose, most on small images; it does not shrink with `resolution`. The
     upper end at one image size does not exceed a converged `tensor_norm`, up to rounding, because `tensor_norm` bounds

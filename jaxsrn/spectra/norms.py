@@ -53,7 +53,8 @@ def leading_triplet(
     2000) on the real operator, without a proof. It starts from a sum of the largest
     waves of the circular layer and noise, and is repeated once where the start may have missed the other phase of
     what is found, and from channels that the found vectors leave idle where these may hold a larger value. Layers
-    of 32 channels or more are first searched in the few channels that they use most.
+    of 32 channels or more are first searched in the few channels that they use most, and once more in all channels
+    where another wave is nearly as large.
 
     Args:
       kernel: `(c_in, c_out)` or `(*taps, c_in // groups, c_out)`.
@@ -122,7 +123,8 @@ def spectral_norm(kernel: Kernel, op: Operator) -> Float[Array, ""]:
     frequency (Sedghi, Gupta, Long 2019), large ones branch and bound, whose cost does not depend on the image. Dense
     layers: an SVD, or for large matrices the Lanczos method with a Cholesky factorization that proves its value. Zero
     padding: the same as dense layers up to 2**18 entries of the explicit matrix, and for layers of one tap; above, the
-    Lanczos method to a relative residual of `eps ** 0.75`, without a proof. The gradient is the outer product of the
+    Lanczos method to a relative residual of `eps ** 0.75`, without a proof. How far the norm can be off there is what
+    `bounds.certified(kernel, op)` says: it is never above `upper`. The gradient is the outer product of the
     leading vectors, held constant: exact for a simple value, always finite (also at zero), in both modes. The second
     derivative is exact for a simple value too, and takes a linear system in the vectors. Where values coincide, what
     would turn their vectors into each other is left out; with more than 512 numbers in the vectors it is NaN there.

@@ -14,7 +14,7 @@ from jaxsrn._tools.linalg import einsum, matmul
 from jaxsrn._tools.subspaces import fixed_start, subspace_iteration
 from jaxsrn.operators.convolutions import ZeroPaddedConv
 from jaxsrn.spectra.image_pairs import matrix_free
-from jaxsrn.spectra.padded.starts import Waves, cold_start, missed_phase
+from jaxsrn.spectra.padded.starts import Waves, missed_phase
 
 __all__ = [
     "MANY_CHANNELS",
@@ -30,7 +30,7 @@ _ROUNDS = 2
 _CHANNEL_STEPS = 2
 
 
-def through_few_channels(kernel, op: ZeroPaddedConv, waves: Waves, tolerance) -> Float[Array, "..."]:
+def through_few_channels(kernel, op: ZeroPaddedConv, waves: Waves, start, tolerance) -> Float[Array, "..."]:
     """An input near the leading one of a layer of many channels whose leading images use few of them.
 
     Restricted to images whose channels lie in a subspace, the layer is a narrow one. The nearly equal singular values
@@ -39,7 +39,6 @@ def through_few_channels(kernel, op: ZeroPaddedConv, waves: Waves, tolerance) ->
     and its value is at least the norm of the image's output, so that no search ends below what it starts from. The
     values left to the search in the whole layer are far from the leading one.
     """
-    start = cold_start(waves)
 
     def search(k, image):
         image = image + jnp.where(k == 0, 0, missed_phase(kernel, op, waves, start, image))

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
@@ -33,6 +34,9 @@ __all__ = [
 
 # So many waves take part: more of them are more rivals of the largest one, and each has a smaller part.
 _MOST_WAVES = 4
+# How much of each wave takes part. Taps of one parity have waves of equal values, whose even sum would be zero on all
+# samples but those of one parity; from there no other sample is reached.
+_SHARES = 1.0, 0.7, 0.5, 0.35
 # The norm of the noise relative to the waves. Vectors that are no wave of the sum may lead, and all of them have to
 # take part; more noise wastes the waves.
 _NOISE = 0.1
@@ -86,7 +90,8 @@ def cold_start(waves: Waves) -> Float[Array, "..."]:
     The Krylov space of the sum holds every singular vector that has a part in it, so that its largest singular value is
     found whichever wave leads there.
     """
-    image = unit(einsum("k,k...->...", waves.values, waves.phases[:, 0]))
+    shares = np.asarray(_SHARES[: len(waves.values)], waves.values.dtype)
+    image = unit(einsum("k,k...->...", shares * waves.values, waves.phases[:, 0]))
     return image + _NOISE * unit(fixed_start(image.shape, image.dtype))
 
 

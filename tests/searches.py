@@ -1,0 +1,325 @@
+"""How far the searched norms of zero-padded layers are off: families of kernels against the explicit float64 matrix.
+
+Above 2**18 entries of the explicit matrix a norm has no proof. These layers are little above, so that all of their
+singular values can be computed, and the kernels are of families that a search might miss: channels or samples without
+connection, nearly equal peaks, taps on one side, flat and steep spectra.
+
+    python -m tests.searches --kernels 20
+
+draws so many kernels of each family for each layer, and prints the largest errors. `bounds.certified` is asked too:
+its interval must hold the norm.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+# As a module of the root the folder of the tests is not on the path yet.
+sys.path.insert(0, str(Path(__file__).parent))
+
+import conftest  # noqa: F401  (XLA's flags, before JAX is imported)
+import jax
+import jax.numpy as jnp
+import scipy.linalg
+from cases import meetings, shapes
+
+import jaxsrn
+from jaxsrn import ZeroPaddedConv, bounds
+
+MOST_ERROR = 1e-5
+LAYERS = {
+    "1-D": (ZeroPaddedConv((64,)), (3, 9, 9)),
+    "1-D, one channel": (ZeroPaddedConv((600,)), (5, 1, 1)),
+    "1-D, causal": (ZeroPaddedConv((64,), padding="CAUSAL"), (4, 9, 9)),
+    "1-D, wide": (ZeroPaddedConv((20,)), (5, 32, 32)),
+    "2-D": (ZeroPaddedConv((8, 8)), (3, 3, 9, 9)),
+    "2-D, one channel": (ZeroPaddedConv((24, 24)), (3, 3, 1, 1)),
+    "2-D, two channels": (ZeroPaddedConv((17, 16)), (3, 3, 2, 2)),
+    "2-D, wide": (ZeroPaddedConv((5, 5)), (3, 3, 32, 32)),
+    "2-D, more outputs": (ZeroPaddedConv((9, 9)), (3, 3, 4, 12)),
+    "2-D, 5x5 taps": (ZeroPaddedConv((10, 10)), (5, 5, 6, 6)),
+    "2-D, VALID": (ZeroPaddedConv((13, 13), padding="VALID"), (3, 3, 4, 5)),
+    "2-D, narrow image": (ZeroPaddedConv((3, 48)), (3, 3, 4, 4)),
+    "2-D, strides": (ZeroPaddedConv((16, 16), strides=2), (3, 3, 4, 9)),
+    "2-D, dilation": (ZeroPaddedConv((14, 13), kernel_dilation=2), (3, 3, 3, 3)),
+    "2-D, groups": (ZeroPaddedConv((12, 12), feature_group_count=2), (3, 3, 2, 4)),
+    "2-D, depthwise": (ZeroPaddedConv((9, 9), feature_group_count=8), (3, 3, 1, 8)),
+    "2-D, transposed": (ZeroPaddedConv((7, 7), padding=((2, 2), (2, 2)), input_dilation=2), (4, 4, 12, 3)),
+    "3-D": (ZeroPaddedConv((5, 6, 6)), (3, 3, 3, 3, 3)),
+}
+
+
+# Families
+
+
+def _waves(taps: tuple[int, ...], frequency: np.ndarray, phase: float) -> np.ndarray:
+    """A real wave on the taps."""
+    places = np.moveaxis(np.indices(taps), 0, -1) - (np.array(taps) - 1) / 2
+    return np.cos(places @ frequency + phase)
+
+
+def _modes(rng, shape, frequencies, values) -> np.ndarray:
+    """A sum of waves, each from an own direction of the input channels to an own one of the outputs."""
+    *taps, c_in, c_out = shape
+    count = len(values)
+    ins, outs = (np.linalg.qr(rng.standard_normal((n, n)))[0] for n in (c_in, c_out))
+    kernel = np.zeros(shape)
+    for k in range(count):
+        wave = _waves(tuple(taps), frequencies[k], rng.uniform(0, np.pi))
+        kernel += values[k] * np.multiply.outer(wave, np.outer(ins[:, k % c_in], outs[:, k % c_out]))
+    return kernel
+
+
+def gaussian(rng, shape):
+    return rng.standard_normal(shape)
+
+
+def trained(rng, shape):
+    """Smooth taps, and channels whose strengths decay, as in trained networks."""
+    *taps, c_in, c_out = shape
+    ins, outs = (np.linalg.qr(rng.standard_normal((n, n)))[0] for n in (c_in, c_out))
+    inner = (
+        rng.standard_normal((*taps, c_in, c_out))
+        * np.exp(-np.arange(c_in) / 2)[:, None]
+        * np.exp(-np.arange(c_out) / 2)
+    )
+    return np.einsum("...io,ai,bo->...ab", inner + inner.mean(axis=tuple(range(len(taps)))), ins, outs)
+
+
+def blocks(rng, shape):
+    """Two to four sets of channels without connection, of nearly equal norms."""
+    return _blocks(rng, shape, lambda block: rng.standard_normal(block))
+
+
+def decaying_blocks(rng, shape):
+    return _blocks(rng, shape, lambda block: trained(rng, block))
+
+
+def delta_blocks(rng, shape):
+    """The same near to a single orthogonal tap, whose singular values are all nearly equal."""
+    return _blocks(rng, shape, lambda block: orthogonal_tap(rng, block) + 0.02 * rng.standard_normal(block))
+
+
+def _circular_norm(kernel) -> float:
+    """The supremum over a fine grid of frequencies, without strides."""
+    axes = tuple(range(kernel.ndim - 2))
+    symbol = np.fft.fftn(kernel, [24 if n > 1 else 1 for n in kernel.shape[:-2]], axes=axes)
+    return np.linalg.svd(symbol, compute_uv=False).max()
+
+
+def _blocks(rng, shape, draw, most=4):
+    *taps, c_in, c_out = shape
+    count = int(rng.integers(1, most + 1)) + 1
+    count = min(count, c_in, c_out)
+    cuts = [np.sort(rng.permutation(np.arange(1, n))[: count - 1]) for n in (c_in, c_out)]
+    edges = [np.r_[0, cut, n] for cut, n in zip(cuts, (c_in, c_out), strict=True)]
+    kernel, gap = np.zeros(shape), 10 ** rng.uniform(-5, -1.5)
+    for k in range(count):
+        sides = [slice(edge[k], edge[k + 1]) for edge in edges]
+        block = draw((*taps, *(side.stop - side.start for side in sides)))
+        kernel[..., sides[0], sides[1]] = block / _circular_norm(block) * (1 - gap * rng.uniform())
+    return kernel[..., rng.permutation(c_in), :][..., rng.permutation(c_out)]
+
+
+def connected_blocks(rng, shape):
+    """Blocks that are connected by next to nothing."""
+    return blocks(rng, shape) + 10 ** rng.uniform(-8, -2) * rng.standard_normal(shape)
+
+
+def depthwise(rng, shape):
+    """A dense kernel in which each input channel reaches one output channel, with nearly equal norms."""
+    return _blocks(rng, shape, lambda block: rng.standard_normal(block), most=10**6)
+
+
+def equal_depthwise(rng, shape):
+    """The same taps for every channel, to a relative difference."""
+    taps, gap = rng.standard_normal(shape[:-2])[..., None, None], 10 ** rng.uniform(-6, -2)
+    few = min(shape[-2:])
+    identity = np.zeros(shape[-2:])
+    identity[rng.permutation(shape[-2])[:few], rng.permutation(shape[-1])[:few]] = 1 - gap * rng.uniform(size=few)
+    return taps * identity
+
+
+def several_peaks(rng, shape):
+    """Nearly equal peaks at several frequencies, in channels that are orthogonal."""
+    count = max(2, min(shape[-2:]))
+    frequencies = rng.uniform(0, np.pi, (count, len(shape) - 2))
+    return _modes(rng, shape, frequencies, 1 - 10 ** rng.uniform(-5, -2) * rng.uniform(size=count))
+
+
+def low_and_high(rng, shape):
+    """Low-pass and high-pass waves of nearly equal size."""
+    count = max(2, min(shape[-2:]))
+    frequencies = np.pi * rng.integers(0, 2, (count, len(shape) - 2))
+    return _modes(rng, shape, frequencies, 1 - 10 ** rng.uniform(-5, -2) * rng.uniform(size=count))
+
+
+def one_frequency(rng, shape):
+    """Waves of nearly equal size at one frequency, in channels that are orthogonal."""
+    count, frequency = max(2, min(shape[-2:])), rng.choice([0.0, np.pi, rng.uniform(0, np.pi)])
+    frequencies = np.full((count, len(shape) - 2), frequency)
+    return _modes(rng, shape, frequencies, 1 - 10 ** rng.uniform(-5, -2) * rng.uniform(size=count))
+
+
+def checkerboard(rng, shape):
+    """The highest frequency, and a little of others."""
+    signs = _waves(shape[:-2], np.full(len(shape) - 2, np.pi), np.pi * (sum(shape[:-2]) - len(shape) + 2) / 2)
+    return signs[..., None, None] * np.abs(rng.standard_normal(shape)) + 0.1 * rng.standard_normal(shape)
+
+
+def one_sided(rng, shape):
+    """Taps on one side of the centre alone."""
+    kernel = rng.standard_normal(shape)
+    for axis, taps in enumerate(shape[:-2]):
+        away = slice((taps + 1) // 2, None) if rng.integers(2) else slice(None, taps // 2)
+        kernel[(slice(None),) * axis + (away,)] = 0
+    return kernel
+
+
+def orthogonal_tap(rng, shape):
+    """One orthogonal tap: all singular values equal, but for samples that it pushes out of the image."""
+    *taps, c_in, c_out = shape
+    kernel = np.zeros((math.prod(taps), c_in, c_out))
+    full = np.linalg.qr(rng.standard_normal((max(c_in, c_out),) * 2))[0]
+    kernel[rng.integers(len(kernel))] = full[:c_in, :c_out]
+    return kernel.reshape(shape)
+
+
+def near_orthogonal(rng, shape):
+    return orthogonal_tap(rng, shape) + 10 ** rng.uniform(-6, -1) * rng.standard_normal(shape)
+
+
+def every_other_tap(rng, shape):
+    """Taps of one parity: an image falls into parts without connection."""
+    parity = np.indices(shape[:-2]) % 2
+    return (
+        rng.standard_normal(shape)
+        * (parity == rng.integers(2, size=(len(parity),) + (1,) * (parity.ndim - 1))).all(axis=0)[..., None, None]
+    )
+
+
+def sparse(rng, shape):
+    """Few weights: channels and samples in many parts, most of them without connection."""
+    return rng.standard_normal(shape) * (
+        rng.uniform(size=shape) < 1.5 / min(math.prod(shape[:-2]) * max(shape[-2:]), 20)
+    )
+
+
+def signs(rng, shape):
+    return rng.choice([-1.0, 1.0], shape)
+
+
+def positive(rng, shape):
+    return np.abs(rng.standard_normal(shape))
+
+
+def symmetric(rng, shape):
+    """Even or odd taps: both phases of a wave have the same norm but for the edges."""
+    kernel = rng.standard_normal(shape)
+    flipped = np.flip(kernel, axis=tuple(range(kernel.ndim - 2)))
+    return kernel + rng.choice([-1, 1]) * flipped
+
+
+def uneven_channels(rng, shape):
+    """Strengths of channels over many orders of magnitude."""
+    ins, outs = (10 ** rng.uniform(-4, 0, n) for n in shape[-2:])
+    return rng.standard_normal(shape) * ins[:, None] * outs
+
+
+def rank_one(rng, shape):
+    *taps, c_in, c_out = shape
+    return np.multiply.outer(rng.standard_normal(taps), np.outer(rng.standard_normal(c_in), rng.standard_normal(c_out)))
+
+
+FAMILIES = (
+    *(gaussian, trained, blocks, decaying_blocks, delta_blocks, connected_blocks, depthwise, equal_depthwise),
+    *(several_peaks, low_and_high, one_frequency, checkerboard, one_sided, orthogonal_tap, near_orthogonal),
+    *(every_other_tap, sparse, signs, positive, symmetric, uneven_channels, rank_one),
+)
+
+
+# Errors
+
+
+def drawn(family, op, shape, number: int) -> np.ndarray:
+    """The kernel of a family by its number, the same in every run."""
+    return family(np.random.default_rng([number, *family.__name__.encode(), *shape]), shape)
+
+
+class Oracle:
+    """The norms of a layer's kernels, from the explicit matrix."""
+
+    def __init__(self, op: ZeroPaddedConv, shape: tuple[int, ...]):
+        met = list(meetings(op, shape[:-2]))
+        (*self.inputs, c_in), (*self.outputs, c_out) = shapes(shape, op)
+        self.output, self.tap, self.sample = (np.array(each).T for each in zip(*met, strict=True))
+        self.groups, self.channels = op.feature_group_count, (c_in, c_out)
+
+    def matrix(self, kernel) -> np.ndarray:
+        """The float64 matrix from outputs to inputs: zero padding lets each pair of samples meet at one tap at most."""
+        parts = np.split(np.asarray(kernel, np.float64), self.groups, axis=-1)
+        taps = kernel.shape[:-2]
+        whole = np.stack([scipy.linalg.block_diag(*(part[tap] for part in parts)) for tap in np.ndindex(taps)])
+        outputs, samples = (
+            np.ravel_multi_index(self.output, self.outputs),
+            np.ravel_multi_index(self.sample, self.inputs),
+        )
+        (c_in, c_out), rows, columns = self.channels, math.prod(self.outputs), math.prod(self.inputs)
+        matrix = np.zeros((rows, columns, c_in, c_out))
+        matrix[outputs, samples] = whole[np.ravel_multi_index(self.tap, taps)]
+        return matrix.transpose((0, 3, 1, 2)).reshape((rows * c_out, columns * c_in))
+
+    def norm(self, kernel) -> float:
+        """From the eigenvalues of the smaller Gram matrix."""
+        matrix = self.matrix(kernel)
+        gram = matrix @ matrix.T if len(matrix) < matrix.shape[1] else matrix.T @ matrix
+        last = len(gram) - 1
+        return math.sqrt(max(scipy.linalg.eigh(gram, eigvals_only=True, subset_by_index=(last, last))[0], 0))
+
+
+def errors(name: str, count: int, dtype=np.float32) -> dict[str, np.ndarray]:
+    """Relative errors of `spectral_norm` on a layer, by family; an interval that does not hold the norm is an error."""
+    op, shape = LAYERS[name]
+    oracle, found = Oracle(op, shape), {}
+    norm, interval = jax.jit(lambda k: jaxsrn.spectral_norm(k, op)), jax.jit(lambda k: bounds.certified(k, op))
+    for family in FAMILIES:
+        kernels = [drawn(family, op, shape, number).astype(dtype) for number in range(count)]
+        exact = np.array([oracle.norm(kernel) for kernel in kernels])
+        values = np.array([norm(jnp.asarray(kernel)) for kernel in kernels], np.float64)
+        found[family.__name__] = np.abs(values - exact) / np.where(exact == 0, 1, exact)
+        # One of the family: the proof is tested for many more kernels in `properties.py`.
+        lower, upper = (float(end) for end in interval(jnp.asarray(kernels[0])))
+        assert lower * (1 - 1e-13) <= exact[0] <= upper * (1 + 1e-13), (name, family.__name__, lower, exact[0], upper)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kernels", type=int, default=5, help="kernels of each family for each layer")
+    parser.add_argument("--layer", action="append", choices=LAYERS, help="this layer alone; may be repeated")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="begin no further layer after so long")
+    args = parser.parse_args()
+    start, total, misses = time.monotonic(), 0, 0
+    for name in args.layer or LAYERS:
+        if time.monotonic() - start > 60 * args.minutes:
+            break
+        found = errors(name, args.kernels)
+        missed = {family: int(np.sum(error > MOST_ERROR)) for family, error in found.items()}
+        total, misses = total + sum(map(len, found.values())), misses + sum(missed.values())
+        worst = max(found, key=lambda family: found[family].max())
+        print(f"{name}: worst {found[worst].max():.1e} ({worst}), {sum(missed.values())} misses", flush=True)
+        for family in (family for family, count in missed.items() if count):
+            places = np.flatnonzero(found[family] > MOST_ERROR)
+            print(f"  {family}: numbers {places.tolist()}, errors {[f'{e:.1e}' for e in found[family][places]]}")
+    print(f"{total:,} kernels, {misses} off by more than {MOST_ERROR:g}")
+    sys.exit(bool(misses))
+
+
+if __name__ == "__main__":
+    main()
