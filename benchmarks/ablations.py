@@ -35,7 +35,7 @@ from jaxsrn import CircularConv, UnboundedConv, ZeroPaddedConv
 from jaxsrn._tools import lanczos
 from jaxsrn.normalization import iteration, starts
 from jaxsrn.spectra.circular import branch_and_bound, climbing, leading
-from jaxsrn.spectra.padded import leading as padded_leading
+from jaxsrn.spectra.padded import few_channels
 from jaxsrn.spectra.padded import starts as padded_starts
 
 COMMAND = "python benchmarks/ablations.py"
@@ -156,7 +156,7 @@ PADDED = (
     Without("the rival phase (none)", ((padded_starts, "_RIVALS", 0.0), (padded_starts, "_FEW_SAMPLES", 0))),
     Without("eight Ritz vectors kept in a restart (one)", ((lanczos, "_KEPT", 1),)),
 )
-MANY = (*PADDED[:1], Without("few channels first (all)", ((padded_leading, "MANY_CHANNELS", math.inf),)))
+MANY = (*PADDED[:1], Without("all channels at once (few channels first)", ((few_channels, "_SMALL_IMAGE", 0),)))
 DISTANCES = (
     Without("Anderson's acceleration", ((iteration, "_anderson", lambda memory, _, x, r: (memory, x + r)),)),
     Without("four starts (one)", ((starts, "_NUM_STARTS", 1),)),

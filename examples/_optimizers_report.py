@@ -10,6 +10,7 @@ from _studies import mean_and_spread, mean_difference
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import LogLocator, NullFormatter
 
 __all__ = ["LONGER", "draw", "sections_of"]
 
@@ -146,6 +147,11 @@ def draw(found: dict[str, list[dict]], costs: dict[str, np.ndarray], output: Pat
     axes[0, 1].set(xlabel="seconds of training", ylabel="test accuracy, %", xscale="log")
     axes[1, 0].set(xlabel="step", ylabel="norm, median of the layers", yscale="log")
     axes[1, 1].set(xlabel="step", ylabel="stable rank, median of the layers", yscale="log")
+    for axis in (axes[0, 1].xaxis, axes[1, 0].yaxis, axes[1, 1].yaxis):
+        # Plain numbers; matplotlib's own on a short logarithmic axis lie on each other.
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter(NullFormatter())
     handles, labels = axes[0, 1].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False)
     save(figure, output / "optimizers.png", dpi=100)

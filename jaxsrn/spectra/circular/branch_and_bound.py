@@ -55,13 +55,14 @@ _MOVES = 40
 class _Proof(NamedTuple):
     """A stack of boxes still to look at, with the finest on top, and the best pair so far.
 
-    A box is its corner and its level. A best pair is new until it is known to be at a peak.
+    A box is its corner and its level. The best pair of a wide kernel is new until it is known to be at a peak, and that
+    of any other kernel is `None`.
     """
 
     boxes: Int[Array, "capacity axes+1"]
     size: Int[Array, ""]
     best: Peak
-    is_new: Bool[Array, ""]
+    is_new: Bool[Array, ""] | None
 
 
 def highest_peak(poly: GramPolynomial, grid: Grid, corners, exists, peaks: Peak, allowed) -> Peak:
@@ -74,7 +75,7 @@ def highest_peak(poly: GramPolynomial, grid: Grid, corners, exists, peaks: Peak,
     # At most one chunk's halves wait on each level at a time, as the finest boxes are taken first.
     capacity = count + 1 + chunk * (_MOST_LEVELS * 2**axes + 1)
     nothing = jnp.zeros((capacity, axes + 1), jnp.int32), jnp.asarray(0, jnp.int32)
-    proof = _Proof(*nothing, climbed, jnp.asarray(is_wide))
+    proof = _Proof(*nothing, climbed, jnp.asarray(True) if is_wide else None)
     levels = jnp.zeros((count, 1), jnp.int32)
     first = jnp.concatenate([climbed.index, jnp.broadcast_to(grid.last_level, (1,))])[None]
     boxes = jnp.concatenate([jnp.concatenate([corners, levels], axis=-1), first.astype(jnp.int32)])
@@ -84,7 +85,7 @@ def highest_peak(poly: GramPolynomial, grid: Grid, corners, exists, peaks: Peak,
     proof = _push(proof, boxes, jnp.concatenate([others, is_apart[None]]))
 
     def step(proof: _Proof) -> _Proof:
-        return _look(poly, grid, chunk, allowed, _raised(poly, grid, proof) if is_wide else proof)
+        return _look(poly, grid, chunk, allowed, proof if proof.is_new is None else _raised(poly, grid, proof))
 
     # Zero and NaN need no proof.
     return lax.while_loop(lambda proof: (proof.size > 0) & (proof.best.value > 0), step, proof).best
@@ -153,7 +154,7 @@ def _look(poly: GramPolynomial, grid: Grid, chunk: int, allowed, proof: _Proof) 
     below = jnp.minimum(levels + 1, grid.last_level)[:, None, None]
     halves = jnp.concatenate([halves, jnp.broadcast_to(below, (*halves.shape[:-1], 1))], axis=-1)
     # The chunk's order is kept, so the finest stay on top.
-    is_new = proof.is_new | (best.value > proof.best.value)
+    is_new = None if proof.is_new is None else proof.is_new | (best.value > proof.best.value)
     return _push(_Proof(proof.boxes, bottom, best, is_new), halves.reshape((-1, halves.shape[-1])), keep.reshape(-1))
 
 

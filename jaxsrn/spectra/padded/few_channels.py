@@ -6,6 +6,8 @@ layer. The directions are leading singular vectors of images, by subspace iterat
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -14,23 +16,33 @@ from jaxsrn._tools.linalg import einsum, matmul
 from jaxsrn._tools.subspaces import fixed_start, subspace_iteration
 from jaxsrn.operators.convolutions import ZeroPaddedConv
 from jaxsrn.spectra.image_pairs import matrix_free
-from jaxsrn.spectra.padded.starts import Waves, missed_phase
+from jaxsrn.spectra.padded.starts import Waves, cold_start, missed_phase
 
 __all__ = [
-    "MANY_CHANNELS",
+    "pays_in_few_channels",
     "through_few_channels",
 ]
 
 # Layers of so many channels are searched in `_FEW_CHANNELS` directions first, or in the smaller number of channels over
 # `_FEW_OF` if that is more. More directions cost larger products, fewer leave more steps to the whole layer.
-MANY_CHANNELS, _FEW_CHANNELS, _FEW_OF = 32, 16, 16
+_MANY_CHANNELS, _FEW_CHANNELS, _FEW_OF = 32, 16, 16
+# On images of at most so many samples the whole layer is searched at once. That takes up to twice as long there, and up
+# to four times on larger images. Where waves of nearly equal size lie in different channels, the few channels may be
+# the wrong ones, and a norm was too low by up to 7e-3 (`python -m tests.searches`).
+_SMALL_IMAGE = 512
 # So many narrow layers are searched, each between the channels of what was found in the one before.
 _ROUNDS = 2
 # Subspace iteration for the channels takes so many steps. Each step weights a direction by its energy in the images.
 _CHANNEL_STEPS = 2
 
 
-def through_few_channels(kernel, op: ZeroPaddedConv, waves: Waves, start, tolerance) -> Float[Array, "..."]:
+def pays_in_few_channels(op: ZeroPaddedConv, kernel_shape: tuple[int, ...]) -> bool:
+    """Whether the layer is searched in few channels first (static)."""
+    has_many = op.feature_group_count == 1 and min(kernel_shape[-2:]) >= _MANY_CHANNELS
+    return has_many and math.prod(op.input_shape) > _SMALL_IMAGE
+
+
+def through_few_channels(kernel, op: ZeroPaddedConv, waves: Waves, tolerance) -> Float[Array, "..."]:
     """An input near the leading one of a layer of many channels whose leading images use few of them.
 
     Restricted to images whose channels lie in a subspace, the layer is a narrow one. The nearly equal singular values
@@ -39,6 +51,7 @@ def through_few_channels(kernel, op: ZeroPaddedConv, waves: Waves, start, tolera
     and its value is at least the norm of the image's output, so that no search ends below what it starts from. The
     values left to the search in the whole layer are far from the leading one.
     """
+    start = cold_start(waves)
 
     def search(k, image):
         image = image + jnp.where(k == 0, 0, missed_phase(kernel, op, waves, start, image))

@@ -47,7 +47,7 @@ def without_channels_of(pair: Pair, channels: Channels) -> Channels:
 
     def idle(image):
         energy = jnp.sum(image**2, axis=range(image.ndim - 1))
-        return energy < _IDLE / energy.size * jnp.sum(energy)
+        return energy < _IDLE * jnp.mean(energy)
 
     return Channels(channels.inputs & idle(pair.input), channels.outputs & idle(pair.output))
 
@@ -55,7 +55,7 @@ def without_channels_of(pair: Pair, channels: Channels) -> Channels:
 def start_in(channels: Channels, kernel, op: ZeroPaddedConv, value: Float[Array, ""]) -> Float[Array, "..."]:
     """Noise on the channels; 0 where no singular value of the layer between them can exceed `value`."""
     here = channels.inputs.reshape((1,) * op.num_axes + (-1,)) & (_most(channels, kernel, op) > value)
-    return here.astype(kernel.dtype) * fixed_start(op.in_shape(kernel.shape), kernel.dtype)
+    return jnp.where(here, fixed_start(op.in_shape(kernel.shape), kernel.dtype), 0)
 
 
 def _most(channels: Channels, kernel: Float[Array, "..."], op: ZeroPaddedConv) -> Float[Array, ""]:
@@ -64,5 +64,5 @@ def _most(channels: Channels, kernel: Float[Array, "..."], op: ZeroPaddedConv) -
     inputs = channels.inputs.reshape((groups, -1)).T[..., None]
     outputs = channels.outputs.reshape((1, groups, -1))
     sizes = jnp.sum(jnp.abs(grouped(kernel, op)), axis=range(op.num_axes))
-    sizes = (inputs & outputs).astype(sizes.dtype) * sizes
+    sizes = jnp.where(inputs & outputs, sizes, 0)
     return safe_sqrt(jnp.max(jnp.sum(sizes, axis=0)) * jnp.max(jnp.sum(sizes, axis=2)))

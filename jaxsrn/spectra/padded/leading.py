@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Float, Int
 
 from jaxsrn._tools.indexing import chosen
@@ -24,7 +24,7 @@ from jaxsrn.operators.convolutions import ZeroPaddedConv
 from jaxsrn.spectra.circular.peaks import Climbed
 from jaxsrn.spectra.dense import leading_of_matrix
 from jaxsrn.spectra.image_pairs import as_images, matrix_free, shapes
-from jaxsrn.spectra.padded.few_channels import MANY_CHANNELS, through_few_channels
+from jaxsrn.spectra.padded.few_channels import pays_in_few_channels, through_few_channels
 from jaxsrn.spectra.padded.idle_axes import at_first_contact, without_idle_axes
 from jaxsrn.spectra.padded.idle_channels import Channels, all_channels, start_in, without_channels_of
 from jaxsrn.spectra.padded.starts import circular_peaks, circular_waves, cold_start, missed_phase
@@ -40,9 +40,6 @@ _WARM_NOISE = 1e-3
 _SHARPER = 0.5
 # From what few channels have found, the residual is looked at after so many steps.
 _WARM_STEPS = 1
-# A second wave of this share of what few channels have found is a rival: the search is repeated in all channels. Waves
-# are larger than what they are with zero padding, and climbing may find the second vectors of a frequency alone.
-_RIVAL = 0.9
 # A search ends after so many attempts: the first, one for the other phase, and the others in idle channels.
 _MOST_ATTEMPTS = 4
 
@@ -106,10 +103,8 @@ def search(kernel: Float[Array, "..."], op: ZeroPaddedConv, tolerance, peaks: Cl
     found pairs leave idle, where these may hold a larger value.
     """
     waves, tolerance = circular_waves(peaks, kernel, op), _SHARPER * tolerance
-    wide = op.feature_group_count == 1 and min(kernel.shape[-2:]) >= MANY_CHANNELS
-    cold = cold_start(waves)
-    rival = lax.index_in_dim(waves.values, min(1, len(waves.values) - 1), keepdims=False)
-    begin = through_few_channels(kernel, op, waves, cold, tolerance) if wide else cold
+    wide = pays_in_few_channels(op, kernel.shape)
+    begin = through_few_channels(kernel, op, waves, tolerance) if wide else cold_start(waves)
 
     def attempt(state: _Search) -> _Search:
         first = state.count == 0
@@ -119,9 +114,7 @@ def search(kernel: Float[Array, "..."], op: ZeroPaddedConv, tolerance, peaks: Cl
         best = chosen(found.value <= state.best.value, state.best, found)
         channels = without_channels_of(found.pair, state.channels)
         start = start_in(channels, kernel, op, best.value)
-        if wide:
-            start = lax.select(first & (rival > _RIVAL * best.value), cold, start)
-        else:
+        if not wide:
             missed = jnp.where(first, missed_phase(kernel, op, waves, state.start, found.pair.input), 0)
             start = jnp.where(jnp.any(missed != 0), found.pair.input + missed, start)
         return _Search(start, best, channels, state.count + 1)
@@ -132,4 +125,4 @@ def search(kernel: Float[Array, "..."], op: ZeroPaddedConv, tolerance, peaks: Cl
     zeros = Pair(None, *(jnp.zeros(shape, kernel.dtype) for shape in shapes(op, kernel.shape)[1:]))
     nothing = Found(jnp.asarray(-1, kernel.dtype), zeros)
     state = _Search(begin, nothing, all_channels(op, kernel.shape), jnp.asarray(0))
-    return lax.while_loop(unfinished, attempt, state).best.pair
+    return jax.lax.while_loop(unfinished, attempt, state).best.pair
