@@ -172,15 +172,16 @@ def _measured(
         for start in range(0, len(members), size):
             batch = members[start : start + size]
             count(len(found), kernels[batch[0]].name)
-            own = [values(kernels[i]) for i in batch]
-            stack = [_in_shape(array, shape) for array in own]
+            arrays_of_batch = [values(kernels[i]) for i in batch]
+            stack = [_in_shape(array, shape) for array in arrays_of_batch]
             # The last batch is filled up, as another size would be another program.
             stack = np.stack(stack + stack[:1] * (size - len(batch)))
             numbers, spectrum = _of_batch(stack, op, spectra and has_spectrum(kernels[batch[0]].shape, op))
             for j, i in enumerate(batch):
-                of_one = jax.tree.map(lambda leaf, j=j: leaf[j], (numbers, spectrum))
+                own, own_spectrum = jax.tree.map(lambda leaf, j=j: leaf[j], (numbers, spectrum))
                 norm = norms.get(kernels[i].name)
-                found[i] = layer_report(kernels[i], own[j], op, *of_one, norm.scope if norm else None)
+                scope = norm.scope if norm else None
+                found[i] = layer_report(kernels[i], arrays_of_batch[j], op, own, own_spectrum, scope)
     count(len(found), "")
     return [found[i] for i in range(len(kernels))]
 
