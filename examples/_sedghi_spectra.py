@@ -90,7 +90,7 @@ class Training(NamedTuple):
 def resnet_v2(fast: bool) -> tuple[str, dict]:
     """A ResNet v2 that is trained here on CIFAR-10, and its convolutions in their order."""
     how = Training((4, 4), 1, 8, 64, 64, 2, 16) if fast else Training()
-    data = _cifar10.load(download=not fast, stand_in=False).head(how.num_train, how.num_test).of_size(how.pixels)
+    data = _cifar10.smaller(how.pixels, how.num_train, how.num_test, not fast)
     model = ResNetV2(how.widths, how.blocks, nnx.Rngs(0))
     layers = jnnx.layer_operators(model, jax.ShapeDtypeStruct((1, how.pixels, how.pixels, 3), np.float32))
     schedule = optax.cosine_decay_schedule(how.rate, how.num_steps)

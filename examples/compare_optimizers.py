@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from _classification import augmented, loss_and_hits, score, standardized
+from _layers import norm_and_rank
 from _report import command_line, interleaved, prepared, write
 from _resnet import ResNet
 from _studies import runs_of
@@ -89,12 +90,6 @@ GAP, MAX_PASSES = 1e-2, 400
 
 
 @functools.cache
-def data_of(pixels: int, num_train: int, num_test: int, download: bool) -> _cifar10.Data:
-    """The first images of CIFAR-10, made smaller."""
-    return _cifar10.load(download=download, stand_in=False).head(num_train, num_test).of_size(pixels)
-
-
-@functools.cache
 def step_of(name: str, num_steps: int, widths: tuple[int, ...], blocks: int):
     """A training step, compiled once for all learning rates: the loss, the optimizer's state, the gradients."""
     layers = jnnx.layer_operators(ResNet(list(widths), blocks, nnx.Rngs(0)))
@@ -156,7 +151,7 @@ class Trainer:
 
 def run(seed: int, name: str, rate: float, first_seed: int, has_shares: bool, download: bool, **size) -> dict:
     """What one training gives: losses; test scores and layers at every measurement; the shares of some updates."""
-    data = data_of(size["pixels"], size["num_train"], size["num_test"], download)
+    data = _cifar10.smaller(size["pixels"], size["num_train"], size["num_test"], download)
     trainer, points, losses, shares = Trainer(first_seed + seed, name, rate, data, size), [], [], []
     shapes = jnnx.layer_operators(trainer.model, jax.ShapeDtypeStruct((1, *data.x_train.shape[1:]), jnp.float32))
     for number in range(1, size["num_steps"] + 1):
@@ -191,18 +186,6 @@ def steps_of_shares(num_steps: int) -> tuple[int, ...]:
 
 def name_of(path) -> str:
     return ".".join(map(str, path[:-1]))
-
-
-@functools.partial(jax.jit, static_argnums=1)
-def _norm_and_rank(kernel, op):
-    norm = jaxsrn.spectral_norm(kernel, op)
-    # As jaxsrn.stable_rank, which would compute the norm again.
-    return norm, jnp.sum(op.frobenius_weights(kernel.shape) * kernel**2) / norm**2
-
-
-def norm_and_rank(kernel, op) -> tuple[float, float]:
-    """Of the whole layer, with its padding at the size of its image."""
-    return tuple(map(float, _norm_and_rank(kernel, op)))
 
 
 def shares_of(momenta: dict, before: dict, trainer: Trainer) -> dict[str, float]:
@@ -269,7 +252,7 @@ def main():
     pilots = runs_of(pilots_of(size, not args.fast), 1, output / "pilots", run)
     rates = best_rates(pilots)
     found = runs_of(settings_of(rates, size, not args.fast), num_seeds, output / "runs", run)
-    data = data_of(size["pixels"], size["num_train"], size["num_test"], not args.fast)
+    data = _cifar10.smaller(size["pixels"], size["num_train"], size["num_test"], not args.fast)
     costs = costs_of(rates, size, data, ROUNDS[preset])
     about = (
         f"Data: {data.name}, {len(data.x_train)} and {len(data.x_test)} images of {size['pixels']}x{size['pixels']}. "

@@ -119,12 +119,6 @@ def settings_of(preset: str) -> dict[str, dict]:
 # The data and the network
 
 
-@functools.cache
-def data_of(pixels: int, num_train: int, num_test: int, download: bool) -> _cifar10.Data:
-    """The first images of CIFAR-10, made smaller."""
-    return _cifar10.load(download=download, stand_in=False).head(num_train, num_test).of_size(pixels)
-
-
 def convolutions(model, pixels: int):
     """`{path: operator}` of the convolutions, as the network pads and strides them."""
     layers = jnnx.layer_operators(model, jax.ShapeDtypeStruct((1, pixels, pixels, 3), jnp.float32))
@@ -233,7 +227,7 @@ def compile_all(trainer: Trainer) -> None:
 
 def run(seed: int, has_norms: bool, constraint: str, strength: float, download: bool, **size) -> dict:
     """What one training gives: losses, test scores, the layers at every measurement, and the report at the end."""
-    data = data_of(size["pixels"], size["num_train"], size["num_test"], download)
+    data = _cifar10.smaller(size["pixels"], size["num_train"], size["num_test"], download)
     trainer, points, losses = Trainer(seed, has_norms, constraint, strength, data, size), [], []
     compile_all(trainer)
     every, measure_every = size["correct_every"], size["measure_every"]
@@ -331,7 +325,7 @@ def main():
     found = runs_of(settings, args.seeds or SEEDS[preset], output / "runs", training)
     _norms_report.draw(settings, found, output)
     size = PRESETS[preset]
-    data = data_of(size["pixels"], size["num_train"], size["num_test"], not args.fast)
+    data = _cifar10.smaller(size["pixels"], size["num_train"], size["num_test"], not args.fast)
     about = (
         f"Data: {data.name}, {len(data.x_train)} and {len(data.x_test)} images of {size['pixels']}x{size['pixels']}. "
         f"Network: a ResNet of widths {size['widths']}, {size['blocks']} block{'s' * (size['blocks'] > 1)} each."

@@ -32,6 +32,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 from _classification import score, train_step
+from _layers import norm_and_rank
 from _report import paragraphs, save, table, write
 from _resnet import ResNet
 from flax import nnx
@@ -89,10 +90,7 @@ def layers_of(model, operators) -> dict[str, tuple[float, float]]:
     folded = dict(nnx.to_flat_state(nnx.state(jnnx.fold(model))))
     found = {}
     for path, op in operators.items():
-        kernel = folded[path][...]
-        norm, squared = jaxsrn.spectral_norm(kernel, op), jnp.sum(op.frobenius_weights(kernel.shape) * kernel**2)
-        # As jaxsrn.stable_rank, which would compute the norm again.
-        found[layer_name(path)] = float(norm), float(squared / norm**2)
+        found[layer_name(path)] = norm_and_rank(folded[path][...], op)
     return found
 
 

@@ -222,7 +222,7 @@ def run_tests(name: str, changes: dict[str, str], kept: pathlib.Path) -> int:
     return os.waitpid(process, 0)[1]
 
 
-def test_file(name: str, again: bool) -> None:
+def run_file(name: str, again: bool) -> None:
     """Prints the survivors of a file."""
     source = (ROOT / name).read_text()
     found = mutants(source, HELD_BY[name].functions)
@@ -250,7 +250,7 @@ def main() -> None:
     options = parser.parse_args()
     BUILD.mkdir(parents=True, exist_ok=True)
     for name in options.files:
-        test_file(name, options.again)
+        run_file(name, options.again)
 
 
 if __name__ == "__main__":

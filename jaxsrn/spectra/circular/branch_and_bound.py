@@ -30,7 +30,7 @@ from jaxsrn._tools.proofs import are_below, squared_limit
 from jaxsrn._tools.tolerances import vector_tolerance
 from jaxsrn.spectra.circular.angles import waves
 from jaxsrn.spectra.circular.boxes import Grid, centres, edges, on_half_grid, split
-from jaxsrn.spectra.circular.climbing import Peak, better_frequency, chunk_of, filter_of
+from jaxsrn.spectra.circular.climbing import Peak, best_frequency, chunk_of, filter_of
 from jaxsrn.spectra.circular.fourier import of_group, symbol_of
 from jaxsrn.spectra.circular.grams import GramPolynomial, grams_at, whole_grams
 from jaxsrn.spectra.circular.real_floats import amplitudes_of, parts_of
@@ -70,12 +70,12 @@ def highest_peak(poly: GramPolynomial, grid: Grid, corners, exists, peaks: Peak,
 
     Its pair is exact to rounding.
     """
-    climbed, is_wide = _best_of(poly, peaks), _is_wide(poly)
+    climbed = _best_of(poly, peaks)
     chunk, (count, axes) = chunk_of(poly), corners.shape
     # At most one chunk's halves wait on each level at a time, as the finest boxes are taken first.
     capacity = count + 1 + chunk * (_MOST_LEVELS * 2**axes + 1)
     nothing = jnp.zeros((capacity, axes + 1), jnp.int32), jnp.asarray(0, jnp.int32)
-    proof = _Proof(*nothing, climbed, jnp.asarray(True) if is_wide else None)
+    proof = _Proof(*nothing, climbed, jnp.asarray(True) if _is_wide(poly) else None)
     levels = jnp.zeros((count, 1), jnp.int32)
     first = jnp.concatenate([climbed.index, jnp.broadcast_to(grid.last_level, (1,))])[None]
     boxes = jnp.concatenate([jnp.concatenate([corners, levels], axis=-1), first.astype(jnp.int32)])
@@ -153,8 +153,8 @@ def _look(poly: GramPolynomial, grid: Grid, chunk: int, allowed, proof: _Proof) 
     keep = exists & (high & ~single)[:, None]
     below = jnp.minimum(levels + 1, grid.last_level)[:, None, None]
     halves = jnp.concatenate([halves, jnp.broadcast_to(below, (*halves.shape[:-1], 1))], axis=-1)
-    # The chunk's order is kept, so the finest stay on top.
     is_new = None if proof.is_new is None else proof.is_new | (best.value > proof.best.value)
+    # The chunk's order is kept, so the finest stay on top.
     return _push(_Proof(proof.boxes, bottom, best, is_new), halves.reshape((-1, halves.shape[-1])), keep.reshape(-1))
 
 
@@ -168,9 +168,9 @@ def _raised(poly: GramPolynomial, grid: Grid, proof: _Proof) -> _Proof:
     def move(state):
         best, _ = state
         found = _polished(poly, grid, _moved(poly, grid, best))
+        is_new = found.value > (1 + slack) * best.value
         # The value of a pair that is not exact may be larger by rounding.
-        best = chosen(found.value >= (1 - slack) * best.value, found, best)
-        return best, found.value > (1 + slack) * state[0].value
+        return chosen(found.value >= (1 - slack) * best.value, found, best), is_new
 
     best, is_new = _once(proof.is_new, move, (proof.best, proof.is_new))
     return proof._replace(best=best, is_new=is_new)
@@ -179,11 +179,7 @@ def _raised(poly: GramPolynomial, grid: Grid, proof: _Proof) -> _Proof:
 def _moved(poly: GramPolynomial, grid: Grid, peak: Peak) -> Peak:
     """The peak's vectors at the frequency, uphill from its own, at which their value is largest."""
     filters = filter_of(of_group(poly.coefficients, peak.group), peak.row, peak.column)
-
-    def step(_, state):
-        return better_frequency(grid.angles, poly.exponents, filters, *state)[::2]
-
-    index, _ = lax.fori_loop(0, _MOVES, step, (peak.index, jnp.right_shift(grid.sizes, 1)))
+    index = best_frequency(grid.angles, poly.exponents, filters, peak.index, jnp.right_shift(grid.sizes, 1), _MOVES)
     index, mirrored = on_half_grid(grid, index[None])
     return peak._replace(index=index[0], column=jnp.where(mirrored[0], peak.column.conj(), peak.column))
 

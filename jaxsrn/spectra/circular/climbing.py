@@ -32,7 +32,7 @@ from jaxsrn.spectra.circular.sites import stands_for_torus
 __all__ = [
     "Estimates",
     "Peak",
-    "better_frequency",
+    "best_frequency",
     "chunk_of",
     "climbs",
     "estimates",
@@ -214,6 +214,15 @@ def _uphill(poly: GramPolynomial, grid: Grid, index, group, column) -> Peak:
 def filter_of(coefficients: Float[Array, "terms rows columns"], row, column) -> Complex[Array, " terms"]:
     """The scalar filter `u^H C_t v`, whose value at a frequency is `u^H S(w) v`."""
     return einsum("r,tr->t", row.conj(), real_times("trc,c->tr", coefficients, column))
+
+
+def best_frequency(angles, exponents: np.ndarray, filters: Complex[Array, " terms"], index, stride, num_steps: int):
+    """Where a scalar filter leads uphill in so many steps, from a frequency and with a first stride."""
+
+    def step(_, state):
+        return better_frequency(angles, exponents, filters, *state)[::2]
+
+    return lax.fori_loop(0, num_steps, step, (index, stride))[0]
 
 
 def better_frequency(angles, exponents: np.ndarray, filters: Complex[Array, " terms"], index, stride):

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 from jaxsrn._tools.linalg import einsum, real_where_possible, top_pairs, unit
 from jaxsrn.operators.convolutions import CircularConv, UnboundedConv
 from jaxsrn.spectra.circular.angles import angles_of
-from jaxsrn.spectra.circular.climbing import better_frequency, filter_of
+from jaxsrn.spectra.circular.climbing import best_frequency, filter_of
 from jaxsrn.spectra.circular.fourier import of_group, polynomial, site_shape, site_symbol
 from jaxsrn.spectra.circular.real_floats import amplitudes_of, group_of, indices_of, parts_of, turns_of
 from jaxsrn.spectra.circular.sites import Site, on_grid
@@ -103,13 +103,8 @@ def _better_site(kernel, layer: CircularConv, pair: Pair) -> Site:
     """The site nearby where the value of the pair's vectors is largest."""
     coefficients, exponents = polynomial(kernel, layer)
     filters = filter_of(of_group(coefficients, pair.site.group), pair.input, pair.output)
-    angles = angles_of(layer.grid, kernel.dtype)
-
-    def step(_, state):
-        return better_frequency(angles, exponents, filters, *state)[::2]
-
-    samples = jnp.asarray(layer.grid, jnp.int32)
-    index = lax.fori_loop(0, _STEPS, step, (pair.site.index, samples // _NEAR))[0]
+    angles, samples = angles_of(layer.grid, kernel.dtype), jnp.asarray(layer.grid, jnp.int32)
+    index = best_frequency(angles, exponents, filters, pair.site.index, samples // _NEAR, _STEPS)
     return Site(lax.rem(index + samples, samples), pair.site.group)
 
 
