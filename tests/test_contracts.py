@@ -121,6 +121,11 @@ CONTRACTS = [
     Contract("leading_triplet", jaxsrn.leading_triplet),
     Contract("spectral_norm", jaxsrn.spectral_norm),
     Contract("bounds.certified", bounds.certified),
+    Contract(
+        "bounds.probabilistic",
+        lambda k, op: bounds.probabilistic(k, op, key=jax.random.key(0)),
+        is_constant=True,
+    ),
     Contract("bounds.gram_iteration", bounds.gram_iteration),
     Contract("bounds.tensor_norm", bounds.tensor_norm),
     Contract("bounds.fantastic_four", bounds.fantastic_four),

@@ -57,7 +57,7 @@ HOUSE = {
         "norms",
         "ranks",
     ],
-    "bounds": ["covers", "coefficients", "tensor", "reshapings", "entries", "gram", "interval"],
+    "bounds": ["covers", "coefficients", "tensor", "reshapings", "entries", "gram", "interval", "random_start"],
     "projections": [
         "clipping",
         "augmented_lagrangian",

@@ -11,13 +11,13 @@ from _report import duration, table
 from tqdm import tqdm
 
 import jaxsrn
-from jaxsrn import ZeroPaddedConv
+from jaxsrn import ZeroPaddedConv, bounds
 from norms.cases import Case, gaussian, trained
 from norms.in_jax import jax_call
 from norms.kinds import gaussian_kernel, peaked, waves
 from norms.parts import TOLERANCE, Checks, Effort, Part, error_table
 from norms.peers import torch_power, torch_weight
-from norms.products import Search, search
+from norms.products import Search, probabilistic, search
 
 ERRORS = """\
 float32; Gaussian, peaked kernels and sums of three waves, against the SVD of the whole matrix in float64.
@@ -29,7 +29,8 @@ with the layer of few channels, in which a wide one is searched first, count as 
 iteration starts from a random image and stops 0.1% below the norm (or after 4000 products). Lanczos, the
 method of `leading_triplet`, stops at the largest `tolerance` of 1/2, 1/4, ... at which the norm is within
 1e-5. Both as only those can who know the norm; `spectral_norm` stops by itself, when the vectors are there,
-which are its gradient. Its error is against ARPACK in float64; the width is that of `bounds.certified`."""
+which are its gradient. Its error is against ARPACK in float64. The widths are those of the intervals of
+`bounds.certified` and of `bounds.probabilistic`, which fails with a probability of at most 1e-9."""
 TIMES = "Times; of power iteration, as published, with the number of steps that it takes to 1e-3:"
 # The norm is proven where the matrix has at most 512 x 512 entries, and searched where it has more.
 PROVEN = {
@@ -87,22 +88,24 @@ def product_cases(effort: Effort) -> list[Case]:
 
 
 def padded_times(case: Case, op: ZeroPaddedConv, steps: int, effort: Effort) -> list[str]:
-    """The times of power iteration and of `spectral_norm`, and how many times longer the former takes."""
+    """The times of power iteration, of `spectral_norm` and of both intervals, and the ratio of the first two."""
     calls = {
         "power": functools.partial(
             torch_power, torch_weight(case.kernel), op.input_shape, max(steps, 1), circular=False
         ),
         "own": jax_call(jaxsrn.spectral_norm, case.kernel, op),
+        "certified": jax_call(bounds.certified, case.kernel, op),
+        "probabilistic": jax_call(probabilistic, case.kernel, op),
     }
-    power, own = (run.seconds for run in race(calls, effort.rounds, effort.seconds).values())
-    return [duration(power), duration(own), f"{power / own:.1f}"]
+    power, own, *intervals = (run.seconds for run in race(calls, effort.rounds, effort.seconds).values())
+    return [duration(power), duration(own), f"{power / own:.1f}", *map(duration, intervals)]
 
 
 def product_row(case: Case, found: Search) -> list[str]:
     """The products of each method, with their shares of power iteration's, the error and the width."""
     counts = zip((found.fewest, found.own), found.shares, strict=True)
     both = [f"{count:.0f} ({share:.0%})" for count, share in counts]
-    return [case.name, str(found.power), *both, f"{found.error:.1e}", f"{found.width:.1e}"]
+    return [case.name, str(found.power), *both, *(f"{number:.1e}" for number in (found.error, *found.widths))]
 
 
 def error_checks(proven: dict, searched: dict, found: list[Search]) -> Checks:
@@ -117,7 +120,7 @@ def error_checks(proven: dict, searched: dict, found: list[Search]) -> Checks:
         for name, error in worst.items()
     ]
     inside = all(one.inside for one in found)
-    return [*within, (inside, "zero padding: certified holds ARPACK's norm of each of these kernels")]
+    return [*within, (inside, "zero padding: both intervals hold ARPACK's norm of each of these kernels")]
 
 
 def product_checks(found: list[Search]) -> Checks:
@@ -141,8 +144,9 @@ def zero_padding(effort: Effort) -> Part:
         found.append(search(case.kernel, op))
         rows.append(product_row(case, found[-1]))
         times.append([case.name, *padded_times(case, op, found[-1].power // 2, effort)])
-    header = ("kernel, SAME", "power iteration, to 1e-3", "Lanczos, to 1e-5", "spectral_norm", "error", "width")
-    clock = ("kernel, SAME", "power iteration, to 1e-3 (PyTorch)", "spectral_norm", "ratio")
+    methods = ("power iteration, to 1e-3", "Lanczos, to 1e-5", "spectral_norm")
+    header = ("kernel, SAME", *methods, "error", "certified", "probabilistic")
+    clock = ("kernel, SAME", "power iteration, to 1e-3 (PyTorch)", "spectral_norm", "ratio", *header[-2:])
     errors = (error_table("geometry (zero padding)", geometries) for geometries in (proven, searched))
     tables = (*errors, table(header, rows), table(clock, times))
     body = itertools.chain(*zip((ERRORS, LARGER, PRODUCTS, TIMES), tables, strict=True))

@@ -48,7 +48,8 @@ def certified(kernel: Kernel, op: Operator, *, resolution: float = 0.01) -> Norm
     0, as in XLA. The cost depends on the image only through Lanczos.
 
     `spectral_norm` of a zero-padded layer above 2**18 entries of the explicit matrix is searched for without a proof:
-    the true norm exceeds it by at most `upper - spectral_norm(kernel, op)`.
+    the true norm exceeds it by at most `upper - spectral_norm(kernel, op)`. `probabilistic` has an upper end that is
+    far closer on small images, and that may fail with a probability of 1e-9.
 
     The upper end of an `UnboundedConv` bounds the norm of the layer at every image size, circular or zero-padded. With
     zero padding the width is what the covers lose, most on small images; it does not shrink with `resolution`. The
