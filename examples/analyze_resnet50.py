@@ -22,40 +22,7 @@ from jaxsrn.report import Report, analyze
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 import _resnets
-
-# Keras's layers have this epsilon in their batch normalizations, and a padding of their own in the stem.
-EPSILON, STEM_PADDING = 1e-3, ((3, 3), (3, 3))
-
-
-def trained() -> nnx.Module:
-    """The network with its weights, those of the biases left out, which no norm depends on."""
-    weights = resnet50.load_arrays()
-    model = nnx.eval_shape(lambda: _resnets.resnet50(rngs=nnx.Rngs(0)))
-    model.stem.conv.padding = STEM_PADDING
-    set_layer(model.stem, weights, "conv1", "bn_conv1")
-    blocks = iter(model.blocks)
-    for stage, count in enumerate(resnet50.BLOCKS):
-        for letter in "abcdef"[:count]:
-            block, branch = next(blocks), f"{stage + 2}{letter}_branch"
-            for part, end in zip((*block.convs, block.shortcut), ("2a", "2b", "2c", "1"), strict=True):
-                if part is not None:
-                    set_layer(part, weights, f"res{branch}{end}", f"bn{branch}{end}")
-    for name in ("kernel", "bias"):
-        setattr(model.dense, name, nnx.Param(jnp.asarray(weights[f"fc1000/{name}"])))
-    return model
-
-
-def set_layer(part, weights, conv: str, norm: str) -> None:
-    """Sets the kernel of a convolution, and the batch normalization after it."""
-    part.conv.kernel = nnx.Param(jnp.asarray(weights[f"{conv}/kernel"]))
-    part.norm.epsilon = EPSILON
-    for name, stored, kind in (
-        ("scale", "gamma", nnx.Param),
-        ("bias", "beta", nnx.Param),
-        ("mean", "moving_mean", nnx.BatchStat),
-        ("var", "moving_variance", nnx.BatchStat),
-    ):
-        setattr(part.norm, name, kind(jnp.asarray(weights[f"{norm}/{stored}"])))
+from _trained import trained_resnet50
 
 
 def shown(report: Report, output: Path, name: str) -> str:
@@ -73,7 +40,7 @@ def main() -> None:
         small = {"blocks": (1, 1), "taps": (1, 3, 1), "expansion": 2, "deep": False, "width": 4, "classes": 10}
         model, size = _resnets.ResNet(**small, rngs=nnx.Rngs(0)), 8
     else:
-        model, size = trained(), resnet50.IMAGE[0]
+        model, size = trained_resnet50(), resnet50.IMAGE[0]
     image = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
     sections = {}
     for name, heading, inputs in (

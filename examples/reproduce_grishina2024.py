@@ -349,6 +349,7 @@ def finish(output: Path, name: str, title: str, body: str, bad: list[str], fast:
     if name == "layers":
         required = "the norm is in its certified interval, TN <= F4, certified is the tightest where there are taps"
     command = f"python examples/reproduce_grishina2024.py --only {name}" + " --fast" * fast
+    body = f"{body}\n\n![{title}]({name}.png)"
     write(output, title, command, {"Comparison": body} | requirement(required, bad), f"{name}.md")
 
 

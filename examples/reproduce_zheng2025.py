@@ -197,7 +197,8 @@ def report_forms(values) -> str:
     return paragraphs(
         f"The largest eigenvalue of all is {values.max():.6g}, at l = {listed(peaks)}, so the feasible interval is "
         f"N / {values.max():.6g} = {N / values.max():.6g} to {N}; `stable_rank_range` gives {low:.6g} to {high:.6g}. "
-        "The third eigenvalue of each B_l is 0."
+        "The third eigenvalue of each B_l is 0.",
+        "![The eigenvalues of each form, and what the squared norm of the symbol can be](figure1.png)",
     )
 
 
@@ -231,6 +232,8 @@ def report_descents(run: Descents, exact, size: Size) -> str:
         report_misses(run, exact),
         report_convergence(run, size),
         report_ceiling(),
+        "![Descents on the sphere, beside the exact solutions](figure2.png)",
+        "![Stable rank and objective over the iterations](figure3.png)",
     )
 
 

@@ -101,6 +101,12 @@ def test_no_public_name_is_missing_from_the_reference():
     assert set(documented) == public_names()
 
 
+def test_no_public_name_is_that_of_a_file():
+    """The reference, which is made without importing the library, would show the file in place of the name."""
+    paths = [PACKAGE.parent.joinpath(*name.split(".")).with_suffix(".py") for name in public_names()]
+    assert not [path for path in paths if path.exists()]
+
+
 def exists(page: Path, target: str) -> bool:
     """Whether a link of a page leads to a file, or to a page that `docs/_tools/hooks.py` makes of one."""
     path = (page.parent / target).resolve()

@@ -64,7 +64,7 @@ HOUSE = {
         "nearest",
         "spectral_ball",
         "frequency_passes",
-        "steepest",
+        "steepest_descent",
     ],
     "normalization": [
         "closed_form",

@@ -382,12 +382,118 @@ READINGS = {
             "emb.weight": (Dense(), (4, 9)),
         },
     ),
+    # A transposed convolution of PyTorch is stored as the convolution that it is the adjoint of: the same values.
+    "PyTorch U-Net": (
+        {"down.weight": (8, 3, 3, 3), "up.weight": (8, 4, 2, 2), "out.weight": (3, 4, 1, 1), "out.bias": (3,)},
+        {
+            "down.weight": (UNBOUNDED, (3, 3, 3, 8)),
+            "up.weight": (UNBOUNDED, (2, 2, 4, 8)),
+            "out.weight": (UNBOUNDED, (1, 1, 4, 3)),
+        },
+    ),
+    "Flax transposed": (
+        {"ConvTranspose_0/kernel": (2, 2, 8, 4), "ConvTranspose_0/bias": (4,)},
+        {"ConvTranspose_0/kernel": (UNBOUNDED, (2, 2, 8, 4))},
+    ),
+    "Flax volumes": (
+        {"Conv_0/kernel": (3, 3, 3, 2, 4), "Conv_1/kernel": (1, 1, 1, 4, 4)},
+        {"Conv_0/kernel": (UNBOUNDED, (3, 3, 3, 2, 4)), "Conv_1/kernel": (UNBOUNDED, (1, 1, 1, 4, 4))},
+    ),
+    "Flax embedding": (
+        {"params/Embed_0/embedding": (30, 8), "params/Dense_0/kernel": (8, 5)},
+        {"params/Embed_0/embedding": (Dense(), (30, 8)), "params/Dense_0/kernel": (Dense(), (8, 5))},
+    ),
+    "PyTorch vision transformer": (
+        {
+            "patch_embed.proj.weight": (8, 3, 4, 4),
+            "cls_token": (1, 1, 8),
+            "pos_embed": (1, 5, 8),
+            "blocks.0.attn.qkv.weight": (24, 8),
+            "blocks.0.norm1.weight": (8,),
+            "head.weight": (5, 8),
+        },
+        {
+            "patch_embed.proj.weight": (UNBOUNDED, (4, 4, 3, 8)),
+            "blocks.0.attn.qkv.weight": (Dense(), (8, 24)),
+            "head.weight": (Dense(), (8, 5)),
+        },
+    ),
+    "Llama": (
+        {
+            "model.embed_tokens.weight": (9, 4),
+            "model.layers.0.self_attn.q_proj.weight": (4, 4),
+            "model.layers.0.mlp.gate_proj.weight": (8, 4),
+            "model.layers.0.input_layernorm.weight": (4,),
+            "lm_head.weight": (9, 4),
+        },
+        {
+            "model.embed_tokens.weight": (Dense(), (4, 9)),
+            "model.layers.0.self_attn.q_proj.weight": (Dense(), (4, 4)),
+            "model.layers.0.mlp.gate_proj.weight": (Dense(), (4, 8)),
+            "lm_head.weight": (Dense(), (4, 9)),
+        },
+    ),
+    "weight normalization": (
+        {"conv.weight_g": (8, 1, 1), "conv.weight_v": (8, 4, 3), "fc.weight": (3, 8)},
+        {"fc.weight": (Dense(), (8, 3))},
+    ),
+    "ConvNeXt": (
+        {"stem.weight": (8, 3, 4, 4), "dwconv.weight": (8, 1, 7, 7), "pwconv1.weight": (32, 8), "gamma": (8,)},
+        {
+            "stem.weight": (UNBOUNDED, (4, 4, 3, 8)),
+            "dwconv.weight": (UnboundedConv(feature_group_count=8), (7, 7, 1, 8)),
+            "pwconv1.weight": (Dense(), (8, 32)),
+        },
+    ),
+    "Keras audio": (
+        {"conv1d/kernel:0": (5, 2, 8), "batch_normalization/moving_mean:0": (8,)},
+        {"conv1d/kernel:0": (UNBOUNDED, (5, 2, 8))},
+    ),
+    "Keras separable": (
+        {"s/depthwise_kernel:0": (3, 3, 4, 1), "s/pointwise_kernel:0": (1, 1, 4, 6)},
+        {
+            "s/depthwise_kernel:0": (UnboundedConv(feature_group_count=4), (3, 3, 1, 4)),
+            "s/pointwise_kernel:0": (UNBOUNDED, (1, 1, 4, 6)),
+        },
+    ),
+    "Keras GRU": (
+        {"g/kernel": (3, 6), "g/recurrent_kernel": (2, 6), "g/bias": (2, 6)},
+        {
+            f"g/{name}[{gate}]": (Dense(), (n, 2))
+            for name, n in (("kernel", 3), ("recurrent_kernel", 2))
+            for gate in "zrh"
+        },
+    ),
+    "NNX LSTM": (
+        {"cell/dense_i/kernel": (3, 8), "cell/dense_h/kernel": (2, 8), "cell/dense_h/bias": (8,)},
+        {f"cell/dense_{side}/kernel[{gate}]": (Dense(), (n, 2)) for side, n in (("i", 3), ("h", 2)) for gate in "ifgo"},
+    ),
+    "PyTorch recurrence of one gate": (
+        {"r.weight_ih_l0": (2, 3), "r.weight_hh_l0": (2, 2)},
+        {"r.weight_ih_l0": (Dense(), (3, 2)), "r.weight_hh_l0": (Dense(), (2, 2))},
+    ),
+    "a training state": (
+        {"params/Conv_0/kernel": (3, 3, 2, 4), "opt_state/0/mu/Conv_0/kernel": (3, 3, 2, 4), "step": ()},
+        {"params/Conv_0/kernel": (UNBOUNDED, (3, 3, 2, 4))},
+    ),
+    "empty arrays": ({"a.weight": (0, 4), "b.weight": (3, 4), "c": (0,)}, {"b.weight": (Dense(), (4, 3))}),
+    "no arrays": ({}, {}),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize(("shapes", "expected"), READINGS.values(), ids=READINGS)
-def test_checkpoints_are_read_by_names_and_shapes(shapes, expected):
+def test_checkpoints_are_read_by_names_and_shapes(tmp_path, shapes, expected):
     assert found(shapes)[0] == expected
+    # The same from a file in half precision, whose kernels have these shapes too.
+    path = tmp_path / "weights.safetensors"
+    arrays = {name: np.asarray(array(*shape, dtype=np.float16)) for name, shape in shapes.items()}
+    safetensors.numpy.save_file(arrays, path)
+    opened = open_arrays(path)
+    kernels, skipped = find_kernels(opened.infos)
+    assert {kernel.name: kernel.view(opened.read(kernel.array)).shape for kernel in kernels} == {
+        name: shape for name, (_, shape) in expected.items()
+    }
+    assert {kernel.array for kernel in kernels} | {entry.name for entry in skipped} == set(shapes)
 
 
 def test_options_say_what_names_and_shapes_do_not():

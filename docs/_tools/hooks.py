@@ -25,10 +25,14 @@ STUDIES = ("compare_optimizers", "norms_in_training", "sanyal2020", "srn_gan", "
 RECORDED |= {f"studies/{study}": ROOT / "examples" / study for study in STUDIES}
 
 
-# Tables get the room of the table of contents.
-_WIDE = b"---\nhide: [toc]\n---\n\n"
-# Spaces within numbers, at which cells of tables are not to break: before units, and in intervals and spreads.
-_WITHIN_NUMBERS = re.compile(r"(?<=\d) (?=(?:to -?\d|± |(?:ms|s|min|GB|MB)\b))|(?<=\d to) (?=-?\d)|(?<=±) (?=\d)")
+# Tables, and code of up to 120 columns, get the room of the table of contents.
+_WIDE = "---\nhide: [toc]\n---\n\n"
+# Spaces within numbers, at which cells of tables are not to break: before units, in intervals and spreads, in p-values.
+_WITHIN_NUMBERS = re.compile(
+    r"(?<=\d) (?=(?:to -?\d|± |(?:ms|s|min|GB|MB)\b))|(?<=\d to) (?=-?\d)|(?<=±) (?=\d)|(?<=\(p) (?==)|(?<=\(p =) "
+)
+# Code, formulas and tags, which stay as they are, or a number that is not to break at the sign of its exponent.
+_EXPONENTS = re.compile(r"<(pre|code|math)\b.*?</\1>|<[^>]*>|(?P<number>\d[\d.]*e-\d+)", flags=re.DOTALL)
 
 
 def _tutorials():
@@ -46,13 +50,13 @@ def on_files(files, config):
     with ThreadPoolExecutor(2) as pool:
         pages = list(pool.map(tutorials.page, paths))
     for path, text in zip(paths, pages, strict=True):
-        files.append(File.generated(config, f"tutorials/{path.stem}.md", content=text))
+        files.append(File.generated(config, f"tutorials/{path.stem}.md", content=_WIDE + text))
         for picture in (tutorials.CACHE / path.stem).glob("*.png"):
             name = f"tutorials/{path.stem}/{picture.name}"
             files.append(File.generated(config, name, content=picture.read_bytes()))
     for folder, source in RECORDED.items():
         for path in (*source.glob("*.md"), *source.glob("*.png")):
-            head = _WIDE if path.suffix == ".md" else b""
+            head = _WIDE.encode() if path.suffix == ".md" else b""
             files.append(File.generated(config, f"{folder}/{path.name}", content=head + path.read_bytes()))
     return files
 
@@ -88,5 +92,6 @@ def on_page_content(content, page, config, files):
 
     marked = r'<(?P<tag>span|div) class="arithmatex">(?P<latex>.*?)</(?P=tag)>'
     content = re.sub(marked, converted, content, flags=re.DOTALL)
+    content = _EXPONENTS.sub(lambda m: f'<span class="number">{m[0]}</span>' if m["number"] else m[0], content)
     # A formula and the sign after it stay on one line.
     return re.sub(r"</math>(?=[.,;:)])", "</math>\u2060", content)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import jax
 import numpy as np
@@ -12,7 +13,7 @@ from jaxsrn._tools.checks import ensure, static_int
 __all__ = ["over_batches"]
 
 
-def over_batches(function: Callable, *data, batch_size: int | None = None):
+def over_batches(function: Callable, *data, batch_size: int | None = None) -> Any:
     """`function(*batch)` over a data set, its results for all samples, one after the other.
 
     Only one batch of data is on the device at a time. What is kept are the results, in NumPy arrays on the host: a

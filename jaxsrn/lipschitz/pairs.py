@@ -25,7 +25,8 @@ class Ascent(NamedTuple):
 
     Attributes:
       ratio: `||f(x) - f(y)|| / ||x - y||` of each pair, of shape `(samples,)`.
-      x, y: the points, of the shape of those given.
+      x: the first points of the pairs, of the shape of those given.
+      y: the second ones.
     """
 
     ratio: Float[Array, "..."]

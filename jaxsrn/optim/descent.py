@@ -1,7 +1,7 @@
 """Steepest descent under every layer's own norm, as an optax transformation: Muon for convolutions.
 
 Dense layers are `optax.contrib.muon`'s. Its momentum and its scale are those of the convolutions too, whose momentum is
-replaced by the kernel of norm 1 along it (`projections/steepest.py`).
+replaced by the kernel of norm 1 along it (`projections/steepest_descent.py`).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from jaxsrn.operators.base import Dense, Operator
 from jaxsrn.operators.convolutions import UnboundedConv
 from jaxsrn.operators.layers import Layers, after, find_kernels, named_kernels, split_shape, stacked
 from jaxsrn.projections.frequency_passes import few_frequencies, first_stack, passes, unit_direction
-from jaxsrn.projections.steepest import METHODS, flattened, steepest
+from jaxsrn.projections.steepest_descent import METHODS, flattened, steepest
 from jaxsrn.spectra.common_shapes import is_matrix
 from jaxsrn.spectra.moving_pairs import frozen_value
 from jaxsrn.spectra.pairs_by_kind import leading_pair

@@ -51,7 +51,8 @@ class LayerReport:
       flattened_norm: for contrast, the norm of the kernel reshaped to a matrix `(prod(taps) * c_in // groups, c_out)`,
         the common shortcut.
       stable_rank: `||T||_F^2 / ||T||_2^2`; that per output sample where the operator is unbounded.
-      stable_rank_low, stable_rank_high: the interval of stable ranks that kernels of this shape can have.
+      stable_rank_low: the least stable rank that kernels of this shape can have.
+      stable_rank_high: the largest one.
       condition_number: the largest singular value over the smallest; `None` where it was not asked for, or where the
         singular values are not listed (unbounded operators, large images).
       effective_rank: the exponential of the entropy of the singular values divided by their sum (Roy, Vetterli 2007,

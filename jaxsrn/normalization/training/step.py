@@ -112,7 +112,7 @@ def srnc_step(
     cap: bool = False,
     gradient: str = "frozen",
     num_steps: int | None = None,
-):
+) -> tuple[Kernel, SRNCState]:
     """Stable rank normalization in training: `(normalized kernel, new state)`, at the cost of a few images.
 
     A warm power step leads from the pair of the state to a pair `(u, v)`. The result is the kernel closest to `kernel`
