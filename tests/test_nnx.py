@@ -556,6 +556,19 @@ def test_layer_operators_without_inputs():
         jnnx.layer_operators(nnx.List([conv(2, 3, (3, 3), padding="REFLECT")]))
 
 
+class Frozen(nnx.Variable):
+    """A variable that no optimizer of parameters sees."""
+
+
+def test_layer_operators_of_kernels_that_are_no_parameters():
+    model = CNN()
+    expected = jnnx.layer_operators(model)
+    model.dense.kernel = Frozen(model.dense.kernel[...])
+    assert jnnx.layer_operators(model) == expected
+    model.dense = jnnx.SpectralNorm(model.dense)
+    assert jnnx.layer_operators(model)["dense", "layer", "kernel"] == jaxsrn.Dense()
+
+
 def network(depth):
     """Layers of one shape; the last is held to something else."""
     return nnx.List([nnx.Linear(6, 6, rngs=nnx.Rngs(i)) for i in range(depth)])
