@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -164,6 +165,15 @@ def test_the_order_sees_every_form_of_import(tmp_path):
         "from jaxsrn.spectra.norms import spectral_norm\nimport jax"
     )
     assert internal_imports(source) == {"optim", "linen", "spectra.pairs_by_kind", "spectra.norms"}
+
+
+def test_files_that_docstrings_and_comments_name_exist():
+    root = Path(__file__).parents[1]
+    places = (SOURCE, *(root / folder for folder in ("benchmarks", "examples", "tests")))
+    files = [f"/{path.relative_to(place.parent)}" for place in places for path in place.rglob("*.py")]
+    named = {(module, name) for module in ORDER for name in re.findall(r"[\w/]+\.py\b", path_of(module).read_text())}
+    assert len(named) > 50
+    assert [entry for entry in named if not any(file.endswith(f"/{entry[1]}") for file in files)] == []
 
 
 @pytest.mark.parametrize("folder", [name for name in FOLDERS if name != "_tools"])

@@ -1,8 +1,8 @@
 """Gram iteration: a guaranteed upper bound of the spectral norm by repeated squaring (Delattre et al. 2023).
 
 The squarings are matrix products alone. Branch and bound (`certified`) also gives a lower end, by SVDs and proofs. The
-factor between the frequencies of a coarse grid is the cosine of `grid_certificate.py`, which is smaller than the usual
-`1 / (1 - d / m)` with the degree `d` and `m` angles.
+factor between the frequencies of a coarse grid is the grid certificate (`spectra/circular/boxes.py`), which is smaller
+than the usual `1 / (1 - d / m)` with the degree `d` and `m` angles.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The regulariser of Guo, Ye 2019, which draws the extreme singular values of a layer together, computed to the end.
 
 It needs the largest and the smallest singular value. The paper follows both with power steps while it trains
-(`tracked.py`); here they are computed anew for every kernel: all frequencies of a circular layer by SVDs, one SVD of a
-small matrix, and Lanczos for the rest, whose lower end is the upper end of a shifted Gram matrix.
+(`tracked_pairs.py`); here they are computed anew for every kernel: all frequencies of a circular layer by SVDs, one SVD
+of a small matrix, and Lanczos for the rest, whose lower end is the upper end of a shifted Gram matrix.
 """
 
 from __future__ import annotations
@@ -163,6 +163,6 @@ def _smallest_matrix_free(kernel, op: Operator, norm) -> Pair:
 
     start = fixed_start((size,), kernel.dtype)
     vector = unit(leading_singular_vectors(shifted, shifted, start, size, _LOWER_TOLERANCE).input)
-    # The image is the singular value times a unit vector. Where the singular value is 0, `unit` gives zero.
+    # The image is the singular value times a unit vector. Where the singular value is 0, any unit vector will do.
     image = unit(matvec(vector))
     return as_images(*((image, vector) if in_size > out_size else (vector, image)), op, kernel.shape)

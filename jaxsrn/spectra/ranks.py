@@ -36,9 +36,9 @@ __all__ = [
 def stable_rank(kernel: Kernel, op: Operator) -> Float[Array, ""]:
     """`srank(T) = ||T||_F^2 / ||T||_2^2` of the layer `T(kernel)`.
 
-    It does not depend on the scale, and lies between 1 and the rank; it is 0 at the zero kernel. The gradient is exact
-    where the leading singular value is simple, and always finite. The second
-    derivative is exact there too; elsewhere it is as that of `spectral_norm`.
+    It does not depend on the scale, and lies between 1 and the rank; it is 0 at the zero kernel. Of an `UnboundedConv`
+    it is that per output sample, which can be below 1. The gradient is exact where the leading singular value is
+    simple, and always finite. The second derivative is exact there too; elsewhere it is as that of `spectral_norm`.
 
     Args:
       kernel: `(c_in, c_out)` or `(*taps, c_in // groups, c_out)`.
@@ -118,6 +118,9 @@ def stable_rank_range(kernel_shape: tuple[int, ...], op: Operator) -> StableRank
     Args:
       kernel_shape: `(c_in, c_out)` or `(*taps, c_in // groups, c_out)`.
       op: its operator.
+
+    Returns:
+      A `StableRankRange(low, high)` of static floats.
 
     Raises:
       ValueError: a shape that does not fit.

@@ -77,8 +77,12 @@ def singular_values(kernel: Kernel, op: Operator) -> Float[Array, " n"]:
       kernel: `(c_in, c_out)` or `(*taps, c_in // groups, c_out)`.
       op: its operator.
 
+    Returns:
+      A vector in float32 or wider; NaN where the kernel has one.
+
     Raises:
-      ValueError: a kernel that does not fit, or a zero-padded matrix that is too large to form.
+      ValueError: a kernel that does not fit, an `UnboundedConv`, whose values are infinitely many, or a zero-padded
+        matrix that is too large to form.
     """
     kernel, op = op._flattened(kernel_array(kernel, op))
     size = matrix_size(op, kernel.shape)
@@ -132,8 +136,11 @@ def top_singular_values(kernel: Kernel, op: Operator, k: int) -> Float[Array, " 
       op: its operator.
       k: static, from 1 to `min(prod(in_shape), prod(out_shape))`.
 
+    Returns:
+      A vector of `k` numbers in float32 or wider; NaN where the kernel has one.
+
     Raises:
-      ValueError: a kernel that does not fit, or a `k` out of range.
+      ValueError: a kernel that does not fit, an `UnboundedConv`, or a `k` out of range.
     """
     kernel, op = op._flattened(kernel_array(kernel, op))
     n = min(math.prod(op.in_shape(kernel.shape)), math.prod(op.out_shape(kernel.shape)))
