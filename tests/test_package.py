@@ -158,6 +158,16 @@ def test_imports_point_one_way(module):
     assert internal_imports(path_of(module)) <= before
 
 
+@pytest.mark.parametrize("module", ORDER)
+def test_a_file_lists_what_others_use_of_it(module):
+    for node in ast.walk(ast.parse(path_of(module).read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "jaxsrn":
+            folder = node.module.removeprefix("jaxsrn").lstrip(".")
+            modules = {alias.name for alias in node.names if f"{folder}.{alias.name}" in ORDER}
+            listed = getattr(importlib.import_module(node.module), "__all__", [])
+            assert {alias.name for alias in node.names} - modules <= set(listed), node.module
+
+
 def test_the_order_sees_every_form_of_import(tmp_path):
     source = tmp_path / "module.py"
     source.write_text(

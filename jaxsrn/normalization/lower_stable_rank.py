@@ -31,6 +31,8 @@ from jaxsrn.spectra.pairs_by_kind import pair_of_floats, pair_of_images, pair_sh
 from jaxsrn.spectra.singular_pair import Pair, rescaled
 
 __all__ = [
+    "lowered",
+    "lowest",
     "srnc",
 ]
 

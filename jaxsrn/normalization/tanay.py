@@ -21,6 +21,7 @@ from jaxsrn.spectra.ranks import stable_rank_range
 from jaxsrn.spectra.singular_pair import Pair, rescaled
 
 __all__ = [
+    "assessed",
     "srnc_tanay",
 ]
 

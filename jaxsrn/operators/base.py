@@ -23,6 +23,7 @@ from jaxsrn._tools.checks import Kernel, ensure, kernel_array, static_int
 from jaxsrn.operators.layouts import PLAIN, TO_TRANSPOSE_IN_IMAGES, TO_TRANSPOSE_IN_KERNELS, Layout
 
 __all__ = [
+    "Contacts",
     "Dense",
     "Operator",
 ]

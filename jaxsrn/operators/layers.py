@@ -29,9 +29,9 @@ __all__ = [
     "check_some",
     "find_kernels",
     "named_kernels",
+    "plain",
     "split_shape",
     "stacked",
-    "stacks",
     "values_of_stacks",
 ]
 
@@ -181,11 +181,6 @@ def stacked(layers: Layers, kernels: Mapping) -> list[Stack]:
     return found
 
 
-def stacks(layers: Layers, params) -> list[Stack]:
-    """The kernels that `layers` names in `params`, stacked; it raises what `named_kernels` raises."""
-    return stacked(layers, named_kernels(layers, params))
-
-
 def after(kernels: Shaped[Array, "..."], value: Shaped[Array, ""]) -> Shaped[Array, "..."]:
     """The same kernels, but not before `value` is known, for stacks that must be worked on in turn.
 
@@ -205,7 +200,7 @@ def values_of_stacks(function: Callable, layers: Layers, params) -> list:
       ValueError: what `named_kernels` refuses, or a function whose values are not scalars.
     """
     latest, found = jnp.zeros(()), []
-    for stack in stacks(layers, params):
+    for stack in stacked(layers, named_kernels(layers, params)):
         values = jax.vmap(function, (0, None))(after(stack.kernels, latest), stack.op)
         leaves = jax.tree.leaves(values)
         for leaf in leaves:

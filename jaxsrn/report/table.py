@@ -16,7 +16,7 @@ from typing import Any
 from jaxsrn.report.kernels import Skipped
 from jaxsrn.report.layers import LayerReport
 
-__all__ = ["Report", "aligned", "digits"]
+__all__ = ["Report", "aligned", "counted", "digits"]
 
 # A layer stands out by this factor: a half or the double is common among the layers of one trained network.
 _FACTOR = 3.0

@@ -21,7 +21,9 @@ from jaxsrn.spectra.singular_pair import rescaled
 
 __all__ = [
     "SingularTriplet",
+    "check_triplet",
     "leading_triplet",
+    "norm_of",
     "spectral_norm",
 ]
 

@@ -37,7 +37,7 @@ from jaxsrn.spectra.circular.real_floats import amplitudes_of, indices_of, parts
 from jaxsrn.spectra.circular.sites import Site, half_grid, on_grid
 from jaxsrn.spectra.singular_pair import Pair
 
-__all__ = ["as_floats", "begin", "follow", "of_floats", "watch_shapes"]
+__all__ = ["Climbers", "as_floats", "begin", "follow", "of_floats", "watch_shapes"]
 
 # Cells per degree of the symbol in a full turn of an axis, and the most of them: more miss fewer peaks, at the cost of
 # a climber each. With two per degree a layer without edges ended 6% above its norm after 200 steps of Adam, with eight

@@ -25,7 +25,6 @@ __all__ = [
     "among",
     "distinct_sites",
     "half_grid",
-    "is_self_conjugate",
     "multiplicity",
     "on_grid",
     "repetitions",
@@ -130,10 +129,10 @@ def distinct_sites(op: CircularConv) -> tuple[np.ndarray, np.ndarray]:
     # The opposite frequency has another last index, and lies outside the half grid, except in the columns 0 and n/2.
     kept = (own <= conjugate) | (2 * index[-1] % op.grid[-1] != 0)
     sites = np.flatnonzero(np.repeat(kept, op.feature_group_count))
-    return sites, np.where(is_self_conjugate(op)[sites], 1, 2)
+    return sites, np.where(_is_self_conjugate(op)[sites], 1, 2)
 
 
-def is_self_conjugate(op: CircularConv) -> np.ndarray:
+def _is_self_conjugate(op: CircularConv) -> np.ndarray:
     """Which sites are at a self-opposite frequency, `w = -w` modulo 2 pi on every axis, where `S(w)` is real."""
     axes = [2 * np.arange(m) % n == 0 for m, n in zip(half_grid(op), op.grid, strict=True)]
     return np.repeat(functools.reduce(np.logical_and.outer, axes), op.feature_group_count)
