@@ -68,6 +68,10 @@ class Operator(abc.ABC):
     def _channels(self, kernel_shape: tuple[int, ...]) -> tuple[int, int]:
         """The numbers of input and of output channels (static)."""
 
+    def _sizes(self, kernel_shape: tuple[int, ...]) -> tuple[int, int]:
+        """How many numbers the layer reads and writes, and for one output sample where it has no edges (static)."""
+        return math.prod(self.in_shape(kernel_shape)), math.prod(self.out_shape(kernel_shape))
+
     @abc.abstractmethod
     def _axis_strides(self, kernel_shape: tuple[int, ...]) -> tuple[int, ...]:
         """The stride on each spatial axis (static)."""

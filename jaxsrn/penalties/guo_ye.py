@@ -8,7 +8,6 @@ of a small matrix, and Lanczos for the rest, whose lower end is the upper end of
 from __future__ import annotations
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -95,10 +94,8 @@ def check_side(gram) -> None:
 
 def exceeds_output(op: Operator, kernel_shape) -> bool:
     """Whether the input is larger than the output (static)."""
-    if isinstance(op, UnboundedConv):
-        channels_in, channels_out = op._channels(kernel_shape)
-        return channels_in * math.prod(op._axis_strides(kernel_shape)) > channels_out
-    return math.prod(op.in_shape(kernel_shape)) > math.prod(op.out_shape(kernel_shape))
+    inputs, outputs = op._sizes(kernel_shape)
+    return inputs > outputs
 
 
 @functools.partial(program, static_argnums=(1, 3))

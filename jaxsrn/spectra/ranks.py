@@ -161,8 +161,9 @@ def target_of_fraction(fraction: float, kernel_shape: tuple[int, ...], op: Opera
       ValueError: a shape that does not fit, or a fraction outside (0, 1] or below what the taps of the kernel allow.
     """
     ensure(0 < fraction <= 1, f"fraction: got {fraction}, expected a number in (0, 1].")
-    largest = _largest_rank(kernel_shape, op)
     low, high = stable_rank_range(kernel_shape, op)
+    # The stable rank of an operator with equal singular values.
+    largest = min(op._sizes(kernel_shape))
     if low == high:
         return low
     # The slack keeps the lower end itself allowed in spite of rounding.
@@ -172,11 +173,3 @@ def target_of_fraction(fraction: float, kernel_shape: tuple[int, ...], op: Opera
         f"shape {tuple(kernel_shape)} is at least {low:.6g} of {largest}.",
     )
     return fraction * largest
-
-
-def _largest_rank(kernel_shape: tuple[int, ...], op: Operator) -> int:
-    """The stable rank of an operator with equal singular values; per output sample for an unbounded convolution."""
-    if isinstance(op, UnboundedConv):
-        channels_in, channels_out = op._channels(kernel_shape)
-        return min(channels_in * math.prod(op._axis_strides(kernel_shape)), channels_out)
-    return min(math.prod(op.in_shape(kernel_shape)), math.prod(op.out_shape(kernel_shape)))
