@@ -186,10 +186,10 @@ def test_grids_hold_what_the_proof_needs(op, shape):
     # phi is half the sum of degrees times angles, and a half step between frequencies is pi / n.
     np.testing.assert_allclose(grid.rates, [d / 2 * np.pi / n for d, n in zip(degree, op.grid, strict=True)])
     if np.isinf(supremum):
-        assert grid.excess == 0
+        assert grid.tangent == 0
         np.testing.assert_array_equal(grid.sizes, 1)
         return
-    np.testing.assert_allclose(grid.excess**2, supremum**2 - 1, rtol=1e-9, atol=1e-15)
+    np.testing.assert_allclose(grid.tangent**2, supremum**2 - 1, rtol=1e-9, atol=1e-15)
     # Single frequencies too are as wide as they are; no box is wider than 0.6.
     assert np.sum((grid.sizes - 1) * grid.rates) <= 0.6 + 1e-12
     constant = np.array(degree) == 0
@@ -219,7 +219,7 @@ def test_boxes_are_few_and_wide():
     assert boxes.num_boxes(CircularConv((2, 2)), (3, 3, 2, 2)) == (2, 2)
     assert boxes.num_boxes(CircularConv((9, 9)), (3, 3, 2, 2), is_reduced=True) == (9, 5)
     reduced = boxes.grid_of(CircularConv((9, 9)), (3, 3, 2, 2), np.float64, is_reduced=True)
-    assert (reduced.excess, reduced.last_level, *reduced.sizes) == (0, 0, 1, 1)
+    assert (reduced.tangent, reduced.last_level, *reduced.sizes) == (0, 0, 1, 1)
 
 
 @pytest.mark.parametrize("n", [3, 5, 8])
@@ -411,7 +411,7 @@ SEARCHED = [
 @pytest.mark.parametrize("loss", [0.0, 0.3])
 @pytest.mark.parametrize(("op", "shape"), SEARCHED, ids=str)
 def test_boxes_are_low_by_bernstein_and_szegoe(op, shape, loss):
-    """Exactly where the centre is below `limit (cos phi - excess sin phi)`, by the formula of the module."""
+    """Exactly where the centre is below `limit (cos phi - tangent sin phi)`, by the formula of the module."""
     kernel, grid = gaussian(shape), boxes.grid_of(op, shape, np.float64)
     poly = dataclasses.replace(gram_polynomial(jnp.asarray(kernel), op, False), loss=jnp.asarray(loss))
     corners, levels = boxes_of_all_levels(op, grid)
@@ -420,9 +420,9 @@ def test_boxes_are_low_by_bernstein_and_szegoe(op, shape, loss):
     values = np.linalg.norm(symbol_at(kernel, op, 2 * np.asarray(corners) + sizes - 1), 2, axis=(1, 2))
     squares = symbol_at(kernel, op, 2 * np.indices(op.grid).reshape((op.num_axes, -1)).T)
     largest = np.linalg.norm(squares, 2, axis=(1, 2)).max()
-    excess = np.sqrt(boxes.overshoot(op, shape) ** 2 - 1)
+    tangent = np.sqrt(boxes.overshoot(op, shape) ** 2 - 1)
     for limit in (0.6 * largest, largest, 1.3 * largest):
-        share = np.maximum(np.cos(phi) - excess * np.sin(phi), 0)
+        share = np.maximum(np.cos(phi) - tangent * np.sin(phi), 0)
         found = np.asarray(branch_and_bound._are_low(poly, grid, corners, levels, jnp.asarray(limit)))
         sure = np.abs(values**2 + loss - (limit * share) ** 2) > 1e-9
         np.testing.assert_array_equal(found[sure], (values**2 + loss < (limit * share) ** 2)[sure])

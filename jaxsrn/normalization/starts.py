@@ -46,7 +46,7 @@ from jaxsrn.spectra.circular.fourier import (
     squared_phase_sums,
     terms_of,
 )
-from jaxsrn.spectra.circular.site_pairs import site_pairs
+from jaxsrn.spectra.circular.site_pairs import pairs_at
 from jaxsrn.spectra.circular.sites import Site, among, half_grid, on_grid, sites_at, without_edges
 from jaxsrn.spectra.padded.circular_model import windowed
 from jaxsrn.spectra.ranks import largest_functional
@@ -229,7 +229,7 @@ def _scanned(problem: Problem, op: CircularConv, reach: _Reach, wanted: Bool[Arr
 
     def look(state: _Scan) -> _Scan:
         places = picked(order, state.position)
-        values, pairs = site_pairs(kernel, op, picked(sites, places))
+        values, pairs = pairs_at(kernel, op, picked(sites, places))
         bound = jnp.min(_bounds(problem, picked(e, places), values, reach.phi))
         if reach.phase is not None:
             values, pairs = _with_phase(kernel, op, values, pairs, reach.phase, counts.size)

@@ -26,7 +26,7 @@ from jaxsrn.operators.convolutions import CircularConv, UnboundedConv
 from jaxsrn.spectra.circular.boxes import on_dividing_grid
 from jaxsrn.spectra.circular.fourier import half_symbol, site_symbol
 from jaxsrn.spectra.circular.sites import among, distinct_sites, on_grid, sites_at, without_constant_axes
-from jaxsrn.spectra.image_pairs import as_images, flat_products
+from jaxsrn.spectra.image_pairs import flat_products, of_flat_vectors
 from jaxsrn.spectra.moving_pairs import frozen_value
 from jaxsrn.spectra.pairs_by_kind import leading_pair
 from jaxsrn.spectra.singular_pair import Pair, matrix_size, rescaled
@@ -119,7 +119,7 @@ def _extreme_pairs(kernel: Float[Array, "..."], op: Operator) -> tuple[Pair, Pai
     if not op._needs_explicit_matrix or matrix_size(op, kernel.shape) <= BOTH_ENDS_SIZE:
         # `end_pairs` wants the inputs in the rows, as a symbol has them.
         matrix = op.to_dense(kernel).T[None]
-        largest, smallest = (as_images(u[0], v[0], op, kernel.shape) for _, u, v in end_pairs(matrix, (0, -1)))
+        largest, smallest = (of_flat_vectors(u[0], v[0], op, kernel.shape) for _, u, v in end_pairs(matrix, (0, -1)))
         return largest, smallest
     largest = leading_pair(kernel, op)
     return largest, _smallest_matrix_free(kernel, op, frozen_value(kernel, op, largest))
@@ -162,4 +162,4 @@ def _smallest_matrix_free(kernel, op: Operator, norm) -> Pair:
     vector = unit(leading_singular_vectors(shifted, shifted, start, size, _LOWER_TOLERANCE).input)
     # The image is the singular value times a unit vector. Where the singular value is 0, any unit vector will do.
     image = unit(matvec(vector))
-    return as_images(*((image, vector) if in_size > out_size else (vector, image)), op, kernel.shape)
+    return of_flat_vectors(*((image, vector) if in_size > out_size else (vector, image)), op, kernel.shape)

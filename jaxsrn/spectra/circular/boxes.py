@@ -96,7 +96,7 @@ class Grid(NamedTuple):
       last_level: the level of single frequencies.
       finest: the steps between frequencies whose singular values differ by less than rounding at a maximum.
       rates: what a half step between neighbouring frequencies adds to phi.
-      excess: `sqrt(U^2 / L^2 - 1)` with the bound `U / L` of `overshoot`.
+      tangent: `sqrt(U^2 / L^2 - 1)` with the bound `U / L` of `overshoot`, the tangent of `arccos(L / U)`.
     """
 
     angles: Angles
@@ -106,7 +106,7 @@ class Grid(NamedTuple):
     last_level: Int[Array, ""]
     finest: Int[Array, " axes"]
     rates: Float[Array, " axes"]
-    excess: Float[Array, ""]
+    tangent: Float[Array, ""]
 
 
 def _share(op: CircularConv, kernel_shape: tuple[int, ...]) -> np.ndarray:
@@ -125,9 +125,9 @@ def grid_of(op: CircularConv, kernel_shape: tuple[int, ...], dtype, is_reduced: 
     """The grid of a layer; its boxes are single frequencies where no width is certified, or the kernel is reduced."""
     samples, ends = np.array(op.grid), np.array(half_grid(op))
     per_axis = np.array(degrees(op, kernel_shape))
-    excess, sizes = 0.0, np.ones_like(ends)
+    tangent, sizes = 0.0, np.ones_like(ends)
     if not _takes_single_frequencies(op, kernel_shape, is_reduced):
-        excess = math.sqrt(overshoot(op, kernel_shape) ** 2 - 1)
+        tangent = math.sqrt(overshoot(op, kernel_shape) ** 2 - 1)
         wide = 1 + np.floor(_share(op, kernel_shape) * samples).astype(int)
         sizes = np.minimum(ends, np.where(per_axis == 0, ends, wide))
     return Grid(
@@ -138,7 +138,7 @@ def grid_of(op: CircularConv, kernel_shape: tuple[int, ...], dtype, is_reduced: 
         np.asarray(int(np.max(sizes) - 1).bit_length(), np.int32),
         (samples * math.sqrt(jnp.finfo(dtype).eps) / (2 * np.pi * np.maximum(per_axis, 1))).astype(np.int32),
         (np.pi * per_axis / (2 * samples)).astype(dtype),
-        np.asarray(excess, dtype),
+        np.asarray(tangent, dtype),
     )
 
 
