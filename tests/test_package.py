@@ -72,6 +72,7 @@ HOUSE = {
         "starts",
         "iteration",
         "result",
+        "assessment",
         "normalized",
         "reverse_mode",
         "implicit",

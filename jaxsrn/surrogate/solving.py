@@ -22,9 +22,9 @@ from jaxsrn._tools.checks import Kernel, ensure, float_dtype, static_int
 from jaxsrn._tools.held import held, refusing
 from jaxsrn._tools.linalg import unit
 from jaxsrn._tools.programs import program
+from jaxsrn.normalization.assessment import assessed
 from jaxsrn.normalization.closed_form import Problem, problem_of
 from jaxsrn.normalization.result import SRNResult, in_own_scale
-from jaxsrn.normalization.tanay import assessed
 from jaxsrn.operators.base import Operator
 from jaxsrn.operators.convolutions import CircularConv
 from jaxsrn.spectra.moving_pairs import frozen_value
