@@ -12,7 +12,8 @@ from flax import nnx
 
 from jaxsrn._tools.checks import ensure, errors_named
 from jaxsrn.nnx.wrappers import LAYERS, Normalized
-from jaxsrn.normalization.training.flax_constraint import CallRecord, each_kind_once, trace
+from jaxsrn.normalization.training.flax_constraint import each_kind_once
+from jaxsrn.operators.flax_calls import CallRecord, trace
 from jaxsrn.operators.layers import LayerOperators
 
 __all__ = [
