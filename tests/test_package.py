@@ -83,6 +83,7 @@ HOUSE = {
         "training.tracked_images",
         "training.tracked_torus",
         "training.tracking",
+        "training.state",
         "training.step",
         "training.flax_constraint",
     ],

@@ -29,7 +29,7 @@ from jaxsrn.linen.wrappers import (
     trace_keys,
 )
 from jaxsrn.normalization.training.flax_constraint import each_kind_once
-from jaxsrn.normalization.training.step import SRNCState
+from jaxsrn.normalization.training.state import SRNCState
 from jaxsrn.operators.flax_calls import trace
 from jaxsrn.operators.flax_layers import LayerMap, layer_name
 

@@ -11,7 +11,8 @@ import jax.core
 import jax.numpy as jnp
 
 from jaxsrn._tools.checks import ensure, errors_named
-from jaxsrn.normalization.training.step import SRNCState, check_gradient, srnc_state, srnc_step
+from jaxsrn.normalization.training.state import SRNCState, srnc_state
+from jaxsrn.normalization.training.step import check_gradient, srnc_step
 from jaxsrn.operators.flax_layers import LayerMap, layer_name
 from jaxsrn.spectra.ranks import target_of_fraction
 
