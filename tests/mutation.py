@@ -64,7 +64,8 @@ HELD_BY = {
     "jaxsrn/bounds/gram.py": proofs("written_out or cancel", "_gram_iteration", "_squared_symbol"),
     "jaxsrn/bounds/interval.py": proofs("intervals_by or beyond or cancel", "_interval", "_beyond"),
     "jaxsrn/normalization/closed_form.py": proofs("closed_form or problem or functional or feasible"),
-    "jaxsrn/spectra/circular/boxes.py": proofs("grid or boxes or overshoot"),
+    "jaxsrn/spectra/circular/grid_certificate.py": proofs("grid or overshoot"),
+    "jaxsrn/spectra/circular/boxes.py": proofs("grid or boxes"),
     "jaxsrn/spectra/circular/branch_and_bound.py": proofs("low or flat", "_are_low", "_is_flat"),
     "jaxsrn/projections/augmented_lagrangian.py": proofs(
         "lagrangian or gap", "duality_gap", "distance_and_excess", "_evaluate"

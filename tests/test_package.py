@@ -39,6 +39,7 @@ HOUSE = {
         "circular.fourier",
         "circular.waves",
         "circular.grams",
+        "circular.grid_certificate",
         "circular.boxes",
         "circular.climbing",
         "circular.branch_and_bound",

@@ -17,7 +17,7 @@ from jaxsrn.bounds.covers import NormInterval, covers, slack_of, widened
 from jaxsrn.normalization import closed_form as closed
 from jaxsrn.projections import augmented_lagrangian, frequency_passes
 from jaxsrn.projections.clipping import matrix_stack
-from jaxsrn.spectra.circular import boxes, branch_and_bound
+from jaxsrn.spectra.circular import boxes, branch_and_bound, grid_certificate
 from jaxsrn.spectra.circular.grams import gram_polynomial
 from jaxsrn.spectra.circular.sites import half_grid
 from jaxsrn.spectra.pairs_by_kind import leading_pair
@@ -176,13 +176,13 @@ def test_boxes_cover_the_half_grid_on_every_level(op, shape):
 def test_grids_hold_what_the_proof_needs(op, shape):
     """Degrees, the supremum over the grid's maximum, and how far phi moves from a box's centre to its corner."""
     degree = degrees_of(op, shape)
-    assert boxes.degrees(op, shape) == degree
+    assert grid_certificate.degrees(op, shape) == degree
     grid = boxes.grid_of(op, shape, np.float64)
     np.testing.assert_array_equal(grid.samples, op.grid)
     np.testing.assert_array_equal(grid.ends, half_grid(op))
     ratios = [d / n for d, n in zip(degree, op.grid, strict=True)]
     supremum = 1 / np.prod([np.cos(np.pi * r / 2) for r in ratios]) if max(ratios) < 1 else np.inf
-    np.testing.assert_allclose(boxes.overshoot(op, shape), supremum, rtol=1e-12)
+    np.testing.assert_allclose(grid_certificate.overshoot(op, shape), supremum, rtol=1e-12)
     # phi is half the sum of degrees times angles, and a half step between frequencies is pi / n.
     np.testing.assert_allclose(grid.rates, [d / 2 * np.pi / n for d, n in zip(degree, op.grid, strict=True)])
     if np.isinf(supremum):
@@ -227,16 +227,16 @@ def test_overshoot_is_attained(n):
     """By `1 +- exp(-i w)`, whose largest value lies half a step from the nearest frequencies."""
     sign = -1 if n % 2 else np.exp(1j * np.pi * (1 + 1 / n))
     values = np.abs(1 + sign * np.exp(-2j * np.pi * np.arange(n) / n))
-    np.testing.assert_allclose(2 / values.max(), boxes.overshoot(CircularConv((n,)), (2, 1, 1)), rtol=1e-12)
+    np.testing.assert_allclose(2 / values.max(), grid_certificate.overshoot(CircularConv((n,)), (2, 1, 1)), rtol=1e-12)
 
 
 def test_coarse_grids():
     op = CircularConv((30, 30), strides=(2, 1))
-    assert boxes.on_coarse_grid(op, (5, 1, 2, 2), 8).input_shape == (32, 1)
-    assert boxes.on_coarse_grid(UnboundedConv(strides=(2, 1)), (5, 4, 2, 2), 3).input_shape == (12, 9)
-    assert boxes.on_dividing_grid(op, (7, 1, 2, 2), 4).input_shape == (32, 1)
-    assert boxes.on_dividing_grid(op, (7, 1, 2, 2), 4, 3).input_shape == (16, 1)
-    assert boxes.on_dividing_grid(op, (7, 2, 2, 2), 4, 5).input_shape == (32, 4)
+    assert grid_certificate.on_coarse_grid(op, (5, 1, 2, 2), 8).input_shape == (32, 1)
+    assert grid_certificate.on_coarse_grid(UnboundedConv(strides=(2, 1)), (5, 4, 2, 2), 3).input_shape == (12, 9)
+    assert grid_certificate.on_dividing_grid(op, (7, 1, 2, 2), 4).input_shape == (32, 1)
+    assert grid_certificate.on_dividing_grid(op, (7, 1, 2, 2), 4, 3).input_shape == (16, 1)
+    assert grid_certificate.on_dividing_grid(op, (7, 2, 2, 2), 4, 5).input_shape == (32, 4)
 
 
 @pytest.mark.parametrize("n", [7, 8])
@@ -420,7 +420,7 @@ def test_boxes_are_low_by_bernstein_and_szegoe(op, shape, loss):
     values = np.linalg.norm(symbol_at(kernel, op, 2 * np.asarray(corners) + sizes - 1), 2, axis=(1, 2))
     squares = symbol_at(kernel, op, 2 * np.indices(op.grid).reshape((op.num_axes, -1)).T)
     largest = np.linalg.norm(squares, 2, axis=(1, 2)).max()
-    tangent = np.sqrt(boxes.overshoot(op, shape) ** 2 - 1)
+    tangent = np.sqrt(grid_certificate.overshoot(op, shape) ** 2 - 1)
     for limit in (0.6 * largest, largest, 1.3 * largest):
         share = np.maximum(np.cos(phi) - tangent * np.sin(phi), 0)
         found = np.asarray(branch_and_bound._are_low(poly, grid, corners, levels, jnp.asarray(limit)))

@@ -20,7 +20,7 @@ from jaxsrn._tools.tolerances import torus_excess
 from jaxsrn.bounds.covers import NormInterval, covers, slack_of, widened
 from jaxsrn.operators.base import Dense, Operator
 from jaxsrn.operators.convolutions import CircularConv, UnboundedConv, ZeroPaddedConv
-from jaxsrn.spectra.circular.boxes import overshoot
+from jaxsrn.spectra.circular.grid_certificate import overshoot
 from jaxsrn.spectra.circular.leading import leading_wave
 from jaxsrn.spectra.circular.sites import on_grid
 from jaxsrn.spectra.common_shapes import in_common_shape

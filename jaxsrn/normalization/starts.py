@@ -33,7 +33,6 @@ from jaxsrn.normalization.closed_form import (
 )
 from jaxsrn.operators.base import Operator
 from jaxsrn.operators.convolutions import CircularConv, UnboundedConv, ZeroPaddedConv
-from jaxsrn.spectra.circular.boxes import degrees, on_dividing_grid
 from jaxsrn.spectra.circular.fourier import (
     axis_waves,
     complex_dtype,
@@ -46,6 +45,7 @@ from jaxsrn.spectra.circular.fourier import (
     squared_phase_sums,
     terms_of,
 )
+from jaxsrn.spectra.circular.grid_certificate import degrees, on_dividing_grid
 from jaxsrn.spectra.circular.site_pairs import pairs_at
 from jaxsrn.spectra.circular.sites import Site, among, half_grid, on_grid, sites_at, without_edges
 from jaxsrn.spectra.padded.circular_model import windowed

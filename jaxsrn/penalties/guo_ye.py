@@ -23,8 +23,8 @@ from jaxsrn._tools.subspaces import fixed_start
 from jaxsrn._tools.tolerances import BOTH_ENDS_SIZE
 from jaxsrn.operators.base import Operator
 from jaxsrn.operators.convolutions import CircularConv, UnboundedConv
-from jaxsrn.spectra.circular.boxes import on_dividing_grid
 from jaxsrn.spectra.circular.fourier import half_symbol, site_symbol
+from jaxsrn.spectra.circular.grid_certificate import on_dividing_grid
 from jaxsrn.spectra.circular.sites import among, distinct_sites, on_grid, sites_at, without_constant_axes
 from jaxsrn.spectra.image_pairs import flat_products, of_flat_vectors
 from jaxsrn.spectra.moving_pairs import frozen_value

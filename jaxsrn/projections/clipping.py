@@ -21,8 +21,8 @@ from jaxtyping import Array, Float, Inexact
 from jaxsrn._tools.linalg import matmul
 from jaxsrn.operators.base import Operator
 from jaxsrn.operators.convolutions import CircularConv, UnboundedConv
-from jaxsrn.spectra.circular.boxes import on_coarse_grid
 from jaxsrn.spectra.circular.fourier import half_symbol
+from jaxsrn.spectra.circular.grid_certificate import on_coarse_grid
 from jaxsrn.spectra.circular.sites import multiplicity, repetitions, without_constant_axes
 
 __all__ = [

@@ -29,8 +29,8 @@ from jaxsrn.bounds.covers import covers
 from jaxsrn.operators.base import Operator
 from jaxsrn.operators.convolutions import CircularConv
 from jaxsrn.projections.clipping import MatrixStack, clipped, overshooting, split
-from jaxsrn.spectra.circular.boxes import degrees, on_coarse_grid
 from jaxsrn.spectra.circular.fourier import half_symbol
+from jaxsrn.spectra.circular.grid_certificate import degrees, on_coarse_grid
 from jaxsrn.spectra.circular.sites import multiplicity, without_edges
 
 __all__ = [

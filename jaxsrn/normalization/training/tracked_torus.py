@@ -31,8 +31,8 @@ from jaxsrn._tools.subspaces import fixed_start
 from jaxsrn.normalization.training.tracked_images import Step
 from jaxsrn.operators.convolutions import CircularConv, UnboundedConv
 from jaxsrn.spectra.circular.angles import angles_of, waves
-from jaxsrn.spectra.circular.boxes import degrees
 from jaxsrn.spectra.circular.fourier import complex_dtype, of_group, polynomial, site_shape
+from jaxsrn.spectra.circular.grid_certificate import degrees
 from jaxsrn.spectra.circular.real_floats import amplitudes_of, indices_of, parts_of, turns_of
 from jaxsrn.spectra.circular.sites import Site, half_grid, on_grid
 from jaxsrn.spectra.singular_pair import Pair

@@ -7,12 +7,12 @@ at most `phi = 1/2 sum_j d_j |dw_j|`. If the grid's maximum `L` is in a box of f
 
     sigma_max(S(centre)) >= L cos(phi) - sqrt(U^2 - L^2) sin(phi),    U <= L / prod_j cos(pi d_j / (2 n_j)).
 
-The bound of `U` is the grid certificate of `boxes.py`. A box whose centre is below the first bound for the best value
-known cannot hold a larger one, and one Cholesky factorization of the centre's Gram matrix proves that. The other boxes
-are split, down to single frequencies. One that is higher than all known ones may lie on a slope, where very many others
-are, so that the search climbs from it. How many boxes are looked at depends on the taps and on how flat the spectrum
-is, not on the size of the image. SVDs at all frequencies (Sedghi, Gupta, Long 2019) give the same number at a cost that
-does.
+The bound of `U` is the grid certificate (`grid_certificate.py`). A box (`boxes.py`) whose centre is below the first
+bound for the best value known cannot hold a larger one, and one Cholesky factorization of the centre's Gram matrix
+proves that. The other boxes are split, down to single frequencies. One that is higher than all known ones may lie on a
+slope, where very many others are, so that the search climbs from it. How many boxes are looked at depends on the taps
+and on how flat the spectrum is, not on the size of the image. SVDs at all frequencies (Sedghi, Gupta, Long 2019) give
+the same number at a cost that does.
 """
 
 from __future__ import annotations

@@ -34,8 +34,8 @@ __all__ = [
     "without_edges",
 ]
 
-# Angles per axis that stand for a whole axis of the torus. By the grid certificate (`boxes.py`) the supremum exceeds
-# the maximum over them by less than 1e-13 with taps of degree 2, and by 4e-11 with degree 100.
+# Angles per axis that stand for a whole axis of the torus. By the grid certificate (`grid_certificate.py`) the supremum
+# exceeds the maximum over them by less than 1e-13 with taps of degree 2, and by 4e-11 with degree 100.
 _FINE = 2**24
 
 
