@@ -16,7 +16,8 @@ from sklearn.datasets import load_digits
 
 import jaxsrn
 import jaxsrn.nnx as jnnx
-from jaxsrn.operators.flax_layers import kind_of, layer_map
+from jaxsrn.operators.flax_kinds import kind_of
+from jaxsrn.operators.flax_layers import layer_map
 
 IMAGES = ((load_digits().data / 16).astype(np.float32).reshape(-1, 8, 8, 1), load_digits().target)
 

@@ -12,7 +12,8 @@ from typing import Any
 import jax
 
 from jaxsrn._tools.checks import ensure, errors_named
-from jaxsrn.operators.flax_layers import FlaxLayers, LayerMap, kind_of, layer_map, own_shape
+from jaxsrn.operators.flax_kinds import FlaxLayers, kind_of
+from jaxsrn.operators.flax_layers import LayerMap, layer_map, own_shape
 from jaxsrn.operators.layers import LayerOperators, Path
 
 __all__ = ["CallRecord", "trace"]

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from jaxsrn._tools.checks import ensure, errors_named
 from jaxsrn.normalization.training.state import SRNCState, srnc_state
 from jaxsrn.normalization.training.step import check_gradient, srnc_step
-from jaxsrn.operators.flax_layers import LayerMap, layer_name
+from jaxsrn.operators.flax_kinds import layer_name
+from jaxsrn.operators.flax_layers import LayerMap
 from jaxsrn.spectra.ranks import target_of_fraction
 
 __all__ = ["Constraint", "each_kind_once", "target_for"]
