@@ -28,6 +28,8 @@ __all__ = [
     "Operator",
 ]
 
+# Inputs or outputs of a layer, with any number of batch axes first.
+Images = Shaped[Array | np.ndarray, "..."]
 # The two spellings of full precision.
 _FULL = (lax.Precision.HIGHEST, "highest")
 
@@ -92,7 +94,7 @@ class Operator(abc.ABC):
         """The kernel and the operator of the same map in the form in which it is computed: matrices have two axes."""
         return kernel, self
 
-    def apply(self, kernel: Kernel, x: Kernel, *, precision=None) -> Shaped[Array, "..."]:
+    def apply(self, kernel: Kernel, x: Images, *, precision=None) -> Shaped[Array, "..."]:
         """`T(kernel) x`: what the Flax layer computes, without its bias.
 
         Args:
@@ -127,7 +129,7 @@ class Operator(abc.ABC):
         y = self._apply_batch(kernel.astype(dtype), x, precision, layout, by_fft)
         return y.reshape((*batch, *y.shape[1:]))
 
-    def transpose(self, kernel: Kernel, y: Kernel, *, precision=None):
+    def transpose(self, kernel: Kernel, y: Images, *, precision=None):
         """`T(kernel)^T y`: the adjoint in the input, from `(*batch, *out_shape)` to `(*batch, *in_shape)`.
 
         Raises:
