@@ -12,6 +12,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from jaxsrn._tools.checks import Kernel, ensure, float_dtype, kernel_array, positive_scalar
+from jaxsrn._tools.linalg import ratio
 from jaxsrn._tools.programs import program
 from jaxsrn.operators.base import Operator
 from jaxsrn.spectra.common_shapes import in_common_shape
@@ -114,7 +115,7 @@ def _residual(kernel, op, value, left, right):
         jnp.linalg.norm(op.apply(kernel, right, precision=highest) - value * left),
         jnp.linalg.norm(op.transpose(kernel, left, precision=highest) - value * right),
     )
-    return jnp.where(value == 0, 0.0, jnp.maximum(*errors) / jnp.where(value == 0, 1.0, value))
+    return ratio(jnp.maximum(*errors), value)
 
 
 def spectral_norm(kernel: Kernel, op: Operator) -> Float[Array, ""]:
