@@ -101,7 +101,7 @@ HOUSE = {
         "hidden_layers",
     ],
     "sphere": [],
-    "optim": ["keeping", "riemannian", "layers", "descent"],
+    "optim": ["keeping", "constraints", "riemannian", "descent"],
     "surrogate": ["smoothed_maximum", "problem", "descent", "solving"],
     "nnx": ["wrappers", "models"],
     "linen": ["wrappers", "constrained", "models"],
