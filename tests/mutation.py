@@ -51,25 +51,28 @@ class Held(NamedTuple):
     functions: tuple[str, ...] = ()
 
 
-def proofs(which: str, *functions: str) -> Held:
-    return Held(("tests/test_proofs.py", "-k", which), functions)
+def proofs(of: str, which: str, *functions: str) -> Held:
+    """The tests of these names in `test_proofs_*.py`, for the changes of these functions."""
+    return Held((*(f"tests/test_proofs_{part}.py" for part in of.split()), "-k", which), functions)
 
 
 HELD_BY = {
-    "jaxsrn/_tools/proofs.py": proofs("below or rounding"),
-    "jaxsrn/bounds/covers.py": proofs("cover or rounding or coefficients"),
-    "jaxsrn/bounds/coefficients.py": proofs("coefficients or matrix_norms"),
-    "jaxsrn/bounds/entries.py": proofs("coefficients or lip_bound", "_lip_bound", "_l1", "_channel_l1"),
-    "jaxsrn/bounds/reshapings.py": proofs("coefficients", "_fantastic_four", "_reshapings"),
-    "jaxsrn/bounds/gram.py": proofs("written_out or cancel", "_gram_iteration", "_squared_symbol"),
-    "jaxsrn/bounds/interval.py": proofs("intervals_by or beyond or cancel", "_interval", "_beyond"),
-    "jaxsrn/normalization/closed_form.py": proofs("closed_form or problem or functional or feasible"),
-    "jaxsrn/spectra/circular/boxes.py": proofs("grid or boxes or overshoot"),
-    "jaxsrn/spectra/circular/branch_and_bound.py": proofs("low or flat", "_are_low", "_is_flat"),
+    "jaxsrn/_tools/proofs.py": proofs("frequencies bounds", "below or rounding"),
+    "jaxsrn/bounds/covers.py": proofs("bounds", "cover or rounding or coefficients"),
+    "jaxsrn/bounds/coefficients.py": proofs("bounds", "coefficients or matrix_norms"),
+    "jaxsrn/bounds/entries.py": proofs("bounds", "coefficients or lip_bound", "_lip_bound", "_l1", "_channel_l1"),
+    "jaxsrn/bounds/reshapings.py": proofs("bounds", "coefficients", "_fantastic_four", "_reshapings"),
+    "jaxsrn/bounds/gram.py": proofs("bounds", "written_out or cancel", "_gram_iteration", "_squared_symbol"),
+    "jaxsrn/bounds/interval.py": proofs("bounds", "intervals_by or beyond or cancel", "_interval", "_beyond"),
+    "jaxsrn/normalization/closed_form.py": proofs("closed_form", "test"),
+    "jaxsrn/spectra/circular/grid_certificate.py": proofs("frequencies bounds", "grid or overshoot"),
+    "jaxsrn/spectra/circular/boxes.py": proofs("frequencies", "grid or boxes"),
+    "jaxsrn/spectra/circular/branch_and_bound.py": proofs("frequencies", "low or flat", "_are_low", "_is_flat"),
     "jaxsrn/projections/augmented_lagrangian.py": proofs(
-        "lagrangian or gap", "duality_gap", "distance_and_excess", "_evaluate"
+        "projections", "lagrangian or gap", "duality_gap", "distance_and_excess", "_evaluate"
     ),
     "jaxsrn/projections/frequency_passes.py": proofs(
+        "projections",
         "passes or polar or frequencies",
         *("few_frequencies", "_on_part_of_grid", "polar", "unit_direction", "nuclear_norm", "_gain", "dual_point"),
         "solved",

@@ -16,7 +16,8 @@ import jaxsrn
 import jaxsrn.linen as jlinen
 import jaxsrn.nnx as jnnx
 from jaxsrn.linen.wrappers import LAYERS as LAYERS_OF_LINEN
-from jaxsrn.operators.flax_layers import kind_of, layer_map
+from jaxsrn.operators.flax_kinds import kind_of
+from jaxsrn.operators.flax_layers import layer_map
 
 FLOAT = {"param_dtype": jnp.float64}
 KEY = jax.random.key(0)

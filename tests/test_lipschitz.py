@@ -271,6 +271,15 @@ def test_spectral_measures_are_literal():
         np.testing.assert_allclose(along, by_difference, rtol=1e-5)
 
 
+def test_spectral_measures_of_matrices_of_several_axes():
+    """The projections of attention are matrices."""
+    heads = gaussian((4, 2, 3))
+    layers, matrix = {("heads",): Dense(output_axes=2)}, {("heads",): Dense()}
+    for measure in (lipschitz.spec_fro, lipschitz.spec_l1):
+        found, expected = measure(layers, {"heads": heads}, 1.0), measure(matrix, {"heads": heads.reshape(4, 6)}, 1.0)
+        np.testing.assert_allclose(found, expected, rtol=1e-12)
+
+
 def literal_margin(logits, label):
     return logits[label] - max(np.delete(logits, label))
 
@@ -283,6 +292,11 @@ def test_margins():
     # What is not known when the program is traced is data in the result.
     assert np.array_equal(np.isnan(jax.jit(lipschitz.margins)(logits, labels - 1)), labels == 0)
     assert np.isnan(lipschitz.margins(np.array([1.0, np.nan]), 0))
+    # There may be more classes than a narrow type of labels has numbers.
+    many = gaussian((1, 300))
+    for dtype in (np.uint8, np.int8):
+        found = lipschitz.margins(many, np.array([3], dtype))
+        np.testing.assert_allclose(found, literal_margin(many[0], 3), rtol=1e-12)
 
 
 def test_jac_norm_is_literal():

@@ -16,7 +16,8 @@ from sklearn.datasets import load_digits
 
 import jaxsrn
 import jaxsrn.nnx as jnnx
-from jaxsrn.operators.flax_layers import kind_of, layer_map
+from jaxsrn.operators.flax_kinds import kind_of
+from jaxsrn.operators.flax_layers import layer_map
 
 IMAGES = ((load_digits().data / 16).astype(np.float32).reshape(-1, 8, 8, 1), load_digits().target)
 
@@ -554,6 +555,19 @@ def test_layer_operators_without_inputs():
     }
     with pytest.raises(ValueError, match=r"0: Conv\(.*got 'REFLECT'"):
         jnnx.layer_operators(nnx.List([conv(2, 3, (3, 3), padding="REFLECT")]))
+
+
+class Frozen(nnx.Variable):
+    """A variable that no optimizer of parameters sees."""
+
+
+def test_layer_operators_of_kernels_that_are_no_parameters():
+    model = CNN()
+    expected = jnnx.layer_operators(model)
+    model.dense.kernel = Frozen(model.dense.kernel[...])
+    assert jnnx.layer_operators(model) == expected
+    model.dense = jnnx.SpectralNorm(model.dense)
+    assert jnnx.layer_operators(model)["dense", "layer", "kernel"] == jaxsrn.Dense()
 
 
 def network(depth):

@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -26,7 +27,7 @@ HOUSE = {
         "subspaces",
         "lanczos",
     ],
-    "operators": ["layouts", "many_taps", "base", "convolutions", "flax_layers", "layers"],
+    "operators": ["layouts", "many_taps", "base", "convolutions", "flax_kinds", "flax_layers", "layers", "flax_calls"],
     "spectra": [
         "singular_pair",
         "common_shapes",
@@ -38,6 +39,7 @@ HOUSE = {
         "circular.fourier",
         "circular.waves",
         "circular.grams",
+        "circular.grid_certificate",
         "circular.boxes",
         "circular.climbing",
         "circular.branch_and_bound",
@@ -71,6 +73,7 @@ HOUSE = {
         "starts",
         "iteration",
         "result",
+        "assessment",
         "normalized",
         "reverse_mode",
         "implicit",
@@ -81,6 +84,7 @@ HOUSE = {
         "training.tracked_images",
         "training.tracked_torus",
         "training.tracking",
+        "training.state",
         "training.step",
         "training.flax_constraint",
     ],
@@ -97,7 +101,7 @@ HOUSE = {
         "hidden_layers",
     ],
     "sphere": [],
-    "optim": ["keeping", "riemannian", "layers", "descent"],
+    "optim": ["keeping", "constraints", "riemannian", "descent"],
     "surrogate": ["smoothed_maximum", "problem", "descent", "solving"],
     "nnx": ["wrappers", "models"],
     "linen": ["wrappers", "constrained", "models"],
@@ -157,6 +161,16 @@ def test_imports_point_one_way(module):
     assert internal_imports(path_of(module)) <= before
 
 
+@pytest.mark.parametrize("module", ORDER)
+def test_a_file_lists_what_others_use_of_it(module):
+    for node in ast.walk(ast.parse(path_of(module).read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "jaxsrn":
+            folder = node.module.removeprefix("jaxsrn").lstrip(".")
+            modules = {alias.name for alias in node.names if f"{folder}.{alias.name}" in ORDER}
+            listed = getattr(importlib.import_module(node.module), "__all__", [])
+            assert {alias.name for alias in node.names} - modules <= set(listed), node.module
+
+
 def test_the_order_sees_every_form_of_import(tmp_path):
     source = tmp_path / "module.py"
     source.write_text(
@@ -164,6 +178,15 @@ def test_the_order_sees_every_form_of_import(tmp_path):
         "from jaxsrn.spectra.norms import spectral_norm\nimport jax"
     )
     assert internal_imports(source) == {"optim", "linen", "spectra.pairs_by_kind", "spectra.norms"}
+
+
+def test_files_that_docstrings_and_comments_name_exist():
+    root = Path(__file__).parents[1]
+    places = (SOURCE, *(root / folder for folder in ("benchmarks", "examples", "tests")))
+    files = [f"/{path.relative_to(place.parent)}" for place in places for path in place.rglob("*.py")]
+    named = {(module, name) for module in ORDER for name in re.findall(r"[\w/]+\.py\b", path_of(module).read_text())}
+    assert len(named) > 50
+    assert [entry for entry in named if not any(file.endswith(f"/{entry[1]}") for file in files)] == []
 
 
 @pytest.mark.parametrize("folder", [name for name in FOLDERS if name != "_tools"])

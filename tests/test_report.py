@@ -143,6 +143,8 @@ def test_zero_and_broken_kernels_stand_out():
     assert set(report.outliers) == {"b.kernel", "c.kernel", "d.kernel"}
     assert "not finite" in report.outliers["c.kernel"]
     assert json.loads(json.dumps(report.to_dict()))["layers"][2]["spectral_norm"] == "nan"
+    # A product with a number that is not known is not known.
+    assert math.isnan(report.product_of_norms)
 
 
 # Models

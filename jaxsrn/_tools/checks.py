@@ -16,6 +16,7 @@ __all__ = [
     "errors_named",
     "float_dtype",
     "int_tuple",
+    "is_integer",
     "kernel_array",
     "positive_scalar",
     "real_floating",
@@ -44,19 +45,24 @@ def errors_named(name: str, advice: str = ""):
 def int_tuple(value, length: int | None, name: str, minimum: int = 1) -> tuple[int, ...]:
     """`value` as a tuple of ints of the given length; an int stands for all axes."""
     values = (value,) * (length or 1) if np.ndim(value) == 0 else tuple(value)
-    integral = all(isinstance(v, (int, np.integer)) and not isinstance(v, bool) for v in values)
     ensure(
-        integral and (length is None or len(values) == length) and all(v >= minimum for v in values),
+        all(map(is_integer, values))
+        and (length is None or len(values) == length)
+        and all(v >= minimum for v in values),
         f"{name}: got {value!r}, expected {'an int or ' if length else ''}"
         f"{length or 'one to three'} integers >= {minimum}; give one per spatial axis.",
     )
     return tuple(int(v) for v in values)
 
 
+def is_integer(value) -> bool:
+    """Whether a value is a static integer; `True` and `False` are none."""
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+
+
 def static_int(value, name: str, minimum: int = 1) -> int:
     """`value` as an int; raises `ValueError` unless it is an integer of at least `minimum`."""
-    integral = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
-    ensure(integral and value >= minimum, f"{name}: got {value!r}, expected a static integer >= {minimum}.")
+    ensure(is_integer(value) and value >= minimum, f"{name}: got {value!r}, expected a static integer >= {minimum}.")
     return int(value)
 
 

@@ -14,6 +14,7 @@ from jax import lax
 from jaxtyping import Array, Float, Inexact
 
 __all__ = [
+    "divisor",
     "einsum",
     "end_pairs",
     "gram_bound",
@@ -51,6 +52,11 @@ def ratio(numerator, denominator):
     """`numerator / denominator`, and 0 where the denominator is 0."""
     zero = denominator == 0
     return jnp.where(zero, 0.0, numerator / jnp.where(zero, 1.0, denominator))
+
+
+def divisor(x):
+    """`x` to divide by, with 1 in place of 0: where a quotient is not used, its derivative must not be NaN either."""
+    return jnp.where(x == 0, 1.0, x)
 
 
 def real_times(spec: str, real: Float[Array, "..."], vectors: Inexact[Array, "..."]) -> Inexact[Array, "..."]:

@@ -10,7 +10,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Inexact, Int
 
-from jaxsrn._tools.linalg import matmul
+from jaxsrn._tools.linalg import matmul, ratio
 
 __all__ = [
     "direction_of",
@@ -48,7 +48,7 @@ def direction_of(rest: Inexact[Array, " n"], vector: Inexact[Array, " n"]):
     """
     norm, before = jnp.linalg.norm(rest), jnp.linalg.norm(vector)
     norm = jnp.where(norm <= 10 * jnp.finfo(norm.dtype).eps * before, 0, norm)
-    return rest * jnp.where(norm == 0, 0, 1 / jnp.where(norm == 0, 1, norm)).astype(rest.dtype), norm
+    return rest * ratio(1.0, norm).astype(rest.dtype), norm
 
 
 def orthonormal_rows(vectors: Inexact[Array, "... rows n"]) -> Inexact[Array, "... rows n"]:

@@ -1,8 +1,8 @@
 """Gram iteration: a guaranteed upper bound of the spectral norm by repeated squaring (Delattre et al. 2023).
 
 The squarings are matrix products alone. Branch and bound (`certified`) also gives a lower end, by SVDs and proofs. The
-factor between the frequencies of a coarse grid is the cosine of `grid_certificate.py`, which is smaller than the usual
-`1 / (1 - d / m)` with the degree `d` and `m` angles.
+factor between the frequencies of a coarse grid is the grid certificate (`spectra/circular/grid_certificate.py`), which
+is smaller than the usual `1 / (1 - d / m)` with the degree `d` and `m` angles.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from jaxsrn._tools.programs import program
 from jaxsrn.bounds.covers import NormInterval, covers, widened
 from jaxsrn.operators.base import Dense, Operator
 from jaxsrn.operators.convolutions import CircularConv, UnboundedConv
-from jaxsrn.spectra.circular.boxes import on_coarse_grid, overshoot
 from jaxsrn.spectra.circular.fourier import half_symbol
+from jaxsrn.spectra.circular.grid_certificate import on_coarse_grid, overshoot
 from jaxsrn.spectra.circular.sites import on_grid
 from jaxsrn.spectra.singular_pair import rescaled
 

@@ -20,7 +20,7 @@ from jaxsrn._tools.tolerances import torus_excess
 from jaxsrn.bounds.covers import NormInterval, covers, slack_of, widened
 from jaxsrn.operators.base import Dense, Operator
 from jaxsrn.operators.convolutions import CircularConv, UnboundedConv, ZeroPaddedConv
-from jaxsrn.spectra.circular.boxes import overshoot
+from jaxsrn.spectra.circular.grid_certificate import overshoot
 from jaxsrn.spectra.circular.leading import leading_wave
 from jaxsrn.spectra.circular.sites import on_grid
 from jaxsrn.spectra.common_shapes import in_common_shape
@@ -82,8 +82,8 @@ def certified(kernel: Kernel, op: Operator, *, resolution: float = 0.01) -> Norm
     # The norms of covers are exact, so that the upper end is never looser than bounds that read the kernel alone. The
     # width is the excess that the proof leaves open and the room for rounding together.
     exact = isinstance(op, ZeroPaddedConv)
-    allowed = 0.0 if exact else max(float(resolution) - 3 * slack_of(kernel), 0.0)
-    above = tuple(leading_wave(k, cover, allowed) for k, cover in covered)
+    excess = 0.0 if exact else max(float(resolution) - 3 * slack_of(kernel), 0.0)
+    above = tuple(leading_wave(k, cover, excess) for k, cover in covered)
     below = leading_pair(kernel, op, tolerance=_LOWER_END_TOLERANCE) if exact or not covered else above[0][0]
     return _interval(kernel, op, below, above)
 

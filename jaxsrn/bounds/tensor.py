@@ -22,7 +22,7 @@ from jaxtyping import Array, Complex, Float
 from jaxsrn._tools.checks import Kernel, kernel_array, static_int
 from jaxsrn._tools.held import held, stationary
 from jaxsrn._tools.indexing import picked
-from jaxsrn._tools.linalg import einsum, unit
+from jaxsrn._tools.linalg import divisor, einsum, unit
 from jaxsrn._tools.programs import program
 from jaxsrn._tools.subspaces import fixed_start
 from jaxsrn.bounds.coefficients import matrix_norm, num_terms, smallest_over_covers
@@ -124,7 +124,7 @@ def _best_vectors(tensor: Float[Array, "..."], num_starts: int, num_steps: int) 
     value, factors, row, column = picked((values, factors, row, column), best)
     size = jnp.abs(value)
     # This phase makes the value real, so that the real part of the tensor carries all of it.
-    turn = jnp.where(size == 0, 1.0, jnp.conj(value) / jnp.where(size == 0, 1.0, size).astype(value.dtype))
+    turn = jnp.where(size == 0, 1.0, jnp.conj(value) / divisor(size).astype(value.dtype))
     return [*factors, turn * row, column]
 
 

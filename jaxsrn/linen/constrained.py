@@ -28,9 +28,11 @@ from jaxsrn.linen.wrappers import (
     stepped,
     trace_keys,
 )
-from jaxsrn.normalization.training.flax_constraint import each_kind_once, trace
-from jaxsrn.normalization.training.step import SRNCState
-from jaxsrn.operators.flax_layers import LayerMap, layer_name
+from jaxsrn.normalization.training.flax_constraint import each_kind_once
+from jaxsrn.normalization.training.state import SRNCState
+from jaxsrn.operators.flax_calls import trace
+from jaxsrn.operators.flax_kinds import layer_name
+from jaxsrn.operators.flax_layers import LayerMap
 
 __all__ = ["Constrained", "Rule", "Survey"]
 

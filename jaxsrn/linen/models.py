@@ -23,10 +23,10 @@ from jaxsrn.linen.wrappers import (
     trace_keys,
     written,
 )
-from jaxsrn.normalization.training.flax_constraint import CallRecord, trace
+from jaxsrn.operators.flax_calls import CallRecord, trace
 from jaxsrn.operators.layers import LayerOperators
 
-__all__ = ["constrain", "fold", "layer_operators", "refresh", "restart"]
+__all__ = ["constrain", "fold", "layer_calls", "layer_operators", "refresh", "restart"]
 
 
 def constrain(module: nn.Module, wrap: Callable[[tuple, nn.Module], nn.Module], where: Any = LAYERS) -> nn.Module:

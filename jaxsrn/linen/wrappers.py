@@ -16,7 +16,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jaxsrn._tools.checks import ensure, errors_named, float_dtype
 from jaxsrn.normalization.training.flax_constraint import Constraint, each_kind_once, target_for
-from jaxsrn.operators.flax_layers import FlaxLayers, LayerMap, kind_of, layer_map, layer_name
+from jaxsrn.operators.flax_kinds import FlaxLayers, kind_of, layer_name
+from jaxsrn.operators.flax_layers import LayerMap, layer_map
 
 __all__ = [
     "COLLECTION",

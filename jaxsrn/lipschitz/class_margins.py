@@ -35,7 +35,7 @@ def margins(logits, labels) -> Float[Array, "..."]:
 
 
 def logits_and_labels(logits, labels):
-    """The two as arrays, checked, the logits in float32 or wider."""
+    """The two as arrays, checked, the logits in float32 and the labels in 32 bits, or wider."""
     logits, labels = jnp.asarray(logits), labels if isinstance(labels, jax.core.Tracer) else np.asarray(labels)
     ensure(
         logits.ndim > 0 and logits.shape[-1] > 1 and jnp.issubdtype(logits.dtype, jnp.floating),
@@ -53,7 +53,10 @@ def logits_and_labels(logits, labels):
             f"labels: got numbers from {labels.min(initial=0)} to {labels.max(initial=0)}, expected 0 to "
             f"{logits.shape[-1] - 1} for {logits.shape[-1]} classes.",
         )
-    return logits.astype(float_dtype(logits.dtype)), jnp.asarray(labels)
+    labels = jnp.asarray(labels)
+    # In a narrow dtype the numbers of the classes would wrap around.
+    labels = labels.astype(jnp.int32) if labels.dtype.itemsize < 4 else labels
+    return logits.astype(float_dtype(logits.dtype)), labels
 
 
 def margins_of(logits: Float[Array, "... classes"], labels) -> Float[Array, "..."]:

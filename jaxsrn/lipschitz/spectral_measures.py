@@ -107,6 +107,7 @@ def spec_fro(layers: Layers, params, margin, *, log: bool = False) -> Float[Arra
 
 
 def _norm_and_rank(kernel, op):
+    kernel, op = op._flattened(kernel)
     # Stable ranks per output sample cannot be added to those of whole layers.
     op.in_shape(kernel.shape)
     return norm_and_rank(kernel, op, leading_pair(kernel, op))

@@ -12,7 +12,8 @@ from flax import nnx
 
 from jaxsrn._tools.checks import ensure, errors_named
 from jaxsrn.nnx.wrappers import LAYERS, Normalized
-from jaxsrn.normalization.training.flax_constraint import CallRecord, each_kind_once, trace
+from jaxsrn.normalization.training.flax_constraint import each_kind_once
+from jaxsrn.operators.flax_calls import CallRecord, trace
 from jaxsrn.operators.layers import LayerOperators
 
 __all__ = [
@@ -146,8 +147,14 @@ def layer_operators(
       ValueError: a layer called with images of different sizes, one that is no operator, or one whose map may be
         another; the message names it.
     """
-    shapes = {path: variable.shape for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param))}
-    return layer_calls(model, *inputs, computes=computes, **options).operators(shapes)
+    calls = layer_calls(model, *inputs, computes=computes, **options)
+    # A kernel that is not trained may be a variable of another type.
+    variables = [
+        (path, variable)
+        for path, variable in nnx.to_flat_state(nnx.state(model))
+        if isinstance(variable, nnx.Param) or path in calls.found
+    ]
+    return calls.operators({path: variable.shape for path, variable in variables})
 
 
 def layer_calls(model: nnx.Module, *inputs, computes: Mapping[type, type | None], **options) -> CallRecord:

@@ -11,7 +11,8 @@ from flax import nnx
 from jaxsrn._tools.checks import ensure
 from jaxsrn.normalization.training.flax_constraint import Constraint, target_for
 from jaxsrn.operators.base import Operator
-from jaxsrn.operators.flax_layers import FlaxLayers, LayerMap, kind_of, layer_map, layer_name, own_shape
+from jaxsrn.operators.flax_kinds import FlaxLayers, kind_of, layer_name
+from jaxsrn.operators.flax_layers import LayerMap, layer_map, own_shape
 
 __all__ = [
     "LAYERS",

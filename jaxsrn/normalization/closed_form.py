@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from jaxsrn._tools.linalg import ratio, safe_sqrt
+from jaxsrn._tools.linalg import divisor, ratio, safe_sqrt
 from jaxsrn.operators.base import Operator
 from jaxsrn.spectra.pairs_by_kind import value_gradient
 from jaxsrn.spectra.singular_pair import Pair
@@ -125,11 +125,11 @@ def closed_form(problem: Problem, direction: Float[Array, "..."]) -> Candidate:
     infeasible the part along `A_perp` vanishes, which leaves the smallest stable rank that this pair allows.
     """
     e = problem.inner(direction, direction)
-    e = jnp.where(e == 0, 1.0, e)
+    e = divisor(e)
     m = problem.inner(problem.kernel, direction)
     rest = problem.kernel - (m / e) * direction
     rest_norm = safe_sqrt(problem.inner(rest, rest))
     radius = problem.norm * safe_sqrt(problem.target - 1 / e)
-    kernel = (problem.norm / e) * direction + radius / jnp.where(rest_norm == 0, 1.0, rest_norm) * rest
+    kernel = (problem.norm / e) * direction + radius / divisor(rest_norm) * rest
     distance = (radius - rest_norm) ** 2 + (problem.norm - m) ** 2 / e
     return Candidate(kernel, jnp.where(is_feasible(e, problem.target), distance, INFEASIBLE / e))

@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxsrn._tools.checks import float_dtype
 from jaxsrn._tools.indexing import chosen, picked
-from jaxsrn._tools.linalg import matmul, safe_sqrt
+from jaxsrn._tools.linalg import divisor, matmul, safe_sqrt
 from jaxsrn._tools.loops import one_by_one, while_loop
 from jaxsrn._tools.programs import program
 from jaxsrn._tools.tolerances import vector_tolerance
@@ -144,7 +144,7 @@ def _ascend(problem: Problem, op: Operator, start: _Ascent, max_steps: int | Int
         new = closed_form(problem, functional(pair, op, shape))
         residual = new.kernel - state.point
         size = safe_sqrt(problem.inner(new.kernel, new.kernel))
-        change = safe_sqrt(problem.inner(residual, residual)) / jnp.where(size == 0, 1.0, size)
+        change = safe_sqrt(problem.inner(residual, residual)) / divisor(size)
         memory, mixed = _anderson(state.memory, jnp.broadcast_to(weights, shape), state.point, residual)
         gained = first | _gains(new, state.best, problem.squared)
         finished = ~first & ((change <= tolerance) | (~gained & (state.memory.count == 0)))

@@ -14,7 +14,7 @@ from jax import lax
 
 from jaxsrn._tools.checks import Kernel, ensure, float_dtype, kernel_array, positive_scalar, static_int
 from jaxsrn._tools.held import held
-from jaxsrn._tools.linalg import ratio
+from jaxsrn._tools.linalg import divisor, ratio
 from jaxsrn._tools.programs import program
 from jaxsrn._tools.tolerances import kernel_tolerance
 from jaxsrn.normalization.closed_form import Problem, closed_form, functional, problem_of
@@ -31,6 +31,8 @@ from jaxsrn.spectra.pairs_by_kind import pair_of_floats, pair_of_images, pair_sh
 from jaxsrn.spectra.singular_pair import Pair, rescaled
 
 __all__ = [
+    "lowered",
+    "lowest",
     "srnc",
 ]
 
@@ -181,7 +183,7 @@ def _raised_or_lowered(kernel, op, target, solution, tolerance, max_steps):
     problem = problem_of(a, op, target, frozen_value(a, op, solution.own))
     raises = solution.unchanged & (target > problem.stable_rank) & (problem.norm > 0)
     # Under vmap both branches are computed, so nothing may be divided by the norm of a zero kernel.
-    guarded = problem._replace(norm=jnp.where(problem.norm == 0, 1.0, problem.norm))
+    guarded = problem._replace(norm=divisor(problem.norm))
 
     def raise_() -> SRNResult:
         found = _raised(guarded, op, solution.own, max_steps, tolerance)

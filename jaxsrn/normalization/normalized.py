@@ -13,7 +13,7 @@ import functools
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from jaxsrn._tools.linalg import safe_sqrt
+from jaxsrn._tools.linalg import divisor, safe_sqrt
 from jaxsrn._tools.programs import program
 from jaxsrn.normalization.closed_form import over_weights
 from jaxsrn.operators.base import Operator
@@ -30,7 +30,7 @@ def normalized(a: Float[Array, "..."], op: Operator, target, pair: Pair) -> Floa
     """The closed form for one pair, with norm 1; with no target the kernel rescaled."""
     if target is None:
         value = frozen_value(a, op, pair)
-        return a / jnp.where(value == 0, 1.0, value)
+        return a / divisor(value)
     along, rest, factor, _ = _parts(a, op, target, pair)
     return along + factor * rest
 
@@ -48,7 +48,7 @@ def _parts(a: Float[Array, "..."], op: Operator, target, pair: Pair):
     direction = over_weights(gradient, op)
     e, m = jnp.sum(gradient * direction), jnp.sum(gradient * a)
     # A pair of zeros leaves the kernel as the rest.
-    inverse = 1 / jnp.where(e == 0, 1.0, e)
+    inverse = 1 / divisor(e)
     along = inverse * direction
     rest = a - m * along
     # Lengths are compared by their squares, of which one root is taken in the end.
@@ -57,5 +57,5 @@ def _parts(a: Float[Array, "..."], op: Operator, target, pair: Pair):
     # A zero kernel counts as rescaled, and NaN does not.
     is_rescaled = (m >= 0) & (squared <= m * m * wanted)
     over = jnp.where(is_rescaled, m * m, squared)
-    factor = safe_sqrt(jnp.where(is_rescaled, 1.0, wanted) / jnp.where(over == 0, 1.0, over))
+    factor = safe_sqrt(jnp.where(is_rescaled, 1.0, wanted) / divisor(over))
     return along, rest, factor, is_rescaled

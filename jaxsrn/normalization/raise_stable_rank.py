@@ -22,7 +22,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxsrn._tools.indexing import chosen
-from jaxsrn._tools.linalg import safe_sqrt
+from jaxsrn._tools.linalg import divisor, safe_sqrt
 from jaxsrn._tools.tolerances import kernel_tolerance, largest_scaling
 from jaxsrn.normalization.closed_form import Problem
 from jaxsrn.operators.base import Operator
@@ -149,7 +149,7 @@ def _begin(problem: Problem, op: Operator, own: Pair) -> _State:
 def _try(problem: Problem, op: Operator, own: Pair, tau, max_steps: int, largest_excess) -> _Trial:
     solution, found = nearest(tau * problem.kernel, op, problem.norm, own, max_steps, largest_excess)
     norm = frozen_value(found.kernel, op, found.leading)
-    kernel = found.kernel * (problem.norm / jnp.where(norm == 0, 1.0, norm))
+    kernel = found.kernel * (problem.norm / divisor(norm))
     return _Trial(tau, solution, found, kernel, problem.inner(kernel, kernel) / problem.norm**2)
 
 
@@ -165,7 +165,7 @@ def _narrowed(state: _State, miss: Float[Array, ""]) -> _State:
     open_end = jnp.isinf(high)
     drop = jnp.where(open_end, 1.0, high_miss - low_miss)
     # A trial at an end of the bracket would not narrow it.
-    secant = jnp.clip(-low_miss / jnp.where(drop == 0, 1.0, drop), 0.02, 0.98)
+    secant = jnp.clip(-low_miss / divisor(drop), 0.02, 0.98)
     inside = low + secant * (jnp.where(open_end, low, high) - low)
     following = jnp.where(open_end, state.next + jnp.log(_FACTOR), inside)
     return state._replace(next=following, low=low, high=high, low_miss=low_miss, high_miss=high_miss, moved_low=below)

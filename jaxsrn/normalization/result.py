@@ -14,6 +14,8 @@ from jaxsrn.operators.base import Operator
 __all__ = [
     "SRNResult",
     "deviation",
+    "in_own_scale",
+    "in_shape",
     "measured",
     "proven_gap",
 ]

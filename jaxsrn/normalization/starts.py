@@ -22,7 +22,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxsrn._tools.indexing import picked
-from jaxsrn._tools.linalg import einsum, safe_sqrt, top_pairs, top_values
+from jaxsrn._tools.linalg import divisor, einsum, safe_sqrt, top_pairs, top_values
 from jaxsrn.normalization.closed_form import (
     INFEASIBLE,
     INFEASIBLE_FROM,
@@ -33,7 +33,6 @@ from jaxsrn.normalization.closed_form import (
 )
 from jaxsrn.operators.base import Operator
 from jaxsrn.operators.convolutions import CircularConv, UnboundedConv, ZeroPaddedConv
-from jaxsrn.spectra.circular.boxes import degrees, on_dividing_grid
 from jaxsrn.spectra.circular.fourier import (
     axis_waves,
     complex_dtype,
@@ -46,7 +45,8 @@ from jaxsrn.spectra.circular.fourier import (
     squared_phase_sums,
     terms_of,
 )
-from jaxsrn.spectra.circular.site_pairs import site_pairs
+from jaxsrn.spectra.circular.grid_certificate import degrees, on_dividing_grid
+from jaxsrn.spectra.circular.site_pairs import pairs_at
 from jaxsrn.spectra.circular.sites import Site, among, half_grid, on_grid, sites_at, without_edges
 from jaxsrn.spectra.padded.circular_model import windowed
 from jaxsrn.spectra.ranks import largest_functional
@@ -162,7 +162,7 @@ def _bounds(problem: Problem, e, values, phi: float):
     m = jnp.minimum(values, problem.norm)
     if phi:
         # A singular value can be larger elsewhere in the box, by the inequality of Bernstein and Szegoe.
-        angle = jnp.arccos(m / jnp.where(problem.norm == 0, 1.0, problem.norm))
+        angle = jnp.arccos(m / divisor(problem.norm))
         m = problem.norm * jnp.cos(jnp.maximum(angle - phi, 0))
     distance = squared_distance(e, m, problem)
     return jnp.where(is_feasible(e, problem.target), distance, INFEASIBLE / e)
@@ -176,7 +176,7 @@ def _best_phases(problem: Problem, q, c, values):
     again and again around its best one.
     """
     size, angle = jnp.abs(c), jnp.angle(c)
-    norm = jnp.where(problem.norm == 0, 1.0, problem.norm)
+    norm = divisor(problem.norm)
     shares = jnp.asarray(np.linspace(0, 1, _NUM_PHASES), q.dtype)
 
     def zoom(_, state):
@@ -195,6 +195,21 @@ def _best_phases(problem: Problem, q, c, values):
 
     nothing = jnp.zeros_like(q), jnp.zeros_like(q), jnp.zeros_like(q), -angle / 2
     return lax.fori_loop(0, _PHASE_ZOOMS, zoom, nothing)[:2]
+
+
+def _at_best_phases(problem: Problem, values, pairs: Pair, weights, factors, samples: int):
+    """The scores of pairs at their best phases, and the pairs turned to them.
+
+    With `weights`, the taps of each stride phase, and `factors`, the sums of their squared phase factors at the site of
+    each pair, `q` and `c` of `_best_phases` follow from the amplitudes.
+    """
+    by_phase = pairs.input.reshape((len(values), weights.size, -1))
+    squares = jnp.sum(by_phase.conj() ** 2, axis=-1) * factors.astype(by_phase.dtype)
+    q = einsum("kpi,p->k", jnp.abs(by_phase) ** 2, weights) / (2 * samples)
+    c = jnp.sum(pairs.output**2, axis=-1) * jnp.sum(squares, axis=-1) / (2 * samples)
+    scores, theta = _best_phases(problem, q, c, values)
+    turn = lax.complex(jnp.cos(theta), jnp.sin(theta))[:, None]
+    return scores, pairs._replace(output=pairs.output * turn)
 
 
 class _Scan(NamedTuple):
@@ -229,18 +244,12 @@ def _scanned(problem: Problem, op: CircularConv, reach: _Reach, wanted: Bool[Arr
 
     def look(state: _Scan) -> _Scan:
         places = picked(order, state.position)
-        values, pairs = site_pairs(kernel, op, picked(sites, places))
+        values, pairs = pairs_at(kernel, op, picked(sites, places))
         bound = jnp.min(_bounds(problem, picked(e, places), values, reach.phi))
         if reach.phase is not None:
             values, pairs = _with_phase(kernel, op, values, pairs, reach.phase, counts.size)
             places = jnp.concatenate([places, places])
-        by_phase = pairs.input.reshape((len(values), counts.size, -1))
-        squares = jnp.sum(by_phase.conj() ** 2, axis=-1) * picked(factors, places).astype(by_phase.dtype)
-        q = einsum("kpi,p->k", jnp.abs(by_phase) ** 2, weights) / (2 * reach.samples)
-        c = jnp.sum(pairs.output**2, axis=-1) * jnp.sum(squares, axis=-1) / (2 * reach.samples)
-        scores, theta = _best_phases(problem, q, c, values)
-        turn = lax.complex(jnp.cos(theta), jnp.sin(theta))[:, None]
-        pairs = pairs._replace(output=pairs.output * turn)
+        scores, pairs = _at_best_phases(problem, values, pairs, weights, picked(factors, places), reach.samples)
         scores, pairs = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), state[:2], (scores, pairs))
         best = lax.top_k(-scores, kept)[1]
         scores, pairs = picked((scores, pairs), best)
@@ -308,7 +317,7 @@ def _image_starts(problem: Problem, op: ZeroPaddedConv, own: Pair, wanted: Bool[
     norm, squared = _norm_of_model(kernel, model, reach), jnp.sum(kernel**2)
     target = problem.target * largest_functional(shape, op) / largest_functional(shape, without_edges(op))
     # A target at the model's own stable rank or above it would leave nothing to lower.
-    target = jnp.minimum(target, 0.95 * squared / jnp.where(norm == 0, 1.0, norm) ** 2)
+    target = jnp.minimum(target, 0.95 * squared / divisor(norm) ** 2)
     waves = _scanned(problem_of(kernel, without_edges(op), target, norm), model, reach, wanted).starts
     images = jax.vmap(lambda pair: windowed(pair, model, op, shape))(waves)
     return jax.tree.map(lambda a, b: jnp.concatenate([a[None], b]), own, images)

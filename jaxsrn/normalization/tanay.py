@@ -1,23 +1,21 @@
-"""The original SRN-C (Tanay et al. 2022), kept to show what it misses, and the assessment of any candidate for (7)."""
+"""The original SRN-C (Tanay et al. 2022), kept to show what it misses."""
 
 from __future__ import annotations
 
 import functools
 
 import jax.numpy as jnp
-from jax import lax
 
 from jaxsrn._tools.checks import Kernel, float_dtype, kernel_array, positive_scalar
 from jaxsrn._tools.held import held
 from jaxsrn._tools.linalg import ratio, safe_sqrt
 from jaxsrn._tools.programs import program
+from jaxsrn.normalization.assessment import assessed
 from jaxsrn.normalization.closed_form import Problem, problem_of
-from jaxsrn.normalization.result import SRNResult, in_own_scale, in_shape, measured
-from jaxsrn.normalization.starts import survey
+from jaxsrn.normalization.result import SRNResult, in_own_scale, in_shape
 from jaxsrn.operators.base import Operator
 from jaxsrn.spectra.moving_pairs import frozen_value, moving_with_kernel, with_free_frequency
 from jaxsrn.spectra.pairs_by_kind import leading_pair, value_gradient
-from jaxsrn.spectra.ranks import stable_rank_range
 from jaxsrn.spectra.singular_pair import Pair, rescaled
 
 __all__ = [
@@ -70,17 +68,3 @@ def _leading_part(op: Operator, problem: Problem, pair: Pair):
 
 def _moved_pair(op: Operator, problem: Problem, pair: Pair) -> Pair:
     return moving_with_kernel(op)(problem.kernel, pair)
-
-
-def assessed(candidate, problem: Problem, own: Pair, op: Operator, num_steps) -> SRNResult:
-    """What is known about a candidate for (7), whoever found it; `own` is the leading pair of the original kernel."""
-    leading = leading_pair(lax.stop_gradient(candidate), op)
-    distance = problem.distance(candidate)
-    low, high = stable_rank_range(candidate.shape, op)
-    feasible = (problem.target >= low) & (problem.target <= high) & jnp.isfinite(distance)
-    bound = ratio(safe_sqrt(survey(lax.stop_gradient(problem), op, own).bound), safe_sqrt(problem.squared))
-    # The bound is proven for targets below the stable rank of the original alone.
-    proves = jnp.isfinite(bound) & (problem.target < problem.stable_rank)
-    gap = lax.stop_gradient(jnp.where(proves, distance - bound, distance))
-    norm = frozen_value(candidate, op, leading)
-    return measured(candidate, problem, norm, distance, gap, num_steps, True, feasible)

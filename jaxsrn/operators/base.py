@@ -23,10 +23,13 @@ from jaxsrn._tools.checks import Kernel, ensure, kernel_array, static_int
 from jaxsrn.operators.layouts import PLAIN, TO_TRANSPOSE_IN_IMAGES, TO_TRANSPOSE_IN_KERNELS, Layout
 
 __all__ = [
+    "Contacts",
     "Dense",
     "Operator",
 ]
 
+# Inputs or outputs of a layer, with any number of batch axes first.
+Images = Shaped[Array | np.ndarray, "..."]
 # The two spellings of full precision.
 _FULL = (lax.Precision.HIGHEST, "highest")
 
@@ -67,6 +70,10 @@ class Operator(abc.ABC):
     def _channels(self, kernel_shape: tuple[int, ...]) -> tuple[int, int]:
         """The numbers of input and of output channels (static)."""
 
+    def _sizes(self, kernel_shape: tuple[int, ...]) -> tuple[int, int]:
+        """How many numbers the layer reads and writes, and for one output sample where it has no edges (static)."""
+        return math.prod(self.in_shape(kernel_shape)), math.prod(self.out_shape(kernel_shape))
+
     @abc.abstractmethod
     def _axis_strides(self, kernel_shape: tuple[int, ...]) -> tuple[int, ...]:
         """The stride on each spatial axis (static)."""
@@ -87,7 +94,7 @@ class Operator(abc.ABC):
         """The kernel and the operator of the same map in the form in which it is computed: matrices have two axes."""
         return kernel, self
 
-    def apply(self, kernel: Kernel, x: Kernel, *, precision=None) -> Shaped[Array, "..."]:
+    def apply(self, kernel: Kernel, x: Images, *, precision=None) -> Shaped[Array, "..."]:
         """`T(kernel) x`: what the Flax layer computes, without its bias.
 
         Args:
@@ -122,7 +129,7 @@ class Operator(abc.ABC):
         y = self._apply_batch(kernel.astype(dtype), x, precision, layout, by_fft)
         return y.reshape((*batch, *y.shape[1:]))
 
-    def transpose(self, kernel: Kernel, y: Kernel, *, precision=None):
+    def transpose(self, kernel: Kernel, y: Images, *, precision=None):
         """`T(kernel)^T y`: the adjoint in the input, from `(*batch, *out_shape)` to `(*batch, *in_shape)`.
 
         Raises:

@@ -127,6 +127,10 @@ class UnboundedConv(_Conv):
 
     out_shape = in_shape
 
+    def _sizes(self, kernel_shape):
+        channels_in, channels_out = self._channels(kernel_shape)
+        return channels_in * math.prod(self._axis_strides(kernel_shape)), channels_out
+
     def _axis_contacts(self, kernel_shape):
         # One output sample stands for all; its inputs are known by their phase.
         dilations = self._per_axis("kernel_dilation", kernel_shape)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -24,14 +24,13 @@ __all__ = [
     "LayerOperators",
     "Layers",
     "Path",
-    "Stack",
-    "after",
-    "check_some",
+    "check_layers",
     "find_kernels",
+    "for_every_layer",
+    "in_turn",
     "named_kernels",
+    "plain",
     "split_shape",
-    "stacked",
-    "stacks",
     "values_of_stacks",
 ]
 
@@ -63,7 +62,7 @@ class LayerOperators(dict):
         return cls(dict(zip(paths, operators, strict=True)), dict(left_out))
 
 
-class Stack(NamedTuple):
+class _Stack(NamedTuple):
     """Kernels of one operator, shape and dtype along a first axis, with their paths.
 
     Attributes:
@@ -114,8 +113,12 @@ def _names(path: Path, leaf) -> bool:
     return plain(leaf[: len(path)]) == path and all(isinstance(key, jax.tree_util.GetAttrKey) for key in rest)
 
 
-def check_some(layers: Layers) -> None:
-    """Raises `ValueError` where there are no layers, so that no constraint holds nothing."""
+def check_layers(layers: Layers) -> None:
+    """Raises `ValueError` unless layers are given by path, and at least one, so that no constraint holds nothing."""
+    ensure(
+        isinstance(layers, Layers),
+        f"layers: got {layers!r}, expected {{path: operator}}, as layer_operators gives it.",
+    )
     left_out = getattr(layers, "left_out", {})
     reasons = "".join(f"\n  {path!r}: {reason}" for path, reason in left_out.items())
     ensure(
@@ -135,7 +138,7 @@ def find_kernels(layers: Layers, params) -> dict[Path, int]:
       ValueError: no layers, a path that names no leaf or several, a path that is no tuple, or a value that is no
         operator.
     """
-    check_some(layers)
+    check_layers(layers)
     leaves = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
     found = {}
     for path, op in layers.items():
@@ -168,7 +171,7 @@ def named_kernels(layers: Layers, params) -> dict[Path, Shaped[Array, "..."]]:
     return kernels
 
 
-def stacked(layers: Layers, kernels: Mapping) -> list[Stack]:
+def _stacked(layers: Layers, kernels: Mapping) -> list[_Stack]:
     """The given kernels, with those of equal operator, shape and dtype stacked."""
     groups: dict[tuple, list[Path]] = {}
     for path, kernel in kernels.items():
@@ -177,16 +180,11 @@ def stacked(layers: Layers, kernels: Mapping) -> list[Stack]:
     found = []
     for (op, _, _), paths in groups.items():
         outer = [split_shape(op, kernels[path].shape)[0] for path in paths]
-        found.append(Stack(op, paths, outer, _joined([kernels[path] for path in paths], outer)))
+        found.append(_Stack(op, paths, outer, _joined([kernels[path] for path in paths], outer)))
     return found
 
 
-def stacks(layers: Layers, params) -> list[Stack]:
-    """The kernels that `layers` names in `params`, stacked; it raises what `named_kernels` raises."""
-    return stacked(layers, named_kernels(layers, params))
-
-
-def after(kernels: Shaped[Array, "..."], value: Shaped[Array, ""]) -> Shaped[Array, "..."]:
+def _after(kernels: Shaped[Array, "..."], value: Shaped[Array, ""]) -> Shaped[Array, "..."]:
     """The same kernels, but not before `value` is known, for stacks that must be worked on in turn.
 
     Batched SVDs of jaxlib 0.10.2 can wait for each other forever on CPUs where several run at once. An optimization
@@ -194,6 +192,35 @@ def after(kernels: Shaped[Array, "..."], value: Shaped[Array, ""]) -> Shaped[Arr
     depend on `value`, because XLA does not know that no number is below minus infinity.
     """
     return jnp.where(value < -jnp.inf, 0, kernels)
+
+
+def in_turn(
+    function: Callable, layers: Layers, kernels: Mapping, memory: Mapping
+) -> Iterator[tuple[Path, Shaped[Array, "..."], Any]]:
+    """`function(kernels, op, memories)` of every stack, one stack after the other, and its parts for each path.
+
+    Args:
+      function: from the kernels of a stack, and the memories of its layers as one tree with a first axis of layers, to
+        arrays of the kernels' shape and new memories.
+      layers: the operators.
+      kernels: `{path: kernel}`.
+      memory: `{path: tree}`; of a stack of layers, the axes of the stack come first in every array.
+
+    Yields:
+      `(path, array, memory)`.
+    """
+    latest = jnp.zeros(())
+    for stack in _stacked(layers, kernels):
+        memories = stack.joined([memory[path] for path in stack.paths])
+        found, memories = function(_after(stack.kernels, latest), stack.op, memories)
+        latest = found.reshape(-1)[0]
+        for path, (array, new) in zip(stack.paths, stack.parted((found, memories)), strict=True):
+            yield path, array, new
+
+
+def for_every_layer(tree, outer: tuple[int, ...]):
+    """The tree of one layer as that of a stack of this shape, whose layers all have the same; `()` is one layer."""
+    return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (*outer, *leaf.shape)), tree)
 
 
 def values_of_stacks(function: Callable, layers: Layers, params) -> list:
@@ -205,8 +232,8 @@ def values_of_stacks(function: Callable, layers: Layers, params) -> list:
       ValueError: what `named_kernels` refuses, or a function whose values are not scalars.
     """
     latest, found = jnp.zeros(()), []
-    for stack in stacks(layers, params):
-        values = jax.vmap(function, (0, None))(after(stack.kernels, latest), stack.op)
+    for stack in _stacked(layers, named_kernels(layers, params)):
+        values = jax.vmap(function, (0, None))(_after(stack.kernels, latest), stack.op)
         leaves = jax.tree.leaves(values)
         for leaf in leaves:
             ensure(

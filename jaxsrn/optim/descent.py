@@ -7,7 +7,6 @@ replaced by the kernel of norm 1 along it (`projections/steepest_descent.py`).
 from __future__ import annotations
 
 import functools
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -19,8 +18,15 @@ from jaxtyping import Array, Float, Int
 from jaxsrn._tools.checks import ensure, errors_named, float_dtype, static_int
 from jaxsrn._tools.linalg import ratio
 from jaxsrn.operators.base import Dense, Operator
-from jaxsrn.operators.convolutions import UnboundedConv
-from jaxsrn.operators.layers import Layers, after, find_kernels, named_kernels, split_shape, stacked
+from jaxsrn.operators.layers import (
+    Layers,
+    check_layers,
+    find_kernels,
+    for_every_layer,
+    in_turn,
+    named_kernels,
+    split_shape,
+)
 from jaxsrn.projections.frequency_passes import few_frequencies, first_stack, passes, unit_direction
 from jaxsrn.projections.steepest_descent import METHODS, flattened, steepest
 from jaxsrn.spectra.common_shapes import is_matrix
@@ -92,10 +98,9 @@ def spectral_descent(
       method: static; how convolutions find their step. `"exact"` is that of `projections.steepest`, for small layers.
         `"frequency"` goes on from the last step's stack of symbols by `num_passes` passes. Four of them reach
         about 0.91 of the largest `<M, K>` on gradients of a network, 16 reach 0.96, and Muon's step 0.56
-        (`python benchmarks/steepest.py --only network`). `"flattened"` is `U V^T` of the flattened kernel, divided by
-        the true norm. The latter two are divided by the highest peak of the
-        norm over all frequencies that climbing finds, without a proof that no other is higher, which would take most of
-        the time; their norm can be above 1 by some tenths of a percent.
+        (`python benchmarks/steepest.py --only network`). `"flattened"` is `U V^T` of the flattened kernel. The latter
+        two are divided by their norm, for which the highest peak over all frequencies counts that climbing finds. A
+        proof that no other is higher would take most of the time; the norm can be above 1 by some tenths of a percent.
       num_passes: static; the passes of `"frequency"`, one SVD of the symbol on a coarse grid each.
       weight_decay: of the layers in `layers`.
       others: the transformation of all other parameters, its learning rate included; by default
@@ -105,13 +110,10 @@ def spectral_descent(
       The transformation. `update` needs `params` where there is weight decay.
 
     Raises:
-      ValueError: an unknown method, a bad number of passes; in `init`, naming the layer: a path that names no leaf of
-        `params` or several, a kernel that does not fit its operator, aliased taps.
+      ValueError: no layers, an unknown method, a bad number of passes; in `init`, naming the layer: a path that names
+        no leaf of `params` or several, a kernel that does not fit its operator, aliased taps.
     """
-    ensure(
-        isinstance(layers, Layers),
-        f"layers: got {layers!r}, expected {{path: operator}}, as layer_operators gives it.",
-    )
+    check_layers(layers)
     ensure(method in METHODS, f"method: got {method!r}, expected one of {', '.join(map(repr, METHODS))}.")
     num_passes = static_int(num_passes, "num_passes")
     dense = {path: op for path, op in layers.items() if isinstance(op, Dense)}
@@ -156,12 +158,7 @@ def _as_muon(dense, momentum: float, nesterov: bool):
 
 def _scaled(op: Operator, step: Float[Array, "..."]) -> Float[Array, "..."]:
     """The step times `sqrt(max(1, outputs / inputs))`, by which features change alike at every width."""
-    _, shape = split_shape(op, step.shape)
-    if isinstance(op, UnboundedConv):
-        outputs = shape[-1]
-        inputs = shape[-2] * op.feature_group_count * math.prod(op._axis_strides(shape))
-    else:
-        outputs, inputs = math.prod(op.out_shape(shape)), math.prod(op.in_shape(shape))
+    inputs, outputs = op._sizes(split_shape(op, step.shape)[1])
     return jnp.sqrt(jnp.maximum(1, outputs / inputs)).astype(step.dtype) * step
 
 
@@ -175,7 +172,7 @@ def _scale_by_steepest(layers, momentum, nesterov: bool, method: str, num_passes
             with errors_named(f"layers: at {path!r}"):
                 layers[path]._check_not_aliased(shape)
             none = _no_memory(layers[path], jax.ShapeDtypeStruct(shape, kernel.dtype), method)
-            memory.append(jax.tree.map(lambda leaf, n=outer: jnp.broadcast_to(leaf, (*n, *leaf.shape)), none))
+            memory.append(for_every_layer(none, outer))
         return SpectralDescentState(jnp.zeros((), jnp.int32), jax.tree.map(jnp.zeros_like, params), tuple(memory))
 
     def update(updates, state, params=None, **extra_args):
@@ -204,16 +201,16 @@ def _no_memory(op: Operator, kernel, method: str):
 
 
 def _all_steps(layers, momenta: dict, memory, count, method: str, num_passes: int):
-    """The step of every layer, by path, and the new memories in the order of the layers. Stacks take turns."""
-    memory, steps, done = dict(zip(layers, memory, strict=True)), {}, jnp.zeros(())
-    for stack in stacked(layers, momenta):
-        momentum = stack.kernels.astype(float_dtype(stack.kernels.dtype))
-        memories = stack.joined([memory[path] for path in stack.paths])
-        one = functools.partial(_one_step, op=stack.op, is_first=count == 0, method=method, num_passes=num_passes)
-        found, memories = lax.map(lambda layer, one=one: one(*layer), (after(momentum, done), memories))
-        done = found.reshape(-1)[0]
-        for path, (step, new) in zip(stack.paths, stack.parted((found, memories)), strict=True):
-            steps[path], memory[path] = _scaled(stack.op, step), new
+    """The step of every layer, by path, and the new memories in the order of the layers."""
+    memory, steps = dict(zip(layers, memory, strict=True)), {}
+    one = functools.partial(_one_step, is_first=count == 0, method=method, num_passes=num_passes)
+
+    def of_stack(momenta, op: Operator, memories):
+        wide = momenta.astype(float_dtype(momenta.dtype))
+        return lax.map(lambda layer: one(*layer, op=op), (wide, memories))
+
+    for path, step, new in in_turn(of_stack, layers, momenta, memory):
+        steps[path], memory[path] = _scaled(layers[path], step), new
     return steps, tuple(memory[path] for path in layers)
 
 

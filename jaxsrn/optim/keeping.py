@@ -23,7 +23,15 @@ from jaxsrn.normalization.lower_stable_rank import lowered, lowest, srnc
 from jaxsrn.normalization.result import SRNResult
 from jaxsrn.operators.base import Operator
 from jaxsrn.operators.convolutions import ZeroPaddedConv
-from jaxsrn.operators.layers import Layers, after, check_some, find_kernels, named_kernels, split_shape, stacked
+from jaxsrn.operators.layers import (
+    Layers,
+    check_layers,
+    find_kernels,
+    for_every_layer,
+    in_turn,
+    named_kernels,
+    split_shape,
+)
 from jaxsrn.projections.spectral_ball import project_spectral_ball
 from jaxsrn.spectra.pairs_by_kind import no_pair
 from jaxsrn.spectra.ranks import stable_rank, target_of_fraction
@@ -86,11 +94,7 @@ def displacement(target, leaf):
 
 def keep(layers: Layers, every: int, rule: Rule) -> optax.GradientTransformationExtraArgs:
     """The transformation that corrects the kernels to which the updates lead, every `every` steps."""
-    ensure(
-        isinstance(layers, Layers),
-        f"layers: got {layers!r}, expected {{path: operator}}, as layer_operators gives it.",
-    )
-    check_some(layers)
+    check_layers(layers)
     layers, every = dict(layers), static_int(every, "every")
 
     def init(params):
@@ -100,8 +104,7 @@ def keep(layers: Layers, every: int, rule: Rule) -> optax.GradientTransformation
             outer, shape = split_shape(op, kernels[path].shape)
             with errors_named(f"layers: at {path!r}", " To exempt this layer, leave its path out of layers."):
                 first = rule.begin(op, shape, float_dtype(kernels[path].dtype))
-            # Each layer of a stack has a memory of its own.
-            memory.append(jax.tree.map(lambda leaf, n=outer: jnp.broadcast_to(leaf, (*n, *leaf.shape)), first))
+            memory.append(for_every_layer(first, outer))
         return KeepState(jnp.zeros((), jnp.int32), tuple(memory))
 
     # The jit is here, so that an eager `update` compiles once.
@@ -154,16 +157,11 @@ def _corrected(layers, rule: Rule, kernels: dict, steps: dict, memory: dict):
     steps, memory = dict(steps), dict(memory)
     wide = {path: float_dtype(kernels[path].dtype) for path in steps}
     points = {path: kernels[path].astype(dtype) + steps[path].astype(dtype) for path, dtype in wide.items()}
-    done = jnp.zeros(())
-    for stack in stacked(layers, points):
-        memories = stack.joined([memory[path] for path in stack.paths])
-        targets, memories = rule.correct(after(stack.kernels, done), stack.op, memories)
-        done = targets.reshape(-1)[0]
-        for path, (target, new) in zip(stack.paths, stack.parted((targets, memories)), strict=True):
-            # A kernel that meets the constraint already keeps its step to the last bit.
-            same, step = target == points[path], target - kernels[path].astype(target.dtype)
-            steps[path] = jnp.where(same, steps[path], step.astype(steps[path].dtype))
-            memory[path] = jax.tree.map(lambda new, old: new.astype(old.dtype), new, memory[path])
+    for path, target, new in in_turn(rule.correct, layers, points, memory):
+        # A kernel that meets the constraint already keeps its step to the last bit.
+        same, step = target == points[path], target - kernels[path].astype(target.dtype)
+        steps[path] = jnp.where(same, steps[path], step.astype(steps[path].dtype))
+        memory[path] = jax.tree.map(lambda new, old: new.astype(old.dtype), new, memory[path])
     return _listed(layers, steps, memory)
 
 

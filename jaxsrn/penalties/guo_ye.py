@@ -1,14 +1,13 @@
 """The regulariser of Guo, Ye 2019, which draws the extreme singular values of a layer together, computed to the end.
 
 It needs the largest and the smallest singular value. The paper follows both with power steps while it trains
-(`tracked.py`); here they are computed anew for every kernel: all frequencies of a circular layer by SVDs, one SVD of a
-small matrix, and Lanczos for the rest, whose lower end is the upper end of a shifted Gram matrix.
+(`tracked_pairs.py`); here they are computed anew for every kernel: all frequencies of a circular layer by SVDs, one SVD
+of a small matrix, and Lanczos for the rest, whose lower end is the upper end of a shifted Gram matrix.
 """
 
 from __future__ import annotations
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -24,10 +23,10 @@ from jaxsrn._tools.subspaces import fixed_start
 from jaxsrn._tools.tolerances import BOTH_ENDS_SIZE
 from jaxsrn.operators.base import Operator
 from jaxsrn.operators.convolutions import CircularConv, UnboundedConv
-from jaxsrn.spectra.circular.boxes import on_dividing_grid
 from jaxsrn.spectra.circular.fourier import half_symbol, site_symbol
+from jaxsrn.spectra.circular.grid_certificate import on_dividing_grid
 from jaxsrn.spectra.circular.sites import among, distinct_sites, on_grid, sites_at, without_constant_axes
-from jaxsrn.spectra.image_pairs import as_images, flat_products
+from jaxsrn.spectra.image_pairs import flat_products, of_flat_vectors
 from jaxsrn.spectra.moving_pairs import frozen_value
 from jaxsrn.spectra.pairs_by_kind import leading_pair
 from jaxsrn.spectra.singular_pair import Pair, matrix_size, rescaled
@@ -95,10 +94,8 @@ def check_side(gram) -> None:
 
 def exceeds_output(op: Operator, kernel_shape) -> bool:
     """Whether the input is larger than the output (static)."""
-    if isinstance(op, UnboundedConv):
-        channels_in, channels_out = op._channels(kernel_shape)
-        return channels_in * math.prod(op._axis_strides(kernel_shape)) > channels_out
-    return math.prod(op.in_shape(kernel_shape)) > math.prod(op.out_shape(kernel_shape))
+    inputs, outputs = op._sizes(kernel_shape)
+    return inputs > outputs
 
 
 @functools.partial(program, static_argnums=(1, 3))
@@ -122,7 +119,7 @@ def _extreme_pairs(kernel: Float[Array, "..."], op: Operator) -> tuple[Pair, Pai
     if not op._needs_explicit_matrix or matrix_size(op, kernel.shape) <= BOTH_ENDS_SIZE:
         # `end_pairs` wants the inputs in the rows, as a symbol has them.
         matrix = op.to_dense(kernel).T[None]
-        largest, smallest = (as_images(u[0], v[0], op, kernel.shape) for _, u, v in end_pairs(matrix, (0, -1)))
+        largest, smallest = (of_flat_vectors(u[0], v[0], op, kernel.shape) for _, u, v in end_pairs(matrix, (0, -1)))
         return largest, smallest
     largest = leading_pair(kernel, op)
     return largest, _smallest_matrix_free(kernel, op, frozen_value(kernel, op, largest))
@@ -163,6 +160,6 @@ def _smallest_matrix_free(kernel, op: Operator, norm) -> Pair:
 
     start = fixed_start((size,), kernel.dtype)
     vector = unit(leading_singular_vectors(shifted, shifted, start, size, _LOWER_TOLERANCE).input)
-    # The image is the singular value times a unit vector. Where the singular value is 0, `unit` gives zero.
+    # The image is the singular value times a unit vector. Where the singular value is 0, any unit vector will do.
     image = unit(matvec(vector))
-    return as_images(*((image, vector) if in_size > out_size else (vector, image)), op, kernel.shape)
+    return of_flat_vectors(*((image, vector) if in_size > out_size else (vector, image)), op, kernel.shape)

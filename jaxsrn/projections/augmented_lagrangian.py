@@ -29,7 +29,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Inexact, Int
 
 from jaxsrn._tools.indexing import chosen
-from jaxsrn._tools.linalg import safe_sqrt
+from jaxsrn._tools.linalg import divisor, safe_sqrt
 from jaxsrn._tools.tolerances import largest_penalty, search_tolerance
 from jaxsrn.projections.clipping import Clipping, MatrixStack, clipped, excess_derivative, overshooting, split
 
@@ -139,7 +139,7 @@ def distance_and_excess(
     twice_gap = 2 * duality_gap(blocks, candidate, factor)
     distance = safe_sqrt(squared)
     total = distance + safe_sqrt(squared - twice_gap)
-    return distance, jnp.clip(twice_gap / jnp.where(total == 0, 1.0, total), 0.0, distance)
+    return distance, jnp.clip(twice_gap / divisor(total), 0.0, distance)
 
 
 def begin(kernel: Float[Array, "..."], blocks: MatrixStack, limit: Float[Array, ""]) -> Iterate:
@@ -179,7 +179,7 @@ def derivative(state: Iterate, blocks: MatrixStack, limit, direction: Float[Arra
     smaller = limit + (clipping.values - limit) * (state.penalty / penalty)
     clipping = clipping._replace(values=jnp.where(clipping.values > limit, smaller, clipping.values))
     product = _hessian(blocks, clipping, penalty)
-    weights = jnp.where(blocks.weights == 0, 1.0, blocks.weights)
+    weights = divisor(blocks.weights)
     tolerance = search_tolerance(direction.dtype)
 
     def solution(_, right):
@@ -234,7 +234,7 @@ def _hessian(blocks: MatrixStack, clipping: Clipping, penalty) -> Callable:
 def _newton_solve(product: Callable, blocks: MatrixStack, right, tolerance, max_steps: int):
     """Solves `product(x) = right`, symmetric in `<., .>_d`, to a relative residual, by conjugate gradients."""
     # The kept solver knows the plain inner product alone.
-    root = jnp.sqrt(jnp.where(blocks.weights == 0, 1.0, blocks.weights))
+    root = jnp.sqrt(divisor(blocks.weights))
     solution, _ = jax.scipy.sparse.linalg.cg(
         lambda x: root * product(x / root), root * right, tol=tolerance, maxiter=max_steps
     )
@@ -255,7 +255,7 @@ def _advance(state: Iterate, target: Float[Array, "..."], blocks: MatrixStack, l
     steps = accepted & ~ends
     # The Newton step is solved as exactly as the end of the round needs, with a margin of 0.3. The limits keep it near
     # the Newton direction (0.1), and keep conjugate gradients from refining a model that holds nearby alone (1e-3).
-    wanted = 0.3 * _ROUND_ENDS * found.infeasibility / jnp.where(gradient_norm == 0, 1.0, gradient_norm)
+    wanted = 0.3 * _ROUND_ENDS * found.infeasibility / divisor(gradient_norm)
     direction = _newton_solve(
         _hessian(blocks, found.clipping, state.penalty),
         blocks,

@@ -18,11 +18,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Inexact
 
-from jaxsrn._tools.linalg import matmul
+from jaxsrn._tools.linalg import divisor, matmul, ratio
 from jaxsrn.operators.base import Operator
 from jaxsrn.operators.convolutions import CircularConv, UnboundedConv
-from jaxsrn.spectra.circular.boxes import on_coarse_grid
 from jaxsrn.spectra.circular.fourier import half_symbol
+from jaxsrn.spectra.circular.grid_certificate import on_coarse_grid
 from jaxsrn.spectra.circular.sites import multiplicity, repetitions, without_constant_axes
 
 __all__ = [
@@ -67,8 +67,7 @@ class MatrixStack(NamedTuple):
         """The adjoint of `stack`: `<pull_back(Y), K>_d = <Y, S(K)>` for every kernel."""
         transpose = jax.linear_transpose(self.stack, jax.ShapeDtypeStruct(self.weights.shape, self.weights.dtype))
         plain = transpose(jnp.conj(matrices) * self.counts.astype(matrices.dtype))[0]
-        dead = self.weights == 0
-        return jnp.where(dead, 0.0, plain / jnp.where(dead, 1.0, self.weights))
+        return ratio(plain, self.weights)
 
 
 def matrix_stack(op: Operator, kernel_shape: tuple[int, ...], dtype, per_degree: int = _ANGLES) -> MatrixStack:
@@ -159,14 +158,14 @@ def excess_derivative(clipping: Clipping, direction: Inexact[Array, "..."]) -> I
     uh, v = _adjoint(u), _adjoint(vh)
     inside = matmul(matmul(uh, direction), v)
     gains = jnp.maximum(s - limit, 0.0)
-    ratio = (gains / jnp.where(s == 0, 1.0, s))[:, None, :].astype(u.dtype)
+    shares = (gains / divisor(s))[:, None, :].astype(u.dtype)
     even, odd = (inside + _adjoint(inside)) / 2, (inside - _adjoint(inside)) / 2
     a, b = (factor.astype(u.dtype) for factor in _divided_differences(s, gains, limit))
     out = matmul(matmul(u, a * even + b * odd), vh)
     if direction.shape[-2] > direction.shape[-1]:
-        out = out + matmul((matmul(direction, v) - matmul(u, inside)) * ratio, vh)
+        out = out + matmul((matmul(direction, v) - matmul(u, inside)) * shares, vh)
     if direction.shape[-2] < direction.shape[-1]:
-        out = out + matmul(u, jnp.swapaxes(ratio, -1, -2) * (matmul(uh, direction) - matmul(inside, vh)))
+        out = out + matmul(u, jnp.swapaxes(shares, -1, -2) * (matmul(uh, direction) - matmul(inside, vh)))
     return out
 
 

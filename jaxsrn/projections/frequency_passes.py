@@ -24,13 +24,13 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Inexact, Int
 
-from jaxsrn._tools.linalg import matmul, ratio, top_values
+from jaxsrn._tools.linalg import divisor, matmul, ratio, top_values
 from jaxsrn.bounds.covers import covers
 from jaxsrn.operators.base import Operator
 from jaxsrn.operators.convolutions import CircularConv
 from jaxsrn.projections.clipping import MatrixStack, clipped, overshooting, split
-from jaxsrn.spectra.circular.boxes import degrees, on_coarse_grid
 from jaxsrn.spectra.circular.fourier import half_symbol
+from jaxsrn.spectra.circular.grid_certificate import degrees, on_coarse_grid
 from jaxsrn.spectra.circular.sites import multiplicity, without_edges
 
 __all__ = [
@@ -105,12 +105,11 @@ def unit_direction(gradient: Float[Array, "..."], blocks: MatrixStack) -> tuple[
 
     Taps that meet no sample, and a zero gradient, give zeros.
     """
-    dead = blocks.weights == 0
-    direction = jnp.where(dead, 0.0, gradient / jnp.where(dead, 1.0, blocks.weights))
+    direction = ratio(gradient, blocks.weights)
     stack = blocks.stack(direction)
     count = jnp.sum(jnp.broadcast_to(blocks.counts, (len(stack), 1, 1))) * min(stack.shape[-2:])
     scale = jnp.sqrt(blocks.stack_inner(stack, stack) / count)
-    return direction / jnp.where(scale == 0, 1.0, scale), scale
+    return direction / divisor(scale), scale
 
 
 def nuclear_norm(blocks: MatrixStack, stack: Inexact[Array, "batch rows columns"]) -> Float[Array, ""]:

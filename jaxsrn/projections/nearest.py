@@ -29,7 +29,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from jaxsrn._tools.held import moving, refusing
-from jaxsrn._tools.linalg import safe_sqrt
+from jaxsrn._tools.linalg import divisor, safe_sqrt
 from jaxsrn._tools.tolerances import SPLIT_SIZE
 from jaxsrn.bounds.covers import covers
 from jaxsrn.operators.base import Operator
@@ -197,7 +197,7 @@ def _widened(solve: Callable, begun: Iterate, op: Operator, limit: Float[Array, 
         leading = leading_pair(found.best.kernel, op)
         norm = frozen_value(found.best.kernel, op, leading)
         # The radius is scaled as if the norm were proportional to it.
-        radius = jnp.where(norm == 0, state.radius, state.radius * limit / jnp.where(norm == 0, 1.0, norm))
+        radius = jnp.where(norm == 0, state.radius, state.radius * limit / divisor(norm))
         return _Widened(SolvedBall(found, state.radius), norm, leading, radius, state.num_steps + found.num_steps)
 
     nothing = _Widened(SolvedBall(begun, limit), jnp.zeros_like(limit), own, limit, jnp.asarray(0))

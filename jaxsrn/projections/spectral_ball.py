@@ -15,7 +15,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int, Shaped
 
 from jaxsrn._tools.checks import Kernel, ensure, float_dtype, kernel_array, positive_scalar, static_int
-from jaxsrn._tools.linalg import safe_sqrt
+from jaxsrn._tools.linalg import divisor, safe_sqrt
 from jaxsrn._tools.programs import program
 from jaxsrn._tools.tolerances import DENSE_SIZE, gap_tolerance
 from jaxsrn.operators.base import Dense, Operator
@@ -185,7 +185,7 @@ def _project_spectral_ball(kernel, op, own, max_norm, tolerance, max_steps):
         change = lax.stop_gradient(shrinking) * nearby.kernel - fixed
         farther = jnp.where(shrinking < 1, safe_sqrt(jnp.sum(weights * change**2)) - nearby.distance, 0.0)
         excess = nearby.excess + jnp.maximum(farther, 0.0)
-        gap, num_steps = excess / jnp.where(size == 0, 1.0, size), nearby.num_steps
+        gap, num_steps = excess / divisor(size), nearby.num_steps
     found = found * shrinking
     keep = inside | jnp.asarray(op._tap_counts(kernel.shape) == 0)
     return ProjectionResult(

@@ -25,7 +25,7 @@ import numpy as np
 from jaxsrn._tools.checks import ensure
 from jaxsrn.operators.layers import plain
 
-__all__ = ["ArrayInfo", "BrokenFile", "MissingExtra", "NamedArrays", "named_leaves", "open_arrays"]
+__all__ = ["ArrayInfo", "BrokenFile", "MissingExtra", "NamedArrays", "Tree", "open_arrays"]
 
 _INDEX = ".safetensors.index.json"
 _FORMATS = f"a .safetensors file, an index *{_INDEX} or its folder, an .npz file, or the folder of an Orbax checkpoint"
@@ -122,7 +122,7 @@ class Tree(NamedArrays):
     """The leaves of a pytree, named by their paths, `params/Conv_0/kernel`."""
 
     def __init__(self, tree: Any, source: str = "parameters"):
-        self._leaves = named_leaves(tree)
+        self._leaves = _named_leaves(tree)
         self.source = source
         infos = {name: _info_of(leaf) for name, leaf in self._leaves.items()}
         self.infos = _sorted(infos)
@@ -131,7 +131,7 @@ class Tree(NamedArrays):
         return np.asarray(self._leaves[name])
 
 
-def named_leaves(tree: Any) -> dict[str, Any]:
+def _named_leaves(tree: Any) -> dict[str, Any]:
     """The leaves of a pytree by their paths; the attribute in which a Flax variable holds its array is left out."""
     named = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):

@@ -16,7 +16,7 @@ from typing import Any
 from jaxsrn.report.kernels import Skipped
 from jaxsrn.report.layers import LayerReport
 
-__all__ = ["Report", "aligned", "digits"]
+__all__ = ["Report", "aligned", "counted", "digits"]
 
 # A layer stands out by this factor: a half or the double is common among the layers of one trained network.
 _FACTOR = 3.0
@@ -47,13 +47,13 @@ class Report:
 
     @property
     def product_of_norms(self) -> float:
-        """The product of the spectral norms; infinite beyond the range of floats.
+        """The product of the spectral norms; infinite beyond the range of floats, NaN where a norm is.
 
         It is a Lipschitz bound of a network that is a chain of these layers and of activations that are 1-Lipschitz.
         With skip connections, attention, normalizations that are not folded or a layer used twice it is none.
         """
         logarithm = self.log10_product_of_norms
-        return 10.0**logarithm if logarithm < 308 else math.inf
+        return math.inf if logarithm >= 308 else 10.0**logarithm
 
     @property
     def log10_product_of_norms(self) -> float:

@@ -17,12 +17,12 @@ from jaxsrn.spectra.singular_pair import Found, Pair
 
 __all__ = [
     "as_floats",
-    "as_images",
     "flat_products",
     "gradient",
     "images",
     "matrix_free",
     "nearby",
+    "of_flat_vectors",
     "of_floats",
     "of_images",
     "power_step",
@@ -79,7 +79,7 @@ def nearby(kernel: Float[Array, "..."], op: Operator, pair: Pair, tolerance) -> 
 # Lanczos on flat vectors
 
 
-def as_images(inputs: Float[Array, " in"], outputs: Float[Array, " out"], op: Operator, kernel_shape) -> Pair:
+def of_flat_vectors(inputs: Float[Array, " in"], outputs: Float[Array, " out"], op: Operator, kernel_shape) -> Pair:
     """The pair of two flat unit vectors."""
     return Pair(None, inputs.reshape(op.in_shape(kernel_shape)), outputs.reshape(op.out_shape(kernel_shape)))
 
@@ -101,4 +101,4 @@ def matrix_free(kernel, op: Operator, start: Float[Array, "..."], tolerance, **o
     """The pair that the Lanczos method finds from a given input; the options are of `leading_singular_vectors`."""
     matvec, rmatvec, _, out_size = flat_products(kernel, op)
     found = leading_singular_vectors(matvec, rmatvec, start.reshape(-1), out_size, tolerance, **options)
-    return Found(found.value, as_images(unit(found.input), unit(found.output), op, kernel.shape))
+    return Found(found.value, of_flat_vectors(unit(found.input), unit(found.output), op, kernel.shape))

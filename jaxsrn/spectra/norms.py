@@ -12,6 +12,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from jaxsrn._tools.checks import Kernel, ensure, float_dtype, kernel_array, positive_scalar
+from jaxsrn._tools.linalg import ratio
 from jaxsrn._tools.programs import program
 from jaxsrn.operators.base import Operator
 from jaxsrn.spectra.common_shapes import in_common_shape
@@ -21,7 +22,9 @@ from jaxsrn.spectra.singular_pair import rescaled
 
 __all__ = [
     "SingularTriplet",
+    "check_triplet",
     "leading_triplet",
+    "norm_of",
     "spectral_norm",
 ]
 
@@ -50,11 +53,10 @@ def leading_triplet(
     Circular layers: the leading value of the symbol over all its frequencies, with plane waves as vectors. Dense
     layers, and layers with zero padding of at most 2**18 entries of the explicit matrix or of one tap: an SVD, or the
     Lanczos method with a proof. Larger layers with zero padding: the Lanczos method with thick restarts (Wu, Simon
-    2000) on the real operator, without a proof. It starts from a sum of the largest
-    waves of the circular layer and noise, and is repeated once where the start may have missed the other phase of
-    what is found, and from channels that the found vectors leave idle where these may hold a larger value. Layers
-    of 32 channels or more, on images of more than 512 samples, are first searched in the few channels that they use
-    most.
+    2000) on the real operator, without a proof. It starts from a sum of the largest waves of the circular layer and
+    noise, and is repeated once where the start may have missed the other phase of what is found, and from channels that
+    the found vectors leave idle where these may hold a larger value. Layers of 32 channels or more, on images of more
+    than 512 samples, are first searched in the few channels that they use most.
 
     Args:
       kernel: `(c_in, c_out)` or `(*taps, c_in // groups, c_out)`.
@@ -113,7 +115,7 @@ def _residual(kernel, op, value, left, right):
         jnp.linalg.norm(op.apply(kernel, right, precision=highest) - value * left),
         jnp.linalg.norm(op.transpose(kernel, left, precision=highest) - value * right),
     )
-    return jnp.where(value == 0, 0.0, jnp.maximum(*errors) / jnp.where(value == 0, 1.0, value))
+    return ratio(jnp.maximum(*errors), value)
 
 
 def spectral_norm(kernel: Kernel, op: Operator) -> Float[Array, ""]:
@@ -124,10 +126,12 @@ def spectral_norm(kernel: Kernel, op: Operator) -> Float[Array, ""]:
     layers: an SVD, or for large matrices the Lanczos method with a Cholesky factorization that proves its value. Zero
     padding: the same as dense layers up to 2**18 entries of the explicit matrix, and for layers of one tap; above, the
     Lanczos method to a relative residual of `eps ** 0.75`, without a proof. How far the norm can be off there is what
-    `bounds.certified(kernel, op)` says: it is never above `upper`. The gradient is the outer product of the
-    leading vectors, held constant: exact for a simple value, always finite (also at zero), in both modes. The second
-    derivative is exact for a simple value too, and takes a linear system in the vectors. Where values coincide, what
-    would turn their vectors into each other is left out; with more than 512 numbers in the vectors it is NaN there.
+    `bounds.certified(kernel, op)` says: it is never above `upper`.
+
+    The gradient is the outer product of the leading vectors, held constant: exact for a simple value, always finite
+    (also at zero), in both modes. The second derivative is exact for a simple value too, and takes a linear system in
+    the vectors. Where values coincide, what would turn their vectors into each other is left out; with more than 512
+    numbers in the vectors it is NaN there.
 
     Args:
       kernel: `(c_in, c_out)` or `(*taps, c_in // groups, c_out)`.

@@ -26,7 +26,6 @@ __all__ = [
     "StableRankRange",
     "largest_functional",
     "norm_and_rank",
-    "squared_frobenius_norm",
     "stable_rank",
     "stable_rank_range",
     "target_of_fraction",
@@ -36,9 +35,9 @@ __all__ = [
 def stable_rank(kernel: Kernel, op: Operator) -> Float[Array, ""]:
     """`srank(T) = ||T||_F^2 / ||T||_2^2` of the layer `T(kernel)`.
 
-    It does not depend on the scale, and lies between 1 and the rank; it is 0 at the zero kernel. The gradient is exact
-    where the leading singular value is simple, and always finite. The second
-    derivative is exact there too; elsewhere it is as that of `spectral_norm`.
+    It does not depend on the scale, and lies between 1 and the rank; it is 0 at the zero kernel. Of an `UnboundedConv`
+    it is that per output sample, which can be below 1. The gradient is exact where the leading singular value is
+    simple, and always finite. The second derivative is exact there too; elsewhere it is as that of `spectral_norm`.
 
     Args:
       kernel: `(c_in, c_out)` or `(*taps, c_in // groups, c_out)`.
@@ -68,10 +67,10 @@ def norm_and_rank(kernel, op, pair, copies=1) -> tuple[Float[Array, ""], Float[A
     kernel, scale = rescaled(kernel.astype(float_dtype(kernel.dtype)), op)
     norm = frozen_value(kernel, op, pair)
     # The map can be zero where the kernel is not: taps can miss the image, and aliased ones can cancel.
-    return norm * scale, copies * ratio(squared_frobenius_norm(kernel, op), norm**2)
+    return norm * scale, copies * ratio(_squared_frobenius_norm(kernel, op), norm**2)
 
 
-def squared_frobenius_norm(kernel: Kernel, op: Operator) -> Shaped[Array, ""]:
+def _squared_frobenius_norm(kernel: Kernel, op: Operator) -> Shaped[Array, ""]:
     """`||T(kernel)||_F^2`; taps that fall on each other are summed first."""
     kernel = op.wrap(kernel.astype(float_dtype(kernel.dtype)))
     return jnp.sum(op.frobenius_weights(kernel.shape, kernel.dtype) * kernel**2)
@@ -119,6 +118,9 @@ def stable_rank_range(kernel_shape: tuple[int, ...], op: Operator) -> StableRank
       kernel_shape: `(c_in, c_out)` or `(*taps, c_in // groups, c_out)`.
       op: its operator.
 
+    Returns:
+      A `StableRankRange(low, high)` of static floats.
+
     Raises:
       ValueError: a shape that does not fit.
 
@@ -159,8 +161,9 @@ def target_of_fraction(fraction: float, kernel_shape: tuple[int, ...], op: Opera
       ValueError: a shape that does not fit, or a fraction outside (0, 1] or below what the taps of the kernel allow.
     """
     ensure(0 < fraction <= 1, f"fraction: got {fraction}, expected a number in (0, 1].")
-    largest = _largest_rank(kernel_shape, op)
     low, high = stable_rank_range(kernel_shape, op)
+    # The stable rank of an operator with equal singular values.
+    largest = min(op._sizes(kernel_shape))
     if low == high:
         return low
     # The slack keeps the lower end itself allowed in spite of rounding.
@@ -170,11 +173,3 @@ def target_of_fraction(fraction: float, kernel_shape: tuple[int, ...], op: Opera
         f"shape {tuple(kernel_shape)} is at least {low:.6g} of {largest}.",
     )
     return fraction * largest
-
-
-def _largest_rank(kernel_shape: tuple[int, ...], op: Operator) -> int:
-    """The stable rank of an operator with equal singular values; per output sample for an unbounded convolution."""
-    if isinstance(op, UnboundedConv):
-        channels_in, channels_out = op._channels(kernel_shape)
-        return min(channels_in * math.prod(op._axis_strides(kernel_shape)), channels_out)
-    return min(math.prod(op.in_shape(kernel_shape)), math.prod(op.out_shape(kernel_shape)))

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Inexact
 
+from jaxsrn._tools.linalg import divisor
 from jaxsrn.operators.base import Operator
 
 __all__ = ["Found", "Pair", "by_largest", "first_of", "matrix_size", "rescaled", "without_idle_taps"]
@@ -75,5 +76,5 @@ def _meeting_taps(op: Operator, kernel_shape: tuple[int, ...]) -> np.ndarray:
 def by_largest(kernel: Float[Array, "..."]) -> tuple[Float[Array, "..."], Float[Array, ""]]:
     """`(kernel / scale, scale)`; the scale is the largest absolute entry (1 for zero), held constant in derivatives."""
     largest = jax.lax.stop_gradient(jnp.max(jnp.abs(kernel)))
-    scale = jnp.where(largest == 0, 1.0, largest)
+    scale = divisor(largest)
     return kernel / scale, scale

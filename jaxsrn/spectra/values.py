@@ -11,11 +11,10 @@ import math
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jaxtyping import Array, Complex, Float
 
-from jaxsrn._tools.checks import Kernel, ensure, float_dtype, kernel_array
+from jaxsrn._tools.checks import Kernel, ensure, float_dtype, is_integer, kernel_array
 from jaxsrn._tools.held import held, stationary
 from jaxsrn._tools.lanczos import top_singular_vectors
 from jaxsrn._tools.programs import program
@@ -77,8 +76,12 @@ def singular_values(kernel: Kernel, op: Operator) -> Float[Array, " n"]:
       kernel: `(c_in, c_out)` or `(*taps, c_in // groups, c_out)`.
       op: its operator.
 
+    Returns:
+      A vector in float32 or wider; NaN where the kernel has one.
+
     Raises:
-      ValueError: a kernel that does not fit, or a zero-padded matrix that is too large to form.
+      ValueError: a kernel that does not fit, an `UnboundedConv`, whose values are infinitely many, or a zero-padded
+        matrix that is too large to form.
     """
     kernel, op = op._flattened(kernel_array(kernel, op))
     size = matrix_size(op, kernel.shape)
@@ -132,13 +135,15 @@ def top_singular_values(kernel: Kernel, op: Operator, k: int) -> Float[Array, " 
       op: its operator.
       k: static, from 1 to `min(prod(in_shape), prod(out_shape))`.
 
+    Returns:
+      A vector of `k` numbers in float32 or wider; NaN where the kernel has one.
+
     Raises:
-      ValueError: a kernel that does not fit, or a `k` out of range.
+      ValueError: a kernel that does not fit, an `UnboundedConv`, or a `k` out of range.
     """
     kernel, op = op._flattened(kernel_array(kernel, op))
     n = min(math.prod(op.in_shape(kernel.shape)), math.prod(op.out_shape(kernel.shape)))
-    integral = isinstance(k, (int, np.integer)) and not isinstance(k, bool)
-    ensure(integral and 1 <= k <= n, f"k: got {k!r}, expected an integer from 1 to {n}.")
+    ensure(is_integer(k) and 1 <= k <= n, f"k: got {k!r}, expected an integer from 1 to {n}.")
     size = matrix_size(op, kernel.shape)
     if not op._needs_explicit_matrix or (5 * k >= n and size <= DENSE_SIZE):
         return singular_values(kernel, op)[:k]

@@ -20,11 +20,11 @@ from jaxtyping import Array, Float, Int
 from jaxsrn import optim
 from jaxsrn._tools.checks import Kernel, ensure, float_dtype, static_int
 from jaxsrn._tools.held import held, refusing
-from jaxsrn._tools.linalg import unit
+from jaxsrn._tools.linalg import divisor, unit
 from jaxsrn._tools.programs import program
+from jaxsrn.normalization.assessment import assessed
 from jaxsrn.normalization.closed_form import Problem, problem_of
 from jaxsrn.normalization.result import SRNResult, in_own_scale
-from jaxsrn.normalization.tanay import assessed
 from jaxsrn.operators.base import Operator
 from jaxsrn.operators.convolutions import CircularConv
 from jaxsrn.spectra.moving_pairs import frozen_value
@@ -217,7 +217,7 @@ def _prepared(kernel, op, target, schedules, optimizer, num_steps: int, smooth: 
     frozen = lax.stop_gradient(problem)
     level = num_frequencies(op) / frozen.target
     # With this weight both terms of `h` are relative to `(N / r)^2`.
-    weight = level**2 / (frozen.target * jnp.where(frozen.norm == 0, 1.0, frozen.norm) ** 2)
+    weight = level**2 / (frozen.target * divisor(frozen.norm) ** 2)
     alpha, penalty = schedules
     first_alpha, last_alpha = (a / level for a in _ALPHAS)
     first_penalty, last_penalty = (p * weight / scale**2 for p in _PENALTIES)

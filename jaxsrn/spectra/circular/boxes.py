@@ -3,15 +3,10 @@
 A **box** is a product of index ranges of the half grid. Its centre may lie between two frequencies, so that centres are
 kept doubled, as integers. Boxes of level `l` have edges of `ceil(size / 2**l)` indices; on the last level they are
 single frequencies. How far apart the frequencies of a box are is measured by `phi` (`branch_and_bound.py`).
-
-The **grid certificate** bounds the singular values between the frequencies of a grid. For a unit vector `x`,
-`||S(w) x||^2` is a non-negative trigonometric polynomial in the angle of each axis. An inequality of M. Riesz bounds
-how fast such a polynomial can fall from its maximum, and so what a grid can miss of it.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import math
 from typing import NamedTuple
@@ -21,68 +16,25 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxsrn.operators.convolutions import CircularConv, UnboundedConv, ZeroPaddedConv
+from jaxsrn.operators.convolutions import CircularConv
 from jaxsrn.spectra.circular.angles import Angles, angles_of
-from jaxsrn.spectra.circular.fourier import polyphase
-from jaxsrn.spectra.circular.sites import half_grid, on_grid, without_edges
+from jaxsrn.spectra.circular.grid_certificate import degrees, overshoot
+from jaxsrn.spectra.circular.sites import half_grid
 
 __all__ = [
     "Grid",
     "centres",
     "coarse_boxes",
-    "degrees",
     "edges",
     "grid_of",
     "num_boxes",
-    "on_coarse_grid",
-    "on_dividing_grid",
     "on_half_grid",
-    "overshoot",
     "split",
 ]
 
 # The widest boxes have at most this phi. Wider ones are discarded too rarely in a flat spectrum, and narrower ones are
 # too many.
 _WIDEST = 0.6
-
-
-def degrees(op: CircularConv, kernel_shape: tuple[int, ...]) -> list[int]:
-    """The degree of `||S(w) x||^2` as a trigonometric polynomial in the angle of each axis."""
-    return [int(np.ptp(exponent)) for exponent, _ in polyphase(op, kernel_shape)]
-
-
-def overshoot(op: CircularConv, kernel_shape: tuple[int, ...]) -> float:
-    """A factor: the supremum of the singular values over the torus is at most this times their maximum on the grid.
-
-    It is `1 / prod_j cos(pi d_j / (2 n_j))`, with degree `d_j` and `n_j` angles on axis `j`. It is infinite where the
-    grid has too few angles for the inequality.
-    """
-    ratios = [d / n for d, n in zip(degrees(op, kernel_shape), op.grid, strict=True)]
-    return 1 / math.prod(math.cos(math.pi * r / 2) for r in ratios) if max(ratios) < 1 else math.inf
-
-
-def on_coarse_grid(op: CircularConv | UnboundedConv, kernel_shape: tuple[int, ...], per_degree: int) -> CircularConv:
-    """The layer of the same taps on a grid of so many angles per degree of its symbol on each axis."""
-    layer = on_grid(without_edges(op), kernel_shape)
-    return _with_angles(layer, [per_degree * d for d in degrees(layer, kernel_shape)])
-
-
-def on_dividing_grid(
-    op: CircularConv | UnboundedConv | ZeroPaddedConv, kernel_shape: tuple[int, ...], per_degree: int, most=math.inf
-) -> CircularConv:
-    """The same with the next powers of two, which divide the grid of an unbounded convolution; at most `2**most`."""
-    layer = on_grid(without_edges(op), kernel_shape)
-    powers = [min(math.ceil(math.log2(per_degree * max(d, 1))), most) for d in degrees(layer, kernel_shape)]
-    return _with_angles(
-        layer, [2**power if d else 0 for power, d in zip(powers, degrees(layer, kernel_shape), strict=True)]
-    )
-
-
-def _with_angles(layer: CircularConv, angles: list[int]) -> CircularConv:
-    """The layer with so many angles on each axis; one where the symbol is constant."""
-    return dataclasses.replace(
-        layer, input_shape=tuple(max(m, 1) * s for m, s in zip(angles, layer.strides, strict=True))
-    )
 
 
 class Grid(NamedTuple):
@@ -96,7 +48,7 @@ class Grid(NamedTuple):
       last_level: the level of single frequencies.
       finest: the steps between frequencies whose singular values differ by less than rounding at a maximum.
       rates: what a half step between neighbouring frequencies adds to phi.
-      excess: `sqrt(U^2 / L^2 - 1)` with the bound `U / L` of `overshoot`.
+      tangent: `sqrt(U^2 / L^2 - 1)` with the bound `U / L` of `overshoot`, the tangent of `arccos(L / U)`.
     """
 
     angles: Angles
@@ -106,7 +58,7 @@ class Grid(NamedTuple):
     last_level: Int[Array, ""]
     finest: Int[Array, " axes"]
     rates: Float[Array, " axes"]
-    excess: Float[Array, ""]
+    tangent: Float[Array, ""]
 
 
 def _share(op: CircularConv, kernel_shape: tuple[int, ...]) -> np.ndarray:
@@ -125,9 +77,9 @@ def grid_of(op: CircularConv, kernel_shape: tuple[int, ...], dtype, is_reduced: 
     """The grid of a layer; its boxes are single frequencies where no width is certified, or the kernel is reduced."""
     samples, ends = np.array(op.grid), np.array(half_grid(op))
     per_axis = np.array(degrees(op, kernel_shape))
-    excess, sizes = 0.0, np.ones_like(ends)
+    tangent, sizes = 0.0, np.ones_like(ends)
     if not _takes_single_frequencies(op, kernel_shape, is_reduced):
-        excess = math.sqrt(overshoot(op, kernel_shape) ** 2 - 1)
+        tangent = math.sqrt(overshoot(op, kernel_shape) ** 2 - 1)
         wide = 1 + np.floor(_share(op, kernel_shape) * samples).astype(int)
         sizes = np.minimum(ends, np.where(per_axis == 0, ends, wide))
     return Grid(
@@ -138,7 +90,7 @@ def grid_of(op: CircularConv, kernel_shape: tuple[int, ...], dtype, is_reduced: 
         np.asarray(int(np.max(sizes) - 1).bit_length(), np.int32),
         (samples * math.sqrt(jnp.finfo(dtype).eps) / (2 * np.pi * np.maximum(per_axis, 1))).astype(np.int32),
         (np.pi * per_axis / (2 * samples)).astype(dtype),
-        np.asarray(excess, dtype),
+        np.asarray(tangent, dtype),
     )
 
 

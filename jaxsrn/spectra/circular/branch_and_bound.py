@@ -7,12 +7,12 @@ at most `phi = 1/2 sum_j d_j |dw_j|`. If the grid's maximum `L` is in a box of f
 
     sigma_max(S(centre)) >= L cos(phi) - sqrt(U^2 - L^2) sin(phi),    U <= L / prod_j cos(pi d_j / (2 n_j)).
 
-The bound of `U` is the grid certificate of `boxes.py`. A box whose centre is below the first bound for the best value
-known cannot hold a larger one, and one Cholesky factorization of the centre's Gram matrix proves that. The other boxes
-are split, down to single frequencies. One that is higher than all known ones may lie on a slope, where very many others
-are, so that the search climbs from it. How many boxes are looked at depends on the taps and on how flat the spectrum
-is, not on the size of the image. SVDs at all frequencies (Sedghi, Gupta, Long 2019) give the same number at a cost that
-does.
+The bound of `U` is the grid certificate (`grid_certificate.py`). A box (`boxes.py`) whose centre is below the first
+bound for the best value known cannot hold a larger one, and one Cholesky factorization of the centre's Gram matrix
+proves that. The other boxes are split, down to single frequencies. One that is higher than all known ones may lie on a
+slope, where very many others are, so that the search climbs from it. How many boxes are looked at depends on the taps
+and on how flat the spectrum is, not on the size of the image. SVDs at all frequencies (Sedghi, Gupta, Long 2019) give
+the same number at a cost that does.
 """
 
 from __future__ import annotations
@@ -65,10 +65,10 @@ class _Proof(NamedTuple):
     is_new: Bool[Array, ""] | None
 
 
-def highest_peak(poly: GramPolynomial, grid: Grid, corners, exists, peaks: Peak, allowed) -> Peak:
-    """The highest peak of the grid, with the proof that nothing is larger by `allowed`; `peaks` is what climbing found.
+def highest_peak(poly: GramPolynomial, grid: Grid, corners, exists, peaks: Peak, excess) -> Peak:
+    """The highest peak of the grid, with the proof that nothing is larger by more than the share `excess`.
 
-    Its pair is exact to rounding.
+    Its pair is exact to rounding. `peaks` is what climbing found.
     """
     climbed = _best_of(poly, peaks)
     chunk, (count, axes) = chunk_of(poly), corners.shape
@@ -81,11 +81,11 @@ def highest_peak(poly: GramPolynomial, grid: Grid, corners, exists, peaks: Peak,
     boxes = jnp.concatenate([jnp.concatenate([corners, levels], axis=-1), first.astype(jnp.int32)])
     # Where the coarsest boxes are single frequencies, the peak's own is one of them.
     is_apart = grid.last_level > 0
-    others = exists & ~(is_apart & _is_flat(poly, allowed, climbed.value))
+    others = exists & ~(is_apart & _is_flat(poly, excess, climbed.value))
     proof = _push(proof, boxes, jnp.concatenate([others, is_apart[None]]))
 
     def step(proof: _Proof) -> _Proof:
-        return _look(poly, grid, chunk, allowed, proof if proof.is_new is None else _raised(poly, grid, proof))
+        return _look(poly, grid, chunk, excess, proof if proof.is_new is None else _raised(poly, grid, proof))
 
     # Zero and NaN need no proof.
     return lax.while_loop(lambda proof: (proof.size > 0) & (proof.best.value > 0), step, proof).best
@@ -119,8 +119,8 @@ def _whole_symbol(poly: GramPolynomial, grid: Grid, index: Int[Array, " axes"]):
     return symbol_of(waves(grid.angles, 2 * index, poly.exponents), poly.coefficients)
 
 
-def _is_flat(poly: GramPolynomial, allowed, value):
-    """Whether the singular values of one frequency are, as far as is allowed, above those of all others.
+def _is_flat(poly: GramPolynomial, excess, value):
+    """Whether the singular values of one frequency are, up to the share `excess`, above those of all others.
 
     The Gram matrices of two frequencies differ by at most twice the norms of all coefficients but the constant one.
     Of the flat spectrum of an orthogonal kernel, branch and bound would look at every frequency.
@@ -129,7 +129,7 @@ def _is_flat(poly: GramPolynomial, allowed, value):
         return jnp.asarray(False)
     # By Cauchy and Schwarz, the sum of the norms is at most the root of so many times the sum of their squares.
     count = max(len(poly.even) - 1, 1)
-    return jnp.sum(jnp.maximum(poly.even**2, poly.odd**2)[1:]) <= (allowed * value**2) ** 2 / count
+    return jnp.sum(jnp.maximum(poly.even**2, poly.odd**2)[1:]) <= (excess * value**2) ** 2 / count
 
 
 def _push(proof: _Proof, boxes, keep) -> _Proof:
@@ -139,16 +139,16 @@ def _push(proof: _Proof, boxes, keep) -> _Proof:
     return proof._replace(boxes=put(proof.boxes, place, boxes), size=proof.size + order[-1])
 
 
-def _look(poly: GramPolynomial, grid: Grid, chunk: int, allowed, proof: _Proof) -> _Proof:
+def _look(poly: GramPolynomial, grid: Grid, chunk: int, excess, proof: _Proof) -> _Proof:
     """Takes a chunk of boxes from the stack, discards those proven low, and puts back the halves of the others."""
     bottom = jnp.maximum(proof.size - chunk, 0)
     boxes = lax.dynamic_slice_in_dim(proof.boxes, bottom, chunk, allow_negative_indices=False)
     corners, levels = boxes[:, :-1], boxes[:, -1]
     places = jnp.arange(chunk, dtype=jnp.int32)
-    low = _are_low(poly, grid, corners, levels, (1 + allowed) * proof.best.value)
+    low = _are_low(poly, grid, corners, levels, (1 + excess) * proof.best.value)
     high = ~low & (bottom + places < proof.size)
     single = high & (levels == grid.last_level)
-    best = _examined(poly, grid, allowed, corners, single, proof.best)
+    best = _examined(poly, grid, excess, corners, single, proof.best)
     halves, exists = split(grid, corners, levels)
     keep = exists & (high & ~single)[:, None]
     below = jnp.minimum(levels + 1, grid.last_level)[:, None, None]
@@ -193,12 +193,12 @@ def _are_low(poly: GramPolynomial, grid: Grid, corners, levels, limit):
     """Whether each box is proven to hold nothing above the limit, up to rounding."""
     sizes = edges(grid, levels)
     phi = jnp.sum((sizes - 1).astype(grid.rates.dtype) * jnp.asarray(grid.rates)[None], axis=-1)
-    limits = limit * jnp.maximum(jnp.cos(phi) - grid.excess * jnp.sin(phi), 0)
+    limits = limit * jnp.maximum(jnp.cos(phi) - grid.tangent * jnp.sin(phi), 0)
     grams = grams_at(poly, grid.angles, centres(corners, sizes))
     return are_below(grams, squared_limit(poly.coefficients.shape[-2], limits) - poly.loss)
 
 
-def _examined(poly: GramPolynomial, grid: Grid, allowed, corners, high, known: Peak):
+def _examined(poly: GramPolynomial, grid: Grid, excess, corners, high, known: Peak):
     """The best of the known pair and the leading ones at the frequencies that may be high, taken one by one."""
     places = jnp.arange(len(corners), dtype=jnp.int32)
 
@@ -211,7 +211,7 @@ def _examined(poly: GramPolynomial, grid: Grid, allowed, corners, high, known: P
             found = _larger_of(symbol, index, best)
         else:
             # The reduced Gram matrix proves little.
-            level = squared_limit(poly.coefficients.shape[-2], (1 + allowed) * best.value)
+            level = squared_limit(poly.coefficients.shape[-2], (1 + excess) * best.value)
             low = are_below(whole_grams(symbol)[None], level[None])[0]
             found = _once(~low, lambda best: _larger_of(symbol, index, best), best)
         return left & (places != place), found

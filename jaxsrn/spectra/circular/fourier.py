@@ -25,9 +25,6 @@ from jaxsrn.spectra.circular.angles import angles_of, waves
 from jaxsrn.spectra.circular.sites import ShiftedSite, Site, half_grid
 
 __all__ = [
-    "FREQUENCY_AXES",
-    "PHASE_AXES",
-    "TAP_AXES",
     "axis_exponents",
     "axis_waves",
     "complex_dtype",
@@ -47,7 +44,7 @@ __all__ = [
     "terms_of",
 ]
 
-FREQUENCY_AXES, PHASE_AXES, TAP_AXES = "abc", "xyz", "hwd"
+_FREQUENCY_AXES, _PHASE_AXES, _TAP_AXES = "abc", "xyz", "hwd"
 
 
 def complex_dtype(dtype) -> jnp.dtype:
@@ -96,8 +93,8 @@ def _contract(kernel, op: CircularConv, rows: list[np.ndarray], dtype) -> Shaped
       `(*points, groups, phases * c_in // groups, c_out // groups)`.
     """
     d = op.num_axes
-    axes = ",".join(f + p + t for f, p, t in zip(FREQUENCY_AXES[:d], PHASE_AXES[:d], TAP_AXES[:d], strict=True))
-    spec = f"{TAP_AXES[:d]}igo,{axes}->{FREQUENCY_AXES[:d]}g{PHASE_AXES[:d]}io"
+    axes = ",".join(f + p + t for f, p, t in zip(_FREQUENCY_AXES[:d], _PHASE_AXES[:d], _TAP_AXES[:d], strict=True))
+    spec = f"{_TAP_AXES[:d]}igo,{axes}->{_FREQUENCY_AXES[:d]}g{_PHASE_AXES[:d]}io"
     out = einsum(spec, grouped(kernel, op).astype(dtype), *(jnp.asarray(row, dtype) for row in rows))
     return out.reshape((*out.shape[: d + 1], -1, out.shape[-1]))
 

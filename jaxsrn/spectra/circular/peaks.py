@@ -66,14 +66,14 @@ def climbed(
 
 @functools.partial(program, static_argnums=(1, 2, 5))
 @functools.partial(one_by_one, static_argnums=(1, 2, 5))
-def highest(found: Climbed, op, kernel_shape: tuple[int, ...], grid: Grid, allowed, between: bool) -> Pair:
+def highest(found: Climbed, op, kernel_shape: tuple[int, ...], grid: Grid, excess, between: bool) -> Pair:
     """The pair of the largest singular value of the whole grid, up to a relative `2 sqrt(channels) eps`.
 
-    With `allowed` no other singular value exceeds that of the pair by more than this share. With `between` the grid
-    stands for the whole torus, and the frequency is exact.
+    No other singular value exceeds that of the pair by more than the share `excess`. With `between` the grid stands for
+    the whole torus, and the frequency is exact.
     """
     peaks, poly, corners, exists = _all_of(found)
-    peak = highest_peak(poly, grid, corners, exists, peaks, allowed)
+    peak = highest_peak(poly, grid, corners, exists, peaks, excess)
     return at_site(at_maximum(poly, grid, peak) if between else peak, op, kernel_shape)
 
 

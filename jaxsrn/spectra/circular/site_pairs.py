@@ -29,9 +29,9 @@ __all__ = [
     "of_floats",
     "of_images",
     "pair_at",
+    "pairs_at",
     "power_step",
     "shapes",
-    "site_pairs",
 ]
 
 # The search nearby starts with this share of a turn, which halves where the frequency stays, and ends after so many
@@ -110,10 +110,10 @@ def _better_site(kernel, layer: CircularConv, pair: Pair) -> Site:
 
 def pair_at(kernel: Float[Array, "..."], op: CircularConv, site: Site) -> Pair:
     """The leading pair at one site."""
-    return first_of(site_pairs(kernel, op, jax.tree.map(lambda leaf: leaf[None], site))[1])
+    return first_of(pairs_at(kernel, op, jax.tree.map(lambda leaf: leaf[None], site))[1])
 
 
-def site_pairs(kernel, op: CircularConv, sites: Site) -> tuple[Float[Array, " k"], Pair]:
+def pairs_at(kernel, op: CircularConv, sites: Site) -> tuple[Float[Array, " k"], Pair]:
     """The leading singular values and pairs at the given sites."""
     matrices = jax.vmap(site_symbol, (None, None, 0))(kernel, op, sites)
     values, rows, columns = top_pairs(matrices)

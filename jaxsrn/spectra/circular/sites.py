@@ -25,7 +25,6 @@ __all__ = [
     "among",
     "distinct_sites",
     "half_grid",
-    "is_self_conjugate",
     "multiplicity",
     "on_grid",
     "repetitions",
@@ -35,8 +34,8 @@ __all__ = [
     "without_edges",
 ]
 
-# Angles per axis that stand for a whole axis of the torus. By the grid certificate (`boxes.py`) the supremum exceeds
-# the maximum over them by less than 1e-13 with taps of degree 2, and by 4e-11 with degree 100.
+# Angles per axis that stand for a whole axis of the torus. By the grid certificate (`grid_certificate.py`) the supremum
+# exceeds the maximum over them by less than 1e-13 with taps of degree 2, and by 4e-11 with degree 100.
 _FINE = 2**24
 
 
@@ -130,10 +129,10 @@ def distinct_sites(op: CircularConv) -> tuple[np.ndarray, np.ndarray]:
     # The opposite frequency has another last index, and lies outside the half grid, except in the columns 0 and n/2.
     kept = (own <= conjugate) | (2 * index[-1] % op.grid[-1] != 0)
     sites = np.flatnonzero(np.repeat(kept, op.feature_group_count))
-    return sites, np.where(is_self_conjugate(op)[sites], 1, 2)
+    return sites, np.where(_is_self_conjugate(op)[sites], 1, 2)
 
 
-def is_self_conjugate(op: CircularConv) -> np.ndarray:
+def _is_self_conjugate(op: CircularConv) -> np.ndarray:
     """Which sites are at a self-opposite frequency, `w = -w` modulo 2 pi on every axis, where `S(w)` is real."""
     axes = [2 * np.arange(m) % n == 0 for m, n in zip(half_grid(op), op.grid, strict=True)]
     return np.repeat(functools.reduce(np.logical_and.outer, axes), op.feature_group_count)

@@ -23,7 +23,7 @@ from jaxsrn._tools.tolerances import PROVEN_SIZE
 from jaxsrn.operators.convolutions import ZeroPaddedConv
 from jaxsrn.spectra.circular.peaks import Climbed
 from jaxsrn.spectra.dense import leading_of_matrix
-from jaxsrn.spectra.image_pairs import as_images, matrix_free, shapes
+from jaxsrn.spectra.image_pairs import matrix_free, of_flat_vectors, shapes
 from jaxsrn.spectra.padded.few_channels import pays_in_few_channels, through_few_channels
 from jaxsrn.spectra.padded.idle_axes import at_first_contact, without_idle_axes
 from jaxsrn.spectra.padded.idle_channels import Channels, all_channels, start_in, without_channels_of
@@ -64,7 +64,7 @@ def leading_of_padded(kernel: Float[Array, "..."], op: ZeroPaddedConv, tolerance
 def _of_matrix(kernel, op) -> Pair:
     kernel, small = rescaled(kernel, op)[0], without_idle_axes(op, kernel.shape)
     pair = leading_of_matrix(small.to_dense(kernel).T)
-    return _in_whole(as_images(pair.input, pair.output, small, kernel.shape), op, kernel.shape)
+    return _in_whole(of_flat_vectors(pair.input, pair.output, small, kernel.shape), op, kernel.shape)
 
 
 @program

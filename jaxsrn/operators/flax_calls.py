@@ -1,0 +1,94 @@
+"""The map of each layer in a model of Flax, noted while the model is traced: what NNX and Linen share.
+
+How a call of a layer is seen differs between the two libraries (`nnx/models.py`, `linen/models.py`). What is noted of
+it does not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+
+from jaxsrn._tools.checks import ensure, errors_named
+from jaxsrn.operators.flax_kinds import FlaxLayers, kind_of
+from jaxsrn.operators.flax_layers import LayerMap, layer_map, own_shape
+from jaxsrn.operators.layers import LayerOperators, Path
+
+__all__ = ["CallRecord", "trace"]
+
+
+class CallRecord:
+    """The map of every layer of a model, by the path of its kernel, noted while the model is traced.
+
+    Attributes:
+      found: `{path of the kernel: map}`.
+      classes, computes: as for `kind_of`.
+      unbounded: whether the maps are those without an image size.
+    """
+
+    def __init__(self, classes: FlaxLayers, computes: Mapping[type, type | None], *, unbounded: bool):
+        self.found: dict[tuple, LayerMap] = {}
+        self.classes, self.computes, self.unbounded = classes, computes, unbounded
+
+    def concerns(self, module) -> bool:
+        """Whether a module is a layer."""
+        return isinstance(module, (*self.classes, *self.computes))
+
+    def note(self, path: tuple, layer: Any, kernel_shape: tuple[int, ...], x=None) -> None:
+        """Notes the map of a layer; the image size is that of `x`, on which it is called.
+
+        Raises:
+          ValueError: a layer that is no operator, or that was called with another image size; the message names it.
+        """
+        with errors_named(".".join(map(str, path[:-1])) or type(layer).__name__):
+            kind = kind_of(layer, self.classes, self.computes)
+            if kind is None:
+                return
+            is_sized = kind.startswith("conv") and not self.unbounded
+            kernel_shape = own_shape(layer, kernel_shape, kind)
+            shape = x.shape[-len(kernel_shape) + 1 : -1] if is_sized and x is not None else None
+            seen = layer_map(layer, kernel_shape, shape, kind)
+            known = self.found.setdefault(path, seen)
+            ensure(known == seen, f"called as {known.op} and as {seen.op}, expected one image size.")
+
+    def operators(self, shapes: Mapping[Path, tuple[int, ...]]) -> LayerOperators:
+        """The operators of the layers that store their kernel in the operator's shape, and what was left out.
+
+        Args:
+          shapes: those of all parameters of the model, by path.
+        """
+        as_is = {
+            path: seen.op if len(shapes[path]) == len(seen.stored_shape) else seen.op_of_stack
+            for path, seen in self.found.items()
+            if seen.is_stored_as_is
+        }
+        # What else a layer has, as its bias, is no map, however many axes it has.
+        beside = {path for path in shapes if (*path[:-1], "kernel") in self.found and path not in self.found}
+        left_out = [path for path, shape in shapes.items() if len(shape) > 1 and path not in {*as_is, *beside}]
+        return LayerOperators(as_is, {path: self._reason(path) for path in left_out})
+
+    def _reason(self, path: Path) -> str:
+        """Why a parameter is the kernel of no operator."""
+        if path in self.found:
+            return (
+                f"its channels are stored the other way round than those of {self.found[path].op}, which is that of "
+                "its adjoint; the wrappers take it"
+            )
+        names = ", ".join(kind.__name__ for kind in self.classes)
+        return f"of no layer in reach: of a module that is none of {names}, or the inputs miss it"
+
+
+def trace(function: Callable[..., Any], *args, **options) -> None:
+    """Calls a function on the shapes of its arguments; an argument without a shape, as a flag, is passed as it is."""
+    leaves, treedef = jax.tree.flatten((args, options))
+    is_array = [hasattr(leaf, "shape") for leaf in leaves]
+
+    def on_arrays(arrays):
+        arrays = iter(arrays)
+        filled = [next(arrays) if traced else leaf for leaf, traced in zip(leaves, is_array, strict=True)]
+        args, options = treedef.unflatten(filled)
+        function(*args, **options)
+
+    jax.eval_shape(on_arrays, [leaf for leaf, traced in zip(leaves, is_array, strict=True) if traced])
