@@ -26,6 +26,7 @@ __all__ = [
     "StableRankRange",
     "largest_functional",
     "norm_and_rank",
+    "squared_frobenius_norm",
     "stable_rank",
     "stable_rank_range",
     "target_of_fraction",
@@ -67,10 +68,10 @@ def norm_and_rank(kernel, op, pair, copies=1) -> tuple[Float[Array, ""], Float[A
     kernel, scale = rescaled(kernel.astype(float_dtype(kernel.dtype)), op)
     norm = frozen_value(kernel, op, pair)
     # The map can be zero where the kernel is not: taps can miss the image, and aliased ones can cancel.
-    return norm * scale, copies * ratio(_squared_frobenius_norm(kernel, op), norm**2)
+    return norm * scale, copies * ratio(squared_frobenius_norm(kernel, op), norm**2)
 
 
-def _squared_frobenius_norm(kernel: Kernel, op: Operator) -> Shaped[Array, ""]:
+def squared_frobenius_norm(kernel: Kernel, op: Operator) -> Shaped[Array, ""]:
     """`||T(kernel)||_F^2`; taps that fall on each other are summed first."""
     kernel = op.wrap(kernel.astype(float_dtype(kernel.dtype)))
     return jnp.sum(op.frobenius_weights(kernel.shape, kernel.dtype) * kernel**2)
