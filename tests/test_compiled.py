@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxsrn.operators.layers import after
+from jaxsrn.operators.layers import _after
 from jaxsrn.spectra.dense import leading_of_matrix
 
 SVD = "lapack_dgesdd_ffi"
@@ -50,7 +50,7 @@ def in_turn(wait):
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="names of LAPACK")
 def test_work_in_turn_is_in_turn_when_compiled():
     """By a value; an optimization barrier is gone by then, and what it kept apart is independent."""
-    assert later_needs_earlier(in_turn(after))
+    assert later_needs_earlier(in_turn(_after))
     barred = in_turn(lambda y, value: jax.lax.optimization_barrier((y, value))[0])
     assert "opt-barrier" not in barred
     assert not later_needs_earlier(barred)

@@ -368,13 +368,29 @@ def test_bad_arguments(kind, what, no_type_checks):
         make(KEEPERS[kind])
 
 
+def test_a_schedule_of_the_norm():
+    scheduled = optax.inject_hyperparams(keep_spectral_norm, static_args=("layers", "every"))
+    optimizer = scheduled(LAYERS, max_norm=optax.linear_schedule(2.0, 1.0, 2))
+    params = tree(0)
+    state = optimizer.init(params)
+    for limit in (2.0, 1.5, 1.0):
+        updates, state = optimizer.update(jax.tree.map(jnp.zeros_like, params), state, params)
+        params = optax.apply_updates(params, updates)
+        for (name, _), op in LAYERS.items():
+            np.testing.assert_allclose(values_of(params[name]["kernel"], op)[0], limit, rtol=KEPT_TO)
+
+
 def test_bad_limits(no_type_checks):
     for max_norm in (0.0, -1.0, np.inf, np.nan, np.ones(2)):
         with pytest.raises(ValueError, match="max_norm: got"):
             keep_spectral_norm(LAYERS, max_norm)
-    for fraction in (0.0, 1.1, np.nan, np.ones(2)):
+    with pytest.raises(ValueError, match=r"max_norm: got a function, .* optax.inject_hyperparams"):
+        keep_spectral_norm(LAYERS, optax.linear_schedule(2.0, 1.0, 3))
+    for fraction in (0.0, 1.1, np.nan, np.ones(2), optax.linear_schedule(0.5, 0.3, 3)):
         with pytest.raises(ValueError, match="fraction: got"):
             keep_stable_rank(LAYERS, fraction)
+    with pytest.raises(ValueError, match=r"fraction: got .*, expected a static number"):
+        jax.jit(lambda fraction: keep_stable_rank(LAYERS, fraction).init(tree(0)))(0.5)
     with pytest.raises(ValueError, match=r"at \('same', 'kernel'\): fraction: got 0.01, expected at least"):
         keep_stable_rank({("same", "kernel"): LAYERS["same", "kernel"]}, 0.01).init(tree(0))
 

@@ -118,6 +118,6 @@ def test_arguments(no_type_checks):
     with pytest.raises(ValueError, match="an operator with an image"):
         bounds.probabilistic(kernel, UnboundedConv(), key=KEY)
     for name in ("resolution", "failure"):
-        for value in (0, 1, -0.1, "small"):
+        for value in (0, 1.1, -0.1, "small"):
             with pytest.raises(ValueError, match=f"{name}: got"):
                 bounds.probabilistic(kernel, ZeroPaddedConv((4,)), key=KEY, **{name: value})

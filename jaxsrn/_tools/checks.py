@@ -21,6 +21,7 @@ __all__ = [
     "positive_scalar",
     "real_floating",
     "static_int",
+    "static_share",
 ]
 
 # Users pass any floating array; `kernel_array` checks what a type cannot say.
@@ -66,6 +67,14 @@ def static_int(value, name: str, minimum: int = 1) -> int:
     return int(value)
 
 
+def static_share(value, name: str) -> float:
+    """`value` as a float; raises `ValueError` unless it is a number in (0, 1] that is known while tracing."""
+    is_number = isinstance(value, (int, float, np.number, jax.Array)) and np.ndim(value) == 0
+    is_static = is_number and not isinstance(value, jax.core.Tracer)
+    ensure(is_static and 0 < float(value) <= 1, f"{name}: got {value}, expected a static number in (0, 1].")
+    return float(value)
+
+
 def kernel_array(kernel, op) -> jax.Array:
     """The kernel as an array; raises `ValueError` unless it is real, floating and of a shape that `op` takes."""
     kernel = jnp.asarray(kernel)
@@ -98,6 +107,7 @@ def float_dtype(*dtypes) -> jnp.dtype:
 
 def positive_scalar(value, name: str, dtype, *, or_zero: bool = False) -> jax.Array:
     """`value` as a scalar of `dtype`; a concrete one must be finite and positive (with `or_zero`: not negative)."""
+    ensure(not callable(value), f"{name}: got a function, expected a number; optax.inject_hyperparams takes schedules.")
     ensure(jnp.ndim(value) == 0, f"{name}: got shape {jnp.shape(value)}, expected a scalar; use jax.vmap over several.")
     if not isinstance(value, jax.core.Tracer):
         # NumPy compares it, since a comparison of JAX arrays gives a tracer while anything is traced. The value is

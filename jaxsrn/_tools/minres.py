@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
@@ -30,7 +31,9 @@ class _State(NamedTuple):
       length: of the latter vector of Lanczos.
       cosines, sines: of the last two rotations.
       residual: that of `x`, up to its sign.
-      slope, size: the norm of the matrix times the residual of the step before, and an estimate of the matrix's norm.
+      size: an estimate of the matrix's norm.
+      flattest: the solution with the least slope so far, its slope, and its residual. The slope is the norm of the
+        matrix times the residual, and is known a step later.
       count: steps so far.
     """
 
@@ -41,8 +44,8 @@ class _State(NamedTuple):
     cosines: tuple[Float[Array, ""], Float[Array, ""]]
     sines: tuple[Float[Array, ""], Float[Array, ""]]
     residual: Float[Array, ""]
-    slope: Float[Array, ""]
     size: Float[Array, ""]
+    flattest: tuple[Float[Array, " n"], Float[Array, ""], Float[Array, ""]]
     count: Int[Array, ""]
 
 
@@ -73,6 +76,9 @@ def minres(matvec: Callable, rhs: Float[Array, " n"], *, tolerance: float, most_
         direction = ratio(direction, pivot)
         # Where the pivot is 0 nothing of the residual can go.
         cosine, sine = ratio(diagonal, pivot), jnp.where(pivot == 0, 1.0, ratio(length, pivot))
+        slope = jnp.abs(state.residual) * jnp.hypot(diagonal, c * length)
+        is_flatter = slope < state.flattest[1]
+        here = state.x, slope, state.residual
         return _State(
             state.x + cosine * state.residual * direction,
             (now, following),
@@ -81,17 +87,18 @@ def minres(matvec: Callable, rhs: Float[Array, " n"], *, tolerance: float, most_
             (c, cosine),
             (s, sine),
             -sine * state.residual,
-            jnp.abs(state.residual) * jnp.hypot(diagonal, c * length),
             jnp.maximum(state.size, jnp.hypot(along, length)),
+            jax.tree.map(lambda new, old: jnp.where(is_flatter, new, old), here, state.flattest),
             state.count + 1,
         )
 
     norm = jnp.linalg.norm(rhs)
 
     def is_outside(state: _State):
-        # No residual comes closer to the outside of the range in this arithmetic. In the beginning nothing is known.
-        closest = math.sqrt(jnp.finfo(rhs.dtype).eps)
-        return (state.slope <= closest * state.size * jnp.abs(state.residual)) & (state.count > 0)
+        # Few residuals come closer to the outside of the range than the root of rounding, and after that they grow.
+        closest = 2 * math.sqrt(jnp.finfo(rhs.dtype).eps)
+        _, slope, residual = state.flattest
+        return slope <= closest * state.size * jnp.abs(residual)
 
     def unfinished(state: _State):
         is_left = (jnp.abs(state.residual) > tolerance * norm) & ~is_outside(state)
@@ -107,11 +114,12 @@ def minres(matvec: Callable, rhs: Float[Array, " n"], *, tolerance: float, most_
         (zero, zero),
         norm,
         zero,
-        zero,
+        (nothing, jnp.full_like(norm, jnp.inf), norm),
         jnp.zeros((), jnp.int32),
     )
     last = lax.while_loop(unfinished, step, start)
-    left_out = (jnp.abs(last.residual) > tolerance * norm) & is_outside(last)
-    outside = jnp.where(left_out, rhs - matvec(last.x), 0.0)
+    is_solved = jnp.abs(last.residual) <= tolerance * norm
+    x = jnp.where(is_solved, last.x, last.flattest[0])
+    outside = jnp.where(~is_solved & is_outside(last), rhs - matvec(x), 0.0)
     # The solution's part along it is arbitrary, and absent from the shortest one.
-    return last.x - ratio(jnp.vdot(outside, last.x), jnp.vdot(outside, outside)) * outside, outside
+    return x - ratio(jnp.vdot(outside, x), jnp.vdot(outside, outside)) * outside, outside

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from jaxsrn._tools.checks import Kernel, ensure, float_dtype, kernel_array
+from jaxsrn._tools.checks import Kernel, ensure, float_dtype, kernel_array, static_share
 from jaxsrn._tools.linalg import unit
 from jaxsrn._tools.loops import one_by_one
 from jaxsrn._tools.programs import program
@@ -74,7 +74,7 @@ def probabilistic(
 
     Raises:
       ValueError: a kernel that does not fit, an `UnboundedConv`, which `certified` takes, or a resolution or failure
-        that is not between 0 and 1.
+        outside (0, 1].
 
     Examples:
       >>> import jax
@@ -89,14 +89,8 @@ def probabilistic(
         not isinstance(op, UnboundedConv),
         f"op: got {op!r}, expected an operator with an image; bounds.certified takes one without.",
     )
-    resolution, failure = _share(resolution, "resolution"), _share(failure, "failure")
+    resolution, failure = static_share(resolution, "resolution"), static_share(failure, "failure")
     return _probabilistic(lax.stop_gradient(kernel), key, op, resolution, failure)
-
-
-def _share(value, name: str) -> float:
-    is_share = isinstance(value, (int, float)) and 0 < value < 1
-    ensure(is_share, f"{name}: got {value!r}, expected a static number between 0 and 1, such as 0.01.")
-    return float(value)
 
 
 @functools.partial(program, static_argnums=(2, 3, 4))
@@ -106,7 +100,7 @@ def _probabilistic(kernel, key, op: Operator, resolution: float, failure: float)
     matvec, rmatvec, size, _ = flat_products(kernel, op)
     start = unit(jax.random.normal(key, (size,), kernel.dtype))
     # The density of a coordinate of a random unit vector is at most `sqrt(size / (2 pi))`.
-    smallest_part = failure * math.sqrt(math.pi / (2 * size))
+    smallest_part = min(failure * math.sqrt(math.pi / (2 * size)), 1.0)
     num_steps = _num_steps(smallest_part, resolution)
     recurrence = _lanczos(lambda x: rmatvec(matvec(x)), start, num_steps)
     # The leading eigenvalue is at least any Rayleigh quotient, and at most the trace.
@@ -124,7 +118,7 @@ def _num_steps(smallest_part: float, resolution: float) -> int:
     """Steps after which the upper end exceeds the norm by at most the resolution, whatever the start is (static)."""
     # Chebyshev's polynomial of degree `k` for `[0, 1]` is `cosh(2 k asinh(sqrt(x)))` at `1 + x`.
     excess = (1 + resolution) ** 2 - 1
-    return math.ceil(math.acosh(1 / smallest_part) / (2 * math.asinh(math.sqrt(excess))))
+    return max(1, math.ceil(math.acosh(1 / smallest_part) / (2 * math.asinh(math.sqrt(excess)))))
 
 
 class _Recurrence(NamedTuple):

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import jax.numpy as jnp
-import numpy as np
 import optax
 
-from jaxsrn._tools.checks import ensure, positive_scalar
+from jaxsrn._tools.checks import positive_scalar, static_share
 from jaxsrn.operators.layers import Layers
 from jaxsrn.optim.keeping import in_the_ball, keep, of_least_stable_rank, of_stable_rank
 
@@ -40,7 +39,8 @@ def keep_spectral_norm(layers: Layers, max_norm, *, every: int = 1) -> optax.Gra
       layers: `{path: operator}`, as `jaxsrn.nnx.layer_operators` gives it; a path is the tuple of plain keys to the
         kernel, `("conv1", "kernel")`. It may name a stack of layers, whose array has axes before those of a kernel, as
         `nn.scan` and `nnx.vmap` make it; each layer of it is projected by itself.
-      max_norm: positive.
+      max_norm: positive. For a schedule of it: `optax.inject_hyperparams(keep_spectral_norm, static_args=("layers",
+        "every"))(layers, schedule)`.
       every: static; steps from one projection to the next. The first projection is in step `every`.
 
     Returns:
@@ -84,13 +84,11 @@ def keep_stable_rank(
 
     Args:
       layers, every: as `keep_spectral_norm`.
-      fraction: in (0, 1] (Sanyal's `c`, Zheng's `beta`), as in `jaxsrn.nnx.StableRankNorm`.
+      fraction: static, in (0, 1] (Sanyal's `c`, Zheng's `beta`), as in `jaxsrn.nnx.StableRankNorm`.
       upward: static; whether the target is the least stable rank and not the largest.
 
     Returns, errors: as `keep_spectral_norm`; also a fraction outside (0, 1], and in `init`, naming the layer, a
       fraction below the least that its taps allow.
     """
-    ensure(
-        np.ndim(fraction) == 0 and 0 < float(fraction) <= 1, f"fraction: got {fraction}, expected a number in (0, 1]."
-    )
-    return keep(layers, every, (of_least_stable_rank if upward else of_stable_rank)(float(fraction)))
+    of_fraction = of_least_stable_rank if upward else of_stable_rank
+    return keep(layers, every, of_fraction(static_share(fraction, "fraction")))

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsrn._tools.checks import ensure, float_dtype
+from jaxsrn._tools.checks import ensure, float_dtype, static_share
 from jaxsrn.normalization import srnc
 from jaxsrn.report.files import open_arrays
 from jaxsrn.report.kernels import Kernel, Skipped, find_kernels
@@ -81,7 +81,7 @@ def normalize(
       ValueError, FileNotFoundError, ImportError: as for `analyze`; a fraction outside (0, 1], a norm that is not
         positive, a folder to write that exists.
     """
-    ensure(0 < fraction <= 1, f"fraction: got {fraction}, expected a number in (0, 1].")
+    fraction = static_share(fraction, "fraction")
     ensure(norm is None or 0 < norm < float("inf"), f"norm: got {norm}, expected a positive number.")
     path, out = Path(path), Path(out)
     arrays = open_arrays(path)

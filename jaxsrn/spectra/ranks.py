@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
-from jaxsrn._tools.checks import Kernel, ensure, float_dtype, kernel_array
+from jaxsrn._tools.checks import Kernel, ensure, float_dtype, kernel_array, static_share
 from jaxsrn._tools.linalg import ratio
 from jaxsrn._tools.programs import program
 from jaxsrn.operators.base import Operator
@@ -161,7 +161,7 @@ def target_of_fraction(fraction: float, kernel_shape: tuple[int, ...], op: Opera
     Raises:
       ValueError: a shape that does not fit, or a fraction outside (0, 1] or below what the taps of the kernel allow.
     """
-    ensure(0 < fraction <= 1, f"fraction: got {fraction}, expected a number in (0, 1].")
+    fraction = static_share(fraction, "fraction")
     low, high = stable_rank_range(kernel_shape, op)
     # The stable rank of an operator with equal singular values.
     largest = min(op._sizes(kernel_shape))
