@@ -183,7 +183,8 @@ def _compare(args) -> None:
             f"{args.first}, {args.second}: no kernels of the same name; the first has {len(found.only_first)}, the "
             f"second {len(found.only_second)}."
         )
-    header = ("layer", "kernel", "norm", "second", "ratio", "stable rank", "second", "ratio", "distance")
+    norms, ranks = ("norm", "second norm", "norm ratio"), ("stable rank", "second rank", "rank ratio")
+    header = ("layer", "kernel", *norms, *ranks, "distance")
     rows = []
     for first, second, distance in found.layers:
         numbers = []
@@ -191,7 +192,7 @@ def _compare(args) -> None:
             numbers += [digits(a), digits(b), digits(b / a, 4) if a else "-"]
         rows.append([first.name, "x".join(map(str, first.kernel_shape)), *numbers, f"{100 * distance:.2f}%"])
     moved = {pairing.first.name for pairing in found.layers if pairing.distance}
-    show_table(header, rows, moved, left=2, dispensable=("kernel", "ratio"))
+    show_table(header, rows, moved, left=2, dispensable=("kernel", "norm ratio", "rank ratio"))
     for path, names in ((args.first, found.only_first), (args.second, found.only_second)):
         show_lines([f"In {path} alone: {', '.join(names)}."] if names else [])
 

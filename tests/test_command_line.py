@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
+import os
+import pty
+import re
 import subprocess
 import sys
 
@@ -78,6 +82,45 @@ def test_normalize_and_compare(weights, tmp_path, capsys):
     distance = np.linalg.norm(new["fc.weight"] - ARRAYS["fc.weight"]) / np.linalg.norm(ARRAYS["fc.weight"])
     assert rows["fc.weight"][-1] == f"{100 * distance:.2f}%"
     assert float(rows["fc.weight"][4]) == pytest.approx(1.5 / norm_and_rank(ARRAYS["fc.weight"])[0], rel=1e-3)
+
+
+def shown_in_a_terminal(*arguments, columns: int) -> str:
+    """What a process writes to a terminal of so many columns, without its colours."""
+    screen, terminal = pty.openpty()
+    environment = os.environ | {"COLUMNS": str(columns), "TERM": "xterm"}
+    command = [sys.executable, "-m", "jaxsrn", *map(str, arguments)]
+    process = subprocess.Popen(command, stdin=terminal, stdout=terminal, stderr=terminal, env=environment)
+    os.close(terminal)
+    written = b""
+    # The end of a terminal is an error on Linux, and nothing to read elsewhere.
+    with contextlib.suppress(OSError):
+        while chunk := os.read(screen, 65536):
+            written += chunk
+    os.close(screen)
+    assert process.wait() == 0, written
+    assert b"\x1b[" in written
+    return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", written.decode())
+
+
+def test_a_terminal_has_bars_and_tables_of_its_width(weights, tmp_path):
+    out = tmp_path / "out.safetensors"
+    wide = shown_in_a_terminal("report", weights, columns=140)
+    assert "2/2 layers" in wide
+    header = next(line for line in wide.splitlines() if "stable rank" in line)
+    assert header.split()[:4] == ["layer", "kernel", "operator", "norm"]
+    assert "Left out" not in wide
+
+    narrow = shown_in_a_terminal("report", weights, columns=60)
+    assert "operator" in narrow[narrow.index("Left out, as the terminal is narrow: ") :]
+    table = narrow[narrow.index("stable rank") : narrow.index("Left out")]
+    assert all(len(line) <= 60 for line in table.splitlines())
+    assert f"{norm_and_rank(ARRAYS['fc.weight'])[0]:.4f}" in table
+
+    changed = shown_in_a_terminal("normalize", weights, "--fraction", "0.3", "--only", "fc*", "--out", out, columns=100)
+    assert "0/1 layers" in changed
+    assert "1 of 1 kernels changed" in changed
+    compared = shown_in_a_terminal("compare", weights, out, columns=100)
+    assert re.search(r"^ *conv\.weight .* 0\.00%", compared, flags=re.MULTILINE)
 
 
 def test_normalize_reaches_the_lowest_that_taps_allow(weights, tmp_path, capsys):

@@ -60,12 +60,14 @@ def code_blocks(path: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("path", [ROOT / "README.md", DOCS / "index.md"], ids=lambda path: path.stem)
-def test_snippets_run_as_they_are(path):
-    """In a process of their own, with JAX's default configuration and no line added."""
+def test_snippets_run_as_they_are(path, pytestconfig):
+    """In a process of their own, with JAX's default configuration and no line added; warnings count as in this one."""
     snippets = code_blocks(path)
     assert snippets
+    filters = [*pytestconfig.getini("filterwarnings"), *(pytestconfig.getoption("pythonwarnings") or [])]
+    python = [sys.executable, *(f"-W{each}" for each in filters)]
     for snippet in snippets:
-        done = subprocess.run([sys.executable, "-W", "error", "-c", snippet], capture_output=True, text=True)
+        done = subprocess.run([*python, "-c", snippet], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
 
 
