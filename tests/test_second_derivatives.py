@@ -136,6 +136,14 @@ def test_without_edges():
         assert_close(along(value, kernel, direction), expected, share=3e-3)
 
 
+def test_without_edges_in_a_batch():
+    value = summed(jaxsrn.spectral_norm, UnboundedConv())
+    kernels, directions = gaussian((2, 3, 2, 2)), gaussian((2, 3, 2, 2), 4)
+    together = jax.vmap(lambda kernel, direction: along(value, kernel, direction))(kernels, directions)
+    for each, kernel, direction in zip(together, kernels, directions, strict=True):
+        assert_close(each, along(value, kernel, direction))
+
+
 def network(params, x):
     return jnp.tanh(x @ params["first"]) @ params["second"]
 

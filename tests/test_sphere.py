@@ -189,7 +189,7 @@ def test_transport_by_the_textbook(angle):
     x, u, v = frame()
     y = on_circle(x, u, angle)
     expected = v - (y @ v) / (1 + x @ y) * (x + y)
-    assert_close(transport(x, y, v), expected, atol=4 * EPS / (1 + np.cos(angle)))
+    assert_close(transport(x, y, v), expected, atol=4 * EPS * np.linalg.norm(v) / (1 + np.cos(angle)))
 
 
 def test_transport_turns_the_direction_of_the_geodesic():

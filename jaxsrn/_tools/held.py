@@ -107,13 +107,24 @@ def stationary(value: Callable, onto: Callable = _as_units) -> Callable:
       onto: the constraint of `z`, by default that every array is a unit vector.
     """
 
+    @jax.custom_jvp
     def move(x, z):
+        return onto(z)
+
+    @move.defjvp
+    def move_jvp(primals, tangents):
+        x, z = primals
         start, rebuild = real_vector(z)
 
-        def slope(vector):
+        def slope(x, vector):
             return jax.grad(lambda vector: value(x, onto(rebuild(vector))))(vector)
 
-        return onto(rebuild(lax.custom_root(slope, start, lambda _, vector: vector, _symmetric_solve)))
+        def second(vector):
+            return jax.jvp(functools.partial(slope, x), (start,), (vector,))[1]
+
+        # The slope stays 0.
+        change = jax.jvp(lambda x: slope(x, start), (x,), (tangents[0],))[1]
+        return jax.jvp(lambda vector: onto(rebuild(vector)), (start,), (-_symmetric_solve(second, change),))
 
     return move
 
