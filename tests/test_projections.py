@@ -55,15 +55,19 @@ def distance(a, b, op):
 
 
 def least_distance(rows, limits):
-    """The shortest `x` with `rows @ x <= limits`, by non-negative least squares (Lawson, Hanson 1974, chapter 23)."""
-    # SciPy's solver stops short of the optimum where columns differ in length and `x` is far from length 1.
+    """The shortest `x` with `rows @ x <= limits`, by non-negative least squares (Lawson, Hanson 1974, chapter 23).
+
+    By bounded least squares: SciPy 1.18's `nnls` stops short of the optimum of some of these.
+    """
+    # The solver stops short of it too where columns differ in length and `x` is far from length 1.
     scale = np.max(np.abs(limits) / np.linalg.norm(rows, axis=1))
     limits = limits / scale
     system = np.vstack([-rows.T, -limits])
     system = system / np.linalg.norm(system, axis=0)
     target = np.zeros(len(system))
     target[-1] = 1
-    y, _ = scipy.optimize.nnls(system, target, maxiter=100 * len(limits))
+    bounded = {"bounds": (0, np.inf), "method": "bvls", "tol": 1e-16, "max_iter": 100 * len(limits)}
+    y = scipy.optimize.lsq_linear(system, target, **bounded).x
     residual = system @ y - target
     return -scale * residual[:-1] / residual[-1]
 
