@@ -393,7 +393,7 @@ def test_targets_are_shares_of_the_largest_stable_rank(case):
         target = target_of_fraction(fraction, case.kernel_shape, case.op)
         assert target == pytest.approx(fraction * largest, rel=1e-12)
     for fraction in (0.0, -0.5, 1.01, np.nan):
-        with pytest.raises(ValueError, match=r"expected a number in \(0, 1\]"):
+        with pytest.raises(ValueError, match=r"expected a static number in \(0, 1\]"):
             target_of_fraction(fraction, case.kernel_shape, case.op)
 
 
