@@ -21,7 +21,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from jaxsrn._tools.indexing import picked
-from jaxsrn._tools.linalg import matmul
+from jaxsrn._tools.linalg import divisor, matmul
 from jaxsrn._tools.subspaces import direction_of, fixed_start, projected_out, rayleigh_ritz
 
 __all__ = ["LONGEST_BASIS", "SingularVectors", "leading_singular_vectors", "top_singular_vectors"]
@@ -128,7 +128,7 @@ def leading_singular_vectors(
         values, weights = rayleigh_ritz(basis.projected)
         # This is `||T^T T v - theta v|| / theta` for the leading Ritz vector `v` and its Ritz value `theta`.
         last = jnp.sum(jnp.where(places == used - 1, jnp.abs(weights[0]), 0))
-        residual = basis.coupling * last / jnp.where(values[0] == 0, 1, values[0])
+        residual = basis.coupling * last / divisor(values[0])
         # A restart puts the leading Ritz vector first.
         full = used == size
         basis, leading = lax.cond(

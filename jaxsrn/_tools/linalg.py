@@ -50,8 +50,7 @@ def safe_sqrt(x: Float[Array, "..."]) -> Float[Array, "..."]:
 
 def ratio(numerator, denominator):
     """`numerator / denominator`, and 0 where the denominator is 0."""
-    zero = denominator == 0
-    return jnp.where(zero, 0.0, numerator / jnp.where(zero, 1.0, denominator))
+    return jnp.where(denominator == 0, 0.0, numerator / divisor(denominator))
 
 
 def divisor(x):

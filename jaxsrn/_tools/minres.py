@@ -7,18 +7,27 @@ coincide it is singular.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
+from jaxsrn._tools.indexing import chosen
 from jaxsrn._tools.linalg import ratio
 
 __all__ = ["minres"]
+
+
+class _Solution(NamedTuple):
+    """An `x`, its residual up to the sign, and the norm of the matrix times the residual, known a step after `x`."""
+
+    x: Float[Array, " n"]
+    residual: Float[Array, ""]
+    slope: Float[Array, ""]
 
 
 class _State(NamedTuple):
@@ -32,8 +41,7 @@ class _State(NamedTuple):
       cosines, sines: of the last two rotations.
       residual: that of `x`, up to its sign.
       size: an estimate of the matrix's norm.
-      flattest: the solution with the least slope so far, its slope, and its residual. The slope is the norm of the
-        matrix times the residual, and is known a step later.
+      flattest: the solution with the least slope so far.
       count: steps so far.
     """
 
@@ -45,7 +53,7 @@ class _State(NamedTuple):
     sines: tuple[Float[Array, ""], Float[Array, ""]]
     residual: Float[Array, ""]
     size: Float[Array, ""]
-    flattest: tuple[Float[Array, " n"], Float[Array, ""], Float[Array, ""]]
+    flattest: _Solution
     count: Int[Array, ""]
 
 
@@ -56,52 +64,16 @@ def minres(matvec: Callable, rhs: Float[Array, " n"], *, tolerance: float, most_
       matvec: symmetric; definite or not, singular or not.
       rhs: the right-hand side.
       tolerance: the relative residual at which the loop ends.
-      most_steps: a guard of the loop, whose last `x` is returned.
+      most_steps: a guard of the loop; the flattest `x` is returned where it ends there.
 
     Returns:
       `(x, outside)`: what of `rhs` is outside of the range of `matvec`, up to the root of rounding, and is left out.
     """
 
-    def step(state: _State) -> _State:
-        (before, now), (older, old) = state.vectors, state.directions
-        now = ratio(now, state.length)
-        image = matvec(now)
-        along = jnp.vdot(now, image)
-        following = image - along * now - state.length * before
-        length = jnp.linalg.norm(following)
-        (c_before, c), (s_before, s) = state.cosines, state.sines
-        diagonal = c * along - c_before * s * state.length
-        pivot = jnp.hypot(diagonal, length)
-        direction = now - s_before * state.length * older - (s * along + c_before * c * state.length) * old
-        direction = ratio(direction, pivot)
-        # Where the pivot is 0 nothing of the residual can go.
-        cosine, sine = ratio(diagonal, pivot), jnp.where(pivot == 0, 1.0, ratio(length, pivot))
-        slope = jnp.abs(state.residual) * jnp.hypot(diagonal, c * length)
-        is_flatter = slope < state.flattest[1]
-        here = state.x, slope, state.residual
-        return _State(
-            state.x + cosine * state.residual * direction,
-            (now, following),
-            (old, direction),
-            length,
-            (c, cosine),
-            (s, sine),
-            -sine * state.residual,
-            jnp.maximum(state.size, jnp.hypot(along, length)),
-            jax.tree.map(lambda new, old: jnp.where(is_flatter, new, old), here, state.flattest),
-            state.count + 1,
-        )
-
     norm = jnp.linalg.norm(rhs)
 
-    def is_outside(state: _State):
-        # Few residuals come closer to the outside of the range than the root of rounding, and after that they grow.
-        closest = 2 * math.sqrt(jnp.finfo(rhs.dtype).eps)
-        _, slope, residual = state.flattest
-        return slope <= closest * state.size * jnp.abs(residual)
-
     def unfinished(state: _State):
-        is_left = (jnp.abs(state.residual) > tolerance * norm) & ~is_outside(state)
+        is_left = (jnp.abs(state.residual) > tolerance * norm) & ~_is_outside(state)
         return is_left & (state.length > 0) & (state.count < most_steps)
 
     nothing, zero, one = jnp.zeros_like(rhs), jnp.zeros_like(norm), jnp.ones_like(norm)
@@ -114,12 +86,51 @@ def minres(matvec: Callable, rhs: Float[Array, " n"], *, tolerance: float, most_
         (zero, zero),
         norm,
         zero,
-        (nothing, jnp.full_like(norm, jnp.inf), norm),
+        _Solution(nothing, norm, jnp.full_like(norm, jnp.inf)),
         jnp.zeros((), jnp.int32),
     )
-    last = lax.while_loop(unfinished, step, start)
+    last = lax.while_loop(unfinished, functools.partial(_step, matvec), start)
     is_solved = jnp.abs(last.residual) <= tolerance * norm
-    x = jnp.where(is_solved, last.x, last.flattest[0])
-    outside = jnp.where(~is_solved & is_outside(last), rhs - matvec(x), 0.0)
+    x = jnp.where(is_solved, last.x, last.flattest.x)
+    outside = jnp.where(~is_solved & _is_outside(last), rhs - matvec(x), 0.0)
     # The solution's part along it is arbitrary, and absent from the shortest one.
     return x - ratio(jnp.vdot(outside, x), jnp.vdot(outside, outside)) * outside, outside
+
+
+def _step(matvec: Callable, state: _State) -> _State:
+    (before, now), (older, old) = state.vectors, state.directions
+    now = ratio(now, state.length)
+    image = matvec(now)
+    along = jnp.vdot(now, image)
+    following = image - along * now - state.length * before
+    length = jnp.linalg.norm(following)
+    (c_before, c), (s_before, s) = state.cosines, state.sines
+    diagonal = c * along - c_before * s * state.length
+    pivot = jnp.hypot(diagonal, length)
+    direction = now - s_before * state.length * older - (s * along + c_before * c * state.length) * old
+    direction = ratio(direction, pivot)
+    # Where the pivot is 0 nothing of the residual can go.
+    cosine, sine = ratio(diagonal, pivot), jnp.where(pivot == 0, 1.0, ratio(length, pivot))
+    here = _Solution(state.x, state.residual, jnp.abs(state.residual) * jnp.hypot(diagonal, c * length))
+    return _State(
+        state.x + cosine * state.residual * direction,
+        (now, following),
+        (old, direction),
+        length,
+        (c, cosine),
+        (s, sine),
+        -sine * state.residual,
+        jnp.maximum(state.size, jnp.hypot(along, length)),
+        chosen(here.slope < state.flattest.slope, here, state.flattest),
+        state.count + 1,
+    )
+
+
+def _is_outside(state: _State) -> Bool[Array, ""]:
+    """Whether the residual of the flattest solution is outside of the range of the matrix, up to rounding.
+
+    Few residuals come closer to it than the root of rounding, and after that they grow.
+    """
+    _, residual, slope = state.flattest
+    closest = 2 * math.sqrt(jnp.finfo(slope.dtype).eps)
+    return slope <= closest * state.size * jnp.abs(residual)

@@ -28,7 +28,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from jaxsrn._tools.checks import Kernel, ensure, float_dtype, kernel_array, static_share
-from jaxsrn._tools.linalg import unit
+from jaxsrn._tools.linalg import ratio, unit
 from jaxsrn._tools.loops import one_by_one
 from jaxsrn._tools.programs import program
 from jaxsrn.bounds.covers import NormInterval, widened
@@ -142,7 +142,7 @@ def _lanczos(gram: Callable, start: Float[Array, " n"], num_steps: int) -> _Recu
         own = jnp.sum(vector * image)
         rest = image - own * vector
         coupling = jnp.linalg.norm(rest)
-        return (vector, rest / jnp.where(coupling == 0, 1.0, coupling), coupling), _Recurrence(own, coupling)
+        return (vector, ratio(rest, coupling), coupling), _Recurrence(own, coupling)
 
     return lax.scan(step, (jnp.zeros_like(start), start, jnp.zeros_like(start[0])), length=num_steps)[1]
 

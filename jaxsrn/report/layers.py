@@ -12,6 +12,7 @@ import numpy as np
 import scipy.linalg
 from jaxtyping import Array, Float, Shaped
 
+from jaxsrn._tools.linalg import ratio
 from jaxsrn._tools.programs import program
 from jaxsrn._tools.tolerances import DENSE_SIZE, svds_are_dear
 from jaxsrn.bounds import certified
@@ -157,7 +158,7 @@ def spectra_of(kernel: Shaped[Array, "..."], op: Operator) -> Spectrum:
 
 @program
 def _spectrum(values: Float[Array, " n"]) -> Spectrum:
-    shares = values / jnp.where(jnp.sum(values) == 0, 1.0, jnp.sum(values))
+    shares = ratio(values, jnp.sum(values))
     logs = jnp.log(jnp.where(shares > 0, shares, 1.0))
     return Spectrum(values[0] / values[-1], jnp.where(values[0] == 0, 0.0, jnp.exp(-jnp.sum(shares * logs))))
 
