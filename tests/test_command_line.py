@@ -17,6 +17,7 @@ import safetensors
 import safetensors.numpy
 from cases import gaussian
 
+import jaxsrn.__main__ as command_line
 from jaxsrn.__main__ import main
 
 ARRAYS = {
@@ -186,3 +187,32 @@ def test_a_missing_library_is_named(weights, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "safetensors", None)
     assert main(["report", str(weights)]) == 6
     assert "pip install 'jaxsrn[cli]'" in capsys.readouterr().err
+
+
+def test_groups_and_a_picture(tmp_path, capsys):
+    path, picture = tmp_path / "weights.safetensors", tmp_path / "report.png"
+    safetensors.numpy.save_file({"conv.weight": gaussian((4, 2, 3)).astype(np.float32)}, path)
+    assert main(["report", str(path), "--groups", "conv.weight=2", "--plot", str(picture)]) == 0
+    assert "feature_group_count=2" in capsys.readouterr().out
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_reader_that_stops_is_no_error(weights):
+    """As `head` does after its last line: before the first line here."""
+    command = [sys.executable, "-m", "jaxsrn", "report", str(weights)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"), [(KeyboardInterrupt(), 130, ""), (OSError("the disk is full"), 4, "the disk is full")]
+)
+def test_what_the_system_raises(error, code, message, weights, monkeypatch, capsys):
+    def stop(args):
+        raise error
+
+    monkeypatch.setattr(command_line, "_report", stop)
+    assert main(["report", str(weights)]) == code
+    assert capsys.readouterr().err == (f"jaxsrn: {message}\n" if message else "")

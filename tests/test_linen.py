@@ -1,5 +1,6 @@
 """The Linen wrappers: the numbers of NNX, Flax's transformations, and the explicit matrix of the folded layers."""
 
+import functools
 import math
 
 import jax
@@ -688,6 +689,19 @@ def test_layer_operators_of_a_constrained_model():
         assert jlinen.layer_operators(model, given, IMAGES) == {**held, **others}
     seen = jlinen.layer_operators(module, params_only, IMAGES)
     assert seen == {("Conv_0", "kernel"): jaxsrn.CircularConv((6, 6)), **others}
+
+
+def test_rules_of_a_constrained_model_add_up():
+    """Two calls of `constrain`, each for one layer: both kernels have their own norm."""
+    model = nn.Sequential([nn.Dense(3, name="first", **FLOAT), nn.Dense(2, name="second", **FLOAT)])
+    for name, norm in (("first", 2.0), ("second", 3.0)):
+        wrap = functools.partial(jlinen.SpectralNorm, norm=norm)
+        model = jlinen.constrain(
+            model, lambda path, layer, wrap=wrap: wrap(layer), lambda path, _, name=name: path == (name,)
+        )
+    folded = jlinen.fold(model, model.init(KEY, ROWS))
+    norms = [np.linalg.norm(folded[name]["kernel"], 2) for name in ("first", "second")]
+    np.testing.assert_allclose(norms, [2, 3], rtol=1e-6)
 
 
 def test_constrain_in_a_model_of_many_parts():

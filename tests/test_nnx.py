@@ -506,6 +506,19 @@ def test_constrain_and_layer_operators():
     assert jnnx.layer_operators(Flagged(), {"image": x}, True) == {always: op, rarely: op}
     assert jnnx.layer_operators(Flagged(), train=False, batch={"image": x}) == {always: op}
 
+    class Asking(nnx.Module):
+        """A model that reads what its layer says of itself."""
+
+        def __init__(self):
+            self.conv = conv(1, 1, (3, 3))
+
+        def __call__(self, x):
+            assert not hasattr(self.conv, "missing")
+            assert not hasattr(self.conv, "_private")
+            return self.conv(x[..., : self.conv.in_features])
+
+    assert jnnx.layer_operators(Asking(), x) == {("conv", "kernel"): op}
+
     sequence = nnx.Sequential(nnx.Linear(3, 3, rngs=nnx.Rngs(0)), jnp.tanh, nnx.Linear(3, 2, rngs=nnx.Rngs(1)))
     wrapped = jnnx.constrain(sequence, lambda path, layer: jnnx.SpectralNorm(layer), lambda path, _: path[-1:] == (2,))
     assert isinstance(wrapped.layers[2], jnnx.SpectralNorm)
@@ -798,6 +811,7 @@ def test_view_and_positional_update_stats():
     x = jnp.asarray(gaussian((1, 4, 4, 2)), jnp.float32)
     state = jax.tree.map(jnp.copy, nnx.state(wrapped))
     np.testing.assert_array_equal(nnx.view(wrapped, use_running_average=True)(x), wrapped(x, False))
+    np.testing.assert_array_equal(nnx.view(nnx.view(wrapped, use_running_average=True))(x), wrapped(x, False))
     chex.assert_trees_all_equal(nnx.state(wrapped), state)
 
 

@@ -226,6 +226,13 @@ def test_hyperparameters_may_be_injected():
     assert_trees_close(moved, expected, atol=1e-14)
 
 
+def test_a_momentum_may_be_traced():
+    params, gradient = points(), gradients()
+    traced = jax.jit(lambda momentum: step(sphere_sgd(0.1, momentum=momentum), params, gradient)[0])
+    expected, _ = step(sphere_sgd(0.1, momentum=0.5), params, gradient)
+    assert_trees_close(traced(0.5), expected, atol=1e-14)
+
+
 # Trees
 
 

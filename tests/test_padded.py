@@ -365,3 +365,17 @@ def test_kernels_that_were_missed(name, family, number):
     kernel = searches.drawn(family, op, shape, number).astype(np.float32)
     exact = searches.Oracle(op, shape).norm(kernel)
     np.testing.assert_allclose(spectral_norm(jnp.asarray(kernel), op), exact, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("op", "shape"), [(ZeroPaddedConv((9, 8)), (3, 3, 2, 3)), (ZeroPaddedConv((1, 9)), (3, 3, 2, 2))]
+)
+def test_a_search_from_an_earlier_triplet(op, shape):
+    """Of a kernel nearby; axes of one sample leave no search to start."""
+    kernel = gaussian(shape)
+    earlier = leading_triplet(jnp.asarray(kernel + 0.01 * gaussian(shape, 1)), op)
+    found = leading_triplet(jnp.asarray(kernel), op, initial=earlier, proven=False)
+    matrix = dense(kernel, op)
+    np.testing.assert_allclose(found.value, np.linalg.norm(matrix, 2), rtol=1e-9)
+    right = np.asarray(found.right).reshape(-1)
+    np.testing.assert_allclose(np.linalg.norm(matrix @ right), found.value, rtol=1e-9)

@@ -45,6 +45,25 @@ def test_every_operator(case):
         np.testing.assert_allclose(both_sides(jnp.asarray(kernel), case.op, alpha), expected, rtol=1e-9)
 
 
+@pytest.mark.parametrize(("taps", "groups"), [((3,), 1), ((3, 3), 1), ((3,), 2)], ids=str)
+def test_unbounded_layers_take_both_ends_over_the_frequencies(taps, groups):
+    """The smallest value is that of a grid: at least that of any frequency, and the least of its 16 angles a degree."""
+    op, kernel = jaxsrn.UnboundedConv(feature_group_count=groups), gaussian((*taps, 2, 2 * groups))
+    symbols = np.fft.fftn(kernel, [288] * len(taps), axes=range(len(taps)))
+    parts = np.split(symbols, groups, axis=-1)
+    values = np.stack([np.linalg.svd(part, compute_uv=False) for part in parts], axis=-2)
+    top, bottom = np.max(values), np.min(values)
+    # 32 of the 288 angles: a degree of 2.
+    coarse = np.min(values[(slice(None, None, 9),) * len(taps)])
+    upper, lower = (
+        penalties.extreme_singular_values(jnp.asarray(kernel), op, alpha=alpha) for alpha in (1e-3, 2 * top**2)
+    )
+    np.testing.assert_allclose(upper + 1e-3, top**2, rtol=1e-3)
+    assert upper + 1e-3 >= top**2 * (1 - 1e-9)
+    smallest = np.sqrt(2 * top**2 - lower)
+    assert bottom * (1 - 1e-9) <= smallest <= coarse * (1 + 1e-9)
+
+
 def test_without_an_explicit_matrix(monkeypatch):
     """Both ends by Lanczos, as in large zero-padded layers: within the stated tolerance of the lower one."""
     monkeypatch.setattr(guo_ye, "BOTH_ENDS_SIZE", 0)

@@ -279,6 +279,7 @@ def test_norms_over_steps():
     figure = plots.norms_over_steps([0, 5, 10], {"conv": [1.0, 2.0, 3.0]}, limit=2.5)
     np.testing.assert_array_equal(line(figure, "conv").get_xydata(), [[0, 1], [5, 2], [10, 3]])
     assert set(line(figure, "asked for: 2.5").get_ydata()) == {2.5}
+    assert labels(plots.norms_over_steps([0], {"conv": [1.0]})) == ["conv"]
     with pytest.raises(ValueError, match="one for each step"):
         plots.norms_over_steps([0, 5], {"conv": [1.0, 2.0, 3.0]})
 

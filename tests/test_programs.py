@@ -142,6 +142,14 @@ def test_maps_are_counted():
     assert num_maps() > before
 
 
+def test_a_system_without_a_list_of_maps_has_no_limit(monkeypatch):
+    def missing(*args):
+        raise FileNotFoundError(args[0])
+
+    monkeypatch.setattr(programs, "open", missing, raising=False)
+    assert num_maps() == 0
+
+
 def test_maps_are_seldom_counted(monkeypatch):
     """Counting takes time: far below the limit, many new programs come before it is done again."""
     counted = []

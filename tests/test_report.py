@@ -5,9 +5,12 @@ from __future__ import annotations
 import csv
 import json
 import math
+import shutil
+import sys
 
 import jax
 import jax.numpy as jnp
+import matplotlib.figure
 import ml_dtypes
 import numpy as np
 import pytest
@@ -20,8 +23,10 @@ import jaxsrn.linen as jlinen
 import jaxsrn.nnx as jnnx
 from jaxsrn import CircularConv, Dense, UnboundedConv, ZeroPaddedConv
 from jaxsrn.report import analyze
+from jaxsrn.report.comparing import compare
 from jaxsrn.report.files import ArrayInfo, BrokenFile, open_arrays
 from jaxsrn.report.kernels import find_kernels
+from jaxsrn.report.table import digits
 
 CONV, MATRIX = (3, 3, 2, 4), (4, 6)
 
@@ -231,6 +236,18 @@ def test_recurrent_cells_are_reported_gate_by_gate_however_they_are_stored():
     }
 
 
+def test_a_convolutional_cell_is_reported_gate_by_gate_as_its_model_splits_them():
+    cell, x = nn.ConvLSTMCell(3, (3, 3), padding="CIRCULAR"), jnp.zeros((1, 5, 4, 2), jnp.float32)
+    carry = cell.initialize_carry(jax.random.key(0), x.shape)
+    variables = cell.init(jax.random.key(0), carry, x)
+    report = analyze(cell, variables, carry, x)
+    layers = {layer.name.removeprefix("params/"): layer for layer in report.layers}
+    assert set(layers) == {f"{side}/kernel[{gate}]" for side in ("ih", "hh") for gate in "igfo"}
+    # The third quarter of the outputs is the gate that forgets.
+    kernel = np.asarray(variables["params"]["hh"]["kernel"])[..., 6:9]
+    check(layers["hh/kernel[f]"], kernel, CircularConv((5, 4)))
+
+
 class Scanned(nn.Module):
     @nn.compact
     def __call__(self, x):
@@ -335,6 +352,29 @@ READINGS = {
     "Flax's optimized GRU": (
         {"c/dense_i/kernel": (4, 6), "c/dense_h/kernel": (2, 6)},
         {f"c/dense_{side}/kernel[{gate}]": (Dense(), (n, 2)) for side, n in (("i", 4), ("h", 2)) for gate in "rzn"},
+    ),
+    "Flax's convolutional LSTM": (
+        {"c/ih/kernel": (3, 3, 2, 12), "c/hh/kernel": (3, 3, 3, 12), "c/hh/bias": (12,)},
+        {
+            f"c/{side}/kernel[{gate}]": (UNBOUNDED, (3, 3, n, 3))
+            for side, n in (("ih", 2), ("hh", 3))
+            for gate in "igfo"
+        },
+    ),
+    "Keras convolutional LSTM": (
+        {"c/kernel": (3, 3, 2, 12), "c/recurrent_kernel": (3, 3, 3, 12), "c/bias": (12,)},
+        {
+            f"c/{name}[{gate}]": (UNBOUNDED, (3, 3, n, 3))
+            for name, n in (("kernel", 2), ("recurrent_kernel", 3))
+            for gate in "ifco"
+        },
+    ),
+    "PyTorch LSTM with a projection": (
+        {"weight_ih_l0": (12, 4), "weight_hh_l0": (12, 2), "weight_hr_l0": (2, 3)},
+        {
+            **{f"weight_{side}_l0[{gate}]": (Dense(), (n, 3)) for side, n in (("ih", 4), ("hh", 2)) for gate in "ifgo"},
+            "weight_hr_l0": (Dense(), (3, 2)),
+        },
     ),
     "Keras LSTM": (
         {"l/kernel": (3, 8), "l/recurrent_kernel": (2, 8), "l/bias": (8,)},
@@ -654,6 +694,46 @@ def test_bad_files_say_what_they_are(tmp_path):
         open_arrays(index.parent)
 
 
+def test_damaged_arrays_and_checkpoints_say_what_they_are(tmp_path, monkeypatch):
+    path = tmp_path / "weights.npz"
+    np.savez(path, **{"fc.weight": np.zeros((200, 200))})
+    opened, bytes_of = open_arrays(path), path.read_bytes()
+    path.write_bytes(bytes_of[:1000] + b"x" * 1000 + bytes_of[2000:])
+    with pytest.raises(BrokenFile, match=r"weights.npz: fc.weight cannot be read"):
+        opened.read("fc.weight")
+
+    checkpoint = saved(tmp_path, "")
+    folders = tmp_path / "several"
+    for name in ("1", "2"):
+        shutil.copytree(checkpoint, folders / name)
+    with pytest.raises(ValueError, match="it has several checkpoints, expected one"):
+        open_arrays(folders)
+    shutil.rmtree(folders / "2")
+    assert open_arrays(folders).infos == open_arrays(checkpoint).infos
+    with pytest.raises(ValueError, match="it exists, expected a new folder"):
+        open_arrays(checkpoint).copy(folders, lambda name: None)
+    (folders / "1" / "_METADATA").write_text("{}")
+    with pytest.raises(BrokenFile, match="no Orbax checkpoint that can be read"):
+        open_arrays(folders)
+    monkeypatch.setitem(sys.modules, "orbax.checkpoint", None)
+    with pytest.raises(ImportError, match="pip install orbax-checkpoint"):
+        open_arrays(checkpoint)
+
+
+def test_leaves_that_are_no_arrays_are_skipped_by_their_type():
+    report = analyze({"fc.weight": array(4, 4), "step": 3, "name": "a network"})
+    assert {skipped.name for skipped in report.skipped} == {"step", "name"}
+
+
+def test_checkpoints_are_compared_without_progress(tmp_path):
+    for name, outputs in (("a", 6), ("b", 5)):
+        np.savez(tmp_path / f"{name}.npz", **{"fc.weight": array(outputs, 4), "same.weight": array(3, 4)})
+    found = compare(tmp_path / "a.npz", tmp_path / "b.npz")
+    distances = {pair.first.name: pair.distance for pair in found.layers}
+    assert math.isnan(distances["fc.weight"])
+    assert distances["same.weight"] == 0
+
+
 def test_shards_are_not_written_over_themselves(tmp_path):
     folder = saved(tmp_path, "shards")
     with pytest.raises(ValueError, match="expected another one"):
@@ -678,3 +758,38 @@ def test_forms_of_a_report():
     assert analyze({}).to_csv().startswith("name,")
     assert "0 layers" in str(analyze({}))
     assert CircularConv((4,)) not in {layer.operator for layer in report.layers}
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [(0.0, "0"), (1.23456789, "1.2346"), (1.5e9, "1.5000e+09"), (-2e-7, "-2.0000e-07"), (math.inf, "inf")],
+)
+def test_numbers_of_a_table_have_five_digits(number, text):
+    assert digits(number) == text
+
+
+def test_products_beyond_floats_and_of_zero():
+    huge = {f"{i}.weight": np.full((1, 1), 1e30, np.float32) for i in range(20)}
+    assert "Product of norms: 1e+600," in str(analyze(huge))
+    assert "Product of norms: 0," in str(analyze(huge | {"fc.weight": np.zeros((2, 2), np.float32)}))
+
+
+def test_spectra_are_columns_and_small_norms_stand_out():
+    kernels = {f"{i}.weight": array(4, 4) for i in range(4)}
+    kernels["small.weight"] = 1e-3 * array(4, 4)
+    report = analyze(kernels, spectra=True)
+    assert report.cells()[0][-2:] == ["condition", "effective rank"]
+    values = np.linalg.svd(np.asarray(kernels["0.weight"], np.float64), compute_uv=False)
+    assert report.cells()[1][0][-2] == digits(values[0] / values[-1])
+    assert "the median is" in report.outliers["small.weight"]
+    assert isinstance(report.plot(), matplotlib.figure.Figure)
+
+
+# Progress
+
+
+def test_without_a_library_for_bars_there_is_none(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    assert len(analyze({"fc.weight": array(4, 4)}).layers) == 1
+    with pytest.raises(ValueError, match="progress: got True, expected tqdm to be installed"):
+        analyze({"fc.weight": array(4, 4)}, progress=True)

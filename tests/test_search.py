@@ -188,3 +188,10 @@ def test_a_matrix_without_proof_gets_an_svd(monkeypatch):
     np.testing.assert_allclose(triplet.residual, 0, atol=1e-12)
     values = jax.vmap(spectral_norm, (0, None))(np.stack([matrix, 2 * matrix]), jaxsrn.Dense())
     np.testing.assert_allclose(values, [170, 340], rtol=1e-12)
+
+
+def test_wide_kernels_start_a_state_at_a_pair_that_is_exact():
+    """The start of a training step has no proof that its frequency is the best; with a clear peak it is."""
+    kernel, op = 1 + gaussian((3, 128, 130)), CircularConv((8,))
+    result = jaxsrn.srnc_step(kernel, jaxsrn.srnc_state(kernel, op, None), op, None)
+    np.testing.assert_allclose(fft_norms(result[0][None], (8,)), 1, rtol=1e-9)

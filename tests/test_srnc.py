@@ -9,6 +9,7 @@ from scipy.optimize import minimize
 
 import jaxsrn
 from jaxsrn import CircularConv, Dense, ZeroPaddedConv
+from jaxsrn.normalization.starts import _frobenius_norms as frobenius_norms
 
 SOLVED = by_name(
     "dense-wide",
@@ -476,3 +477,12 @@ def test_no_more_steps_than_allowed(max_steps):
         a, op = jnp.asarray(gaussian((3, 2, 2), seed)), CircularConv((16,))
         result = jaxsrn.srnc(a, op, 0.3 * jaxsrn.stable_rank(a, op), max_steps=max_steps)
         assert int(result.num_steps) <= max_steps
+
+
+@pytest.mark.parametrize("taps", [3, 300])
+def test_frobenius_norms_at_all_frequencies(taps):
+    """Of few taps from the products of all pairs, of many from the symbols."""
+    weights = gaussian((taps, 2, 3))
+    symbols = np.fft.rfft(weights, 400, axis=0)
+    norms = frobenius_norms(jnp.asarray(weights), CircularConv((400,)))
+    np.testing.assert_allclose(norms, np.linalg.norm(symbols, axis=(1, 2)), rtol=1e-9)

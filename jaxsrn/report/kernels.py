@@ -175,10 +175,9 @@ class _Reader:
         )
         for index in np.ndindex(shape[:stack]):
             ending = f"[{','.join(map(str, index))}]" if stack else ""
-            gates = gates_of(name, self.infos) if isinstance(layer.op, Dense) else ""
             view = _then(_at(index), layer.to_operator)
             whole = _Part(ending, layer.shape, view)
-            for part in _split(whole, gates, -1):
+            for part in _split(whole, gates_of(name, self.infos), -1):
                 yield Kernel(f"{name}{part.ending}", name, layer.op, part.shape, "the layer of the model", part.view)
 
     # Bare weights
@@ -201,20 +200,15 @@ class _Reader:
             view = _then(part.view, lambda array: array.reshape(heads))
             return [_named(name, _Part(part.ending, heads, view), Dense(), "the heads of attention beside each other")]
         layout, rule = self._layout_of(name, shape)
-        if len(shape) == 2:
-            return self._matrices(name, part, layout, rule)
-        return [self._convolution(name, part, layout, rule)]
-
-    def _matrices(self, name: str, part: _Part, layout: str, rule: str) -> list[Kernel]:
-        axes = axes_of(layout, 2)
-        gates = gates_of(name, self.infos)
-        parts = _split(part, gates, axes.outputs)
+        axes, gates = axes_of(layout, len(shape)), gates_of(name, self.infos)
+        parts = [_moved(gate, axes.order) for gate in _split(part, gates, axes.outputs)]
         rule = f"{rule}; a kernel for each gate" if gates else rule
-        return [_named(name, _moved(gate, axes.order), Dense(), rule) for gate in parts]
+        if len(shape) == 2:
+            return [_named(name, gate, Dense(), rule) for gate in parts]
+        return [self._convolution(name, gate, layout, rule) for gate in parts]
 
-    def _convolution(self, name: str, part: _Part, layout: str, rule: str) -> Kernel:
-        axes = axes_of(layout, len(part.shape))
-        moved = _moved(part, axes.order)
+    def _convolution(self, name: str, moved: _Part, layout: str, rule: str) -> Kernel:
+        """The kernel of an array whose axes are `(*taps, inputs, outputs)` already."""
         *taps, inputs, outputs = moved.shape
         _require(
             self.layout is not None or max(taps) <= _MOST_TAPS,

@@ -1,8 +1,8 @@
 """The gates of recurrent cells: the matrices that a stored kernel of several gates is made of.
 
 A gate is a linear map with a nonlinearity of its own, and its norm is what bounds that gate. Flax's LSTM cell stores
-one kernel for each gate; PyTorch, Keras and Flax's optimized cells store them in one array. A report has one line for
-each gate in all of them, so that its numbers do not depend on who stored the cell.
+one kernel for each gate; PyTorch, Keras and Flax's optimized and convolutional cells store them in one array. A report
+has one line for each gate in all of them, so that its numbers do not depend on who stored the cell.
 """
 
 from __future__ import annotations
@@ -19,13 +19,15 @@ _TORCH = re.compile(r"(.*?)weight_(ih|hh|hr)(_l\d+)?(_reverse)?")
 # The names of the gates by their number, in the order in which each library stores them.
 _TORCH_GATES = {3: "rzn", 4: "ifgo"}
 _KERAS_GATES = {3: "zrh", 4: "ifco"}
+# The scopes of Flax's cells that hold the kernels of the input and of the state, and the names of their gates.
+_FLAX_CELLS = {("dense_i", "dense_h"): _TORCH_GATES, ("ih", "hh"): {4: "igfo"}}
 _PROJECTIONS = "qkv"
 
 
 def gates_of(name: str, infos: Mapping[str, ArrayInfo]) -> str:
     """The gates of which an array holds the kernels along its outputs, one letter each; empty for a single kernel.
 
-    The matrix that reads the hidden state shows how many there are: it has one square for each.
+    The kernel that reads the hidden state shows how many there are: each has as many outputs as the state.
     """
     leaf, stem = leaf_of(name), name[: len(name.removesuffix(":0")) - len(leaf_of(name))]
     if found := _TORCH.fullmatch(leaf):
@@ -44,11 +46,18 @@ def gates_of(name: str, infos: Mapping[str, ArrayInfo]) -> str:
         recurrent = infos.get(f"{stem}recurrent_kernel{suffix}")
         if recurrent is not None:
             return _KERAS_GATES.get(_ratio(recurrent.shape[-1], recurrent.shape[-2]), "")
-        if found := re.fullmatch(r"(.*?)dense_[ih]([./])", stem):
+        return _flax_gates(stem, infos)
+    return ""
+
+
+def _flax_gates(stem: str, infos: Mapping[str, ArrayInfo]) -> str:
+    """The gates of a kernel in a scope of one of Flax's cells; `stem` is its name up to the last dot or slash."""
+    for scopes, names in _FLAX_CELLS.items():
+        if found := re.fullmatch(rf"((?:.*[./])?)(?:{'|'.join(scopes)})([./])", stem):
             cell, dot = found.groups()
-            of_input, of_state = (infos.get(f"{cell}dense_{side}{dot}kernel") for side in "ih")
+            of_input, of_state = (infos.get(f"{cell}{scope}{dot}kernel") for scope in scopes)
             if of_input is not None and of_state is not None:
-                return _TORCH_GATES.get(_ratio(of_state.shape[-1], of_state.shape[-2]), "")
+                return names.get(_ratio(of_state.shape[-1], of_state.shape[-2]), "")
     return ""
 
 
