@@ -1,5 +1,7 @@
 """The steps of the bounds, each against NumPy on few numbers; mutation testing runs them (`mutation.py`)."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,9 @@ import pytest
 from cases import dense, gaussian
 
 from jaxsrn import CircularConv, Dense, UnboundedConv, ZeroPaddedConv
+from jaxsrn._tools.subspaces import fixed_start
 from jaxsrn.bounds import coefficients, entries, gram, interval, reshapings
+from jaxsrn.bounds import tensor as power_method
 from jaxsrn.bounds.covers import NormInterval, covers, slack_of, widened
 from jaxsrn.spectra.pairs_by_kind import leading_pair
 
@@ -178,6 +182,63 @@ def test_matrix_norms_of_stacks():
         jax.jvp(jax.grad(lambda s: coefficients.matrix_norm(s, 2)), (stack,), (stack,))
 
 
+@pytest.mark.parametrize("shape", [(3, 2, 4), (2, 3, 3, 2), (2, 2, 2, 2, 3)], ids=str)
+def test_the_higher_order_power_method_written_out(shape):
+    """From waves on the taps: two steps on the channels, then one on the taps of one axis or two on those of several.
+
+    The vectors give the real value, that of the best start.
+    """
+    weights, terms = gaussian(shape), shape[:-2]
+    num_starts, num_sweeps = 3, 2
+    angles = np.random.default_rng(0).uniform(0, 2 * np.pi, (num_starts, len(terms)))
+    angles[0] = 0
+    drawn = np.asarray(fixed_start((2, num_starts, shape[-1]), jnp.float32), np.float64)
+    best = 0.0
+    for angle, column in zip(angles, drawn[0] + 1j * drawn[1], strict=True):
+        vectors = [np.exp(1j * a * np.arange(k)) for a, k in zip(angle, terms, strict=True)]
+        vectors = [vector / np.linalg.norm(vector) for vector in (*vectors, np.ones(shape[-2]), column)]
+
+        def step(axis, vectors=vectors):
+            rest = weights.astype(complex)
+            for other in reversed(range(len(shape))):
+                rest = rest if other == axis else np.tensordot(rest, vectors[other], (other, 0))
+            vectors[axis] = np.conj(rest) / np.linalg.norm(rest)
+            return np.linalg.norm(rest)
+
+        channels, axes = (len(terms), len(terms) + 1), range(len(terms))
+        for _ in range(num_sweeps):
+            for axis in (*channels, *channels, *axes, *(axes if len(terms) > 1 else ())):
+                step(axis)
+        value = [step(axis) for axis in (*channels, *channels)][-1]
+        best = max(best, value)
+    vectors = power_method._best_vectors(jnp.asarray(weights), num_starts, num_sweeps)
+    np.testing.assert_allclose([np.linalg.norm(vector) for vector in vectors], 1, rtol=1e-12)
+    value = functools.reduce(lambda rest, vector: np.tensordot(rest, vector, (0, 0)), vectors, weights)
+    np.testing.assert_allclose(value, best, rtol=1e-10)
+    np.testing.assert_allclose(power_method._value(jnp.asarray(weights), vectors), best, rtol=1e-10)
+
+
+def test_the_power_method_stops_where_values_do_not_grow():
+    """And at a zero tensor, whose value is 0."""
+    weights = jnp.asarray(gaussian((3, 2, 4)))
+    many, more = (power_method._best_vectors(weights, 2, steps) for steps in (1000, 2000))
+    for a, b in zip(many, more, strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert power_method._value(jnp.zeros((3, 2, 4)), power_method._best_vectors(jnp.zeros((3, 2, 4)), 2, 5)) == 0
+
+
+@pytest.mark.parametrize("op", [CircularConv((8,)), ZeroPaddedConv((8,)), Dense()], ids=str)
+def test_tensor_norm_is_the_root_of_the_number_of_taps_times_the_value(op):
+    shape = (3, 4) if op == Dense() else (3, 2, 4)
+    weights = jnp.asarray(gaussian(shape))
+    found = power_method._tensor_norm.__wrapped__(weights, op, 8, 50)
+    if op == Dense():
+        expected = np.linalg.norm(weights, 2)
+    else:
+        expected = np.sqrt(3) * power_method._value(weights, power_method._best_vectors(weights, 8, 50))
+    np.testing.assert_allclose(found, expected, rtol=1e-12)
+
+
 # The last one has as many frequencies as the coarse grid, and so needs no factor.
 ITERATED = [*BOUNDED, (Dense(), (4, 3)), (CircularConv((16,)), (3, 2, 2))]
 
@@ -259,6 +320,43 @@ def test_rounding_of_taps_that_cancel_is_that_of_the_taps():
     identity = jnp.eye(64)
     found = interval._interval.__wrapped__(identity, Dense(), leading_pair(identity, Dense()), ())
     assert found.upper - 1 <= 2 * 4 * np.sqrt(64) * np.finfo(np.float64).eps
+
+
+@pytest.mark.parametrize(
+    ("op", "shape"),
+    [
+        (Dense(), (4, 3)),
+        (CircularConv((40,)), (3, 4, 5)),
+        (UnboundedConv(), (3, 4, 5)),
+        (ZeroPaddedConv((7,)), (3, 2, 3)),
+    ],
+    ids=str,
+)
+def test_certified_intervals_have_the_width_that_was_asked_for(op, shape):
+    """With zero padding it does not matter what was asked for; few frequencies are all looked at."""
+    kernel = jnp.asarray(gaussian(shape))
+    if isinstance(op, UnboundedConv):
+        norm = np.linalg.norm(np.fft.fft(kernel, 4096, axis=0), 2, axis=(1, 2)).max()
+    else:
+        norm = np.linalg.norm(dense(kernel, op), 2)
+    widths = []
+    for resolution in (0.0, 1e-4, 0.01, 0.3):
+        low, high = interval.certified(kernel, op, resolution=resolution)
+        assert low <= norm * (1 + 1e-6)
+        assert norm <= high
+        widths.append(float(high / low - 1))
+        if not isinstance(op, ZeroPaddedConv):
+            assert widths[-1] <= max(resolution, 1.1e-6) * (1 + 1e-9)
+    if isinstance(op, ZeroPaddedConv):
+        covered, cover = covers(kernel, op)[0]
+        np.testing.assert_allclose(high, np.linalg.norm(dense(covered, cover), 2), rtol=1e-9)
+        np.testing.assert_allclose(low, norm, rtol=1e-4)
+        np.testing.assert_allclose(widths, widths[0], rtol=1e-9)
+    if isinstance(op, UnboundedConv):
+        assert widths[-1] > 1e-5
+    for wrong in (-0.1, 1.0):
+        with pytest.raises(ValueError, match="resolution: got"):
+            interval.certified(kernel, op, resolution=wrong)
 
 
 def test_only_layers_without_edges_see_frequencies_beyond_their_grid():
