@@ -113,6 +113,7 @@ HOUSE = {
         "kernels",
         "batch_norms",
         "models",
+        "matrices",
         "layers",
         "table",
         "analysis",

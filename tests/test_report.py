@@ -26,6 +26,7 @@ from jaxsrn.report import analyze
 from jaxsrn.report.comparing import compare
 from jaxsrn.report.files import ArrayInfo, BrokenFile, open_arrays
 from jaxsrn.report.kernels import find_kernels
+from jaxsrn.report.matrices import numbers_of_matrix
 from jaxsrn.report.table import digits
 
 CONV, MATRIX = (3, 3, 2, 4), (4, 6)
@@ -123,17 +124,57 @@ def test_numbers_at_an_image_size_and_of_all_singular_values():
     assert layer.effective_rank == pytest.approx(np.exp(-np.sum(shares * np.log(shares))), rel=1e-5)
 
 
-def test_small_matrices_go_through_one_call_in_any_number(monkeypatch):
-    monkeypatch.setattr("jaxsrn.report.analysis._MOST_ENTRIES", 2 * 24)
+@pytest.mark.parametrize("lapack", [True, False], ids=["lapack", "compiled"])
+def test_matrices_of_every_shape_and_scale(lapack, monkeypatch):
+    """Small ones compile nothing, large ones are searched; tall Gram matrices are sums over blocks of rows."""
+    monkeypatch.setattr("jaxsrn.report.matrices._BLOCK", 8)
+    if lapack:
+        monkeypatch.setattr("jaxsrn.report.layers._compiled_numbers", lambda *_: pytest.fail("a program was compiled"))
+    else:
+        monkeypatch.setattr("jaxsrn.report.layers._LAPACK", 1)
     kernels = {
-        f"layer{i}.kernel": gaussian(shape, i).astype(np.float32)
-        for i, shape in enumerate([MATRIX, MATRIX[::-1], MATRIX])
+        f"layer{i}.kernel": scale * gaussian(shape, i)
+        for i, (shape, scale) in enumerate([(MATRIX, 1.0), (MATRIX[::-1], 1e-100), ((9, 3), 1e100), (MATRIX, 1e-30)])
     }
+    kernels["conv.kernel"] = array(1, 1, 3, 2)
     calls = []
-    report = analyze(kernels, progress=lambda *args: calls.append(args))
-    for layer, kernel in zip(report.layers, kernels.values(), strict=True):
-        check(layer, kernel, Dense())
-    assert calls == [(0, 3, "layer0.kernel"), (2, 3, "layer2.kernel"), (3, 3, "")]
+    report = analyze(kernels, input_shape=(4, 5), progress=lambda *args: calls.append(args))
+    for layer in report.layers:
+        if layer.name == "conv.kernel":
+            check(layer, kernels[layer.name], ZeroPaddedConv((4, 5)))
+        else:
+            check(layer, kernels[layer.name], Dense())
+    assert calls == [*((i, 5, layer.name) for i, layer in enumerate(report.layers)), (5, 5, "")]
+
+
+def test_intervals_of_matrices_hold_their_norms():
+    """Of float64 matrices whose leading values are equal, with hundreds of rows."""
+    for seed in range(20):
+        left, right = (np.linalg.qr(gaussian((n, 60), seed))[0] for n in (700, 60))
+        values = np.ones(60)
+        values[30:] = 1e-9
+        matrix = (left * values) @ right.T
+        low, high = numbers_of_matrix(matrix).norm_interval
+        assert low <= 1 <= high
+        assert high - low < 1e-11
+
+
+def test_all_singular_values_of_matrices():
+    kernels = {
+        "full.kernel": array(4, 6),
+        "singular.kernel": np.outer(np.ones(4), np.ones(3)),
+        "zero.kernel": np.zeros((3, 3)),
+        "broken.kernel": np.full((3, 3), np.nan),
+    }
+    layers = {layer.name: layer for layer in analyze(kernels, spectra=True).layers}
+    values = np.linalg.svd(kernels["full.kernel"].astype(np.float64), compute_uv=False)
+    shares = values / values.sum()
+    assert layers["full.kernel"].condition_number == pytest.approx(values[0] / values[-1])
+    assert layers["full.kernel"].effective_rank == pytest.approx(np.exp(-np.sum(shares * np.log(shares))))
+    assert layers["singular.kernel"].condition_number > 1e15
+    assert layers["singular.kernel"].effective_rank == pytest.approx(1)
+    assert layers["zero.kernel"].effective_rank == 0
+    assert math.isnan(layers["broken.kernel"].effective_rank)
 
 
 def test_zero_and_broken_kernels_stand_out():

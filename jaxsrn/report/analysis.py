@@ -4,37 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxsrn._tools.checks import ensure, float_dtype
 from jaxsrn.report.batch_norms import BatchNorm, folded, pair_batch_norms
 from jaxsrn.report.files import NamedArrays, Tree, open_arrays
 from jaxsrn.report.kernels import Kernel, Skipped, find_kernels
-from jaxsrn.report.layers import (
-    LayerReport,
-    as_computed,
-    has_spectrum,
-    layer_report,
-    numbers_of,
-    shares_calls,
-    spectra_of,
-)
+from jaxsrn.report.layers import LayerReport, layer_report
 from jaxsrn.report.models import is_model, model_of
 from jaxsrn.report.table import Report
-from jaxsrn.spectra.common_shapes import filled_up
 
 __all__ = ["analyze"]
-
-# The entries of the kernels that go through one call: 16 MiB in float32.
-_MOST_ENTRIES = 2**22
 
 
 def analyze(
@@ -152,55 +137,18 @@ def _norms_to_fold(
 def _measured(
     kernels: Sequence[Kernel], norms: Mapping[str, BatchNorm], arrays: NamedArrays, spectra: bool, count: Callable
 ) -> list[LayerReport]:
-    """The records of all kernels, those of one operator and shape in batches of bounded size."""
-    # Several kernels of one array are asked for one after the other.
-    read = functools.lru_cache(maxsize=1)(arrays.read)
-
-    def values(kernel: Kernel) -> np.ndarray:
+    """The records of all kernels, one after the other, so that one array is held at a time."""
+    # Several kernels of one array follow each other.
+    read, found = functools.lru_cache(maxsize=1)(arrays.read), []
+    for kernel in kernels:
+        count(len(found), kernel.name)
         array = kernel.view(read(kernel.array))
-        array = np.asarray(array).astype(float_dtype(array.dtype))
-        norm = norms.get(kernel.name)
-        return array if norm is None else folded(array, norm, arrays)
-
-    groups: dict[tuple, list[int]] = {}
-    for i, kernel in enumerate(kernels):
-        op, shape = as_computed(kernel.shape, kernel.op, spectra)
-        groups.setdefault((op, shape, float_dtype(arrays.infos[kernel.array].dtype)), []).append(i)
-    found: dict[int, LayerReport] = {}
-    for (op, shape, _), members in groups.items():
-        size = min(len(members), max(1, _MOST_ENTRIES // math.prod(shape))) if shares_calls(shape, op) else 1
-        for start in range(0, len(members), size):
-            batch = members[start : start + size]
-            count(len(found), kernels[batch[0]].name)
-            arrays_of_batch = [values(kernels[i]) for i in batch]
-            stack = [_in_shape(array, shape) for array in arrays_of_batch]
-            # The last batch is filled up, as another size would be another program.
-            stack = np.stack(stack + stack[:1] * (size - len(batch)))
-            numbers, spectrum = _of_batch(stack, op, spectra and has_spectrum(kernels[batch[0]].shape, op))
-            for j, i in enumerate(batch):
-                own, own_spectrum = jax.tree.map(lambda leaf, j=j: leaf[j], (numbers, spectrum))
-                norm = norms.get(kernels[i].name)
-                scope = norm.scope if norm else None
-                found[i] = layer_report(kernels[i], arrays_of_batch[j], op, own, own_spectrum, scope)
+        array, norm = np.asarray(array).astype(float_dtype(array.dtype)), norms.get(kernel.name)
+        if norm is not None:
+            array = folded(array, norm, arrays)
+        found.append(layer_report(kernel, array, spectra, norm.scope if norm else None))
     count(len(found), "")
-    return [found[i] for i in range(len(kernels))]
-
-
-def _in_shape(kernel: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """A kernel in the shape with which it is computed: its own, or that of `as_computed` for matrices."""
-    return kernel if kernel.shape == shape else filled_up(kernel.reshape(kernel.shape[-2:]), shape)
-
-
-def _of_batch(stack: np.ndarray, op, with_spectra: bool):
-    """Numbers and spectra (`None` where they are not asked for) of kernels along the first axis, as NumPy arrays."""
-    kernels = jnp.asarray(stack)
-
-    def each(function):
-        if len(stack) == 1:
-            return jax.tree.map(lambda leaf: np.asarray(leaf)[None], function(kernels[0], op))
-        return jax.tree.map(np.asarray, jax.vmap(lambda kernel: function(kernel, op))(kernels))
-
-    return each(numbers_of), each(spectra_of) if with_spectra else None
+    return found
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""`LayerReport`: the numbers of a layer, computed for batches of layers of one shape."""
+"""`LayerReport`: the numbers of a layer."""
 
 from __future__ import annotations
 
@@ -9,33 +9,26 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy.linalg
-from jaxtyping import Array, Float, Shaped
+from jaxtyping import Array, Shaped
 
-from jaxsrn._tools.linalg import ratio
 from jaxsrn._tools.programs import program
-from jaxsrn._tools.tolerances import DENSE_SIZE, svds_are_dear
+from jaxsrn._tools.tolerances import DENSE_SIZE
 from jaxsrn.bounds import certified
 from jaxsrn.bounds.covers import NormInterval
 from jaxsrn.bounds.interval import certified_by_pair
 from jaxsrn.operators import Dense, Operator, UnboundedConv, ZeroPaddedConv
+from jaxsrn.report.kernels import Kernel
+from jaxsrn.report.matrices import Numbers, numbers_of_matrix, singular_values_of_matrix
 from jaxsrn.spectra import singular_values, stable_rank_range
-from jaxsrn.spectra.common_shapes import common_shape, is_matrix, num_copies
+from jaxsrn.spectra.common_shapes import is_matrix, num_copies
 from jaxsrn.spectra.pairs_by_kind import leading_pair
 from jaxsrn.spectra.ranks import norm_and_rank
 from jaxsrn.spectra.singular_pair import matrix_size
 
-__all__ = [
-    "LayerReport",
-    "Numbers",
-    "Spectrum",
-    "as_computed",
-    "has_spectrum",
-    "layer_report",
-    "numbers_of",
-    "shares_calls",
-    "spectra_of",
-]
+__all__ = ["LayerReport", "layer_report"]
+
+# Matrices of more rows and columns are searched by compiled functions, which take less time there.
+_LAPACK = 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,104 +77,81 @@ class LayerReport:
         return 1.0 if high == low else (self.stable_rank - low) / (high - low)
 
 
-class Numbers(NamedTuple):
-    """The numbers of a layer, or of a batch of layers along the first axis."""
-
-    spectral_norm: Float[Array, "..."]
-    norm_interval: NormInterval
-    stable_rank: Float[Array, "..."]
-
-
-class Spectrum(NamedTuple):
-    """What all singular values say of a layer, or of each of a batch."""
-
-    condition_number: Float[Array, "..."]
-    effective_rank: Float[Array, "..."]
-
-
-def as_computed(kernel_shape: tuple[int, ...], op: Operator, spectra: bool) -> tuple[Operator, tuple[int, ...]]:
-    """The operator and the shape with which a layer is computed.
-
-    Convolutions of one tap do to each sample what a matrix does, and a matrix has the singular values of its transpose.
-    Large matrices of many sizes share one shape, except where the smallest singular value is asked for.
-    """
-    # Several copies of a matrix, as with padding, may have zeros among their singular values that it does not have.
-    if not (is_matrix(kernel_shape, op) if spectra else num_copies(kernel_shape, op)):
-        return op, kernel_shape
-    own = min(kernel_shape[-2:]), max(kernel_shape[-2:])
-    return Dense(), common_shape(*own) if svds_are_dear(1, own) and not spectra else own
-
-
-def shares_calls(kernel_shape: tuple[int, ...], op: Operator) -> bool:
-    """Whether several layers take less time in one call by `jax.vmap` than one after the other.
-
-    Matrices that are small enough for an SVD do, ten times less for sixteen of 64x64. Searches do not, as all of a
-    batch take the steps of the slowest; they share a compiled program anyway.
-    """
-    return isinstance(op, Dense) and not svds_are_dear(1, kernel_shape)
-
-
-def numbers_of(kernel: Shaped[Array, "..."], op: Operator) -> Numbers:
-    """The numbers of one layer in the form of `as_computed`; `jax.vmap` takes a batch."""
-    pair = leading_pair(kernel, op)
-    norm, rank = norm_and_rank(kernel, op, pair)
-    # With zero padding the upper end has searches of its own.
-    padded = isinstance(op, ZeroPaddedConv)
-    interval = certified(kernel, op) if padded else certified_by_pair(kernel, op, pair)
-    return Numbers(norm, interval, rank)
-
-
-def flattened_norm(kernel: np.ndarray) -> float:
-    """The norm of a kernel reshaped to a matrix `(prod(taps) * c_in, c_out)`, by SciPy.
-
-    Of its smaller Gram matrix in float64 the largest eigenvalue takes less time than a program for every shape.
-    """
-    matrix = kernel.reshape((-1, kernel.shape[-1])).astype(np.float64)
-    gram = matrix.T @ matrix if matrix.shape[0] >= matrix.shape[1] else matrix @ matrix.T
-    if not np.all(np.isfinite(gram)):
-        return math.nan
-    last = len(gram) - 1
-    return math.sqrt(max(0.0, scipy.linalg.eigvalsh(gram, subset_by_index=(last, last)).item()))
-
-
-def has_spectrum(kernel_shape: tuple[int, ...], op: Operator) -> bool:
-    """Whether `singular_values` lists those of the layer."""
-    if isinstance(op, UnboundedConv):
-        return False
-    return not op._needs_explicit_matrix or matrix_size(op, kernel_shape) <= DENSE_SIZE
-
-
-def spectra_of(kernel: Shaped[Array, "..."], op: Operator) -> Spectrum:
-    """The condition number and the effective rank of one layer; `jax.vmap` takes a batch."""
-    return _spectrum(singular_values(kernel, op))
-
-
-@program
-def _spectrum(values: Float[Array, " n"]) -> Spectrum:
-    shares = ratio(values, jnp.sum(values))
-    logs = jnp.log(jnp.where(shares > 0, shares, 1.0))
-    return Spectrum(values[0] / values[-1], jnp.where(values[0] == 0, 0.0, jnp.exp(-jnp.sum(shares * logs))))
-
-
-def layer_report(
-    kernel, values: np.ndarray, op: Operator, numbers: Numbers, spectrum: Spectrum | None, batch_norm
-) -> LayerReport:
-    """The record of one layer of such values; `kernel` is a `Kernel` of `kernels.py`, the numbers are those of `op`."""
-    numbers = jax.tree.map(float, numbers)
-    copies = num_copies(kernel.shape, kernel.op) if isinstance(op, Dense) else 1
-    low, high = stable_rank_range(kernel.shape, kernel.op)
+def layer_report(kernel: Kernel, values: np.ndarray, spectra: bool, batch_norm: str | None) -> LayerReport:
+    """The record of one layer, from the values of its kernel in the shape that `kernel` says."""
+    op = kernel.op
+    flat, copies = values.reshape((-1, values.shape[-1])), num_copies(kernel.shape, op)
+    if not copies:
+        numbers = _compiled_numbers(jnp.asarray(values), op)
+    elif min(flat.shape) > _LAPACK:
+        numbers = _compiled_numbers(jnp.asarray(flat), Dense())
+    else:
+        numbers = numbers_of_matrix(flat)
+    spectrum = _spectrum_of(values, op) if spectra and _has_spectrum(kernel.shape, op) else _Spectrum(None, None)
+    low, high = stable_rank_range(kernel.shape, op)
     return LayerReport(
         name=kernel.name,
         kernel_shape=kernel.shape,
-        operator=kernel.op,
+        operator=op,
         rule=kernel.rule,
         spectral_norm=numbers.spectral_norm,
         norm_interval=numbers.norm_interval,
-        flattened_norm=numbers.spectral_norm if isinstance(op, Dense) else flattened_norm(values),
-        stable_rank=copies * numbers.stable_rank,
+        flattened_norm=numbers.spectral_norm if copies else numbers_of_matrix(flat).spectral_norm,
+        # A convolution of one tap does to each sample what a matrix does.
+        stable_rank=max(copies, 1) * numbers.stable_rank,
         stable_rank_low=low,
         stable_rank_high=high,
-        condition_number=None if spectrum is None else float(spectrum.condition_number),
-        effective_rank=None if spectrum is None else float(spectrum.effective_rank),
+        condition_number=spectrum.condition_number,
+        effective_rank=spectrum.effective_rank,
         batch_norm=batch_norm,
     )
+
+
+# Numbers
+
+
+def _compiled_numbers(kernel: Shaped[Array, "..."], op: Operator) -> Numbers:
+    """The numbers of any layer by the library's own functions."""
+    pair = leading_pair(kernel, op)
+    # With zero padding the upper end has searches of its own, which are not in the program of a pair.
+    padded = isinstance(op, ZeroPaddedConv)
+    found = (*norm_and_rank(kernel, op, pair), certified(kernel, op)) if padded else _by_pair(kernel, op, pair)
+    norm, rank, interval = jax.tree.map(float, found)
+    return Numbers(norm, interval, rank)
+
+
+@program
+def _by_pair(kernel, op, pair):
+    """Norm, stable rank and interval in one program, as every shape compiles it."""
+    return *norm_and_rank(kernel, op, pair), certified_by_pair(kernel, op, pair)
+
+
+# Spectra
+
+
+class _Spectrum(NamedTuple):
+    """What all singular values say of a layer, or `None` where they are not listed."""
+
+    condition_number: float | None
+    effective_rank: float | None
+
+
+def _has_spectrum(kernel_shape: tuple[int, ...], op: Operator) -> bool:
+    """Whether all singular values of the layer are listed."""
+    if isinstance(op, UnboundedConv):
+        return is_matrix(kernel_shape, op)
+    return not op._needs_explicit_matrix or matrix_size(op, kernel_shape) <= DENSE_SIZE
+
+
+def _spectrum_of(values: np.ndarray, op: Operator) -> _Spectrum:
+    # Several copies of a matrix, as with padding, may have zeros among their singular values that it does not have.
+    if is_matrix(values.shape, op):
+        found = singular_values_of_matrix(values.reshape(values.shape[-2:]))
+    else:
+        found = np.asarray(singular_values(jnp.asarray(values), op), np.float64)
+    if found[0] == 0:
+        return _Spectrum(math.nan, 0.0)
+    shares = found / found.sum()
+    entropy = -np.sum(shares * np.log(np.where(shares > 0, shares, 1.0)))
+    with np.errstate(divide="ignore"):
+        return _Spectrum(float(found[0] / found[-1]), float(np.exp(entropy)))
