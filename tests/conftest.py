@@ -19,6 +19,10 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + (
 # runs as many at once as there are threads, on two cores two, all wait for ever. XLA takes the size of its pool here.
 os.environ.setdefault("NPROC", "8")
 
+# Threads of OpenBLAS wait for each other in loops, which takes many times as long where two processes run the tests
+# (`python benchmarks/shared_machine.py`).
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 import jax
 import jaxtyping
 import pytest

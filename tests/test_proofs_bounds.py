@@ -10,6 +10,7 @@ from cases import dense, gaussian
 
 from jaxsrn import CircularConv, Dense, UnboundedConv, ZeroPaddedConv
 from jaxsrn._tools.subspaces import fixed_start
+from jaxsrn._tools.tolerances import torus_excess
 from jaxsrn.bounds import coefficients, entries, gram, interval, reshapings
 from jaxsrn.bounds import tensor as power_method
 from jaxsrn.bounds.covers import NormInterval, covers, slack_of, widened
@@ -227,15 +228,22 @@ def test_the_power_method_stops_where_values_do_not_grow():
     assert power_method._value(jnp.zeros((3, 2, 4)), power_method._best_vectors(jnp.zeros((3, 2, 4)), 2, 5)) == 0
 
 
-@pytest.mark.parametrize("op", [CircularConv((8,)), ZeroPaddedConv((8,)), Dense()], ids=str)
+@pytest.mark.parametrize(
+    "op", [CircularConv((8,)), ZeroPaddedConv((8,)), CircularConv((8,), feature_group_count=2), Dense()], ids=str
+)
 def test_tensor_norm_is_the_root_of_the_number_of_taps_times_the_value(op):
+    """That of the largest group."""
     shape = (3, 4) if op == Dense() else (3, 2, 4)
     weights = jnp.asarray(gaussian(shape))
-    found = power_method._tensor_norm.__wrapped__(weights, op, 8, 50)
+    found = power_method.tensor_norm(weights, op, num_starts=5, num_steps=40)
     if op == Dense():
         expected = np.linalg.norm(weights, 2)
     else:
-        expected = np.sqrt(3) * power_method._value(weights, power_method._best_vectors(weights, 8, 50))
+        groups = np.split(weights, getattr(op, "feature_group_count", 1), axis=-1)
+        best = [
+            power_method._value(group, power_method._best_vectors(group, 5, 40)) for group in map(jnp.asarray, groups)
+        ]
+        expected = np.sqrt(3) * max(best)
     np.testing.assert_allclose(found, expected, rtol=1e-12)
 
 
@@ -354,9 +362,26 @@ def test_certified_intervals_have_the_width_that_was_asked_for(op, shape):
         np.testing.assert_allclose(widths, widths[0], rtol=1e-9)
     if isinstance(op, UnboundedConv):
         assert widths[-1] > 1e-5
+    np.testing.assert_array_equal(interval.certified(kernel, op), interval.certified(kernel, op, resolution=0.01))
     for wrong in (-0.1, 1.0):
         with pytest.raises(ValueError, match="resolution: got"):
             interval.certified(kernel, op, resolution=wrong)
+
+
+@pytest.mark.parametrize("op", [Dense(), CircularConv((9,)), UnboundedConv()], ids=str)
+def test_the_interval_of_a_proven_pair_holds_the_norm(op):
+    """It is exact to rounding, but for frequencies without an end what the search leaves open."""
+    kernel = jnp.asarray(gaussian((2, 3) if op == Dense() else (3, 2, 3)))
+    low, high = interval.certified_by_pair(kernel, op, leading_pair(kernel, op))
+    open_share = torus_excess(kernel.dtype) if isinstance(op, UnboundedConv) else 0.0
+    if isinstance(op, UnboundedConv):
+        norm = np.linalg.norm(np.fft.fft(kernel, 2**14, axis=0), 2, axis=(1, 2)).max()
+        assert low >= norm * (1 - 1e-9)
+    else:
+        norm = np.linalg.norm(dense(kernel, op), 2)
+        assert low <= norm
+    assert low * (1 + open_share) < high <= low * (1 + 1.01 * open_share + 1e-13)
+    assert norm <= high
 
 
 def test_only_layers_without_edges_see_frequencies_beyond_their_grid():

@@ -157,6 +157,11 @@ def test_overshoot_is_attained(n):
     np.testing.assert_allclose(2 / values.max(), grid_certificate.overshoot(CircularConv((n,)), (2, 1, 1)), rtol=1e-12)
 
 
+def test_one_axis_of_too_few_angles_leaves_no_bound():
+    assert grid_certificate.overshoot(CircularConv((4, 64)), (5, 3, 1, 1)) == np.inf
+    assert grid_certificate.overshoot(CircularConv((5, 64)), (5, 3, 1, 1)) < np.inf
+
+
 def test_coarse_grids():
     op = CircularConv((30, 30), strides=(2, 1))
     assert grid_certificate.on_coarse_grid(op, (5, 1, 2, 2), 8).input_shape == (32, 1)

@@ -86,8 +86,9 @@ def run(path: Path) -> list[list]:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    # See docs/troubleshooting.md for NPROC.
-    environment = {**os.environ, "PYTHONPATH": paths, "MPLBACKEND": "Agg", "NPROC": os.environ.get("NPROC", "8")}
+    # See docs/troubleshooting.md for both.
+    threads = {"NPROC": "8", "OPENBLAS_NUM_THREADS": "1"}
+    environment = {**threads, **os.environ, "PYTHONPATH": paths, "MPLBACKEND": "Agg"}
     command = [sys.executable, __file__, str(path), "--record"]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     if done.returncode:

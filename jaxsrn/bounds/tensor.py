@@ -22,7 +22,7 @@ from jaxtyping import Array, Complex, Float
 from jaxsrn._tools.checks import Kernel, kernel_array, static_int
 from jaxsrn._tools.held import held, stationary
 from jaxsrn._tools.indexing import picked
-from jaxsrn._tools.linalg import divisor, einsum, unit
+from jaxsrn._tools.linalg import einsum, unit
 from jaxsrn._tools.programs import program
 from jaxsrn._tools.subspaces import fixed_start
 from jaxsrn.bounds.coefficients import matrix_norm, num_terms, smallest_over_covers
@@ -118,14 +118,11 @@ def _best_vectors(tensor: Float[Array, "..."], num_starts: int, num_steps: int) 
     zeros = jnp.zeros(num_starts, tensor.dtype)
     factors, column, *_ = lax.while_loop(unfinished, sweep, (waves, column, zeros, zeros, jnp.asarray(0)))
     matrices = _on_taps(flat, _outer(factors))
+    # The last step is one on the columns, so that the values are real: the real part of the tensor carries all of them.
     row, column = _channel_vectors(matrices, column)
-    values = einsum("sio,si,so->s", matrices, row, column)
-    best = jnp.argmax(jnp.abs(values))
-    value, factors, row, column = picked((values, factors, row, column), best)
-    size = jnp.abs(value)
-    # This phase makes the value real, so that the real part of the tensor carries all of it.
-    turn = jnp.where(size == 0, 1.0, jnp.conj(value) / divisor(size).astype(value.dtype))
-    return [*factors, turn * row, column]
+    values = einsum("sio,si,so->s", matrices, row, column).real
+    factors, row, column = picked((factors, row, column), jnp.argmax(values))
+    return [*factors, row, column]
 
 
 def _plane_waves(terms: tuple[int, ...], num_starts: int, dtype) -> list[Complex[Array, "starts _"]]:
