@@ -35,8 +35,8 @@ from jaxsrn import CircularConv, Dense, UnboundedConv, ZeroPaddedConv
 COMMAND = "python benchmarks/shared_machine.py"
 ABOUT = """\
 float32, 3x3 taps, Gaussian kernels whose channels decay as `exp(-i / 32)`, after compilation: the median of three
-calls, or of as many as start within 20 s. `alone`: nothing else runs. `busy`: {neighbours} neighbours. `one thread`: with
-`OPENBLAS_NUM_THREADS=1`."""
+calls, or of as many as start within 20 s. `alone`: nothing else runs. `busy`: {neighbours} neighbours. `one thread`:
+with `OPENBLAS_NUM_THREADS=1`."""
 ONE_THREAD = {"OPENBLAS_NUM_THREADS": "1"}
 NEIGHBOUR = "while True: pass"
 
