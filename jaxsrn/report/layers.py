@@ -41,7 +41,8 @@ class LayerReport:
       operator: the linear map that the numbers are those of.
       rule: how the array was taken for this layer.
       spectral_norm: `||T||_2`.
-      norm_interval: the two numbers that are guaranteed to hold the norm between them, by `bounds.certified`.
+      norm_interval: the two numbers that are guaranteed to hold the norm between them: of matrices up to 1,024 rows or
+        columns what rounding leaves open, of all else those of `bounds.certified`.
       flattened_norm: for contrast, the norm of the kernel reshaped to a matrix `(prod(taps) * c_in // groups, c_out)`,
         the common shortcut.
       stable_rank: `||T||_F^2 / ||T||_2^2`; that per output sample where the operator is unbounded.

@@ -19,7 +19,7 @@ from jaxtyping import Array, Shaped
 from jaxsrn.operators.base import Dense, Operator
 from jaxsrn.operators.convolutions import UnboundedConv
 
-__all__ = ["as_matrix", "common_shape", "filled_up", "in_common_shape", "is_matrix", "num_copies"]
+__all__ = ["as_matrix", "in_common_shape", "is_matrix", "num_copies"]
 
 # The sides of common shapes: few, so that few programs are compiled.
 _SIDES = (32, 128, 512, 2048)
@@ -39,11 +39,11 @@ def in_common_shape(kernel: Shaped[Array, "..."], op: Operator) -> tuple[Shaped[
     copies = 0 if isinstance(kernel, jax.core.Tracer) else num_copies(kernel.shape, op)
     if not copies or len(kernel.devices()) > 1:
         return kernel, op, 1
-    shape = common_shape(*kernel.shape[-2:])
+    shape = _common_shape(*kernel.shape[-2:])
     # A shape that is not common is the matrix's own, and it is not worth a copy to exchange its sides.
     if shape == kernel.shape or not set(shape) <= set(_SIDES):
         return kernel, op, 1
-    filled = filled_up(np.asarray(kernel).reshape(kernel.shape[-2:]), shape)
+    filled = _filled_up(np.asarray(kernel).reshape(kernel.shape[-2:]), shape)
     # Where nobody chose a device, choosing one would be another program.
     return (jax.device_put(filled, kernel.sharding) if kernel.committed else jnp.asarray(filled)), Dense(), copies
 
@@ -71,14 +71,14 @@ def num_copies(kernel_shape: tuple[int, ...], op: Operator) -> int:
     return int(op._tap_counts(kernel_shape).item()) if is_one_tap else 0
 
 
-def common_shape(rows: int, columns: int) -> tuple[int, int]:
+def _common_shape(rows: int, columns: int) -> tuple[int, int]:
     """The common shape of a matrix or of its transpose; its own shape, the smaller side first, where none is close."""
     own = min(rows, columns), max(rows, columns)
     common = _common(own[0]), _common(own[1])
     return common if math.prod(common) <= _MOST_FILLING * math.prod(own) else own
 
 
-def filled_up(matrix: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+def _filled_up(matrix: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
     """The matrix, or its transpose if it is tall, with rows and columns of zeros; by NumPy, which compiles nothing."""
     wide = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
     filled = np.zeros(shape, matrix.dtype)
