@@ -693,14 +693,20 @@ def test_layer_operators_of_a_constrained_model():
 
 def test_rules_of_a_constrained_model_add_up():
     """Two calls of `constrain`, each for one layer: both kernels have their own norm."""
-    model = nn.Sequential([nn.Dense(3, name="first", **FLOAT), nn.Dense(2, name="second", **FLOAT)])
+
+    class Two(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(2, name="second", **FLOAT)(nn.Dense(3, name="first", **FLOAT)(x))
+
+    model = Two()
     for name, norm in (("first", 2.0), ("second", 3.0)):
         wrap = functools.partial(jlinen.SpectralNorm, norm=norm)
         model = jlinen.constrain(
             model, lambda path, layer, wrap=wrap: wrap(layer), lambda path, _, name=name: path == (name,)
         )
     folded = jlinen.fold(model, model.init(KEY, ROWS))
-    norms = [np.linalg.norm(folded[name]["kernel"], 2) for name in ("first", "second")]
+    norms = [np.linalg.norm(folded["params"][name]["kernel"], 2) for name in ("first", "second")]
     np.testing.assert_allclose(norms, [2, 3], rtol=1e-6)
 
 
