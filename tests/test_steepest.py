@@ -13,7 +13,7 @@ from flax import nnx
 import jaxsrn.nnx as jnnx
 from jaxsrn import CircularConv, Dense, UnboundedConv, ZeroPaddedConv
 from jaxsrn.optim import keep_spectral_norm, keep_stable_rank, spectral_descent
-from jaxsrn.projections import steepest
+from jaxsrn.projections import steepest, steepest_descent
 
 CIRCULAR, SAME = CircularConv((4,)), ZeroPaddedConv((5,))
 SHAPES = {CIRCULAR: (3, 2, 2), SAME: (3, 2, 2), CircularConv((4, 4), strides=2): (3, 3, 1, 3)}
@@ -57,6 +57,19 @@ def test_exact_is_the_dual_norm_of_an_independent_solver(op):
     np.testing.assert_allclose(value, expected, rtol=CERTIFIED)
     # It is a proven bound, of everything that the other solver finds too.
     assert expected <= result.dual_norm * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("method", ["exact", "frequency"])
+def test_large_zero_padded_layers_are_between_two_stacks(method, monkeypatch):
+    """Their kernel is in the ball, and their bound holds, but is not close."""
+    monkeypatch.setattr(steepest_descent, "PROVEN_SIZE", 0)
+    op, gradient = ZeroPaddedConv((7,)), gaussian((3, 2, 2))
+    result = steepest(jnp.asarray(gradient), op, method=method)
+    value, expected = np.sum(gradient * result.kernel), dual_norm(gradient, op)
+    assert np.linalg.norm(dense(result.kernel, op), 2) <= 1 + 1e-12
+    assert 0.8 * expected <= value <= expected * (1 + CERTIFIED)
+    assert expected <= result.dual_norm * (1 + 1e-9)
+    np.testing.assert_allclose(1 - value / result.dual_norm, result.gap, atol=1e-12)
 
 
 def test_float32_is_certified_where_singular_values_differ_by_far():
