@@ -24,7 +24,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from _clock import timed
+from _clock import race
 from _processes import in_process
 from _report import duration, publish, table
 from tqdm import tqdm
@@ -35,7 +35,7 @@ from jaxsrn import CircularConv, Dense, UnboundedConv, ZeroPaddedConv
 COMMAND = "python benchmarks/shared_machine.py"
 ABOUT = """\
 float32, 3x3 taps, Gaussian kernels whose channels decay as `exp(-i / 32)`, after compilation: the median of three
-calls, or of as many as start within 20 s. `alone`: nothing else runs. `busy`: {neighbours} neighbours. `one thread`:
+calls, or of as many as take 20 s at most. `alone`: nothing else runs. `busy`: {neighbours} neighbours. `one thread`:
 with `OPENBLAS_NUM_THREADS=1`."""
 ONE_THREAD = {"OPENBLAS_NUM_THREADS": "1"}
 NEIGHBOUR = "while True: pass"
@@ -70,12 +70,8 @@ def measured(name: str) -> float:
     taps = () if isinstance(op, Dense) else (3, 3)
     decay = np.exp(-np.arange(channels) / 32)[:, None]
     kernel = jnp.asarray(np.random.default_rng(0).standard_normal((*taps, channels, channels)) * decay, jnp.float32)
-    compiled = jax.jit(lambda kernel: function(kernel, op))
-    jax.block_until_ready(compiled(kernel))
-    times = []
-    while len(times) < 3 and sum(times) < 20:
-        times.append(timed(lambda: compiled(kernel)).seconds)
-    return float(np.median(times))
+    compiled = jax.jit(lambda kernel: function(kernel, op)).lower(kernel).compile()
+    return race({name: lambda: compiled(kernel)}, rounds=3, seconds=20)[name].seconds
 
 
 @contextlib.contextmanager

@@ -143,7 +143,8 @@ def _measured(
     for kernel in kernels:
         count(len(found), kernel.name)
         array = kernel.view(read(kernel.array))
-        array, norm = np.asarray(array).astype(float_dtype(array.dtype)), norms.get(kernel.name)
+        array = np.asarray(array).astype(float_dtype(array.dtype))
+        norm = norms.get(kernel.name)
         if norm is not None:
             array = folded(array, norm, arrays)
         found.append(layer_report(kernel, array, spectra, norm.scope if norm else None))
