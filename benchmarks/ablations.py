@@ -152,7 +152,7 @@ WIDE = (
 REDUCED = (*WIDE, Without("reduced Gram matrices (whole ones)", ((leading, "is_reduced", lambda *_: False),)))
 PADDED = (
     Without("a sum of four waves (one)", ((padded_starts, "_MOST_WAVES", 1),)),
-    Without("noise beside the waves (1e-3 of it)", ((padded_starts, "_NOISE", 1e-4),)),
+    Without("noise beside the waves (1e-3 of it)", ((padded_starts, "_NOISE", 5e-4),)),
     Without("the rival phase (none)", ((padded_starts, "_RIVALS", 0.0), (padded_starts, "_FEW_SAMPLES", 0))),
     Without("eight Ritz vectors kept in a restart (one)", ((lanczos, "_KEPT", 1),)),
 )

@@ -9,15 +9,19 @@ connection, nearly equal peaks, taps on one side, flat and steep spectra.
 draws so many kernels of each family for each layer, and prints the largest errors. `bounds.certified` is asked too:
 its interval must hold the norm. `--larger` takes layers whose matrix is too large for that. Their norms are searched
 by a thousand Lanczos steps or so from a random start in float64 (`bounds.probabilistic`), which know nothing of waves.
+`--waves` takes wide layers on large images, and kernels that are sums of waves in orthogonal channels. Each wave is a
+layer of one channel, whose matrix is small, and the norm is the largest of theirs.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import math
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -59,6 +63,12 @@ LARGER = {
     "2-D, larger": (ZeroPaddedConv((40, 40)), (3, 3, 8, 8)),
     "2-D, larger and wide": (ZeroPaddedConv((28, 28)), (3, 3, 32, 32)),
 }
+OF_WAVES = {
+    "1-D, waves": (ZeroPaddedConv((600,)), (5, 48, 48)),
+    "2-D, waves": (ZeroPaddedConv((32, 32)), (3, 3, 16, 16)),
+    "2-D, waves, wide": (ZeroPaddedConv((28, 28)), (3, 3, 32, 32)),
+    "2-D, waves, wider": (ZeroPaddedConv((32, 32)), (3, 3, 64, 64)),
+}
 
 
 # Families
@@ -70,16 +80,41 @@ def _waves(taps: tuple[int, ...], frequency: np.ndarray, phase: float) -> np.nda
     return np.cos(places @ frequency + phase)
 
 
-def _modes(rng, shape, frequencies, values) -> np.ndarray:
-    """A sum of waves, each from an own direction of the input channels to an own one of the outputs."""
+class Modes(NamedTuple):
+    """Filters of one channel, `(count, *taps)`, each between an own direction of the inputs and of the outputs."""
+
+    filters: np.ndarray
+    ins: np.ndarray
+    outs: np.ndarray
+
+    def kernel(self) -> np.ndarray:
+        return np.einsum("k...,ik,ok->...io", self.filters, self.ins, self.outs)
+
+
+def _modes(rng, shape, frequencies, values) -> Modes:
+    """Waves, whose phases are random."""
     *taps, c_in, c_out = shape
-    count = len(values)
-    ins, outs = (np.linalg.qr(rng.standard_normal((n, n)))[0] for n in (c_in, c_out))
-    kernel = np.zeros(shape)
-    for k in range(count):
-        wave = _waves(tuple(taps), frequencies[k], rng.uniform(0, np.pi))
-        kernel += values[k] * np.multiply.outer(wave, np.outer(ins[:, k % c_in], outs[:, k % c_out]))
-    return kernel
+    ins, outs = (np.linalg.qr(rng.standard_normal((n, n)))[0][:, : len(values)] for n in (c_in, c_out))
+    filters = [
+        value * _waves(tuple(taps), frequency, rng.uniform(0, np.pi))
+        for frequency, value in zip(frequencies, values, strict=True)
+    ]
+    return Modes(np.array(filters), ins, outs)
+
+
+def _nearly_equal(rng, count) -> np.ndarray:
+    return 1 - 10 ** rng.uniform(-5, -2) * rng.uniform(size=count)
+
+
+def of_waves(draw):
+    """The family of kernels of the modes that a function draws; `family.modes` is that function."""
+
+    @functools.wraps(draw)
+    def family(rng, shape):
+        return draw(rng, shape).kernel()
+
+    family.modes = draw
+    return family
 
 
 def gaussian(rng, shape):
@@ -112,10 +147,10 @@ def delta_blocks(rng, shape):
     return _blocks(rng, shape, lambda block: orthogonal_tap(rng, block) + 0.02 * rng.standard_normal(block))
 
 
-def _circular_norm(kernel) -> float:
-    """The supremum over a fine grid of frequencies, without strides."""
+def _circular_norm(kernel, size=24) -> float:
+    """The largest value over a fine grid of frequencies, without strides."""
     axes = tuple(range(kernel.ndim - 2))
-    symbol = np.fft.fftn(kernel, [24 if n > 1 else 1 for n in kernel.shape[:-2]], axes=axes)
+    symbol = np.fft.fftn(kernel, [size if n > 1 else 1 for n in kernel.shape[:-2]], axes=axes)
     return np.linalg.svd(symbol, compute_uv=False).max()
 
 
@@ -152,25 +187,37 @@ def equal_depthwise(rng, shape):
     return taps * identity
 
 
+@of_waves
 def several_peaks(rng, shape):
-    """Nearly equal peaks at several frequencies, in channels that are orthogonal."""
-    count = max(2, min(shape[-2:]))
+    """Waves of nearly equal size at several frequencies."""
+    count = min(shape[-2:])
     frequencies = rng.uniform(0, np.pi, (count, len(shape) - 2))
-    return _modes(rng, shape, frequencies, 1 - 10 ** rng.uniform(-5, -2) * rng.uniform(size=count))
+    return _modes(rng, shape, frequencies, _nearly_equal(rng, count))
 
 
+@of_waves
+def equal_peaks(rng, shape):
+    """The same, and without edges the norms of all waves are nearly equal."""
+    count = min(shape[-2:])
+    frequencies = rng.uniform(0, np.pi, (count, len(shape) - 2))
+    modes = _modes(rng, shape, frequencies, np.ones(count))
+    norms = [_circular_norm(wave[..., None, None], 96) for wave in modes.filters]
+    return modes._replace(filters=(modes.filters.T * _nearly_equal(rng, count) / norms).T)
+
+
+@of_waves
 def low_and_high(rng, shape):
     """Low-pass and high-pass waves of nearly equal size."""
-    count = max(2, min(shape[-2:]))
+    count = min(shape[-2:])
     frequencies = np.pi * rng.integers(0, 2, (count, len(shape) - 2))
-    return _modes(rng, shape, frequencies, 1 - 10 ** rng.uniform(-5, -2) * rng.uniform(size=count))
+    return _modes(rng, shape, frequencies, _nearly_equal(rng, count))
 
 
+@of_waves
 def one_frequency(rng, shape):
-    """Waves of nearly equal size at one frequency, in channels that are orthogonal."""
-    count, frequency = max(2, min(shape[-2:])), rng.choice([0.0, np.pi, rng.uniform(0, np.pi)])
-    frequencies = np.full((count, len(shape) - 2), frequency)
-    return _modes(rng, shape, frequencies, 1 - 10 ** rng.uniform(-5, -2) * rng.uniform(size=count))
+    """Waves of nearly equal size at one frequency."""
+    count, frequency = min(shape[-2:]), rng.choice([0.0, np.pi, rng.uniform(0, np.pi)])
+    return _modes(rng, shape, np.full((count, len(shape) - 2), frequency), _nearly_equal(rng, count))
 
 
 def checkerboard(rng, shape):
@@ -245,7 +292,16 @@ def rank_one(rng, shape):
 
 FAMILIES = (
     *(gaussian, trained, blocks, decaying_blocks, delta_blocks, connected_blocks, depthwise, equal_depthwise),
-    *(several_peaks, low_and_high, one_frequency, checkerboard, one_sided, orthogonal_tap, near_orthogonal),
+    *(
+        several_peaks,
+        equal_peaks,
+        low_and_high,
+        one_frequency,
+        checkerboard,
+        one_sided,
+        orthogonal_tap,
+        near_orthogonal,
+    ),
     *(every_other_tap, sparse, signs, positive, symmetric, uneven_channels, rank_one),
 )
 
@@ -304,6 +360,30 @@ class LongSearch:
         return float(self.interval(jnp.asarray(kernel, jnp.float64), key).lower)
 
 
+def exact_norm_of_modes(modes: Modes, op: ZeroPaddedConv) -> float:
+    """The largest norm of a layer of one channel with one of the filters."""
+    oracle, best = Oracle(op, (*modes.filters.shape[1:], 1, 1)), 0.0
+    filters = modes.filters[..., None, None]
+    # A circular layer has the larger norm, and the grid misses less of it than a tenth.
+    largest = np.array([1.1 * _circular_norm(taps) for taps in filters])
+    for place in np.argsort(-largest):
+        if largest[place] > best:
+            best = max(best, oracle.norm(filters[place]))
+    return best
+
+
+def errors_of_waves(name: str, count: int, dtype=np.float32) -> dict[str, np.ndarray]:
+    """Relative errors of `spectral_norm` on a layer, by family."""
+    op, shape = OF_WAVES[name]
+    norm, found = jax.jit(lambda k: jaxsrn.spectral_norm(k, op)), {}
+    for family in (family for family in FAMILIES if hasattr(family, "modes")):
+        drawn_modes = [drawn(family.modes, op, shape, number) for number in range(count)]
+        exact = np.array([exact_norm_of_modes(modes, op) for modes in drawn_modes])
+        values = np.array([norm(jnp.asarray(modes.kernel().astype(dtype))) for modes in drawn_modes], np.float64)
+        found[family.__name__] = np.abs(values / exact - 1)
+    return found
+
+
 def errors(name: str, count: int, dtype=np.float32) -> dict[str, np.ndarray]:
     """Relative errors of `spectral_norm` on a layer, by family; an interval that does not hold the norm is an error."""
     op, shape = (LAYERS | LARGER)[name]
@@ -324,14 +404,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kernels", type=int, default=5, help="kernels of each family for each layer")
     parser.add_argument("--larger", action="store_true", help="the layers whose matrix is too large, and no others")
-    parser.add_argument("--layer", action="append", choices=LAYERS | LARGER, help="this layer alone; may be repeated")
+    parser.add_argument("--waves", action="store_true", help="wide layers and sums of waves, and no others")
+    parser.add_argument(
+        "--layer", action="append", choices=LAYERS | LARGER | OF_WAVES, help="this layer alone; may be repeated"
+    )
     parser.add_argument("--minutes", type=float, default=math.inf, help="begin no further layer after so long")
     args = parser.parse_args()
     start, total, misses = time.monotonic(), 0, 0
-    for name in args.layer or (LARGER if args.larger else LAYERS):
+    for name in args.layer or (LARGER if args.larger else OF_WAVES if args.waves else LAYERS):
         if time.monotonic() - start > 60 * args.minutes:
             break
-        found = errors(name, args.kernels)
+        found = (errors_of_waves if name in OF_WAVES else errors)(name, args.kernels)
         missed = {family: int(np.sum(error > MOST_ERROR)) for family, error in found.items()}
         total, misses = total + sum(map(len, found.values())), misses + sum(missed.values())
         worst = max(found, key=lambda family: found[family].max())

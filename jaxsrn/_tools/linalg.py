@@ -10,6 +10,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Inexact
 
@@ -37,9 +38,10 @@ def unit(vector: Inexact[Array, "..."]) -> Inexact[Array, "..."]:
     """`vector` with norm 1; the first basis vector in place of zero."""
     squared = jnp.sum(vector.real**2 + vector.imag**2) if jnp.iscomplexobj(vector) else jnp.sum(vector**2)
     is_zero = squared == 0
-    first = jnp.zeros(vector.size, vector.dtype).at[0].set(1).reshape(vector.shape)
+    first = lax.pad(np.ones(1, vector.dtype), np.zeros((), vector.dtype), ((0, vector.size - 1, 0),))
     # The derivative of a norm is 0/0 at zero; the one taken here is that of the constant first basis vector.
-    return jnp.where(is_zero, first, vector / jnp.sqrt(jnp.where(is_zero, 1, squared)).astype(vector.dtype))
+    norm = jnp.sqrt(jnp.where(is_zero, 1, squared)).astype(vector.dtype)
+    return jnp.where(is_zero, first.reshape(vector.shape), vector / norm)
 
 
 def safe_sqrt(x: Float[Array, "..."]) -> Float[Array, "..."]:

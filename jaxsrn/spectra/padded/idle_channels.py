@@ -21,6 +21,7 @@ from jaxsrn.spectra.singular_pair import Pair
 __all__ = [
     "Channels",
     "all_channels",
+    "may_hold_more",
     "start_in",
     "without_channels_of",
 ]
@@ -52,10 +53,14 @@ def without_channels_of(pair: Pair, channels: Channels) -> Channels:
     return Channels(channels.inputs & idle(pair.input), channels.outputs & idle(pair.output))
 
 
-def start_in(channels: Channels, kernel, op: ZeroPaddedConv, value: Float[Array, ""]) -> Float[Array, "..."]:
-    """Noise on the channels; 0 where no singular value of the layer between them can exceed `value`."""
-    here = channels.inputs.reshape((1,) * op.num_axes + (-1,)) & (_most(channels, kernel, op) > value)
-    return jnp.where(here, fixed_start(op.in_shape(kernel.shape), kernel.dtype), 0)
+def may_hold_more(channels: Channels, kernel, op: ZeroPaddedConv, value: Float[Array, ""]) -> Bool[Array, ""]:
+    """Whether a singular value of the layer between the channels can exceed `value`, by a bound of its norm."""
+    return _most(channels, kernel, op) > value
+
+
+def start_in(channels: Channels, kernel, op: ZeroPaddedConv) -> Float[Array, "..."]:
+    """Noise on the channels."""
+    return jnp.where(channels.inputs, fixed_start(op.in_shape(kernel.shape), kernel.dtype), 0)
 
 
 def _most(channels: Channels, kernel: Float[Array, "..."], op: ZeroPaddedConv) -> Float[Array, ""]:

@@ -9,9 +9,9 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxsrn._tools.indexing import chosen
 from jaxsrn._tools.lanczos import LONGEST_BASIS
@@ -24,9 +24,9 @@ from jaxsrn.operators.convolutions import ZeroPaddedConv
 from jaxsrn.spectra.circular.peaks import Climbed
 from jaxsrn.spectra.dense import leading_of_matrix
 from jaxsrn.spectra.image_pairs import matrix_free, of_flat_vectors, shapes
-from jaxsrn.spectra.padded.few_channels import pays_in_few_channels, through_few_channels
+from jaxsrn.spectra.padded.few_channels import lead_alone, pays_in_few_channels, through_few_channels
 from jaxsrn.spectra.padded.idle_axes import at_first_contact, without_idle_axes
-from jaxsrn.spectra.padded.idle_channels import Channels, all_channels, start_in, without_channels_of
+from jaxsrn.spectra.padded.idle_channels import Channels, all_channels, may_hold_more, start_in, without_channels_of
 from jaxsrn.spectra.padded.starts import circular_peaks, circular_waves, cold_start, missed_phase
 from jaxsrn.spectra.singular_pair import Found, Pair, matrix_size, rescaled, without_idle_taps
 
@@ -88,9 +88,20 @@ def _in_whole(pair: Pair, op: ZeroPaddedConv, kernel_shape: tuple[int, ...]) -> 
 
 
 class _Search(NamedTuple):
-    """Where the next attempt starts, the best pair so far, the channels that no pair has used, and the attempts."""
+    """A search between two attempts.
 
+    Attributes:
+      again: whether there is another attempt.
+      start: the image that it starts from.
+      in_few: whether it starts in few channels.
+      best: the best pair so far.
+      channels: those that no pair has used.
+      count: the attempts so far.
+    """
+
+    again: Bool[Array, ""]
     start: Float[Array, "..."]
+    in_few: Bool[Array, ""]
     best: Found
     channels: Channels
     count: Int[Array, ""]
@@ -104,25 +115,25 @@ def search(kernel: Float[Array, "..."], op: ZeroPaddedConv, tolerance, peaks: Cl
     """
     waves, tolerance = circular_waves(peaks, kernel, op), _SHARPER * tolerance
     wide = pays_in_few_channels(op, kernel.shape)
-    begin = through_few_channels(kernel, op, waves, tolerance) if wide else cold_start(waves)
+    in_few = lead_alone(waves) if wide else jnp.asarray(False)
 
     def attempt(state: _Search) -> _Search:
-        first = state.count == 0
-        options = {"first_check": jnp.where(first, _WARM_STEPS, LONGEST_BASIS)} if wide else {}
-        found = matrix_free(kernel, op, state.start, tolerance, **options)
+        start, options = state.start, {}
+        if wide:
+            start = through_few_channels(kernel, op, start, tolerance, state.in_few)
+            options = {"first_check": jnp.where(state.in_few, _WARM_STEPS, LONGEST_BASIS)}
+        found = matrix_free(kernel, op, start, tolerance, **options)
         # A comparison with NaN is false, so that NaN is kept.
         best = chosen(found.value <= state.best.value, state.best, found)
+        has_missed, other = missed_phase(kernel, op, waves, state.start, found.pair.input)
+        has_missed = has_missed & (state.count == 0)
         channels = without_channels_of(found.pair, state.channels)
-        start = start_in(channels, kernel, op, best.value)
-        if not wide:
-            missed = jnp.where(first, missed_phase(kernel, op, waves, state.start, found.pair.input), 0)
-            start = jnp.where(jnp.any(missed != 0), found.pair.input + missed, start)
-        return _Search(start, best, channels, state.count + 1)
-
-    def unfinished(state: _Search):
-        return jnp.any(state.start != 0) & (state.count < _MOST_ATTEMPTS)
+        start = jnp.where(has_missed, found.pair.input + other, start_in(channels, kernel, op))
+        again = has_missed | may_hold_more(channels, kernel, op, best.value)
+        return _Search(again, start, state.in_few & has_missed, best, channels, state.count + 1)
 
     zeros = Pair(None, *(jnp.zeros(shape, kernel.dtype) for shape in shapes(op, kernel.shape)[1:]))
     nothing = Found(jnp.asarray(-1, kernel.dtype), zeros)
-    state = _Search(begin, nothing, all_channels(op, kernel.shape), jnp.asarray(0))
-    return jax.lax.while_loop(unfinished, attempt, state).best.pair
+    channels = all_channels(op, kernel.shape)
+    state = _Search(jnp.asarray(True), cold_start(waves, in_few), in_few, nothing, channels, jnp.asarray(0))
+    return lax.while_loop(lambda state: state.again & (state.count < _MOST_ATTEMPTS), attempt, state).best.pair

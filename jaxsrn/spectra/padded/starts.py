@@ -13,11 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Complex, Float
 
 from jaxsrn._tools.linalg import einsum, unit
 from jaxsrn._tools.subspaces import fixed_start
 from jaxsrn.operators.convolutions import CircularConv, ZeroPaddedConv
+from jaxsrn.spectra.circular.grams import grams_at
 from jaxsrn.spectra.circular.leading import search_arguments
 from jaxsrn.spectra.circular.peaks import Climbed, climbed, several
 from jaxsrn.spectra.circular.sites import without_constant_axes
@@ -38,8 +39,12 @@ _MOST_WAVES = 4
 # samples but those of one parity; from there no other sample is reached.
 _SHARES = 1.0, 0.7, 0.5, 0.35
 # The norm of the noise relative to the waves. Vectors that are no wave of the sum may lead, and all of them have to
-# take part; more noise wastes the waves.
-_NOISE = 0.1
+# take part; more noise wastes the waves. Of 120 kernels of nearly equal peaks (`python -m tests.searches --layer
+# "2-D, waves" --kernels 120`) six norms were too low by more than 1e-5 with a fifth of this noise, and two are with it.
+_NOISE = 0.5
+# The same where one value of the symbol is far above the others, so that no vector but the waves can lead. Five times
+# as much takes up to twice the products there (`python benchmarks/norms --only zero-padding`).
+_LESS_NOISE = 0.1
 # The share of the other phase in a start, relative to what is found from it, below which the search is repeated from
 # both. A larger share costs more second searches.
 _SHARE = 0.35
@@ -57,10 +62,12 @@ class Waves(NamedTuple):
     """Waves of the circular layer, faded out at the edges, with their singular values there, the largest first.
 
     Each has two phases, orthonormal images. The second is 0 where the wave has only one, as at frequency 0.
+    The Gram matrices are those of the symbol at the frequencies of the waves, for the first group of channels.
     """
 
     values: Float[Array, " waves"]
     phases: Float[Array, "waves 2 ..."]
+    grams: Complex[Array, "waves columns columns"]
 
 
 def circular_peaks(kernel: Float[Array, "..."], op: ZeroPaddedConv) -> Climbed:
@@ -81,22 +88,23 @@ def circular_waves(found: Climbed, kernel: Float[Array, "..."], op: ZeroPaddedCo
         norm = jnp.linalg.norm(rest.reshape(-1))
         return jnp.stack([first, rest / jnp.where(norm < _SAME, jnp.inf, norm)])
 
-    return Waves(values, jax.vmap(phases)(pairs))
+    return Waves(values, jax.vmap(phases)(pairs), grams_at(found.poly, grid.angles, 2 * pairs.site.index)[:, 0])
 
 
-def cold_start(waves: Waves) -> Float[Array, "..."]:
-    """A sum of all waves, the larger ones with more weight, and noise.
+def cold_start(waves: Waves, alone: Bool[Array, ""]) -> Float[Array, "..."]:
+    """A sum of all waves, the larger ones with more weight, and noise, of which `alone` takes less.
 
     The Krylov space of the sum holds every singular vector that has a part in it, so that its largest singular value is
     found whichever wave leads there.
     """
     shares = np.asarray(_SHARES[: len(waves.values)], waves.values.dtype)
     image = unit(einsum("k,k...->...", shares * waves.values, waves.phases[:, 0]))
-    return image + _NOISE * unit(fixed_start(image.shape, image.dtype))
+    noise = jnp.where(alone, _LESS_NOISE, _NOISE).astype(image.dtype)
+    return image + noise * unit(fixed_start(image.shape, image.dtype))
 
 
-def missed_phase(kernel, op: ZeroPaddedConv, waves: Waves, start, found) -> Float[Array, "..."]:
-    """The other phase of the input that a search has found, normalised; 0 where the search need not be repeated.
+def missed_phase(kernel, op: ZeroPaddedConv, waves: Waves, start, found) -> tuple[Bool[Array, ""], Float[Array, "..."]]:
+    """Whether a search may have missed the other phase of the input that it has found, and that phase, normalised.
 
     Two phases of a wave have nearly equal norms, as only the edges tell them apart. A start with next to nothing of one
     of them ends at the other. Phases whose norms are far apart are no rivals, as the noise then has enough of both.
@@ -109,8 +117,7 @@ def missed_phase(kernel, op: ZeroPaddedConv, waves: Waves, start, found) -> Floa
     along, across = jnp.abs(einsum("r...,...->r", images, start))
     apart, few = jnp.abs(other - own), math.prod(op.input_shape) <= _FEW_SAMPLES
     rivals = (apart < _RIVALS * own) & (few | (apart > _EQUAL * jnp.finfo(own.dtype).eps * own))
-    again = rivals & (across < _SHARE * along)
-    return jnp.where(again, unit(images[1]), 0)
+    return rivals & (across < _SHARE * along), unit(images[1])
 
 
 def _circular_model(op: ZeroPaddedConv, kernel_shape: tuple[int, ...]) -> CircularConv:
