@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from jaxsrn._tools.linalg import einsum, matmul
+from jaxsrn._tools.linalg import divisor, einsum, matmul
 from jaxsrn._tools.subspaces import fixed_start, subspace_iteration
 from jaxsrn.operators.convolutions import ZeroPaddedConv
 from jaxsrn.spectra.image_pairs import matrix_free
@@ -27,8 +27,7 @@ __all__ = [
 # Layers of so many channels are searched in `_FEW_CHANNELS` directions first, or in the smaller number of channels over
 # `_FEW_OF` if that is more. More directions cost larger products, fewer leave more steps to the whole layer.
 _MANY_CHANNELS, _FEW_CHANNELS, _FEW_OF = 32, 16, 16
-# On images of at most so many samples the whole layer is searched at once. That takes up to three times as long, which
-# is at most 0.3 s with 256 channels on 14x14 samples, and the program is smaller by a fifth.
+# On images of at most so many samples the whole layer is searched at once, by a smaller program.
 _SMALL_IMAGE = 512
 # So many narrow layers are searched, each between the channels of what was found in the one before.
 _ROUNDS = 2
@@ -49,16 +48,18 @@ def lead_alone(waves: Waves) -> Bool[Array, ""]:
 
     Climbing finds the vectors of such a value precisely. Of several nearly equal values it finds a mixture of vectors,
     and the few channels of that mixture need not be those of the leading vector: norms were too low by up to 1.6e-3
-    (`python -m tests.searches --waves --kernels 8`). The few channels save nothing there either.
+    (`python -m tests.searches --waves --kernels 8`).
 
-    The large values are counted by `sum(p)**2 / sum(p**2)` of their sixteenth powers `p`. It is `n` for `n` equal
-    values, and 1 for one that is far above the others.
+    The large values of a wave are counted by `sum(p)**2 / sum(p**2)` of their sixteenth powers `p`. It is `n` for `n`
+    equal values, and 1 for one that is far above the others. Both sums run over all waves, so that lower ones count
+    less.
     """
-    grams = waves.grams / (waves.values[0] ** 2).astype(waves.grams.dtype)
+    # The largest value is 1 then, so that its powers are finite.
+    grams = waves.grams / divisor(waves.values[0] ** 2).astype(waves.grams.dtype)
     squares = matmul(grams, grams)
     fourth = matmul(squares, squares)
     eighth = matmul(fourth, fourth)
-    # The trace of the square of a Hermitian matrix is its entries' sum of squares.
+    # The traces of the eighth and of the sixteenth powers are the sums of `p` and of `p**2`.
     sums = einsum("wij,wji->w", fourth, fourth).real
     return jnp.sum(sums**2) < _ONE * einsum("wij,wji->", eighth, eighth).real
 

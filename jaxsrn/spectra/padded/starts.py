@@ -43,7 +43,7 @@ _SHARES = 1.0, 0.7, 0.5, 0.35
 # "2-D, waves" --kernels 120`) six norms were too low by more than 1e-5 with a fifth of this noise, and two are with it.
 _NOISE = 0.5
 # The same where one value of the symbol is far above the others, so that no vector but the waves can lead. Five times
-# as much takes up to twice the products there (`python benchmarks/norms --only zero-padding`).
+# as much took up to 2.2 times the products there (`python benchmarks/norms --only zero-padding`).
 _LESS_NOISE = 0.1
 # The share of the other phase in a start, relative to what is found from it, below which the search is repeated from
 # both. A larger share costs more second searches.
