@@ -81,7 +81,10 @@ def _waves(taps: tuple[int, ...], frequency: np.ndarray, phase: float) -> np.nda
 
 
 class Modes(NamedTuple):
-    """Filters of one channel, `(count, *taps)`, each between an own direction of the inputs and of the outputs."""
+    """Filters of one channel, `(count, *taps)`, each between a direction of the inputs and one of the outputs.
+
+    The directions are orthonormal where there are as many channels as filters, and repeat where there are fewer.
+    """
 
     filters: np.ndarray
     ins: np.ndarray
@@ -94,12 +97,18 @@ class Modes(NamedTuple):
 def _modes(rng, shape, frequencies, values) -> Modes:
     """Waves, whose phases are random."""
     *taps, c_in, c_out = shape
-    ins, outs = (np.linalg.qr(rng.standard_normal((n, n)))[0][:, : len(values)] for n in (c_in, c_out))
+    places = np.arange(len(values))
+    ins, outs = (np.linalg.qr(rng.standard_normal((n, n)))[0][:, places % n] for n in (c_in, c_out))
     filters = [
         value * _waves(tuple(taps), frequency, rng.uniform(0, np.pi))
         for frequency, value in zip(frequencies, values, strict=True)
     ]
     return Modes(np.array(filters), ins, outs)
+
+
+def _num_waves(shape) -> int:
+    """One for each channel, and two of a single one."""
+    return max(2, min(shape[-2:]))
 
 
 def _nearly_equal(rng, count) -> np.ndarray:
@@ -190,7 +199,7 @@ def equal_depthwise(rng, shape):
 @of_waves
 def several_peaks(rng, shape):
     """Waves of nearly equal size at several frequencies."""
-    count = min(shape[-2:])
+    count = _num_waves(shape)
     frequencies = rng.uniform(0, np.pi, (count, len(shape) - 2))
     return _modes(rng, shape, frequencies, _nearly_equal(rng, count))
 
@@ -198,7 +207,7 @@ def several_peaks(rng, shape):
 @of_waves
 def equal_peaks(rng, shape):
     """The same, and without edges the norms of all waves are nearly equal."""
-    count = min(shape[-2:])
+    count = _num_waves(shape)
     frequencies = rng.uniform(0, np.pi, (count, len(shape) - 2))
     modes = _modes(rng, shape, frequencies, np.ones(count))
     norms = [_circular_norm(wave[..., None, None], 96) for wave in modes.filters]
@@ -208,7 +217,7 @@ def equal_peaks(rng, shape):
 @of_waves
 def low_and_high(rng, shape):
     """Low-pass and high-pass waves of nearly equal size."""
-    count = min(shape[-2:])
+    count = _num_waves(shape)
     frequencies = np.pi * rng.integers(0, 2, (count, len(shape) - 2))
     return _modes(rng, shape, frequencies, _nearly_equal(rng, count))
 
@@ -216,7 +225,7 @@ def low_and_high(rng, shape):
 @of_waves
 def one_frequency(rng, shape):
     """Waves of nearly equal size at one frequency."""
-    count, frequency = min(shape[-2:]), rng.choice([0.0, np.pi, rng.uniform(0, np.pi)])
+    count, frequency = _num_waves(shape), rng.choice([0.0, np.pi, rng.uniform(0, np.pi)])
     return _modes(rng, shape, np.full((count, len(shape) - 2), frequency), _nearly_equal(rng, count))
 
 
@@ -292,17 +301,8 @@ def rank_one(rng, shape):
 
 FAMILIES = (
     *(gaussian, trained, blocks, decaying_blocks, delta_blocks, connected_blocks, depthwise, equal_depthwise),
-    *(
-        several_peaks,
-        equal_peaks,
-        low_and_high,
-        one_frequency,
-        checkerboard,
-        one_sided,
-        orthogonal_tap,
-        near_orthogonal,
-    ),
-    *(every_other_tap, sparse, signs, positive, symmetric, uneven_channels, rank_one),
+    *(several_peaks, equal_peaks, low_and_high, one_frequency, checkerboard, one_sided, orthogonal_tap),
+    *(near_orthogonal, every_other_tap, sparse, signs, positive, symmetric, uneven_channels, rank_one),
 )
 
 
@@ -361,7 +361,7 @@ class LongSearch:
 
 
 def exact_norm_of_modes(modes: Modes, op: ZeroPaddedConv) -> float:
-    """The largest norm of a layer of one channel with one of the filters."""
+    """The largest norm of a layer of one channel with one of the filters, whose directions must be orthonormal."""
     oracle, best = Oracle(op, (*modes.filters.shape[1:], 1, 1)), 0.0
     filters = modes.filters[..., None, None]
     # A circular layer has the larger norm, and the grid misses less of it than a tenth.
