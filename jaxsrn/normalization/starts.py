@@ -42,7 +42,9 @@ from jaxsrn.spectra.circular.fourier import (
     polyphase,
     site_shape,
     site_symbol,
+    site_waves,
     squared_phase_sums,
+    taps_by_phase,
     terms_of,
 )
 from jaxsrn.spectra.circular.grid_certificate import degrees, on_dividing_grid
@@ -54,11 +56,14 @@ from jaxsrn.spectra.singular_pair import Pair
 
 __all__ = [
     "Survey",
+    "best_of",
     "survey",
 ]
 
 # Pairs that are followed to the end: more are surer to lead to the best stationary point, and each takes its time.
 _NUM_STARTS = 4
+# Climbers are at peaks of the singular values, which are not those of the distance, so that more of them are tried.
+_NUM_CLIMBERS = 8
 # Sites whose vectors are computed at a time: many share the overhead of an SVD, few stop the scan earlier. With one
 # channel per site there is no SVD.
 _SCAN_CHUNK = 16
@@ -197,15 +202,19 @@ def _best_phases(problem: Problem, q, c, values):
     return lax.fori_loop(0, _PHASE_ZOOMS, zoom, nothing)[:2]
 
 
-def _at_best_phases(problem: Problem, values, pairs: Pair, weights, factors, samples: int):
+def _at_best_phases(problem: Problem, op: CircularConv, values, pairs: Pair, samples: int):
     """The scores of pairs at their best phases, and the pairs turned to them.
 
-    With `weights`, the taps of each stride phase, and `factors`, the sums of their squared phase factors at the site of
-    each pair, `q` and `c` of `_best_phases` follow from the amplitudes.
+    The amplitudes of a pair give its `q` and `c` of `_best_phases`, with the number of taps in each stride phase and
+    the sum of their squared phase factors at the site of the pair.
     """
-    by_phase = pairs.input.reshape((len(values), weights.size, -1))
-    squares = jnp.sum(by_phase.conj() ** 2, axis=-1) * factors.astype(by_phase.dtype)
-    q = einsum("kpi,p->k", jnp.abs(by_phase) ** 2, weights) / (2 * samples)
+    shape, dtype = problem.kernel.shape, problem.kernel.dtype
+    taps = taps_by_phase(op, shape)
+    by_phase = pairs.input.reshape((len(values), taps.shape[1], -1))
+    factors = einsum("kt,tp->kp", site_waves(op, shape, pairs.site, dtype) ** 2, jnp.asarray(taps, by_phase.dtype))
+    squares = jnp.sum(by_phase.conj() ** 2, axis=-1) * factors
+    counts = jnp.asarray(taps.sum(axis=0), dtype)
+    q = einsum("kpi,p->k", jnp.abs(by_phase) ** 2, counts) / (2 * samples)
     c = jnp.sum(pairs.output**2, axis=-1) * jnp.sum(squares, axis=-1) / (2 * samples)
     scores, theta = _best_phases(problem, q, c, values)
     turn = lax.complex(jnp.cos(theta), jnp.sin(theta))[:, None]
@@ -230,7 +239,6 @@ def _scanned(problem: Problem, op: CircularConv, reach: _Reach, wanted: Bool[Arr
     at the real frequencies, the largest singular values first.
     """
     kernel = problem.kernel
-    counts, sums = squared_phase_sums(op, kernel.shape)
     e, count = jnp.asarray(reach.e, problem.norm.dtype), len(reach.e)
     sites = _all_sites(op, reach)
     one_channel = site_shape(op, kernel.shape) == (1, 1)
@@ -240,16 +248,14 @@ def _scanned(problem: Problem, op: CircularConv, reach: _Reach, wanted: Bool[Arr
     lowest = _bounds(problem, e, reach.sizes, 0.0)
     order, num_chunks = jnp.argsort(lowest).astype(jnp.int32), -(-count // chunk)
     order = jnp.concatenate([order, order[: num_chunks * chunk - count]]).reshape((num_chunks, chunk))
-    weights, factors = jnp.asarray(counts, kernel.dtype), jnp.asarray(sums)
 
     def look(state: _Scan) -> _Scan:
         places = picked(order, state.position)
         values, pairs = pairs_at(kernel, op, picked(sites, places))
         bound = jnp.min(_bounds(problem, picked(e, places), values, reach.phi))
         if reach.phase is not None:
-            values, pairs = _with_phase(kernel, op, values, pairs, reach.phase, counts.size)
-            places = jnp.concatenate([places, places])
-        scores, pairs = _at_best_phases(problem, values, pairs, weights, picked(factors, places), reach.samples)
+            values, pairs = _with_phase(kernel, op, values, pairs, reach.phase)
+        scores, pairs = _at_best_phases(problem, op, values, pairs, reach.samples)
         scores, pairs = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), state[:2], (scores, pairs))
         best = lax.top_k(-scores, kept)[1]
         scores, pairs = picked((scores, pairs), best)
@@ -277,14 +283,14 @@ def _scanned(problem: Problem, op: CircularConv, reach: _Reach, wanted: Bool[Arr
     return Survey(scan.pairs, jnp.where(bound < INFEASIBLE_FROM, bound, jnp.inf))
 
 
-def _with_phase(kernel, op: CircularConv, values, pairs: Pair, phase: int, num_phases: int):
+def _with_phase(kernel, op: CircularConv, values, pairs: Pair, phase: int):
     """The leading values and pairs of some sites, followed by the leading ones of inputs in one stride phase.
 
     Taps that are zero in the kernel have no part in its leading pairs where they alone are in a phase, and a target
     below what the other taps allow would then look infeasible.
     """
     symbols = jax.vmap(site_symbol, (None, None, 0))(kernel, op, pairs.site)
-    by_phase = symbols.reshape((len(values), num_phases, -1, symbols.shape[-1]))
+    by_phase = symbols.reshape((len(values), math.prod(op.strides), -1, symbols.shape[-1]))
     further, rows, outputs = top_pairs(by_phase[:, phase])
     inputs = jnp.zeros(by_phase.shape[:-1], rows.dtype).at[:, phase].set(rows).reshape(pairs.input.shape)
     return jax.tree.map(
@@ -298,6 +304,12 @@ def _scanned_torus(problem: Problem, op: UnboundedConv, wanted: Bool[Array, ""] 
     coarse, fine = _coarse(op, kernel.shape, _TORUS_ANGLES), on_grid(op, kernel.shape)
     found = _scanned(problem, coarse, _reach(kernel, coarse, 1, has_boxes=True), wanted)
     return found._replace(starts=found.starts._replace(site=among(found.starts.site, coarse, fine)))
+
+
+def best_of(problem: Problem, op: UnboundedConv, values: Float[Array, " n"], pairs: Pair) -> Pair:
+    """The best few of pairs of known values, at their best phases, for an unbounded convolution."""
+    scores, pairs = _at_best_phases(problem, on_grid(op, problem.kernel.shape), values, pairs, 1)
+    return picked(pairs, lax.top_k(-scores, min(_NUM_CLIMBERS, len(scores)))[1])
 
 
 def _coarse(op: UnboundedConv | ZeroPaddedConv, kernel_shape: tuple[int, ...], per_degree: int) -> CircularConv:

@@ -90,9 +90,10 @@ def leading_pair(
 
 def no_pair(op: Operator, kernel_shape: tuple[int, ...], dtype) -> Pair:
     """Zeros in the place of a pair that is not known yet, of the types of `leading_pair`."""
-    kernel = jax.ShapeDtypeStruct(kernel_shape, dtype)
-    found = jax.eval_shape(lambda kernel: leading_pair(kernel, op), kernel)
-    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), found)
+    # The shapes are plain tuples, in tuples with names.
+    shapes = pair_shapes(op, kernel_shape)
+    floats = jax.tree.map(lambda shape: jnp.zeros(shape, dtype), shapes, is_leaf=lambda node: type(node) is tuple)
+    return pair_of_floats(floats, op, kernel_shape, dtype)
 
 
 def nearby(kernel: Float[Array, "..."], op: Operator, pair: Pair, tolerance) -> Pair:

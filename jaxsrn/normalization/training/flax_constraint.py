@@ -11,7 +11,8 @@ import jax.core
 import jax.numpy as jnp
 
 from jaxsrn._tools.checks import ensure, errors_named
-from jaxsrn.normalization.training.state import SRNCState, srnc_state
+from jaxsrn.normalization.training.start import srnc_state
+from jaxsrn.normalization.training.state import SRNCState
 from jaxsrn.normalization.training.step import check_gradient, srnc_step
 from jaxsrn.operators.flax_kinds import layer_name
 from jaxsrn.operators.flax_layers import LayerMap

@@ -8,27 +8,19 @@ normalization carries its vectors, and takes a power step each time (Sanyal et a
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
 
 from jaxsrn._tools.checks import Kernel, ensure, float_dtype, static_int
 from jaxsrn._tools.programs import program
 from jaxsrn.normalization.implicit import frozen, moving_pair
 from jaxsrn.normalization.normalized import is_only_rescaled, normalized
-from jaxsrn.normalization.training.state import (
-    MAX_PASSES,
-    SRNCState,
-    as_floats,
-    checked,
-    follows_own,
-    of_floats,
-    without_pair_of_zero,
-)
-from jaxsrn.normalization.training.tracking import follow, track_shapes
+from jaxsrn.normalization.training.passes import MAX_PASSES, followed
+from jaxsrn.normalization.training.start import checked, follows_own
+from jaxsrn.normalization.training.state import SRNCState, as_floats, of_floats
+from jaxsrn.normalization.training.tracking import track_shapes
 from jaxsrn.operators.base import Operator
 from jaxsrn.operators.convolutions import ZeroPaddedConv
 from jaxsrn.spectra.common_shapes import as_matrix
@@ -41,9 +33,6 @@ __all__ = [
 ]
 
 _GRADIENTS = ("frozen", "implicit")
-# A pass that raises the largest value by this share says that the state knows little of the kernel, whose weights were
-# loaded or moved far. Then passes go on until one raises it by less than the second share.
-_FAR, _AT_REST = 0.05, 1e-5
 # Power steps, except with zero padding and a target: there each takes several products with images. For the norm alone
 # the leading singular values may lie close together, and one step lags.
 _SEVERAL_STEPS = 2
@@ -142,7 +131,7 @@ def _srnc_step(kernel, state, op, target, norm, cap, gradient, steps):
     fixed, state = lax.stop_gradient((a, of_floats(state, op, kernel.shape, a.dtype)))
 
     # The power step comes first, on this kernel: the stored pair is that of the kernel before the optimizer's step.
-    track, own = state = _followed(fixed, op, target, state, steps)
+    track, own = state = followed(fixed, op, target, state, steps)
     # Where the norm alone is asked for, the frozen gradient is the true one.
     pair = track.pair if gradient == "frozen" or target is None else moving_pair(a, op, target, track.pair)
     # The solution is proportional to the norm and does not depend on the scale of the kernel.
@@ -156,52 +145,3 @@ def _srnc_step(kernel, state, op, target, norm, cap, gradient, steps):
         unchanged |= is_only_rescaled(a, op, target, pair) & (own_norm <= norm)
     normalized_kernel = jnp.where(unchanged, kernel, (norm * unit_kernel).astype(kernel.dtype))
     return normalized_kernel, as_floats(state, op, fixed)
-
-
-class _Passes(NamedTuple):
-    """The passes of a step so far; whether another pair took over in the last, and whether the state is still far."""
-
-    count: Int[Array, ""]
-    turned: Bool[Array, ""]
-    far: Bool[Array, ""]
-    state: SRNCState
-
-
-def _followed(a: Float[Array, "..."], op: Operator, target, state: SRNCState, steps: tuple[int, int]) -> SRNCState:
-    """The state after steps of its tracks: on the kernel normalized with the pair of the first, and on the kernel.
-
-    They are at least `steps[0]`. Where the state is far from the kernel, they go on until it is at rest, up to
-    `steps[1]`.
-    """
-    # Without a target, and for matrices, the normalized kernel has the same pairs as the kernel itself.
-    keeps_pairs = target is None or op._normalization_keeps_pairs
-
-    def one_pass(passes: _Passes) -> _Passes:
-        track, own = passes.state
-        kernel = a if keeps_pairs else normalized(a, op, target, track.pair)
-        turn = passes.count if steps[1] > 1 else None
-        track, step = follow(kernel, op, track, turn)
-        # The closed form gives the value 1 to the pair with which it was made.
-        rise = _rise(step.before if keeps_pairs else 1.0, step.after)
-        if own is not None:
-            own, step_of_own = follow(a, op, own, turn)
-            rise = jnp.maximum(rise, _rise(step_of_own.before, step_of_own.after))
-        far = rise > jnp.where(passes.far, _AT_REST, _FAR)
-        return _Passes(passes.count + 1, step.turned, far, SRNCState(track, own))
-
-    def unfinished(passes: _Passes):
-        # Where another pair takes over, the kernel normalized with that pair is another one, which no step has seen.
-        least = steps[0] if steps[0] > 1 else jnp.where(passes.turned, 2, steps[0])
-        return passes.count < jnp.where(passes.far, steps[1], least)
-
-    no = jnp.asarray(False)
-    state = lax.while_loop(unfinished, one_pass, _Passes(jnp.asarray(0, jnp.int32), no, no, state)).state
-    return state if keeps_pairs else state._replace(normalized=without_pair_of_zero(a, state.normalized))
-
-
-def _rise(before, after):
-    """By which share a singular value that a pass found is larger than before, for kernels in the scale of `rescaled`.
-
-    Their norm is about 1 or larger, so that a value below 1 stands for 1; else rounding would rise in zero kernels.
-    """
-    return (after - before) / jnp.maximum(after, 1.0)

@@ -37,7 +37,7 @@ from jaxsrn.spectra.circular.real_floats import amplitudes_of, indices_of, parts
 from jaxsrn.spectra.circular.sites import Site, half_grid, on_grid
 from jaxsrn.spectra.singular_pair import Pair
 
-__all__ = ["Climbers", "as_floats", "begin", "follow", "of_floats", "watch_shapes"]
+__all__ = ["Climbers", "as_floats", "begin", "follow", "of_floats", "pairs_of", "watch_shapes"]
 
 # Cells per degree of the symbol in a full turn of an axis, and the most of them: more miss fewer peaks, at the cost of
 # a climber each. With two per degree a layer without edges ended 6% above its norm after 200 steps of Adam, with eight
@@ -113,8 +113,7 @@ def follow(
         moving,
     )
     factors = waves(angles_of(layer.grid, kernel.dtype, parts=1), index, exponents)
-    reached = real_times("gtrc,kgc->kgtr", coefficients, output)
-    before, inputs = _units(einsum("kgt,kgtr->kgr", factors, reached))
+    before, inputs, reached = _inputs(coefficients, factors, output)
     filters = factors * einsum("kgr,kgtr->kgt", inputs.conj(), reached)
     steps, turns = _best_steps(layer, kernel.shape, exponents, index, cells, filters)
     returned = real_times("gtrc,kgr->kgtc", coefficients, inputs)
@@ -132,6 +131,36 @@ def follow(
         for leaf, rows in zip(watch, (index, outputs), strict=True)
     )
     return new, Climbers(*moved), step
+
+
+def pairs_of(kernel: Float[Array, "..."], op: UnboundedConv, watch: Climbers):
+    """The pairs of all climbers, and pairs at the frequencies that are their own opposites: `(values, pairs)`.
+
+    A real kernel has real singular vectors at those frequencies. Stable ranks can be lower there than at any frequency
+    nearby (`largest_functional` in `spectra/ranks.py`), so that climbers do not lead to them. The vectors are those of
+    the climber in whose cell such a frequency lies.
+    """
+    layer = on_grid(op, kernel.shape)
+    coefficients, exponents = polynomial(kernel, layer)
+    own_opposites, nearest = _own_opposites(layer, kernel.shape)
+    index = jnp.broadcast_to(jnp.asarray(own_opposites)[:, None], (len(nearest), *watch.index.shape[1:]))
+    further = Climbers(index, picked(watch.output, jnp.asarray(nearest)))
+    index, output = jax.tree.map(lambda *both: jnp.concatenate(both), watch, further)
+    factors = waves(angles_of(layer.grid, kernel.dtype, parts=1), index, exponents)
+    values, inputs, _ = _inputs(coefficients, factors, output)
+    group = jnp.broadcast_to(jnp.arange(values.shape[1], dtype=jnp.int32), values.shape)
+    pairs = Pair(Site(index, group), inputs, output)
+    return jax.tree.map(lambda leaf: leaf.reshape((-1, *leaf.shape[2:])), (values, pairs))
+
+
+def _inputs(coefficients: Float[Array, "groups terms rows columns"], factors, output):
+    """The inputs that the symbols at given factors `exp(-i <w, t>)` make of outputs.
+
+    Returns:
+      `(values, inputs, products)`: the norms of the inputs, their directions, and the products of all terms.
+    """
+    reached = real_times("gtrc,kgc->kgtr", coefficients, output)
+    return *_units(einsum("kgt,kgtr->kgr", factors, reached)), reached
 
 
 def _whose_turn(num_cells: int, turn: Int[Array, ""] | None) -> tuple[Int[Array, ""] | int, int]:
@@ -173,6 +202,19 @@ def _cells(layer: CircularConv, kernel_shape) -> np.ndarray:
         edges = np.arange(count + 1) * indices // count
         ranges.append(np.stack([edges[:-1], edges[1:] - 1], axis=-1))
     return np.array(list(itertools.product(*ranges)), np.int32)
+
+
+def _own_opposites(layer: CircularConv, kernel_shape) -> tuple[np.ndarray, np.ndarray]:
+    """The frequencies of an even grid that are their own opposites, and the cell that each is in (static).
+
+    On an axis along which the symbol is constant there is one of them.
+    """
+    free = zip(layer.grid, degrees(layer, kernel_shape), strict=True)
+    axes = [(0, n // 2) if degree else (0,) for n, degree in free]
+    index = np.array(list(itertools.product(*axes)), np.int32)
+    first, last = np.moveaxis(_cells(layer, kernel_shape), -1, 0)
+    holds = np.all((first <= index[:, None]) & (index[:, None] <= last), axis=-1)
+    return index, np.argmax(holds, axis=-1).astype(np.int32)
 
 
 def _offsets(layer: CircularConv, kernel_shape, dtype) -> np.ndarray:

@@ -41,6 +41,7 @@ __all__ = [
     "squared_phase_sums",
     "symbol_of",
     "symbol_on",
+    "taps_by_phase",
     "terms_of",
 ]
 
@@ -200,11 +201,18 @@ def symbol_of(factors: Complex[Array, " terms"], coefficients: Float[Array, "...
     return lax.complex(*(einsum("t,...trc->...rc", part, coefficients) for part in (factors.real, factors.imag)))
 
 
+def taps_by_phase(op: CircularConv, kernel_shape: tuple[int, ...]) -> np.ndarray:
+    """How many taps, none or one, each term of `polynomial` has in each phase, `(terms, phases)` (static)."""
+    axes = zip(polyphase(op, kernel_shape), axis_exponents(op, kernel_shape), strict=True)
+    counts = [(exponent == distinct[:, None]) @ in_phase.T.astype(int) for (exponent, in_phase), distinct in axes]
+    return functools.reduce(np.kron, counts)
+
+
 def squared_phase_sums(op: CircularConv, kernel_shape) -> tuple[np.ndarray, np.ndarray]:
     """The number of taps of each phase and, per site, the sum of their squared phase factors `exp(-2i <w, t>)`.
 
     Returns:
-      `(counts, sums)`, of shapes `(phases,)` and `(sites, phases)`.
+      `(counts, sums)`, of shapes `(phases,)` and `(sites, phases)`; static.
     """
     rows = [row[:m] for row, m in zip(dft_rows(op, kernel_shape), half_grid(op), strict=True)]
     counts = functools.reduce(np.multiply.outer, [np.sum(np.abs(row[0]) ** 2, axis=-1) for row in rows])

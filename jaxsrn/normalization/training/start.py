@@ -1,0 +1,182 @@
+"""`srnc_state`, where the state of a training step starts: converged.
+
+The kernel's own leading pair comes first, and then the pairs that the kernel of lower stable rank may have. The
+climbers of an unbounded layer (`tracked_torus.py`) find both by themselves: a step needs them anyway, and a search of
+its own would take half of the compilation. On the grid of a circular layer a climber may stay next to the best
+frequency of its cell, by which the norm of a wide layer is up to 0.7% too small. So a circular layer with a target, or
+with so few singular values that all can be computed, is searched, as layers with zero padding are. The starts are then
+those of `srnc` (`starts.py`).
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from jaxsrn._tools.checks import Kernel, ensure, float_dtype, kernel_array, positive_scalar
+from jaxsrn._tools.indexing import chosen, picked
+from jaxsrn._tools.programs import program
+from jaxsrn._tools.tolerances import kernel_tolerance
+from jaxsrn.normalization.closed_form import INFEASIBLE, Problem, problem_of
+from jaxsrn.normalization.normalized import normalized
+from jaxsrn.normalization.starts import best_of, survey
+from jaxsrn.normalization.training.passes import MAX_PASSES, followed
+from jaxsrn.normalization.training.state import SRNCState, as_floats, without_pair_of_zero
+from jaxsrn.normalization.training.tracked_torus import pairs_of
+from jaxsrn.normalization.training.tracking import Track, follow, start_track
+from jaxsrn.operators.base import Operator
+from jaxsrn.operators.convolutions import CircularConv, UnboundedConv
+from jaxsrn.spectra.circular.leading import branch_and_bound_pays
+from jaxsrn.spectra.circular.sites import without_constant_axes
+from jaxsrn.spectra.common_shapes import as_matrix
+from jaxsrn.spectra.moving_pairs import frozen_value
+from jaxsrn.spectra.pairs_by_kind import leading_pair, no_pair
+from jaxsrn.spectra.singular_pair import Pair, rescaled
+
+__all__ = ["checked", "follows_own", "srnc_state"]
+
+# Passes that all starts take together before they are compared: more are surer to pick the best one.
+_FIRST_PASSES = 40
+# The least passes that climbers take from nothing, where a target follows and where none does. Without a target they go
+# on until they are at rest.
+_FEW_CLIMBING, _CLIMBING = 20, 60
+
+
+def srnc_state(kernel: Kernel, op: Operator, target, *, norm=1.0, cap: bool = False) -> SRNCState:
+    """The state that `srnc_step` starts from, already converged: its first step satisfies the constraints.
+
+    The best of some starts after a few passes is followed to the end by training steps of the kernel at rest. The
+    starts of circular layers and of those with zero padding are the ones of `srnc`. Unbounded layers take the best
+    pairs that climbing over the frequencies finds, and may settle at another local solution than `srnc`. With zero
+    padding the time is proportional to the size of the image. Without a target, and for dense layers, the kernel's own
+    leading pair is the start; wide circular and unbounded convolutions take the highest peak that climbing finds,
+    without a proof. `python benchmarks/starts.py` measures how far such starts are off.
+
+    Args:
+      kernel, op, target, norm, cap: as for `srnc_step`.
+
+    Returns:
+      An `SRNCState`, a constant for derivatives. Its structure depends on static things only: the operator, whether
+      `target` or `norm` is `None`, and `cap`.
+
+    Raises:
+      ValueError: as `srnc_step` does.
+    """
+    kernel, target, _ = checked(kernel, op, target, norm, cap)
+    kernel, op = as_matrix(kernel, op)
+    # The watch replaces a pair that the kernel outgrows, so that a proof would buy nothing. It would take nearly all of
+    # the time for random kernels of many channels, whose largest singular values are alike at all frequencies.
+    own = None if _climbs(op, kernel.shape, target is not None) else leading_pair(kernel, op, excess=1.0)
+    return _srnc_state(kernel, op, own, target, follows_own(op, target, norm, cap))
+
+
+def _climbs(op: Operator, kernel_shape: tuple[int, ...], has_target: bool) -> bool:
+    """Whether climbers find the pairs to start from."""
+    if isinstance(op, CircularConv) and not has_target:
+        return branch_and_bound_pays(kernel_shape, without_constant_axes(op, kernel_shape))
+    return isinstance(op, UnboundedConv)
+
+
+def checked(kernel, op: Operator, target, norm, cap):
+    """The kernel, the target (`None` where only the norm is asked for) and the norm, as arrays."""
+    kernel = kernel_array(kernel, op)
+    dtype = float_dtype(kernel.dtype)
+    ensure(norm is not None or not cap, "cap: got True with norm=None, expected a norm to stay below; give norm.")
+    norm = None if norm is None else positive_scalar(norm, "norm", dtype, or_zero=True)
+    if target is None:
+        return kernel, None, norm
+    op._check_not_aliased(kernel.shape)
+    return kernel, positive_scalar(target, "target", dtype), norm
+
+
+def follows_own(op: Operator, target, norm, cap) -> bool:
+    """Whether the state has a track of the kernel's own norm: not where the normalized kernel has the same pair."""
+    return (norm is None or bool(cap)) and target is not None and not op._normalization_keeps_pairs
+
+
+@functools.partial(program, static_argnums=4)
+def _srnc_state(kernel, op, own, target, follows_own):
+    kernel = lax.stop_gradient(kernel.astype(float_dtype(kernel.dtype)))
+    a, _ = rescaled(kernel, op)
+    return as_floats(_started(a, op, own, target, follows_own), op, a)
+
+
+def _started(a: Float[Array, "..."], op: Operator, pair: Pair | None, target, follows_own: bool) -> SRNCState:
+    """The state of a kernel, with its own leading pair where that was searched."""
+    own = _climbed(a, op, target is not None) if pair is None else start_track(a, op, pair, target is None)
+    if target is None or op._normalization_keeps_pairs:
+        return SRNCState(own, None)
+    problem = problem_of(a, op, target, frozen_value(a, op, own.pair))
+    unchanged = problem.squared <= target * problem.norm**2
+    starts = survey(problem, op, own.pair).starts if pair else best_of(problem, op, *pairs_of(a, op, own.watch))
+    starts = chosen(unchanged, jax.tree.map(lambda leaf: leaf[None], own.pair), starts)
+    settled = without_pair_of_zero(a, _settled(problem, op, starts, own))
+    return SRNCState(settled, own if follows_own else None)
+
+
+def _climbed(a: Float[Array, "..."], op: CircularConv | UnboundedConv, in_haste: bool) -> Track:
+    """The track of the kernel's own pair, which the climbers find from nothing."""
+    nothing = start_track(a, op, no_pair(op, a.shape, a.dtype), True)
+    steps = (_FEW_CLIMBING, _FEW_CLIMBING) if in_haste else (_CLIMBING, MAX_PASSES)
+    return followed(a, op, None, SRNCState(nothing, None), steps).normalized
+
+
+class _Search(NamedTuple):
+    """The track that takes passes, the last normalized kernel and how much it changed, and the best pair so far."""
+
+    track: Track
+    kernel: Float[Array, "..."]
+    change: Float[Array, ""]
+    best: Pair
+    merit: Float[Array, ""]
+    count: Int[Array, ""]
+
+
+def _settled(problem: Problem, op: Operator, starts: Pair, track: Track) -> Track:
+    """The track of the best start: training steps of the kernel at rest, until the normalized kernel is at rest too.
+
+    Every start takes a few passes, one start after the other, and then the best pair that was seen takes the rest. The
+    loop of `srnc` follows all of them to the end.
+    """
+    a, target = problem.kernel, problem.target
+    tolerance = kernel_tolerance(a.dtype)
+    num_starts = len(starts.input)
+    each = _FIRST_PASSES // num_starts
+    num_first = num_starts * each
+
+    def one_pass(state: _Search) -> _Search:
+        turn = lax.div(state.count, np.int32(each))
+        given = picked(starts, jnp.minimum(turn, num_starts - 1))
+        is_first = (lax.rem(state.count, np.int32(each)) == 0) & (turn <= num_starts)
+        given = chosen(turn < num_starts, given, state.best)
+        pair = chosen(is_first, given, state.track.pair)
+        kernel = normalized(a, op, target, pair)
+        change = jnp.linalg.norm(kernel - state.kernel) / jnp.linalg.norm(kernel)
+        merit = _merit(problem, kernel)
+        best, merit = chosen(merit < state.merit, (pair, merit), (state.best, state.merit))
+        track, _ = follow(kernel, op, Track(pair, state.track.watch), state.count)
+        return _Search(track, kernel, change, best, merit, state.count + 1)
+
+    def unfinished(state: _Search):
+        # The second pass of the best is the first that can be compared with the one before.
+        return (state.count < num_first + 2) | ((state.change > tolerance) & (state.count < num_first + MAX_PASSES))
+
+    infinite = jnp.asarray(jnp.inf, a.dtype)
+    nothing = _Search(track, a, infinite, track.pair, infinite, jnp.asarray(0, jnp.int32))
+    return lax.while_loop(unfinished, one_pass, nothing).track
+
+
+def _merit(problem: Problem, kernel: Float[Array, "..."]) -> Float[Array, ""]:
+    """A sort key of normalized kernels as `Candidate.merit` is one of candidates; the numbers are others.
+
+    All feasible kernels have the same `<K, K>_d`, so that their distance decreases in `<K, A>_d`.
+    """
+    squared = problem.inner(kernel, kernel)
+    feasible = squared <= problem.target * (1 + 100 * jnp.finfo(kernel.dtype).eps)
+    return jnp.where(feasible, -problem.inner(kernel, problem.kernel), INFEASIBLE * squared)
