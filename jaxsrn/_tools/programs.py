@@ -10,8 +10,8 @@ What a user jits is the user's and is never let go. While it lives, it holds the
 contains, and with them the programs of eager calls of the same functions and shapes.
 
 Programs of eager calls are compiled by XLA's former code generator on a CPU, which takes two thirds of the time and
-gives searches of the same speed (`python benchmarks/compilation --only generators`). In a function that a user jits,
-the user's choice holds.
+gives searches of the same speed (`python benchmarks/compilation --only generators`). A function that is called once for
+a layer, where training starts, is also optimized less. In a function that a user jits, the user's choice holds.
 """
 
 from __future__ import annotations
@@ -36,8 +36,11 @@ MOST_MAPS = 25_000
 MAPS_OF_A_PROGRAM = 2_000
 # The latest programs stay even where the user's own take all the room, or no call would find its programs again.
 ALWAYS_KEPT = 16
-# How XLA compiles eager calls on a CPU. It stops at an option that it does not know, and later versions may not.
-QUICK = {"xla_cpu_use_fusion_emitters": False} if jaxlib.version.__version__.startswith("0.10.") else None
+# How XLA compiles eager calls on a CPU, and those of functions that are called once. It stops at an option that it does
+# not know, and later versions may not.
+QUICK = {"xla_cpu_use_fusion_emitters": False}
+QUICKER = QUICK | {"xla_backend_optimization_level": 1}
+KNOWS_OPTIONS = jaxlib.version.__version__.startswith("0.10.")
 
 
 def num_maps() -> int:
@@ -68,8 +71,10 @@ class Programs:
         # What is let go may run finalizers, and they may call the library.
         self._lock = threading.RLock()
 
-    def jitted(self, function: Callable, static: tuple[int, ...], args: tuple) -> Callable:
+    def jitted(self, function: Callable, static: tuple[int, ...], args: tuple, options: dict | None = None) -> Callable:
         """The `jax.jit` of the function for arguments like these; the caller's reference keeps it for the call.
+
+        Eager calls on a CPU are compiled with the options.
 
         The key decides only what is let go together. All else that tells programs apart, such as shardings, weak types
         and context managers, is left to `jax.jit`.
@@ -78,6 +83,7 @@ class Programs:
         types = tuple((getattr(leaf, "shape", ()), getattr(leaf, "dtype", type(leaf))) for leaf in leaves)
         # JAX takes options for outermost programs alone.
         eager = not (is_traced(leaves) or _is_in_a_program())
+        options = options if eager and KNOWS_OPTIONS and jax.default_backend() == "cpu" else None
         key = (function, tuple(args[i] for i in static), structure, types, eager)
         # `grad` and `vmap` of an eager call make further programs; their arguments are tracers of their own types.
         kind = frozenset(map(type, leaves))
@@ -85,7 +91,7 @@ class Programs:
             entry = self._entries.get(key)
             if entry is None or kind not in entry.seen:
                 self._make_room()
-                entry = self._entries.setdefault(key, _Entry(_own_jit(function, static, eager), set()))
+                entry = self._entries.setdefault(key, _Entry(_own_jit(function, static, options), set()))
                 entry.seen.add(kind)
             self._entries.move_to_end(key)
         return entry.jitted
@@ -108,25 +114,25 @@ def _is_in_a_program() -> bool:
     return is_traced(jax.lax.stop_gradient(0.0))
 
 
-def _own_jit(function: Callable, static: tuple[int, ...], eager: bool) -> Callable:
+def _own_jit(function: Callable, static: tuple[int, ...], options: dict | None) -> Callable:
     # JAX's caches refer weakly to the function that was jitted, so each `jax.jit` gets a new one.
     @functools.wraps(function)
     def own(*args):
         return function(*args)
 
-    options = QUICK if eager and jax.default_backend() == "cpu" else None
     return jax.jit(own, static_argnums=static, compiler_options=options)
 
 
 _programs = Programs()
 
 
-def program(function: Callable, *, static_argnums: int | tuple[int, ...] = ()) -> Callable:
+def program(function: Callable, *, static_argnums: int | tuple[int, ...] = (), once: bool = False) -> Callable:
     """The function compiled as by `jax.jit`; its programs are let go before the process has too many memory maps.
 
     Args:
       function: what to compile; its arguments are positional.
       static_argnums: the positions of its static arguments, as in `jax.jit`.
+      once: whether it is called once for a layer, so that compilation is nearly all of its time.
 
     Returns:
       A function that does what `jax.jit(function, static_argnums=static_argnums)` does.
@@ -135,6 +141,6 @@ def program(function: Callable, *, static_argnums: int | tuple[int, ...] = ()) -
 
     @functools.wraps(function)
     def call(*args):
-        return _programs.jitted(function, static, args)(*args)
+        return _programs.jitted(function, static, args, QUICKER if once else QUICK)(*args)
 
     return call

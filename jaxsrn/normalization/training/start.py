@@ -1,11 +1,10 @@
 """`srnc_state`, where the state of a training step starts: converged.
 
-The kernel's own leading pair comes first, and then the pairs that the kernel of lower stable rank may have. The
-climbers of an unbounded layer (`tracked_torus.py`) find both by themselves: a step needs them anyway, and a search of
-its own would take half of the compilation. On the grid of a circular layer a climber may stay next to the best
-frequency of its cell, by which the norm of a wide layer is up to 0.7% too small. So a circular layer with a target, or
-with so few singular values that all can be computed, is searched, as layers with zero padding are. The starts are then
-those of `srnc` (`starts.py`).
+The kernel's own leading pair comes first, and then pairs that the kernel of lower stable rank may have. A training
+step of a circular or unbounded layer has climbers (`tracked_torus.py`), which find the kernel's own pair by themselves,
+so that no program of a search is compiled. They find the further pairs of an unbounded layer too. On the grid of a
+circular layer a climber may stay next to the best frequency of its cell. Its further pairs, and those of layers with
+zero padding, are the starts of `srnc` (`starts.py`).
 """
 
 from __future__ import annotations
@@ -72,13 +71,13 @@ def srnc_state(kernel: Kernel, op: Operator, target, *, norm=1.0, cap: bool = Fa
     kernel, op = as_matrix(kernel, op)
     # The watch replaces a pair that the kernel outgrows, so that a proof would buy nothing. It would take nearly all of
     # the time for random kernels of many channels, whose largest singular values are alike at all frequencies.
-    own = None if _climbs(op, kernel.shape, target is not None) else leading_pair(kernel, op, excess=1.0)
+    own = None if _climbs(op, kernel.shape) else leading_pair(kernel, op, excess=1.0)
     return _srnc_state(kernel, op, own, target, follows_own(op, target, norm, cap))
 
 
-def _climbs(op: Operator, kernel_shape: tuple[int, ...], has_target: bool) -> bool:
-    """Whether climbers find the pairs to start from."""
-    if isinstance(op, CircularConv) and not has_target:
+def _climbs(op: Operator, kernel_shape: tuple[int, ...]) -> bool:
+    """Whether climbers find the kernel's own pair: not where all singular values can be computed (static)."""
+    if isinstance(op, CircularConv):
         return branch_and_bound_pays(kernel_shape, without_constant_axes(op, kernel_shape))
     return isinstance(op, UnboundedConv)
 
@@ -100,7 +99,7 @@ def follows_own(op: Operator, target, norm, cap) -> bool:
     return (norm is None or bool(cap)) and target is not None and not op._normalization_keeps_pairs
 
 
-@functools.partial(program, static_argnums=4)
+@functools.partial(program, static_argnums=4, once=True)
 def _srnc_state(kernel, op, own, target, follows_own):
     kernel = lax.stop_gradient(kernel.astype(float_dtype(kernel.dtype)))
     a, _ = rescaled(kernel, op)
@@ -114,7 +113,10 @@ def _started(a: Float[Array, "..."], op: Operator, pair: Pair | None, target, fo
         return SRNCState(own, None)
     problem = problem_of(a, op, target, frozen_value(a, op, own.pair))
     unchanged = problem.squared <= target * problem.norm**2
-    starts = survey(problem, op, own.pair).starts if pair else best_of(problem, op, *pairs_of(a, op, own.watch))
+    if isinstance(op, UnboundedConv):
+        starts = best_of(problem, op, *pairs_of(a, op, own.watch))
+    else:
+        starts = survey(problem, op, own.pair).starts
     starts = chosen(unchanged, jax.tree.map(lambda leaf: leaf[None], own.pair), starts)
     settled = without_pair_of_zero(a, _settled(problem, op, starts, own))
     return SRNCState(settled, own if follows_own else None)
