@@ -57,7 +57,9 @@ from jaxsrn.spectra.singular_pair import Pair
 __all__ = [
     "Survey",
     "best_of",
+    "image_waves",
     "survey",
+    "with_own",
 ]
 
 # Pairs that are followed to the end: more are surer to lead to the best stationary point, and each takes its time.
@@ -317,22 +319,21 @@ def _coarse(op: UnboundedConv | ZeroPaddedConv, kernel_shape: tuple[int, ...], p
     return on_dividing_grid(op, kernel_shape, per_degree, _MOST_SITES // (len(kernel_shape) - 2))
 
 
-def _image_starts(problem: Problem, op: ZeroPaddedConv, own: Pair, wanted: Bool[Array, ""] | bool) -> Pair:
-    """The kernel's own leading pair, and the best pairs of a circular model, windowed to the image.
+def image_waves(kernel: Float[Array, "..."], op: ZeroPaddedConv, target, wanted: Bool[Array, ""] | bool = True) -> Pair:
+    """The best pairs of a circular model, windowed to the image.
 
     The model is the convolution without edges, on a coarse grid. Its target is the multiple of its smallest stable rank
     that the target is of this operator's.
     """
-    kernel, shape = problem.kernel, problem.kernel.shape
+    shape = kernel.shape
     model = _coarse(op, shape, _MODEL_ANGLES)
     reach = _reach(kernel, model, 1, has_boxes=False, layer=op)
     norm, squared = _norm_of_model(kernel, model, reach), jnp.sum(kernel**2)
-    target = problem.target * largest_functional(shape, op) / largest_functional(shape, without_edges(op))
+    target = target * largest_functional(shape, op) / largest_functional(shape, without_edges(op))
     # A target at the model's own stable rank or above it would leave nothing to lower.
     target = jnp.minimum(target, 0.95 * squared / divisor(norm) ** 2)
     waves = _scanned(problem_of(kernel, without_edges(op), target, norm), model, reach, wanted).starts
-    images = jax.vmap(lambda pair: windowed(pair, model, op, shape))(waves)
-    return jax.tree.map(lambda a, b: jnp.concatenate([a[None], b]), own, images)
+    return jax.vmap(lambda pair: windowed(pair, model, op, shape))(waves)
 
 
 def _norm_of_model(kernel: Float[Array, "..."], model: CircularConv, reach: _Reach) -> Float[Array, ""]:
@@ -359,5 +360,10 @@ def survey(problem: Problem, op: Operator, own: Pair, wanted: Bool[Array, ""] | 
     bound = _bounds(problem, e, problem.norm, 0.0)
     bound = jnp.where(bound < INFEASIBLE_FROM, bound, jnp.inf)
     if isinstance(op, ZeroPaddedConv):
-        return Survey(_image_starts(problem, op, own, wanted), bound)
+        return Survey(with_own(own, image_waves(problem.kernel, op, problem.target, wanted)), bound)
     return Survey(jax.tree.map(lambda leaf: leaf[None], own), bound)
+
+
+def with_own(own: Pair, pairs: Pair) -> Pair:
+    """The kernel's own leading pair, followed by others."""
+    return jax.tree.map(lambda a, b: jnp.concatenate([a[None], b]), own, pairs)

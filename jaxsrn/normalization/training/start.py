@@ -1,10 +1,9 @@
 """`srnc_state`, where the state of a training step starts: converged.
 
-The kernel's own leading pair comes first, and then pairs that the kernel of lower stable rank may have. A training
-step of a circular or unbounded layer has climbers (`tracked_torus.py`), which find the kernel's own pair by themselves,
-so that no program of a search is compiled. They find the further pairs of an unbounded layer too. On the grid of a
-circular layer a climber may stay next to the best frequency of its cell. Its further pairs, and those of layers with
-zero padding, are the starts of `srnc` (`starts.py`).
+The kernel's own leading pair comes first, and then pairs that the kernel of lower stable rank may have. Training steps
+find the first one from nothing (`tracked_torus.py`) or from plane waves (`tracked_images.py`), so that no program of a
+search is compiled. On the grid of a circular layer a climber may stay next to the best frequency of its cell, so that
+its further pairs are the starts of `srnc` (`starts.py`), as are those with zero padding.
 """
 
 from __future__ import annotations
@@ -24,17 +23,18 @@ from jaxsrn._tools.programs import program
 from jaxsrn._tools.tolerances import kernel_tolerance
 from jaxsrn.normalization.closed_form import INFEASIBLE, Problem, problem_of
 from jaxsrn.normalization.normalized import normalized
-from jaxsrn.normalization.starts import best_of, survey
+from jaxsrn.normalization.starts import best_of, image_waves, survey, with_own
 from jaxsrn.normalization.training.passes import MAX_PASSES, followed
 from jaxsrn.normalization.training.state import SRNCState, as_floats, without_pair_of_zero
 from jaxsrn.normalization.training.tracked_torus import pairs_of
 from jaxsrn.normalization.training.tracking import Track, follow, start_track
 from jaxsrn.operators.base import Operator
-from jaxsrn.operators.convolutions import CircularConv, UnboundedConv
+from jaxsrn.operators.convolutions import CircularConv, UnboundedConv, ZeroPaddedConv
 from jaxsrn.spectra.circular.leading import branch_and_bound_pays
 from jaxsrn.spectra.circular.sites import without_constant_axes
 from jaxsrn.spectra.common_shapes import as_matrix
 from jaxsrn.spectra.moving_pairs import frozen_value
+from jaxsrn.spectra.padded.leading import is_searched
 from jaxsrn.spectra.pairs_by_kind import leading_pair, no_pair
 from jaxsrn.spectra.singular_pair import Pair, rescaled
 
@@ -42,9 +42,12 @@ __all__ = ["checked", "follows_own", "srnc_state"]
 
 # Passes that all starts take together before they are compared: more are surer to pick the best one.
 _FIRST_PASSES = 40
-# The least passes that climbers take from nothing, where a target follows and where none does. Without a target they go
+# The least passes that find the kernel's own pair, where a target follows and where none does. Without a target they go
 # on until they are at rest.
-_FEW_CLIMBING, _CLIMBING = 20, 60
+_FEW_PASSES, _MANY_PASSES = 20, 60
+# The least passes that the best start takes. What may overtake it shows only after some of them, where the target is
+# near to the kernel's own stable rank.
+_LAST_PASSES = 20
 
 
 def srnc_state(kernel: Kernel, op: Operator, target, *, norm=1.0, cap: bool = False) -> SRNCState:
@@ -69,16 +72,20 @@ def srnc_state(kernel: Kernel, op: Operator, target, *, norm=1.0, cap: bool = Fa
     """
     kernel, target, _ = checked(kernel, op, target, norm, cap)
     kernel, op = as_matrix(kernel, op)
-    # The watch replaces a pair that the kernel outgrows, so that a proof would buy nothing. It would take nearly all of
-    # the time for random kernels of many channels, whose largest singular values are alike at all frequencies.
-    own = None if _climbs(op, kernel.shape) else leading_pair(kernel, op, excess=1.0)
+    own = None if _is_found_by_steps(op, kernel.shape, target is not None) else leading_pair(kernel, op)
     return _srnc_state(kernel, op, own, target, follows_own(op, target, norm, cap))
 
 
-def _climbs(op: Operator, kernel_shape: tuple[int, ...]) -> bool:
-    """Whether climbers find the kernel's own pair: not where all singular values can be computed (static)."""
+def _is_found_by_steps(op: Operator, kernel_shape: tuple[int, ...], has_target: bool) -> bool:
+    """Whether training steps find the kernel's own pair: not where all singular values can be computed (static).
+
+    With zero padding they find it to within a few percent, from where a search goes on for long. A target below the
+    kernel's own stable rank asks for no more. Without a target the pair is searched.
+    """
     if isinstance(op, CircularConv):
         return branch_and_bound_pays(kernel_shape, without_constant_axes(op, kernel_shape))
+    if isinstance(op, ZeroPaddedConv):
+        return has_target and is_searched(op, kernel_shape)
     return isinstance(op, UnboundedConv)
 
 
@@ -108,25 +115,36 @@ def _srnc_state(kernel, op, own, target, follows_own):
 
 def _started(a: Float[Array, "..."], op: Operator, pair: Pair | None, target, follows_own: bool) -> SRNCState:
     """The state of a kernel, with its own leading pair where that was searched."""
-    own = _climbed(a, op, target is not None) if pair is None else start_track(a, op, pair, target is None)
+    waves = image_waves(a, op, target) if isinstance(op, ZeroPaddedConv) and target is not None else None
+    own = start_track(a, op, pair, target is None) if pair else _found(a, op, waves, target is not None)
     if target is None or op._normalization_keeps_pairs:
         return SRNCState(own, None)
     problem = problem_of(a, op, target, frozen_value(a, op, own.pair))
     unchanged = problem.squared <= target * problem.norm**2
-    if isinstance(op, UnboundedConv):
-        starts = best_of(problem, op, *pairs_of(a, op, own.watch))
-    else:
-        starts = survey(problem, op, own.pair).starts
-    starts = chosen(unchanged, jax.tree.map(lambda leaf: leaf[None], own.pair), starts)
+    alone = jax.tree.map(lambda leaf: leaf[None], own.pair)
+    starts = chosen(unchanged, alone, _starts(problem, op, own, waves))
     settled = without_pair_of_zero(a, _settled(problem, op, starts, own))
     return SRNCState(settled, own if follows_own else None)
 
 
-def _climbed(a: Float[Array, "..."], op: CircularConv | UnboundedConv, in_haste: bool) -> Track:
-    """The track of the kernel's own pair, which the climbers find from nothing."""
-    nothing = start_track(a, op, no_pair(op, a.shape, a.dtype), True)
-    steps = (_FEW_CLIMBING, _FEW_CLIMBING) if in_haste else (_CLIMBING, MAX_PASSES)
-    return followed(a, op, None, SRNCState(nothing, None), steps).normalized
+def _found(a: Float[Array, "..."], op: Operator, waves: Pair | None, in_haste: bool) -> Track:
+    """The track of the kernel's own pair, by steps from the largest of some waves, or from nothing."""
+    if waves is None:
+        first = no_pair(op, a.shape, a.dtype)
+    else:
+        images = op.apply(a, waves.input, precision=lax.Precision.HIGHEST)
+        first = picked(waves, jnp.argmax(jnp.linalg.norm(images.reshape((len(images), -1)), axis=1)))
+    steps = (_FEW_PASSES, _FEW_PASSES) if in_haste else (_MANY_PASSES, MAX_PASSES)
+    return followed(a, op, None, SRNCState(start_track(a, op, first, True), None), steps).normalized
+
+
+def _starts(problem: Problem, op: Operator, own: Track, waves: Pair | None) -> Pair:
+    """The pairs that the kernel of lower stable rank may have."""
+    if waves is not None:
+        return with_own(own.pair, waves)
+    if isinstance(op, UnboundedConv):
+        return best_of(problem, op, *pairs_of(problem.kernel, op, own.watch))
+    return survey(problem, op, own.pair).starts
 
 
 class _Search(NamedTuple):
@@ -166,8 +184,8 @@ def _settled(problem: Problem, op: Operator, starts: Pair, track: Track) -> Trac
         return _Search(track, kernel, change, best, merit, state.count + 1)
 
     def unfinished(state: _Search):
-        # The second pass of the best is the first that can be compared with the one before.
-        return (state.count < num_first + 2) | ((state.change > tolerance) & (state.count < num_first + MAX_PASSES))
+        count = state.count - num_first
+        return (count < _LAST_PASSES) | ((state.change > tolerance) & (count < MAX_PASSES))
 
     infinite = jnp.asarray(jnp.inf, a.dtype)
     nothing = _Search(track, a, infinite, track.pair, infinite, jnp.asarray(0, jnp.int32))
