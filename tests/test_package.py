@@ -85,6 +85,8 @@ HOUSE = {
         "training.tracked_torus",
         "training.tracking",
         "training.state",
+        "training.passes",
+        "training.start",
         "training.step",
         "training.flax_constraint",
     ],

@@ -53,12 +53,14 @@ _LAST_PASSES = 20
 def srnc_state(kernel: Kernel, op: Operator, target, *, norm=1.0, cap: bool = False) -> SRNCState:
     """The state that `srnc_step` starts from, already converged: its first step satisfies the constraints.
 
-    The best of some starts after a few passes is followed to the end by training steps of the kernel at rest. The
-    starts of circular layers and of those with zero padding are the ones of `srnc`. Unbounded layers take the best
-    pairs that climbing over the frequencies finds, and may settle at another local solution than `srnc`. With zero
-    padding the time is proportional to the size of the image. Without a target, and for dense layers, the kernel's own
-    leading pair is the start; wide circular and unbounded convolutions take the highest peak that climbing finds,
-    without a proof. `python benchmarks/starts.py` measures how far such starts are off.
+    Training steps of the kernel at rest find the kernel's own leading pair, without a proof that no other is larger. It
+    is searched for dense and small layers, and with zero padding where there is no target.
+
+    With a target that pair and others are starts. The best of them after a few passes is followed to the end by further
+    steps. The other starts of circular layers and of those with zero padding are the ones of `srnc`. Unbounded layers
+    take the best pairs that climbing over the frequencies finds, and may settle at another local solution than `srnc`.
+    `python benchmarks/starts.py` measures how far the first steps of random kernels are off. With zero padding the time
+    is proportional to the size of the image.
 
     Args:
       kernel, op, target, norm, cap: as for `srnc_step`.
