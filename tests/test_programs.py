@@ -98,9 +98,10 @@ def test_what_is_let_go_is_free_at_once(tight):
         gc.enable()
 
 
-def test_a_call_with_constants_is_part_of_the_function_that_makes_it():
+@pytest.mark.parametrize("once", [False, True])
+def test_a_call_with_constants_is_part_of_the_function_that_makes_it(once):
     """JAX refuses the compiler's options of eager calls inside of another program."""
-    function = Traced().program
+    function = program(Traced()._function, once=once)
     function(of_size(3))
 
     def constant(x):

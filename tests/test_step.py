@@ -223,6 +223,41 @@ def test_unbounded_layers_meet_the_constraints(op, shape):
         np.testing.assert_allclose(measured(normalized, op), (1, target), rtol=1e-7)
 
 
+def test_unbounded_layers_start_near_the_least_distance():
+    """Low targets have their solutions at frequencies 0 and pi, where a climber need not be; one was 22% farther."""
+    op, shape = UnboundedConv(), (9, 2, 4)
+    target = 1.3 * jaxsrn.stable_rank_range(shape, op).low
+    for seed in range(6):
+        kernel = gaussian(shape, seed)
+        exact = jaxsrn.srnc(kernel, op, target)
+        normalized, _ = srnc_step(kernel, srnc_state(kernel, op, target), op, target)
+        distance = jnp.linalg.norm(exact.spectral_norm * normalized - kernel) / jnp.linalg.norm(kernel)
+        assert distance <= 1.02 * exact.distance
+
+
+@pytest.mark.parametrize("share", [0.5, 0.9])
+def test_layers_with_large_matrices_start_by_steps(share):
+    """With zero padding and a target no search precedes, so that the kernel's own norm is known to a few percent."""
+    op, shape = ZeroPaddedConv((12, 12)), (3, 3, 4, 4)
+    start = quick_jit(lambda kernel, target: srnc_step(kernel, srnc_state(kernel, op, target), op, target)[0])
+    for seed in range(4):
+        kernel = gaussian(shape, seed)
+        target = share_of_own(kernel, op, share)
+        np.testing.assert_allclose(measured(start(kernel, target), op), (1, target), rtol=1e-3)
+
+
+def test_wide_circular_layers_start_by_steps():
+    """Their climbers find the kernel's own norm, and the starts are those of `srnc`."""
+    op, shape = CircularConv((12, 12)), (3, 3, 32, 32)
+    kernel = gaussian(shape)
+    spectrum = np.fft.fft2(kernel, (12, 12), axes=(0, 1))
+    target = 0.7 * np.sum(np.abs(spectrum) ** 2) / np.linalg.norm(spectrum, 2, axis=(2, 3)).max() ** 2
+    normalized, _ = srnc_step(kernel, srnc_state(kernel, op, target), op, target)
+    spectrum = np.fft.fft2(normalized, (12, 12), axes=(0, 1))
+    norm = np.linalg.norm(spectrum, 2, axis=(2, 3)).max()
+    np.testing.assert_allclose((norm, np.sum(np.abs(spectrum) ** 2) / norm**2), (1, target), rtol=1e-6)
+
+
 @pytest.mark.parametrize("size", [4, 8, 12])
 def test_circular_layers_of_every_size_agree_with_the_unbounded_one(size):
     """Where the best frequency is on every grid: frequency 0, as all taps are positive."""
