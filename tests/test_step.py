@@ -246,6 +246,23 @@ def test_layers_with_large_matrices_start_by_steps(share):
         np.testing.assert_allclose(measured(start(kernel, target), op), (1, target), rtol=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("op", "shape", "seeds"),
+    [
+        pytest.param(UnboundedConv(), (3, 64, 64), (0, 3), id="unbounded"),
+        pytest.param(ZeroPaddedConv((96,)), (3, 12, 12), (2, 5), id="same"),
+    ],
+)
+def test_the_first_step_keeps_the_own_norm(op, shape, seeds):
+    """It is asked for then, so that the rough one that a target below needs would not do."""
+    start = quick_jit(lambda k, target: srnc_step(k, srnc_state(k, op, target, norm=None), op, target, norm=None)[0])
+    for seed in seeds:
+        kernel = gaussian(shape, seed)
+        norm, stable_rank = measured(kernel, op)
+        expected = norm, 0.7 * stable_rank
+        np.testing.assert_allclose(measured(start(kernel, expected[1]), op), expected, rtol=1e-3)
+
+
 def test_wide_circular_layers_start_by_steps():
     """Their climbers find the kernel's own norm, and the starts are those of `srnc`."""
     op, shape = CircularConv((12, 12)), (3, 3, 32, 32)

@@ -42,9 +42,8 @@ __all__ = ["checked", "follows_own", "srnc_state"]
 
 # Passes that all starts take together before they are compared: more are surer to pick the best one.
 _FIRST_PASSES = 40
-# The least passes that find the kernel's own pair, where a target follows and where none does. Without a target they go
-# on until they are at rest.
-_FEW_PASSES, _MANY_PASSES = 20, 60
+# The least passes that find the kernel's own pair, roughly or well. To find it well they go on until they are at rest.
+_FEW_PASSES, _MANY_PASSES = 20, 120
 # The least passes that the best start takes. What may overtake it shows only after some of them, where the target is
 # near to the kernel's own stable rank.
 _LAST_PASSES = 20
@@ -54,7 +53,7 @@ def srnc_state(kernel: Kernel, op: Operator, target, *, norm=1.0, cap: bool = Fa
     """The state that `srnc_step` starts from, already converged: its first step satisfies the constraints.
 
     Training steps of the kernel at rest find the kernel's own leading pair, without a proof that no other is larger. It
-    is searched for dense and small layers, and with zero padding where there is no target.
+    is searched for dense and small layers, and with zero padding where the norm alone or the kernel's own is asked for.
 
     With a target that pair and others are starts. The best of them after a few passes is followed to the end by further
     steps. The other starts of circular layers and of those with zero padding are the ones of `srnc`. Unbounded layers
@@ -74,20 +73,22 @@ def srnc_state(kernel: Kernel, op: Operator, target, *, norm=1.0, cap: bool = Fa
     """
     kernel, target, _ = checked(kernel, op, target, norm, cap)
     kernel, op = as_matrix(kernel, op)
-    own = None if _is_found_by_steps(op, kernel.shape, target is not None) else leading_pair(kernel, op)
-    return _srnc_state(kernel, op, own, target, follows_own(op, target, norm, cap))
+    needs_own = follows_own(op, target, norm, cap)
+    roughly = target is not None and not needs_own
+    own = None if _is_found_by_steps(op, kernel.shape, roughly) else leading_pair(kernel, op)
+    return _srnc_state(kernel, op, own, target, needs_own)
 
 
-def _is_found_by_steps(op: Operator, kernel_shape: tuple[int, ...], has_target: bool) -> bool:
+def _is_found_by_steps(op: Operator, kernel_shape: tuple[int, ...], roughly: bool) -> bool:
     """Whether training steps find the kernel's own pair: not where all singular values can be computed (static).
 
-    With zero padding they find it to within a few percent, from where a search goes on for long. A target below the
-    kernel's own stable rank asks for no more. Without a target the pair is searched.
+    With zero padding they find it roughly, to within a few percent, from where a search goes on for long. A target
+    below the kernel's own stable rank asks for no more. The norm alone, and the kernel's own norm, ask for a search.
     """
     if isinstance(op, CircularConv):
         return branch_and_bound_pays(kernel_shape, without_constant_axes(op, kernel_shape))
     if isinstance(op, ZeroPaddedConv):
-        return has_target and is_searched(op, kernel_shape)
+        return roughly and is_searched(op, kernel_shape)
     return isinstance(op, UnboundedConv)
 
 
@@ -118,7 +119,8 @@ def _srnc_state(kernel, op, own, target, follows_own):
 def _started(a: Float[Array, "..."], op: Operator, pair: Pair | None, target, follows_own: bool) -> SRNCState:
     """The state of a kernel, with its own leading pair where that was searched."""
     waves = image_waves(a, op, target) if isinstance(op, ZeroPaddedConv) and target is not None else None
-    own = start_track(a, op, pair, target is None) if pair else _found(a, op, waves, target is not None)
+    roughly = target is not None and not follows_own
+    own = start_track(a, op, pair, target is None) if pair else _found(a, op, waves, roughly)
     if target is None or op._normalization_keeps_pairs:
         return SRNCState(own, None)
     problem = problem_of(a, op, target, frozen_value(a, op, own.pair))
@@ -129,14 +131,14 @@ def _started(a: Float[Array, "..."], op: Operator, pair: Pair | None, target, fo
     return SRNCState(settled, own if follows_own else None)
 
 
-def _found(a: Float[Array, "..."], op: Operator, waves: Pair | None, in_haste: bool) -> Track:
+def _found(a: Float[Array, "..."], op: Operator, waves: Pair | None, roughly: bool) -> Track:
     """The track of the kernel's own pair, by steps from the largest of some waves, or from nothing."""
     if waves is None:
         first = no_pair(op, a.shape, a.dtype)
     else:
         images = op.apply(a, waves.input, precision=lax.Precision.HIGHEST)
         first = picked(waves, jnp.argmax(jnp.linalg.norm(images.reshape((len(images), -1)), axis=1)))
-    steps = (_FEW_PASSES, _FEW_PASSES) if in_haste else (_MANY_PASSES, MAX_PASSES)
+    steps = (_FEW_PASSES, _FEW_PASSES) if roughly else (_MANY_PASSES, MAX_PASSES)
     return followed(a, op, None, SRNCState(start_track(a, op, first, True), None), steps).normalized
 
 
