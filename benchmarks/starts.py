@@ -1,6 +1,6 @@
 """How near is the state that a training step starts from: to the constraints, and to the solution of `srnc`?
 
-    python benchmarks/starts.py           # random kernels of all kinds of convolutions; about ten minutes; recorded
+    python benchmarks/starts.py           # random kernels of all kinds of convolutions; about three minutes; recorded
     python benchmarks/starts.py --fast    # small kernels of one kind, nothing recorded
 
 `srnc_state` promises that its first step satisfies the constraints. Problem (7) is not convex, so that the step may be
