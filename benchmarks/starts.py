@@ -10,6 +10,7 @@ at another local solution than the one that `srnc` finds. Without a target there
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -19,7 +20,7 @@ from _report import publish, table
 from tqdm import tqdm
 
 import jaxsrn
-from jaxsrn import CircularConv, UnboundedConv, ZeroPaddedConv
+from jaxsrn import CircularConv, Operator, UnboundedConv, ZeroPaddedConv
 
 COMMAND = "python benchmarks/starts.py"
 ABOUT = """\
@@ -32,26 +33,21 @@ SMALL, WIDE, LONG = [(3, 3, 3, 16), (3, 3, 16, 16), (5, 5, 8, 8)], [(3, 3, 64, 6
 
 
 class Kind(NamedTuple):
-    """An operator for a number of axes, and the shapes of its kernels."""
+    """An operator for images of a shape, which unbounded layers do not need, and the shapes of its kernels."""
 
-    make: type
-    options: dict
+    operator: Callable[[tuple[int, ...]], Operator]
     shapes: list[tuple[int, ...]]
-
-    def operator(self, axes: int):
-        if self.make is UnboundedConv:
-            return UnboundedConv(**self.options)
-        return self.make((16 if axes == 2 else 64,) * axes, **self.options)
 
 
 KINDS = {
-    "unbounded": Kind(UnboundedConv, {}, SMALL + LONG),
-    "unbounded, strides 2": Kind(UnboundedConv, {"strides": 2}, SMALL + LONG),
-    "unbounded, wide": Kind(UnboundedConv, {}, WIDE),
-    "circular": Kind(CircularConv, {}, SMALL + LONG),
-    "circular, wide": Kind(CircularConv, {}, WIDE),
-    "SAME": Kind(ZeroPaddedConv, {}, SMALL + LONG),
+    "unbounded": Kind(lambda _: UnboundedConv(), SMALL + LONG),
+    "unbounded, strides 2": Kind(lambda _: UnboundedConv(strides=2), SMALL + LONG),
+    "unbounded, wide": Kind(lambda _: UnboundedConv(), WIDE),
+    "circular": Kind(CircularConv, SMALL + LONG),
+    "circular, wide": Kind(CircularConv, WIDE),
+    "SAME": Kind(ZeroPaddedConv, SMALL + LONG),
 }
+IMAGES = {1: (64,), 2: (16, 16)}  # By the number of axes.
 
 
 class Start(NamedTuple):
@@ -88,18 +84,14 @@ def starts(kind: Kind, fractions: tuple, seeds: int) -> list[Start]:
     """All starts of a kind of layer."""
     found = []
     for shape in kind.shapes:
-        op = kind.operator(len(shape) - 2)
+        op = kind.operator(IMAGES[len(shape) - 2])
+        low, high = jaxsrn.stable_rank_range(shape, op)
         for seed in range(seeds):
             kernel = jnp.asarray(np.random.default_rng(seed).standard_normal(shape, np.float32))
-            for fraction in fractions:
-                # A fraction that is infeasible for a shape is left out.
-                if fraction is None or fraction > jaxsrn.stable_rank_range(shape, op)[0] / largest(shape, op):
-                    found.append(first_step(kernel, op, fraction))
+            # A fraction that is infeasible for a shape is left out.
+            feasible = (fraction for fraction in fractions if fraction is None or fraction * high > low)
+            found += [first_step(kernel, op, fraction) for fraction in feasible]
     return [start for start in found if start]
-
-
-def largest(shape: tuple[int, ...], op) -> float:
-    return float(jaxsrn.stable_rank_range(shape, op)[1])
 
 
 def row(name: str, asked: str, found: list[Start]) -> tuple:
@@ -116,7 +108,7 @@ def main() -> None:
     parser.add_argument("--fast", action="store_true", help="small kernels of one kind; records nothing")
     fast = parser.parse_args().fast
     seeds = 1 if fast else 6
-    kinds = {"unbounded": Kind(UnboundedConv, {}, LONG)} if fast else KINDS
+    kinds = {"unbounded": KINDS["unbounded"]._replace(shapes=LONG)} if fast else KINDS
     rows = []
     for name, kind in tqdm(kinds.items(), desc="kinds"):
         rows.append(row(name, "a stable rank", starts(kind, FRACTIONS, seeds)))

@@ -74,9 +74,14 @@ def srnc_state(kernel: Kernel, op: Operator, target, *, norm=1.0, cap: bool = Fa
     kernel, target, _ = checked(kernel, op, target, norm, cap)
     kernel, op = as_matrix(kernel, op)
     needs_own = follows_own(op, target, norm, cap)
-    roughly = target is not None and not needs_own
-    own = None if _is_found_by_steps(op, kernel.shape, roughly) else leading_pair(kernel, op)
+    by_steps = _is_found_by_steps(op, kernel.shape, _is_enough_roughly(target, needs_own))
+    own = None if by_steps else leading_pair(kernel, op)
     return _srnc_state(kernel, op, own, target, needs_own)
+
+
+def _is_enough_roughly(target, follows_own: bool) -> bool:
+    """Whether the kernel's own pair is only a start on the way to the target, and not what the state is to hold."""
+    return target is not None and not follows_own
 
 
 def _is_found_by_steps(op: Operator, kernel_shape: tuple[int, ...], roughly: bool) -> bool:
@@ -119,8 +124,10 @@ def _srnc_state(kernel, op, own, target, follows_own):
 def _started(a: Float[Array, "..."], op: Operator, pair: Pair | None, target, follows_own: bool) -> SRNCState:
     """The state of a kernel, with its own leading pair where that was searched."""
     waves = image_waves(a, op, target) if isinstance(op, ZeroPaddedConv) and target is not None else None
-    roughly = target is not None and not follows_own
-    own = start_track(a, op, pair, target is None) if pair else _found(a, op, waves, roughly)
+    if pair is None:
+        own = _found(a, op, waves, _is_enough_roughly(target, follows_own))
+    else:
+        own = start_track(a, op, pair, target is None)
     if target is None or op._normalization_keeps_pairs:
         return SRNCState(own, None)
     problem = problem_of(a, op, target, frozen_value(a, op, own.pair))
