@@ -200,6 +200,14 @@ def test_gram_iteration_is_the_published_one():
         assert bounds.gram_iteration(kernel, op, num_steps=steps) >= expected
 
 
+def test_gram_iteration_of_many_steps():
+    """The power 2**31 is no 32-bit integer. The bound decreases to the norm."""
+    op, kernel = CircularConv((8,)), gaussian((3, 2, 2)).astype(np.float32)
+    with jax.enable_x64(False):
+        bound = bounds.gram_iteration(kernel, op, num_steps=32)
+    np.testing.assert_allclose(bound, np.linalg.norm(dense(kernel, op), 2), rtol=1e-5)
+
+
 def test_gram_iteration_on_a_coarse_grid():
     op, kernel = CircularConv((200,)), gaussian((3, 4, 4))
     norm = fft_norms(kernel[None], (200,))[0]
@@ -219,6 +227,12 @@ def test_gradients():
             step = 1e-6
             slope = (function(kernel + step * direction) - function(kernel - step * direction)) / (2 * step)
             np.testing.assert_allclose(jnp.vdot(jax.grad(function)(kernel), direction), slope, rtol=1e-5)
+
+
+@pytest.mark.usefixtures("no_type_checks")
+def test_numbers_of_numpy_are_static():
+    op, kernel = CircularConv((8, 8)), gaussian((3, 3, 1, 2))
+    assert bounds.certified(kernel, op, resolution=np.float32(0.01)) == bounds.certified(kernel, op, resolution=0.01)
 
 
 def test_errors():

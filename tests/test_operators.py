@@ -15,7 +15,8 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxsrn import CircularConv, Dense, ZeroPaddedConv
+import jaxsrn
+from jaxsrn import CircularConv, Dense, UnboundedConv, ZeroPaddedConv
 from jaxsrn.normalization.reverse_mode import in_reverse
 
 CONVOLUTIONS = [case for case in CASES if not isinstance(case.op, Dense)]
@@ -44,6 +45,29 @@ def test_matrix_and_adjoints_equal_the_definition(case):
     np.testing.assert_allclose(gradient, expected, atol=1e-12)
     # The adjoint identity itself: <y, T(K) x> = <grad, K>.
     np.testing.assert_allclose(np.sum(gradient * weights), np.vdot(y, matrix @ x.ravel()), rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize(
+    "op",
+    [
+        ZeroPaddedConv((10, 10), padding=((-1, 1), (-1, 1))),
+        ZeroPaddedConv((10, 10), padding=((4, 0), (4, 0))),
+        ZeroPaddedConv((10, 10), padding=((-1, 1), (4, -1)), kernel_dilation=2, strides=(1, 2)),
+        ZeroPaddedConv((10, 10), padding=((5, -2), (4, 0)), input_dilation=2, strides=2),
+    ],
+    ids=str,
+)
+def test_products_that_crop_at_one_end_and_pad_at_the_other(op):
+    """XLA's own convolutions of this kind in float32 are wrong by 1e13 on CPUs (jaxlib 0.10.2)."""
+    shape = (3, 3, 4, 4)
+    weights, (in_shape, out_shape) = gaussian(shape).astype(np.float32), cases.shapes(shape, op)
+    matrix = cases.dense(weights, op)
+    x, y = jnp.asarray(gaussian(in_shape, 1), jnp.float32), jnp.asarray(gaussian(out_shape, 2), jnp.float32)
+    dense, transposed, gradient = matrix_and_adjoints(jnp.asarray(weights), op, x, y)
+    np.testing.assert_allclose(dense, matrix, atol=1e-6)
+    np.testing.assert_allclose(op.apply(weights, x).ravel(), matrix @ np.ravel(x), atol=1e-4)
+    np.testing.assert_allclose(transposed.ravel(), matrix.T @ np.ravel(y), atol=1e-4)
+    np.testing.assert_allclose(gradient, cases.pull_back(np.outer(y, x), op, shape), atol=1e-4)
 
 
 def layouts(case, function, *args):
@@ -382,7 +406,8 @@ def test_aliased_taps_have_no_frobenius_weights(case):
         ),
         (lambda: ZeroPaddedConv((6, 6), padding=((1, 1),)), r"padding: got .* expected a name or 2 \(low, high\)"),
         (lambda: ZeroPaddedConv((6,), padding=((1, 1, 1),)), r"padding: got .* expected a name or 1 \(low, high\)"),
-        (lambda: ZeroPaddedConv((6,), padding=((0.5, 1),)), "padding: got"),
+        (lambda: ZeroPaddedConv((6,), padding=((0.5, 1),)), r"padding: got .* expected a name or 1 \(low, high\)"),
+        (lambda: UnboundedConv(strides=(1, 1, 1, 1)), r"strides: got \(1, 1, 1, 1\), expected one to three integers"),
         (lambda: ZeroPaddedConv((6,), strides=0), "strides: got 0, expected"),
         (lambda: ZeroPaddedConv((6,), strides=True), "strides: got True, expected"),
         (lambda: ZeroPaddedConv((6,), strides=1.5), r"strides: got 1\.5, expected"),
@@ -420,12 +445,40 @@ def test_bad_kernel_shapes(op, shape, message):
     for call in (
         lambda: op._check_kernel_shape(shape),
         lambda: op.frobenius_weights(shape),
+        lambda: op.in_shape(shape),
+        lambda: op.out_shape(shape),
+        lambda: op.wrap(weights),
         lambda: op.to_dense(weights),
         lambda: op.apply(weights, jnp.ones((4, 4, 1))),
         lambda: op.transpose(weights, jnp.ones((4, 4, 1))),
     ):
         with pytest.raises(ValueError, match=message):
             call()
+
+
+@pytest.mark.parametrize("op", ["circular", None, CircularConv, 32], ids=str)
+@pytest.mark.parametrize(
+    "function",
+    [
+        jaxsrn.spectral_norm,
+        jaxsrn.stable_rank,
+        jaxsrn.singular_values,
+        jaxsrn.bounds.certified,
+        lambda kernel, op: jaxsrn.srnc(kernel, op, 1.5),
+        lambda kernel, op: jaxsrn.project_spectral_ball(kernel, op, 1.0),
+    ],
+)
+@pytest.mark.usefixtures("no_type_checks")
+def test_what_is_no_operator(function, op):
+    with pytest.raises(ValueError, match=r"op: got .*, expected an operator, such as Dense\(\)"):
+        function(jnp.ones((3, 3, 2, 2)), op)
+
+
+def test_an_operator_prints_what_it_differs_in():
+    """A stride for each axis says how many axes a kernel has, so that the two differ."""
+    assert repr(UnboundedConv(strides=(1, 1))) == "UnboundedConv(strides=(1, 1))"
+    assert repr(UnboundedConv()) == "UnboundedConv()"
+    assert repr(CircularConv((4, 4), strides=(1, 1))) == repr(CircularConv((4, 4))) == "CircularConv((4, 4))"
 
 
 @pytest.mark.parametrize("dtype", [jnp.int32, jnp.complex64, bool], ids=str)

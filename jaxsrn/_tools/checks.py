@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from typing import Any
 
 import jax
 import jax.core
@@ -12,7 +13,9 @@ from jaxtyping import Array, Shaped
 
 __all__ = [
     "Kernel",
+    "computed_form",
     "ensure",
+    "ensure_same_on_devices",
     "errors_named",
     "float_dtype",
     "int_tuple",
@@ -46,12 +49,12 @@ def errors_named(name: str, advice: str = ""):
 def int_tuple(value, length: int | None, name: str, minimum: int = 1) -> tuple[int, ...]:
     """`value` as a tuple of ints of the given length; an int stands for all axes."""
     values = (value,) * (length or 1) if np.ndim(value) == 0 else tuple(value)
+    counted = {None: "one to three integers", 1: "an integer"}.get(length, f"an integer or {length} integers")
     ensure(
         all(map(is_integer, values))
-        and (length is None or len(values) == length)
+        and (len(values) == length if length else 1 <= len(values) <= 3)
         and all(v >= minimum for v in values),
-        f"{name}: got {value!r}, expected {'an int or ' if length else ''}"
-        f"{length or 'one to three'} integers >= {minimum}; give one per spatial axis.",
+        f"{name}: got {value!r}, expected {counted} >= {minimum}{'' if length == 1 else ', one per spatial axis'}.",
     )
     return tuple(int(v) for v in values)
 
@@ -77,7 +80,13 @@ def static_share(value, name: str) -> float:
 
 def kernel_array(kernel, op) -> jax.Array:
     """The kernel as an array; raises `ValueError` unless it is real, floating and of a shape that `op` takes."""
+    # The class itself stands below this file.
+    ensure(
+        hasattr(op, "_check_kernel_shape") and not isinstance(op, type),
+        f"op: got {op!r}, expected an operator, such as Dense() or CircularConv((32, 32)).",
+    )
     kernel = jnp.asarray(kernel)
+    ensure_same_on_devices(kernel, "kernel")
     # The last two axes are the channels; the map acts on rows of real parts, followed by imaginary ones.
     real_floating(
         kernel.dtype,
@@ -88,6 +97,26 @@ def kernel_array(kernel, op) -> jax.Array:
     )
     op._check_kernel_shape(kernel.shape)
     return kernel
+
+
+def computed_form(kernel, op) -> tuple[jax.Array, Any]:
+    """`kernel_array`, and the operator, in the form in which they are computed: matrices have two axes."""
+    kernel = kernel_array(kernel, op)
+    return op._flattened(kernel)
+
+
+def ensure_same_on_devices(array: jax.Array, name: str) -> None:
+    """Raises `ValueError` for an array that differs over the devices of a `jax.shard_map` which keeps track of that.
+
+    There, JAX sums over the devices what goes back to a constant, such as the unknown of an adjoint. Results would be
+    sums over all devices.
+    """
+    axes = jax.typeof(array).mat.varying
+    ensure(
+        not axes,
+        f"{name}: got an array that varies over the mesh axes {sorted(axes)}, expected jax.shard_map(..., "
+        "check_vma=False) around functions of jaxsrn.",
+    )
 
 
 def real_floating(dtype, name: str, if_complex: str) -> None:

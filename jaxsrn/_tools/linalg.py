@@ -128,11 +128,11 @@ def gram_bound(matrices: Inexact[Array, "batch in out"], num_steps: int) -> Floa
     for step in range(num_steps):
         # The bound is a root of the norm, so it gets back the same root of every factor that is divided out.
         scale = jnp.where(is_zero, 1.0, norms)
-        log_bounds = log_bounds + jnp.log(scale) / 2 ** (step + 1)
+        log_bounds = log_bounds + jnp.log(scale) / 2.0 ** (step + 1)
         grams = grams / scale[:, None, None].astype(grams.dtype)
         grams = matmul(grams, grams)
         norms = _frobenius(grams)
-    log_bounds = log_bounds + jnp.log(jnp.where(is_zero, 1.0, norms)) / 2 ** (num_steps + 1)
+    log_bounds = log_bounds + jnp.log(jnp.where(is_zero, 1.0, norms)) / 2.0 ** (num_steps + 1)
     return jnp.max(jnp.where(is_zero, 0.0, jnp.exp(log_bounds)))
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
-from jaxsrn._tools.checks import Kernel, kernel_array, static_int
+from jaxsrn._tools.checks import Kernel, computed_form, static_int
 from jaxsrn._tools.linalg import einsum, safe_sqrt
 from jaxsrn._tools.programs import program
 from jaxsrn.bounds.coefficients import largest_form, num_terms, smallest_over_covers
@@ -49,7 +49,7 @@ def lip_bound(kernel: Kernel, op: Operator, *, oversampling: int = 8) -> Float[A
     Raises:
       ValueError: a kernel that does not fit, or an oversampling below 2.
     """
-    kernel, op = op._flattened(kernel_array(kernel, op))
+    kernel, op = computed_form(kernel, op)
     return _lip_bound(kernel, op, static_int(oversampling, "oversampling", 2))
 
 
@@ -87,7 +87,7 @@ def l1(kernel: Kernel, op: Operator) -> Float[Array, ""]:
     Raises:
       ValueError: a kernel that does not fit.
     """
-    return _l1(*op._flattened(kernel_array(kernel, op)))
+    return _l1(*computed_form(kernel, op))
 
 
 @program
@@ -118,7 +118,7 @@ def channel_l1(kernel: Kernel, op: Operator) -> Float[Array, ""]:
     Raises:
       ValueError: a kernel that does not fit.
     """
-    return _channel_l1(*op._flattened(kernel_array(kernel, op)))
+    return _channel_l1(*computed_form(kernel, op))
 
 
 @program

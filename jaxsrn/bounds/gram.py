@@ -13,7 +13,7 @@ import math
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxsrn._tools.checks import Kernel, float_dtype, kernel_array, static_int
+from jaxsrn._tools.checks import Kernel, computed_form, float_dtype, static_int
 from jaxsrn._tools.linalg import gram_bound
 from jaxsrn._tools.programs import program
 from jaxsrn.bounds.covers import NormInterval, covers, widened
@@ -49,7 +49,7 @@ def gram_iteration(kernel: Kernel, op: Operator, *, num_steps: int = 6, oversamp
     Raises:
       ValueError: a kernel that does not fit, fewer than one step, an oversampling below 2.
     """
-    kernel, op = op._flattened(kernel_array(kernel, op))
+    kernel, op = computed_form(kernel, op)
     num_steps, oversampling = static_int(num_steps, "num_steps"), static_int(oversampling, "oversampling", 2)
     return _gram_iteration(kernel, op, num_steps, oversampling)
 

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from jaxsrn._tools.checks import Kernel, ensure, float_dtype, kernel_array, static_share
+from jaxsrn._tools.checks import Kernel, computed_form, ensure, float_dtype, static_share
 from jaxsrn._tools.linalg import ratio, unit
 from jaxsrn._tools.loops import one_by_one
 from jaxsrn._tools.programs import program
@@ -84,7 +84,7 @@ def probabilistic(
       >>> bool(lower < upper < 1.01 * lower)
       True
     """
-    kernel, op = op._flattened(kernel_array(kernel, op))
+    kernel, op = computed_form(kernel, op)
     ensure(
         not isinstance(op, UnboundedConv),
         f"op: got {op!r}, expected an operator with an image; bounds.certified takes one without.",

@@ -15,7 +15,7 @@ import math
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxsrn._tools.checks import Kernel, kernel_array, static_int
+from jaxsrn._tools.checks import Kernel, computed_form, static_int
 from jaxsrn._tools.programs import program
 from jaxsrn.bounds.coefficients import matrix_norm, num_terms, smallest_over_covers
 from jaxsrn.operators.base import Operator
@@ -50,7 +50,7 @@ def fantastic_four(kernel: Kernel, op: Operator, *, num_steps: int | None = None
     Raises:
       ValueError: a kernel that does not fit, fewer than one step, or a second derivative with `num_steps`.
     """
-    kernel, op = op._flattened(kernel_array(kernel, op))
+    kernel, op = computed_form(kernel, op)
     return _fantastic_four(kernel, op, num_steps if num_steps is None else static_int(num_steps, "num_steps"))
 
 

@@ -19,7 +19,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Complex, Float
 
-from jaxsrn._tools.checks import Kernel, kernel_array, static_int
+from jaxsrn._tools.checks import Kernel, computed_form, static_int
 from jaxsrn._tools.held import held, stationary
 from jaxsrn._tools.indexing import picked
 from jaxsrn._tools.linalg import einsum, unit
@@ -69,7 +69,7 @@ def tensor_norm(kernel: Kernel, op: Operator, *, num_starts: int = 8, num_steps:
     Raises:
       ValueError: a kernel that does not fit, or fewer than one start or step.
     """
-    kernel, op = op._flattened(kernel_array(kernel, op))
+    kernel, op = computed_form(kernel, op)
     return _tensor_norm(kernel, op, static_int(num_starts, "num_starts"), static_int(num_steps, "num_steps"))
 
 

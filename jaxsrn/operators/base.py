@@ -19,7 +19,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Shaped
 
-from jaxsrn._tools.checks import Kernel, ensure, kernel_array, static_int
+from jaxsrn._tools.checks import Kernel, ensure, ensure_same_on_devices, kernel_array, static_int
 from jaxsrn.operators.layouts import PLAIN, TO_TRANSPOSE_IN_IMAGES, TO_TRANSPOSE_IN_KERNELS, Layout
 
 __all__ = [
@@ -30,8 +30,8 @@ __all__ = [
 
 # Inputs or outputs of a layer, with any number of batch axes first.
 Images = Shaped[Array | np.ndarray, "..."]
-# The two spellings of full precision.
-_FULL = (lax.Precision.HIGHEST, "highest")
+# The spellings of full precision.
+_FULL = (lax.Precision.HIGHEST, "highest", "float32")
 
 
 class Contacts(NamedTuple):
@@ -58,13 +58,31 @@ class Operator(abc.ABC):
     def _check_kernel_shape(self, kernel_shape: tuple[int, ...]) -> None:
         """Raises `ValueError` where a kernel of this shape does not fit the operator."""
 
-    @abc.abstractmethod
     def in_shape(self, kernel_shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Shape of one input: `(c_in,)`, or `(*input_shape, c_in)`."""
+        """Shape of one input: `(c_in,)`, or `(*input_shape, c_in)`.
+
+        Raises:
+          ValueError: the shape of a kernel that does not fit, or an operator whose image has no size.
+        """
+        self._check_kernel_shape(kernel_shape)
+        return self._in_shape(kernel_shape)
+
+    def out_shape(self, kernel_shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape of one output: `(c_out,)`, or `(*output_shape, c_out)`.
+
+        Raises:
+          ValueError: as `in_shape`.
+        """
+        self._check_kernel_shape(kernel_shape)
+        return self._out_shape(kernel_shape)
 
     @abc.abstractmethod
-    def out_shape(self, kernel_shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Shape of one output: `(c_out,)`, or `(*output_shape, c_out)`."""
+    def _in_shape(self, kernel_shape: tuple[int, ...]) -> tuple[int, ...]:
+        """`in_shape` of a shape that is checked."""
+
+    @abc.abstractmethod
+    def _out_shape(self, kernel_shape: tuple[int, ...]) -> tuple[int, ...]:
+        """`out_shape` of a shape that is checked."""
 
     @abc.abstractmethod
     def _channels(self, kernel_shape: tuple[int, ...]) -> tuple[int, int]:
@@ -136,6 +154,7 @@ class Operator(abc.ABC):
           ValueError: a kernel or an output whose shape does not fit.
         """
         kernel, y = kernel_array(kernel, self), jnp.asarray(y)
+        ensure_same_on_devices(y, "y")
         out_shape = self.out_shape(kernel.shape)
         ensure(
             y.ndim >= len(out_shape) and y.shape[y.ndim - len(out_shape) :] == out_shape,
@@ -194,7 +213,7 @@ class Operator(abc.ABC):
 
     def wrap(self, kernel: Kernel) -> Shaped[Array, "..."]:
         """The kernel in which taps that fall on each other are summed: the same map, up to a translation."""
-        kernel = jnp.asarray(kernel)
+        kernel = kernel_array(kernel, self)
         for axis, (k, period) in enumerate(zip(kernel.shape, self._distinct_shape(kernel.shape), strict=True)):
             if k > period:
                 taps = jnp.moveaxis(kernel, axis, 0)
@@ -262,10 +281,10 @@ class Dense(Operator):
     def _axis_strides(self, kernel_shape):
         return ()
 
-    def in_shape(self, kernel_shape):
+    def _in_shape(self, kernel_shape):
         return self._channels(kernel_shape)[:1]
 
-    def out_shape(self, kernel_shape):
+    def _out_shape(self, kernel_shape):
         return self._channels(kernel_shape)[1:]
 
     def _axis_contacts(self, kernel_shape):

@@ -16,8 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jaxtyping import Array, Shaped
 
-from jaxsrn._tools.checks import ensure, int_tuple
+from jaxsrn._tools.checks import ensure, int_tuple, is_integer
 from jaxsrn.operators.base import Contacts, Operator
 from jaxsrn.operators.layouts import Layout, convolve
 from jaxsrn.operators.many_taps import Axis, convolve_by_fft, is_cheaper_by_fft
@@ -43,9 +44,12 @@ class _Conv(Operator):
         given = [
             repr(value) if argument.default is argument.empty else f"{argument.name}={value!r}"
             for argument, value in arguments
-            if value != argument.default and (argument.default != 1 or set(np.ravel(value)) != {1})
+            if not self._is_default(value, argument.default)
         ]
         return f"{type(self).__name__}({', '.join(given)})"
+
+    def _is_default(self, value, default) -> bool:
+        return value == default
 
     def _hold(self, *, feature_group_count: int, **fields) -> None:
         """Sets the fields of the frozen operator, once."""
@@ -119,13 +123,13 @@ class UnboundedConv(_Conv):
             self._per_axis(name, kernel_shape)
         self._check_channels(kernel_shape)
 
-    def in_shape(self, kernel_shape):
+    def _in_shape(self, kernel_shape):
         raise ValueError(
             f"op: got {self}, whose image has no size, expected a convolution with one, CircularConv(input_shape) or "
             "ZeroPaddedConv(input_shape); an image without edges has norms and stable ranks, but no vectors."
         )
 
-    out_shape = in_shape
+    _out_shape = _in_shape
 
     def _sizes(self, kernel_shape):
         channels_in, channels_out = self._channels(kernel_shape)
@@ -154,6 +158,10 @@ class _SizedConv(_Conv):
         """The number of spatial axes."""
         return len(self.input_shape)
 
+    def _is_default(self, value, default):
+        # An int stands for all axes of the image.
+        return value == default or (default == 1 and set(np.ravel(value)) == {1})
+
     @property
     def _kernel_axes(self) -> int:
         return self.num_axes + 2
@@ -161,7 +169,6 @@ class _SizedConv(_Conv):
     def _hold_sizes(self, input_shape, feature_group_count: int, **sizes) -> None:
         """Sets the fields: each of the `sizes` is a positive int, or one per axis of the image."""
         shape = int_tuple(input_shape, None, "input_shape")
-        ensure(1 <= len(shape) <= 3, f"input_shape: got {input_shape!r}, expected one to three spatial axes.")
         sizes = {name: int_tuple(size, len(shape), name) for name, size in sizes.items()}
         self._hold(input_shape=shape, **sizes, feature_group_count=feature_group_count)
 
@@ -177,7 +184,7 @@ class _SizedConv(_Conv):
         )
         self._check_channels(kernel_shape)
 
-    def in_shape(self, kernel_shape):
+    def _in_shape(self, kernel_shape):
         return (*self.input_shape, self._channels(kernel_shape)[0])
 
     def _extents(self, kernel_shape) -> tuple[int, ...]:
@@ -193,9 +200,13 @@ class _SizedConv(_Conv):
 
     def _convolve(self, kernel, x, precision, layout: Layout, by_fft: bool):
         """The convolution of `_axes`."""
-        axes = self._axes(kernel.shape)
+        axes, groups = self._axes(kernel.shape), self.feature_group_count
         if by_fft:
-            return convolve_by_fft(kernel, x, layout, axes, self.feature_group_count)
+            return convolve_by_fft(kernel, x, layout, axes, groups)
+        if any(not 0 <= pad < axis.extent for axis in axes for pad in axis.padding):
+            # XLA's convolution on CPUs is wrong where it crops at the low end and pads at the high one, by 1e13 or NaN
+            # (jaxlib 0.10.2). The adjoint of one that pads by more than the taps reach is such a convolution.
+            x, axes = _padded(x, axes)
         return convolve(
             kernel,
             x,
@@ -204,9 +215,17 @@ class _SizedConv(_Conv):
             padding=[axis.padding for axis in axes],
             lhs_dilation=[axis.input_dilation for axis in axes],
             rhs_dilation=self.kernel_dilation,
-            feature_group_count=self.feature_group_count,
+            feature_group_count=groups,
             precision=precision,
         )
+
+
+def _padded(x: Shaped[Array, "..."], axes: list[Axis]) -> tuple[Shaped[Array, "..."], list[Axis]]:
+    """Images with their padding and the zeros of the input dilation, and the geometry that is left to them."""
+    pads = [(*axis.padding, axis.input_dilation - 1) for axis in axes]
+    x = lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *pads, (0, 0, 0)])
+    sizes = [axis.image + sum(axis.padding) for axis in axes]
+    return x, [axis._replace(samples=n, padding=(0, 0), input_dilation=1) for axis, n in zip(axes, sizes, strict=True)]
 
 
 @jax.tree_util.register_static
@@ -255,7 +274,7 @@ class CircularConv(_SizedConv):
         """The spatial shape of the output, which is also the number of frequencies along each axis."""
         return tuple(n // s for n, s in zip(self.input_shape, self.strides, strict=True))
 
-    def out_shape(self, kernel_shape):
+    def _out_shape(self, kernel_shape):
         return (*self.grid, kernel_shape[-1])
 
     def _centre(self, kernel_shape) -> tuple[int, ...]:
@@ -296,7 +315,8 @@ class ZeroPaddedConv(_SizedConv):
 
     Args:
       input_shape: the spatial shape, one to three axes.
-      padding: `"SAME"`, `"VALID"`, `"CAUSAL"` (one axis) or `(low, high)` pairs, one per axis.
+      padding: `"SAME"`, `"VALID"`, `"CAUSAL"` (one axis) or `(low, high)` pairs, one per axis. Negative padding crops
+        the image.
       strides, input_dilation, kernel_dilation: an int, or one per axis. With input dilation (transposed
         convolutions) the padding must be pairs.
       feature_group_count: number of groups.
@@ -344,11 +364,11 @@ class ZeroPaddedConv(_SizedConv):
             return padding
         pairs = padding if isinstance(padding, (tuple, list)) else ()
         ensure(
-            len(pairs) == self.num_axes and all(np.shape(pair) == (2,) for pair in pairs),
-            f"padding: got {padding!r}, expected a name or {self.num_axes} (low, high) pairs.",
+            len(pairs) == self.num_axes
+            and all(np.shape(pair) == (2,) and all(map(is_integer, pair)) for pair in pairs),
+            f"padding: got {padding!r}, expected a name or {self.num_axes} (low, high) pairs of integers.",
         )
-        # Negative padding is allowed; it crops the image, as in `lax`.
-        return tuple(int_tuple(pair, 2, "padding", minimum=-(2**31)) for pair in pairs)
+        return tuple((int(low), int(high)) for low, high in pairs)
 
     @property
     def _dilated_shape(self) -> tuple[int, ...]:
@@ -367,12 +387,12 @@ class ZeroPaddedConv(_SizedConv):
     def _check_kernel_shape(self, kernel_shape):
         super()._check_kernel_shape(kernel_shape)
         ensure(
-            min(self.out_shape(kernel_shape)) > 0,
+            min(self._out_shape(kernel_shape)) > 0,
             f"kernel: taps {tuple(kernel_shape[: self.num_axes])} leave no output on input_shape={self.input_shape} "
             f"with padding={self.padding!r}; expected a larger image or more padding.",
         )
 
-    def out_shape(self, kernel_shape):
+    def _out_shape(self, kernel_shape):
         geometry = zip(
             self._dilated_shape, self._pads(kernel_shape), self._extents(kernel_shape), self.strides, strict=True
         )

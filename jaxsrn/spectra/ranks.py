@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
-from jaxsrn._tools.checks import Kernel, ensure, float_dtype, kernel_array, static_share
+from jaxsrn._tools.checks import Kernel, computed_form, ensure, float_dtype, static_share
 from jaxsrn._tools.linalg import ratio
 from jaxsrn._tools.programs import program
 from jaxsrn.operators.base import Operator
@@ -55,7 +55,7 @@ def stable_rank(kernel: Kernel, op: Operator) -> Float[Array, ""]:
       >>> print(jaxsrn.stable_rank(jnp.diag(jnp.array([2.0, 1.0, 1.0])), jaxsrn.Dense()).round(4))
       1.5
     """
-    kernel, op, copies = in_common_shape(*op._flattened(kernel_array(kernel, op)))
+    kernel, op, copies = in_common_shape(*computed_form(kernel, op))
     return norm_and_rank(kernel, op, leading_pair(kernel, op), copies)[1]
 
 

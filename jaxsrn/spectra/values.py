@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Complex, Float
 
-from jaxsrn._tools.checks import Kernel, ensure, float_dtype, is_integer, kernel_array
+from jaxsrn._tools.checks import Kernel, computed_form, ensure, float_dtype, is_integer, kernel_array
 from jaxsrn._tools.held import held, stationary
 from jaxsrn._tools.lanczos import top_singular_vectors
 from jaxsrn._tools.programs import program
@@ -83,7 +83,7 @@ def singular_values(kernel: Kernel, op: Operator) -> Float[Array, " n"]:
       ValueError: a kernel that does not fit, an `UnboundedConv`, whose values are infinitely many, or a zero-padded
         matrix that is too large to form.
     """
-    kernel, op = op._flattened(kernel_array(kernel, op))
+    kernel, op = computed_form(kernel, op)
     size = matrix_size(op, kernel.shape)
     ensure(
         not op._needs_explicit_matrix or size <= DENSE_SIZE,
@@ -141,7 +141,7 @@ def top_singular_values(kernel: Kernel, op: Operator, k: int) -> Float[Array, " 
     Raises:
       ValueError: a kernel that does not fit, an `UnboundedConv`, or a `k` out of range.
     """
-    kernel, op = op._flattened(kernel_array(kernel, op))
+    kernel, op = computed_form(kernel, op)
     n = min(math.prod(op.in_shape(kernel.shape)), math.prod(op.out_shape(kernel.shape)))
     ensure(is_integer(k) and 1 <= k <= n, f"k: got {k!r}, expected an integer from 1 to {n}.")
     size = matrix_size(op, kernel.shape)

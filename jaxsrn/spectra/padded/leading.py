@@ -32,7 +32,7 @@ from jaxsrn.spectra.singular_pair import Found, Pair, matrix_size, rescaled, wit
 
 __all__ = ["is_searched", "leading_of_padded", "search"]
 
-# A random part of this relative norm is mixed into a given start. Without it a start that happens to be another
+# A fixed part of this relative norm is mixed into a given start. Without it a start that happens to be another
 # singular vector would trap the search; a larger part would cost the steps that the start saves.
 _WARM_NOISE = 1e-3
 # The search goes on to so small a share of the tolerance. It may end at a mixture of vectors of nearly equal values,
