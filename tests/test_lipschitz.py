@@ -394,8 +394,35 @@ def test_zero_and_nan():
     params = kernels()
     params["second"][0, 0, 0] = np.nan
     for function in (lipschitz.spec_fro, lipschitz.spec_l1):
-        assert np.isnan(function(OPS, params, 1.0))
+        assert np.all(np.isnan(function(OPS, params, np.array([1.0, 0.0]))))
     assert np.isnan(lipschitz.certified_upper_bound(OPS, params))
+
+
+def test_nan_that_the_jacobian_does_not_show():
+    """That of an affine network is its matrix, whatever the sample and the bias."""
+    params, x = {"matrix": gaussian((4, 2)), "bias": np.zeros(2)}, gaussian((3, 4))
+
+    def affine(params, x):
+        return x @ params["matrix"] + params["bias"][None]
+
+    def all_numbers(params, x):
+        estimate = lipschitz.local_frobenius(affine, params, x, key=jax.random.key(0), num_probes=2)
+        return [*lipschitz.local(affine, params, x), *lipschitz.local_frobenius(affine, params, x), *estimate]
+
+    x[1, 2] = np.nan
+    for leaf in all_numbers(params, x):
+        np.testing.assert_array_equal(np.isnan(leaf), [False, True, False])
+    for leaf in all_numbers({**params, "bias": np.array([np.nan, 0.0])}, gaussian((3, 4))):
+        assert np.all(np.isnan(leaf))
+
+
+@pytest.mark.parametrize("margin", [None, 1.0])
+def test_a_label_that_names_no_class(margin):
+    def network(params, x, tap):
+        return tap(x @ params) @ params.T
+
+    found = lipschitz.jac_norm(network, gaussian((4, 3)), gaussian((3, 4)), np.array([0, 4, -1]), margin=margin)
+    np.testing.assert_array_equal(np.isnan(found), [False, True, True])
 
 
 def test_narrow_dtypes():
@@ -421,10 +448,15 @@ BAD = [
     (lambda: lipschitz.local_frobenius(nothing, 1.0, np.ones((2, 3)), num_probes=3), "expected both for an estimate"),
     (lambda: lipschitz.pairwise(nothing, 1.0, np.ones((2, 3)), np.ones((1, 3))), "y: got shape .1, 3. beside x"),
     (lambda: lipschitz.ascent(nothing, 1.0, np.ones((2, 3)), np.ones((2, 3)), box=(1, 0)), "box: got .1, 0."),
+    (lambda: lipschitz.ascent(nothing, 1.0, np.ones((2, 3)), np.ones((2, 3)), box=5), "box: got 5, expected a pair"),
     (lambda: lipschitz.ascent(nothing, 1.0, np.ones((2, 3)), np.ones((2, 3)), num_steps=0), "num_steps: got 0"),
     (lambda: lipschitz.upper_bound({}, kernels()), "layers: got none"),
     (lambda: lipschitz.upper_bound({("no",): Dense()}, kernels()), "names 0 arrays"),
     (lambda: lipschitz.upper_bound(OPS, kernels(), norm=lambda k, op: k), "expected a scalar"),
+    (
+        lambda: lipschitz.upper_bound(OPS, kernels(), norm=lambda k, op: None),
+        "got nothing for .'first',., expected a s",
+    ),
     (lambda: lipschitz.spec_fro({("first",): UnboundedConv()}, kernels(), 1.0), "whose image has no size"),
     (lambda: lipschitz.spec_l1({("first",): UnboundedConv()}, kernels(), 1.0), "whose image has no size"),
     (lambda: lipschitz.spec_fro(OPS, kernels(), 1j), "margin: got dtype complex128"),

@@ -192,6 +192,18 @@ def test_initial_pairs_are_the_two_farthest(gram):
             np.testing.assert_allclose(images, expected[:, None] * vectors, atol=1e-5 * np.abs(expected[0]))
 
 
+def test_pairs_of_huge_kernels():
+    """Values whose squares leave the range of float32 are infinite, and the vectors are those of a smaller kernel."""
+    kernel = gaussian((6, 4)).astype(np.float32)
+    pairs = penalties.init_pairs(kernel * np.float32(1e19), Dense())
+    assert np.all(pairs.values == np.inf)
+    expected = penalties.init_pairs(kernel, Dense(), alpha=1e-9).vectors
+    np.testing.assert_allclose(np.abs(np.sum(pairs.vectors * expected, axis=1)), 1, rtol=1e-5)
+    value, stepped = penalties.extreme_singular_values_step(kernel * np.float32(1e19), pairs, Dense())
+    assert value == np.inf
+    assert np.all(stepped.values == np.inf)
+
+
 @pytest.mark.parametrize(("shape", "gram"), [((3, 3, 1, 3), "small"), ((3, 3, 3, 1), "small"), ((3, 3, 2, 2), "input")])
 def test_tracked_pairs_follow_gradient_descent(shape, gram):
     """Algorithm 2.1: never above the exact penalty, and with enough power steps close to it."""
@@ -374,6 +386,10 @@ def test_errors_of_batch_norm_and_sums():
         penalties.total(norm, {("a", "bias"): OP}, params)
     with pytest.raises(ValueError, match=r"got a value of shape \(72,\) for \('a', 'kernel'\)"):
         penalties.total(jaxsrn.singular_values, LAYERS, params)
+    with pytest.raises(ValueError, match=r"got NormInterval\(lower=dtype.*, expected one real floating-point number"):
+        penalties.total(jaxsrn.bounds.certified, LAYERS, params)
+    with pytest.raises(ValueError, match=r"got int32 for each layer, expected one real floating-point number"):
+        penalties.total(lambda kernel, op: jnp.int32(1), LAYERS, params)
 
 
 def ancestors(program: str) -> dict[str, set[str]]:

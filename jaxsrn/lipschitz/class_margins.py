@@ -79,6 +79,9 @@ def margin_array(margin, dtype) -> Float[Array, "..."]:
 
 
 def over_margin(measure, margin, power: int):
-    """`measure / margin**power`, and infinity where the margin is not positive and the bounds behind it say nothing."""
+    """`measure / margin**power`, and infinity where the margin is not positive and the bounds behind it say nothing.
+
+    A measure that is NaN stays NaN.
+    """
     void = margin <= 0
-    return jnp.where(void, jnp.inf, measure / jnp.where(void, 1, margin) ** power)
+    return jnp.where(void & ~jnp.isnan(measure), jnp.inf, measure / jnp.where(void, 1, margin) ** power)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxsrn._tools.checks import ensure, float_dtype
+from jaxsrn._tools.checks import ensure, ensure_same_on_devices, float_dtype
 from jaxsrn._tools.programs import program
 from jaxsrn.lipschitz.class_margins import logits_and_labels, margin_array, margins_of, over_margin
 from jaxsrn.lipschitz.samples import check_network, full_precision, norms_of_samples
@@ -43,15 +43,17 @@ def jac_norm(f: Callable, params, x, labels, *, margin=None) -> Float[Array, "..
         sample's own.
 
     Returns:
-      An array `(samples,)` in float32 or wider: infinity where the margin is not positive, NaN where the margin or a
-      hidden layer is. It is differentiable in `params` and `x`.
+      An array `(samples,)` in float32 or wider: infinity where the margin is not positive, NaN where the margin, a
+      hidden layer or a logit is, or where a label names no class. It is differentiable in `params` and `x`.
 
     Raises:
       ValueError: a network without hidden layers, hidden layers or logits without the axis of samples, labels that
         do not fit, or a margin that is not real, or neither one number nor one for each sample.
     """
     check_network(f)
-    return _jac_norm(f, params, jnp.asarray(x), jnp.asarray(labels), margin)
+    x = jnp.asarray(x)
+    ensure_same_on_devices(x, "x")
+    return _jac_norm(f, params, x, jnp.asarray(labels), margin)
 
 
 @functools.partial(program, static_argnums=0)
@@ -87,4 +89,5 @@ def _jac_norm(f, params, x, labels, margin):
         margin.shape in ((), own.shape),
         f"margin: got shape {margin.shape}, expected one number, or one for each of {len(x)} samples.",
     )
-    return over_margin(sum(terms), margin, 1)
+    # The margin of a label that names no class is NaN, and so is what belongs to it.
+    return over_margin(jnp.where(jnp.isnan(own), jnp.nan, sum(terms)), margin, 1)

@@ -23,7 +23,7 @@ from jaxsrn._tools.linalg import ratio, safe_sqrt, unit
 from jaxsrn._tools.programs import program
 from jaxsrn._tools.subspaces import fixed_start
 from jaxsrn._tools.tolerances import search_tolerance
-from jaxsrn.lipschitz.samples import check_network, checked_batches, output_of, rows
+from jaxsrn.lipschitz.samples import check_network, checked_batches, nan_where_nan, output_of, rows
 
 __all__ = ["LocalConstant", "LocalFrobeniusNorm", "local", "local_frobenius"]
 
@@ -102,7 +102,8 @@ def _local(f, params, x, tolerance):
     # The product with the found vectors is the only part that depends on what is differentiated.
     values = functools.partial(_values_of_vectors, f)
     move = jax.vmap(stationary(functools.partial(_value_of_sample, f)), ((None, 0), 0))
-    return LocalConstant(held(values, move, (params, x), (left, right)), residual)
+    value = held(values, move, (params, x), (left, right))
+    return LocalConstant(*(nan_where_nan(f, fixed, points, each) for each in (value, residual)))
 
 
 def _values_of_vectors(f: Callable, where, vectors) -> Float[Array, " samples"]:
@@ -185,7 +186,7 @@ def _exact_frobenius(f, params, x):
         # One row after the other: all at once would be the whole Jacobian.
         return jnp.sum(lax.map(lambda i: jnp.sum(product((places == i).astype(point.dtype)) ** 2), places))
 
-    value = safe_sqrt(jax.vmap(squared_norm)(x))
+    value = nan_where_nan(f, params, x, safe_sqrt(jax.vmap(squared_norm)(x)))
     return LocalFrobeniusNorm(value, jnp.where(jnp.isnan(value), value, 0))
 
 
@@ -199,6 +200,6 @@ def _estimated_frobenius(f, params, x, key, num_probes):
         return lax.map(lambda key: jnp.sum(product(jax.random.rademacher(key, (size,), point.dtype)) ** 2), probes)
 
     found = jax.vmap(squares)(x, jax.random.split(key, len(x)))
-    value = safe_sqrt(jnp.mean(found, axis=1))
+    value = nan_where_nan(f, params, x, safe_sqrt(jnp.mean(found, axis=1)))
     of_mean = jnp.std(lax.stop_gradient(found), axis=1, ddof=1) / num_probes**0.5
     return LocalFrobeniusNorm(value, ratio(of_mean, 2 * lax.stop_gradient(value)))

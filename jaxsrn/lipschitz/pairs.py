@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Shaped
 
@@ -92,7 +93,7 @@ def ascent(f: Callable, params, x, y, *, num_steps: int = 100, box=None) -> Asce
     """
     check_network(f)
     ensure(
-        box is None or (len(box) == 2 and float(box[0]) < float(box[1])),
+        box is None or (np.shape(box) == (2,) and float(box[0]) < float(box[1])),
         f"box: got {box!r}, expected a pair (low, high) of numbers with low < high.",
     )
     low, high = (-jnp.inf, jnp.inf) if box is None else box

@@ -5,16 +5,25 @@ The samples of a batch lie along the first axis of `x` and of the output, and do
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Hashable
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxsrn._tools.checks import ensure, float_dtype
+from jaxsrn._tools.checks import ensure, ensure_same_on_devices, float_dtype
 from jaxsrn._tools.linalg import safe_sqrt
 
-__all__ = ["check_network", "checked_batches", "full_precision", "norms_of_samples", "output_of", "rows"]
+__all__ = [
+    "check_network",
+    "checked_batches",
+    "full_precision",
+    "nan_where_nan",
+    "norms_of_samples",
+    "output_of",
+    "rows",
+]
 
 
 def full_precision():
@@ -60,6 +69,7 @@ def checked_batches(f: Callable, params, *batches) -> list[jax.Array]:
     """
     arrays = [jnp.asarray(batch) for batch in batches]
     for array in arrays:
+        ensure_same_on_devices(array, "x")
         ensure(
             array.ndim > 0 and array.size > 0 and jnp.issubdtype(array.dtype, jnp.floating),
             f"x: got {array.dtype}{list(array.shape)}, expected a real floating-point array of shape (samples, ...).",
@@ -78,6 +88,17 @@ def rows(f: Callable, params, x: Float[Array, "samples ..."]) -> Float[Array, "s
     with full_precision():
         y = jax.tree.leaves(f(params, x))[0]
     return y.reshape((len(x), -1)).astype(x.dtype)
+
+
+def nan_where_nan(f: Callable, params, x, values: Float[Array, " samples"]) -> Float[Array, " samples"]:
+    """The values of the samples, NaN where the sample, its output or a parameter has a NaN.
+
+    A Jacobian need not show it: that of a linear network does not depend on the sample.
+    """
+    numbers = [leaf for leaf in jax.tree.leaves(params) if jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)]
+    is_nan = [jnp.any(jnp.isnan(leaf)) for leaf in numbers]
+    is_nan += [jnp.any(jnp.isnan(array.reshape((len(x), -1))), axis=1) for array in (x, rows(f, params, x))]
+    return jnp.where(functools.reduce(jnp.logical_or, is_nan), jnp.nan, values)
 
 
 def norms_of_samples(x: Float[Array, "samples ..."]) -> Float[Array, " samples"]:

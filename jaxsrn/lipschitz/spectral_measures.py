@@ -18,7 +18,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
-from jaxsrn._tools.checks import Kernel, float_dtype, kernel_array
+from jaxsrn._tools.checks import Kernel, computed_form, float_dtype
 from jaxsrn._tools.linalg import ratio, safe_sqrt
 from jaxsrn._tools.programs import program
 from jaxsrn.lipschitz.class_margins import margin_array, over_margin
@@ -51,7 +51,7 @@ def norm_2_1(kernel: Kernel, op: Operator) -> Float[Array, ""]:
     Raises:
       ValueError: a kernel that does not fit, or an `UnboundedConv`, whose matrix has infinitely many rows.
     """
-    kernel, op = op._flattened(kernel_array(kernel, op))
+    kernel, op = computed_form(kernel, op)
     op.in_shape(kernel.shape)
     return _norm_2_1(kernel, op)
 

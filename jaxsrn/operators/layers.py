@@ -235,6 +235,7 @@ def values_of_stacks(function: Callable, layers: Layers, params) -> list:
     for stack in _stacked(layers, named_kernels(layers, params)):
         values = jax.vmap(function, (0, None))(_after(stack.kernels, latest), stack.op)
         leaves = jax.tree.leaves(values)
+        ensure(len(leaves) > 0, f"function: got nothing for {stack.paths[0]!r}, expected a scalar.")
         for leaf in leaves:
             ensure(
                 jnp.shape(leaf) == (len(stack.kernels),),

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from jaxsrn._tools.checks import Kernel, ensure, float_dtype, kernel_array, positive_scalar
+from jaxsrn._tools.checks import Kernel, computed_form, ensure, float_dtype, positive_scalar
 from jaxsrn._tools.indexing import picked
 from jaxsrn._tools.lanczos import leading_singular_vectors
 from jaxsrn._tools.linalg import end_pairs, unit
@@ -82,7 +82,7 @@ def extreme_singular_values(kernel: Kernel, op: Operator, *, alpha=1.0, gram: st
     Raises:
       ValueError: a kernel that does not fit, an `alpha` that is not positive, an unknown `gram`.
     """
-    kernel, op = op._flattened(kernel_array(kernel, op))
+    kernel, op = computed_form(kernel, op)
     check_side(gram)
     return _extreme(kernel, op, positive_scalar(alpha, "alpha", float_dtype(kernel.dtype)), gram)
 

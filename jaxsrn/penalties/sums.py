@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxsrn._tools.checks import float_dtype
+from jaxsrn._tools.checks import ensure, float_dtype
 from jaxsrn.operators.layers import Layers, values_of_stacks
 
 __all__ = [
@@ -34,10 +35,15 @@ def total(function: Callable, layers: Layers, params) -> Float[Array, ""]:
 
     Raises:
       ValueError: no layers, a path that is not in `params` (it is named), a kernel that does not fit its operator, or a
-        function whose value is not a scalar.
+        function whose value is not a floating-point scalar.
     """
     running = jnp.zeros((), jnp.float32)
     for values in values_of_stacks(function, layers, params):
+        ensure(
+            isinstance(values, jax.Array) and jnp.issubdtype(values.dtype, jnp.floating),
+            f"function: got {jax.tree.map(jnp.result_type, values)} for each layer, expected one real floating-point "
+            "number; take one field of a result of several.",
+        )
         dtype = float_dtype(running.dtype, values.dtype)
         running = running.astype(dtype) + jnp.sum(values).astype(dtype)
     return running

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from jaxsrn._tools.checks import Kernel, ensure, float_dtype, kernel_array, positive_scalar, static_int
+from jaxsrn._tools.checks import Kernel, computed_form, ensure, float_dtype, positive_scalar, static_int
 from jaxsrn._tools.held import held, stationary
 from jaxsrn._tools.lanczos import top_singular_vectors
 from jaxsrn._tools.linalg import matmul
@@ -49,7 +49,7 @@ class TrackedPairs(NamedTuple):
 def init_pairs(kernel: Kernel, op: Operator, *, alpha=1.0, gram: str = "small") -> TrackedPairs:
     """The two eigenpairs of `M^T M - alpha I` farthest from 0, with which Algorithm 2.1 of Guo, Ye 2019 starts.
 
-    They come from Lanczos with deflation, matrix-free, for every operator.
+    They come from Lanczos with deflation, matrix-free, for every operator with an image size.
 
     Args:
       kernel, op, alpha, gram: as in `extreme_singular_values`.
@@ -58,9 +58,10 @@ def init_pairs(kernel: Kernel, op: Operator, *, alpha=1.0, gram: str = "small") 
       `TrackedPairs`, constants, in float32 or wider; the values are NaN where the kernel has a NaN.
 
     Raises:
-      ValueError: as `extreme_singular_values`, or a Gram matrix of one row, which has no two eigenpairs.
+      ValueError: as `extreme_singular_values`, an `UnboundedConv`, whose vectors are no images, or a Gram matrix of one
+        row, which has no two eigenpairs.
     """
-    kernel, op = op._flattened(kernel_array(kernel, op))
+    kernel, op = computed_form(kernel, op)
     check_side(gram)
     size = math.prod(_side_shape(op, kernel.shape, gram))
     ensure(
@@ -105,7 +106,7 @@ def extreme_singular_values_step(
     Raises:
       ValueError: as `init_pairs`, pairs that do not fit, or fewer than one step.
     """
-    kernel, op = op._flattened(kernel_array(kernel, op))
+    kernel, op = computed_form(kernel, op)
     check_side(gram)
     expected = (2, *_side_shape(op, kernel.shape, gram))
     got = jnp.shape(getattr(pairs, "vectors", None))
@@ -154,9 +155,8 @@ def _squared_image(op: Operator, gram: str, kernel, vector: Float[Array, "..."])
 
 
 def _shifted_gram(kernel, op: Operator, alpha, gram: str) -> Callable:
-    """The map `G - alpha I` up to a factor, which keeps squares of the kernel in the range of the dtype."""
-    scale = jnp.maximum(jnp.max(jnp.abs(kernel)), jnp.sqrt(alpha))
-    kernel, shift = kernel / scale, (jnp.sqrt(alpha) / scale) ** 2
+    """The map `G - alpha I` up to a factor."""
+    kernel, shift, _ = _scaled(kernel, alpha)
     forward, back = _gram_maps(kernel, op, gram)
 
     def product(vector):
@@ -165,11 +165,19 @@ def _shifted_gram(kernel, op: Operator, alpha, gram: str) -> Callable:
     return product
 
 
+def _scaled(kernel, alpha):
+    """The kernel over a scale, `alpha` over its square, and the scale; squares are in the range of the dtype then."""
+    scale = jnp.maximum(jnp.max(jnp.abs(kernel)), jnp.sqrt(alpha))
+    return kernel / scale, (jnp.sqrt(alpha) / scale) ** 2, scale
+
+
 def _rotated(kernel, op: Operator, alpha, gram: str, vectors: Float[Array, "..."]) -> TrackedPairs:
     """The eigenpairs of `G - alpha I` restricted to the span of two orthonormal vectors."""
+    kernel, shift, scale = _scaled(kernel, alpha)
     images = _image(kernel, op, vectors, gram).reshape((2, -1))
     values, basis = rayleigh_ritz(matmul(images, images.T))
-    values = values - alpha
+    values = values - shift
     order = jnp.argsort(-jnp.abs(values))
     turned = matmul(basis[order], vectors.reshape((2, -1)))
-    return TrackedPairs(values[order], turned.reshape(vectors.shape))
+    # The square of the scale alone may be infinite.
+    return TrackedPairs(scale * (scale * values[order]), turned.reshape(vectors.shape))
