@@ -394,6 +394,15 @@ def nearest_by_brute_force(a, n, target):
     return best
 
 
+def test_kernels_far_outside_the_ball():
+    """Of one channel, 4,096 times too large: of these, seven of forty ended with gaps of 4% to 99.9%."""
+    op = CircularConv((4, 6))
+    kernels = jnp.asarray(np.stack([gaussian((3, 3, 1, 1), seed) for seed in range(40)]))
+    found = jax.jit(jax.vmap(lambda kernel: jaxsrn.project_spectral_ball(4096 * kernel, op, 1.0)))(kernels)
+    assert np.all(found.gap < 1e-4)
+    assert max(norm_of(projected, op) for projected in found.kernel) <= 1 + 1e-12
+
+
 def quick_raise(op):
     return quick_jit(lambda a, target: jaxsrn.srnc(a, op, target, raise_rank=True))
 
@@ -420,6 +429,18 @@ def test_raising_three_taps_equals_brute_force(n):
     np.testing.assert_allclose(measure(beyond.kernel, op), [beyond.stable_rank, norm], rtol=1e-8)
     # What the docstring promises of the limit: seen 1.5% at n = 5, 0.6% at n = 16.
     np.testing.assert_allclose(beyond.stable_rank, top, rtol=2e-2)
+
+
+def test_raising_beyond_the_limit_keeps_the_highest():
+    """Depthwise kernels came back with a stable rank of 11 where 50 can be reached."""
+    op, kernel = CircularConv((4, 6), feature_group_count=3), np.random.default_rng(0).standard_normal((3, 3, 1, 3))
+    raise_rank = functools.partial(quick_raise(op), jnp.asarray(kernel))
+    reached, beyond = raise_rank(59.0), raise_rank(60.0)
+    assert bool(reached.feasible)
+    np.testing.assert_allclose(measure(reached.kernel, op), [59, norm_of(kernel, op)], rtol=1e-8)
+    assert not bool(beyond.feasible)
+    assert 59 < beyond.stable_rank < 60
+    np.testing.assert_allclose(measure(beyond.kernel, op), [beyond.stable_rank, norm_of(kernel, op)], rtol=1e-8)
 
 
 @pytest.mark.parametrize("name", ["circular-1d-stride", "circular-2d", "same-1d"])

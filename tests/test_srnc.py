@@ -155,6 +155,51 @@ def test_taps_that_are_zero_in_the_kernel_are_used(op, kind):
         assert float(result.distance) <= closest_by_descent(a, op, target) * (1 + 1e-4)
 
 
+def closest_on_a_grid(a, op, target):
+    """The least relative distance over directions of three taps, half a degree apart.
+
+    Kernels of the right stable rank and of a larger norm are nearer than those of the right norm, so that the norm need
+    not be met exactly: it is a bound.
+    """
+    weight, norm = weights((3, 1, 1), op).ravel(), measure(a, op)[1]
+    polar, azimuth = np.meshgrid(np.linspace(0, np.pi, 361), np.linspace(0, 2 * np.pi, 721))
+    directions = np.stack(
+        [np.cos(polar), np.sin(polar) * np.cos(azimuth), np.sin(polar) * np.sin(azimuth)], axis=-1
+    ).reshape((-1, 3))
+    kernels = norm * np.sqrt(target) * directions / np.sqrt(weight)
+    taps = np.stack([dense(np.eye(3)[tap][:, None, None], op) for tap in range(3)])
+    reached = np.linalg.norm(np.einsum("kt,tij->kij", kernels, taps), 2, axis=(1, 2)) >= norm
+    change = kernels[reached] - a.ravel()
+    return np.sqrt(np.min(change**2 @ weight) / np.sum(weight * a.ravel() ** 2))
+
+
+@pytest.mark.parametrize(
+    ("op", "a"),
+    [
+        (ZeroPaddedConv((6,), padding="VALID"), (-0.922, -0.458, 0.22)),
+        (ZeroPaddedConv((6,), padding="VALID"), (-1.288, 0.395, 0.43)),
+        (ZeroPaddedConv((6,)), (-1.208, -0.004, 0.656)),
+        (ZeroPaddedConv((4,), padding="CAUSAL"), (0.696, -1.184, -0.662)),
+    ],
+)
+def test_few_samples_with_zero_padding_equal_brute_force(op, a):
+    """From waves alone these ended at twice the distance and more, or as infeasible."""
+    a = np.array(a)[:, None, None]
+    rank, norm = measure(a, op)
+    result = jaxsrn.srnc(jnp.asarray(a), op, 0.9 * rank)
+    assert bool(result.feasible)
+    np.testing.assert_allclose(measure(result.kernel, op), [0.9 * rank, norm], rtol=1e-7)
+    assert result.distance <= closest_on_a_grid(a, op, 0.9 * rank) * (1 + 1e-2)
+
+
+@pytest.mark.parametrize("op", [CircularConv((8,)), ZeroPaddedConv((8,)), Dense()], ids=["circular", "same", "dense"])
+def test_a_traced_target_of_zero_is_missed(op):
+    kernel = jnp.asarray(gaussian((4, 3) if isinstance(op, Dense) else (3, 2, 2)))
+    found = jax.jit(lambda target: jaxsrn.srnc(kernel, op, target))(0.0)
+    assert not bool(found.feasible)
+    assert found.residual == 1
+
+
 @pytest.mark.parametrize("n", [5, 6, 9, 16, 33, 64])
 def test_one_channel_is_globally_optimal(n):
     rng, op = np.random.default_rng(n), CircularConv((n,))

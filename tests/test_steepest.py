@@ -59,6 +59,16 @@ def test_exact_is_the_dual_norm_of_an_independent_solver(op):
     assert expected <= result.dual_norm * (1 + 1e-9)
 
 
+@pytest.mark.parametrize("op", [ZeroPaddedConv((5,)), CircularConv((5,)), UnboundedConv()], ids=str)
+def test_exact_reaches_the_gap_that_is_asked_for(op):
+    gradient = jnp.asarray(gaussian((3, 2, 2)))
+    result = steepest(gradient, op, method="exact", tolerance=1e-5)
+    assert 0 <= result.gap <= 1e-5
+    np.testing.assert_allclose(1 - jnp.sum(gradient * result.kernel) / result.dual_norm, result.gap, atol=1e-12)
+    sized = CircularConv((256,)) if isinstance(op, UnboundedConv) else op
+    assert np.linalg.norm(dense(result.kernel, sized), 2) <= 1 + 1e-12
+
+
 @pytest.mark.parametrize("method", ["exact", "frequency"])
 def test_large_zero_padded_layers_are_between_two_stacks(method, monkeypatch):
     """Their kernel is in the ball, and their bound holds, but is not close."""

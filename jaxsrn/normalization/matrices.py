@@ -93,7 +93,7 @@ def srn_of_matrix(matrix, target, num_preserved, raise_rank):
         distance=ratio(safe_sqrt(jnp.sum((values - s) ** 2)), safe_sqrt(jnp.sum(s**2))),
         # Zero, or NaN where the matrix has one.
         gap=0 * rank,
-        residual=jnp.maximum(deviation(new_rank, jnp.where(rank == 0, 0.0, target)), deviation(values[0], wanted)),
+        residual=jnp.where(rank == 0, 0.0, jnp.maximum(deviation(new_rank, target), deviation(values[0], wanted))),
         num_steps=jnp.asarray(0),
         num_preserved=jnp.where(unchanged, num_preserved, preserved),
         feasible=feasible,

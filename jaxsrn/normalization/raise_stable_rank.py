@@ -106,10 +106,9 @@ def _search(problem: Problem, op: Operator, own: Pair, max_steps: int, tolerance
     def step(state: _State) -> _State:
         tau = jnp.exp(state.next)
         trial = _try(problem, op, own, tau, max_steps, largest_excess)
+        # A comparison with NaN is false, so that NaN is kept.
         closer = ~(jnp.abs(trial.rank - problem.target) >= jnp.abs(state.best.rank - problem.target))
-        # On the way to the limit the last trial counts, whether it is closer or not.
-        better = closer | jnp.isinf(state.high)
-        best = chosen(better, trial, state.best)
+        best = chosen(closer, trial, state.best)
         bracket = _narrowed(state, trial.rank - problem.target)
         num_steps = state.num_steps + trial.found.num_steps
         return bracket._replace(best=best, num_steps=num_steps, count=state.count + 1)

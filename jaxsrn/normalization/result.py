@@ -59,8 +59,8 @@ class SRNResult(NamedTuple):
 
 
 def deviation(value, wanted):
-    """`|value / wanted - 1|`, and 0 where `wanted` is 0, as it is for zero kernels."""
-    return jnp.where(wanted == 0, 0.0, jnp.abs(ratio(value, wanted) - 1))
+    """`|value / wanted - 1|`, 1 where `wanted` is 0."""
+    return jnp.abs(ratio(value, wanted) - 1)
 
 
 def in_own_scale(result: SRNResult, scale, kernel: Shaped[Array, "..."], op: Operator, unchanged) -> SRNResult:
@@ -78,10 +78,11 @@ def in_shape(result: SRNResult, kernel_shape: tuple[int, ...]) -> SRNResult:
 def measured(result, problem, norm, distance, gap, num_steps, keep_norm, feasible) -> SRNResult:
     """The result for a kernel whose norm is known: its stable rank, and how far it misses the constraints."""
     rank = ratio(problem.inner(result, result), norm**2)
-    wanted = jnp.where(problem.norm == 0, 0.0, problem.target)
-    residual = deviation(rank, wanted)
+    residual = deviation(rank, problem.target)
     if keep_norm:
         residual = jnp.maximum(residual, deviation(norm, problem.norm))
+    # A zero kernel has no stable rank.
+    residual = jnp.where(problem.norm == 0, 0.0, residual)
     return SRNResult(
         kernel=result,
         stable_rank=rank,

@@ -23,6 +23,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxsrn._tools.indexing import picked
 from jaxsrn._tools.linalg import divisor, einsum, safe_sqrt, top_pairs, top_values
+from jaxsrn._tools.tolerances import svds_are_dear
 from jaxsrn.normalization.closed_form import (
     INFEASIBLE,
     INFEASIBLE_FROM,
@@ -50,6 +51,7 @@ from jaxsrn.spectra.circular.fourier import (
 from jaxsrn.spectra.circular.grid_certificate import degrees, on_dividing_grid
 from jaxsrn.spectra.circular.site_pairs import pairs_at
 from jaxsrn.spectra.circular.sites import Site, among, half_grid, on_grid, sites_at, without_edges
+from jaxsrn.spectra.image_pairs import of_flat_vectors
 from jaxsrn.spectra.padded.circular_model import windowed
 from jaxsrn.spectra.ranks import largest_functional
 from jaxsrn.spectra.singular_pair import Pair
@@ -66,6 +68,8 @@ __all__ = [
 _NUM_STARTS = 4
 # Climbers are at peaks of the singular values, which are not those of the distance, so that more of them are tried.
 _NUM_CLIMBERS = 8
+# Singular values after the largest whose pairs are tried too, of small layers with zero padding.
+_NUM_NEXT = 4
 # Sites whose vectors are computed at a time: many share the overhead of an SVD, few stop the scan earlier. With one
 # channel per site there is no SVD.
 _SCAN_CHUNK = 16
@@ -360,8 +364,24 @@ def survey(problem: Problem, op: Operator, own: Pair, wanted: Bool[Array, ""] | 
     bound = _bounds(problem, e, problem.norm, 0.0)
     bound = jnp.where(bound < INFEASIBLE_FROM, bound, jnp.inf)
     if isinstance(op, ZeroPaddedConv):
-        return Survey(with_own(own, image_waves(problem.kernel, op, problem.target, wanted)), bound)
+        starts = with_own(own, image_waves(problem.kernel, op, problem.target, wanted))
+        return Survey(_with_next(problem.kernel, op, starts), bound)
     return Survey(jax.tree.map(lambda leaf: leaf[None], own), bound)
+
+
+def _with_next(kernel: Float[Array, "..."], op: ZeroPaddedConv, starts: Pair) -> Pair:
+    """The starts, followed by the pairs of the next singular values where the explicit matrix has a cheap SVD.
+
+    On a few samples singular vectors are no waves.
+    """
+    sizes = op._sizes(kernel.shape)
+    if svds_are_dear(1, sizes):
+        return starts
+    # Pairs map inputs to outputs.
+    rows, _, columns = jnp.linalg.svd(op.to_dense(kernel).T, full_matrices=False)
+    following = jax.vmap(lambda row, column: of_flat_vectors(row, column, op, kernel.shape))
+    pairs = following(rows.T[1 : 1 + _NUM_NEXT], columns[1 : 1 + _NUM_NEXT])
+    return jax.tree.map(lambda a, b: jnp.concatenate([a, b]), starts, pairs)
 
 
 def with_own(own: Pair, pairs: Pair) -> Pair:

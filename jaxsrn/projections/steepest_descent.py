@@ -25,7 +25,7 @@ from jaxtyping import Array, Float, Shaped
 from jaxsrn._tools.checks import Kernel, ensure, float_dtype, kernel_array, positive_scalar, static_int
 from jaxsrn._tools.linalg import divisor
 from jaxsrn._tools.programs import program
-from jaxsrn._tools.tolerances import PROVEN_SIZE
+from jaxsrn._tools.tolerances import PROVEN_SIZE, torus_excess
 from jaxsrn.operators.base import Dense, Operator
 from jaxsrn.operators.convolutions import ZeroPaddedConv
 from jaxsrn.projections.clipping import matrix_stack
@@ -58,8 +58,9 @@ _ANGLES = 32
 # The share of the tolerance that the solver may use up. The norm takes another one, and, of unbounded layers, the
 # frequencies between those of the grid.
 _SOLVERS_SHARE = 0.4
-# How far the norm that the result is divided by may exceed the value that was found, as far as is proven.
-_EXCESS = {"exact": 1e-4, "frequency": 1e-2, "flattened": 1e-2}
+# How far the norm that the result is divided by may exceed the value that was found, as far as is proven: a share of
+# the tolerance of `"exact"`, and this number for the other methods.
+_NORMS_SHARE, _EXCESS = 0.1, 1e-2
 
 
 class SteepestResult(NamedTuple):
@@ -87,9 +88,9 @@ def steepest(
         maximise <G, K>   subject to   ||T(K)||_2 <= 1
 
     for a gradient `G`, given as `kernel`; minus the result is the direction of steepest descent under the norm of the
-    whole layer. `<G, K>` is the plain inner product. The result is divided by a bound of its norm, which exceeds the
-    norm by at most 1e-4 (`"exact"`) or 1e-2, so that it is in the ball whatever the method. Of large zero-padded layers
-    the norm is not proven (`spectral_norm`).
+    whole layer. `<G, K>` is the plain inner product. The result is divided by a bound of its norm, so that it is in the
+    ball whatever the method. The bound exceeds the norm by at most a tenth of the tolerance (`"exact"`) or 1e-2. Of
+    large zero-padded layers the norm is not proven (`spectral_norm`).
 
     - `"exact"`: by passes that clip singular values and keep the taps, until the gap is proven. Zero-padded layers take
       their explicit matrix up to 2**18 entries. Larger ones take the ball of their cover, and a bound from the tapered
@@ -129,7 +130,9 @@ def steepest(
     found, bound = _candidate(lax.stop_gradient(kernel), op, tolerance, method, max_passes, num_passes)
     pair, excess = None, 0.0
     if not isinstance(op, Dense):
-        excess = _EXCESS[method]
+        # The proof for layers without edges leaves at least `torus_excess` open.
+        exact = jnp.maximum(_NORMS_SHARE * tolerance, torus_excess(dtype))
+        excess = exact if method == "exact" else _EXCESS
         pair = leading_pair(found, op, excess=excess)
     result = _on_unit_sphere(kernel, op, found, bound, pair, excess)
     return result._replace(kernel=result.kernel.reshape(shape))

@@ -36,10 +36,12 @@ __all__ = [
 ]
 
 
-def leading_wave(kernel: Float[Array, "..."], op: CircularConv | UnboundedConv, excess=0.0) -> tuple[Pair, float]:
+def leading_wave(
+    kernel: Float[Array, "..."], op: CircularConv | UnboundedConv, excess: float | Float[Array, ""] = 0.0
+) -> tuple[Pair, float | Float[Array, ""]]:
     """The leading pair over all sites, by SVDs or by branch and bound up to the allowed `excess`.
 
-    With an excess of 1 or more the pair is that of the highest peak that climbing finds, without branch and bound.
+    With a static excess of 1 the pair is that of the highest peak that climbing finds, without branch and bound.
     Called eagerly, it compiles the climb and branch and bound once for all image sizes.
 
     Returns:
@@ -49,12 +51,13 @@ def leading_wave(kernel: Float[Array, "..."], op: CircularConv | UnboundedConv, 
         return _constant_wave(kernel, on_grid(op, kernel.shape)), 0.0
     layer = without_constant_axes(on_grid(op, kernel.shape), kernel.shape)
     if isinstance(op, UnboundedConv):
-        excess = max(excess, torus_excess(kernel.dtype))
+        least = torus_excess(kernel.dtype)
+        excess = jnp.maximum(excess, least) if isinstance(excess, jax.Array) else max(excess, least)
     elif not branch_and_bound_pays(kernel.shape, layer):
         return _by_svds(kernel, layer), 0.0
     single, grid, *rest = search_arguments(layer, kernel)
     found = climbed(kernel, single, grid, *rest)
-    if excess >= 1:
+    if not isinstance(excess, jax.Array) and excess >= 1:
         return highest_climbed(found, single, kernel.shape, grid), excess
     # In float32 climbing reaches the maximum to rounding.
     between = isinstance(op, UnboundedConv) and kernel.dtype == jnp.float64
