@@ -843,6 +843,7 @@ NAME = r"Conv\(features=3, kernel_size=\(3, 3\)\): "
         ),
         (lambda: jlinen.SpectralNorm(nn.DenseGeneral(3, batch_dims=(0,))), "DenseGeneral.*batch axes: got some"),
         (lambda: jlinen.SpectralNorm(nn.Dense(3), norm=-1.0), r"Dense\(features=3\): norm: got -1.0, expected"),
+        (lambda: jlinen.SpectralNorm(nn.Dense(3), norm=np.ones(2)), r"norm: got shape \(2,\), expected one number"),
         (lambda: jlinen.SpectralNorm(nn.Dense(3), norm=None, cap=True), r"Dense\(features=3\): cap: got True"),
         (lambda: jlinen.SpectralNorm(nn.Dense(3), gradient="exact"), "gradient: got 'exact', expected one of"),
     ],
@@ -957,3 +958,29 @@ def test_misuse_of_variables():
 
     with pytest.raises(ValueError, match="Dense_0: it has several wrappers, expected one"):
         jlinen.fold(Twice(), Twice().init(KEY, x))
+
+
+@pytest.mark.parametrize("wrapper", [nn.WeightNorm, nn.SpectralNorm])
+def test_layers_whose_kernel_flax_changes_are_refused(wrapper):
+    """They compute with another kernel than they store."""
+
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            options = {"update_stats": False} if wrapper is nn.SpectralNorm else {}
+            return wrapper(nn.Dense(4))(nn.Dense(5)(x), **options)
+
+    x = jnp.ones((2, 3), jnp.float32)
+    model = Net()
+    variables = model.init(jax.random.key(0), x)
+    message = f"{wrapper.__name__}_0: got Flax's {wrapper.__name__}, which changes the kernel"
+    with pytest.raises(ValueError, match=message):
+        jlinen.layer_operators(model, variables, x)
+    with pytest.raises(ValueError, match=message):
+        jlinen.constrain(model, lambda path, layer: jlinen.SpectralNorm(layer)).init(jax.random.key(0), x)
+
+
+def test_what_matches_no_layer_is_named():
+    model = jlinen.constrain(nn.LayerNorm(), lambda path, layer: jlinen.SpectralNorm(layer))
+    with pytest.raises(ValueError, match="where: got Conv, ConvTranspose, Dense, DenseGeneral, which matches no layer"):
+        model.init(jax.random.key(0), jnp.ones((2, 3), jnp.float32))

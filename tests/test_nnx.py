@@ -831,3 +831,32 @@ def test_layers_in_a_tuple():
     folded = jnnx.fold(model)
     assert [type(layer) for layer in folded.layers] == [nnx.Conv] * 2
     np.testing.assert_allclose(folded(x), model(x), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("wrapper", [nnx.WeightNorm, nnx.SpectralNorm])
+def test_layers_whose_kernel_flax_changes_are_refused(wrapper):
+    """They compute with another kernel than they store; beside them other layers may be wrapped."""
+    linear = functools.partial(nnx.Linear, rngs=nnx.Rngs(0))
+    model = nnx.List([linear(3, 5), wrapper(linear(5, 4), rngs=nnx.Rngs(0))])
+    message = f"1: got Flax's {wrapper.__name__}, which changes the kernel"
+    with pytest.raises(ValueError, match=message):
+        jnnx.layer_operators(model)
+    with pytest.raises(ValueError, match=message):
+        jnnx.constrain(model, lambda path, layer: jnnx.SpectralNorm(layer))
+    first = jnnx.constrain(model, lambda path, layer: jnnx.SpectralNorm(layer), where=lambda path, layer: path == (0,))
+    assert isinstance(first[0], jnnx.SpectralNorm)
+    assert isinstance(first[1], wrapper)
+
+
+class Reflecting(nnx.Conv):
+    """A convolution that is left out by its class."""
+
+
+def test_a_layer_is_left_out_by_a_class_of_its_own():
+    """As the message says."""
+    layers = [kind(2, 3, (3, 3), padding="REFLECT", rngs=nnx.Rngs(0)) for kind in (nnx.Conv, Reflecting)]
+    with pytest.raises(ValueError, match=r"got 'REFLECT'.*class Other\(Conv\): pass, and say computes={Other: None}"):
+        jnnx.layer_operators(nnx.List(layers), computes={Reflecting: None})
+    found = jnnx.layer_operators(nnx.List(layers[1:]), computes={Reflecting: None})
+    assert not found
+    assert found.left_out.keys() == {(0, "kernel")}

@@ -18,6 +18,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jaxsrn._tools.checks import ensure, errors_named, float_dtype
 from jaxsrn.linen.wrappers import (
+    CHANGING,
     COLLECTION,
     LEARNED,
     Normalized,
@@ -31,7 +32,7 @@ from jaxsrn.linen.wrappers import (
 from jaxsrn.normalization.training.flax_constraint import each_kind_once
 from jaxsrn.normalization.training.state import SRNCState
 from jaxsrn.operators.flax_calls import trace
-from jaxsrn.operators.flax_kinds import layer_name
+from jaxsrn.operators.flax_kinds import ensure_own_kernel, layer_name, shown
 from jaxsrn.operators.flax_layers import LayerMap
 
 __all__ = ["Constrained", "Rule", "Survey"]
@@ -123,7 +124,7 @@ class Constrained(nn.Module):
         for rule in self.rules:
             ensure(
                 any(one.rule is rule for one in found.values()),
-                f"where: got {rule.where!r}, which matches no layer of {type(copy).__name__}; expected some.",
+                f"where: got {shown(rule.where)}, which matches no layer of {type(copy).__name__}; expected some.",
             )
         return found
 
@@ -170,6 +171,7 @@ class Survey(nn.Module):
             layer, path = context.module, context.module.path[1:]
             if inside or context.method_name != "__call__":
                 return call(*args, **options)
+            ensure_own_kernel(layer, CHANGING, ".".join(path))
             is_held = isinstance(layer, (Normalized, Constrained))
             rule = None if is_held else next((rule for rule in self.rules if rule.matches(path, layer)), None)
             if rule is None and not is_held:

@@ -13,6 +13,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxsrn._tools.checks import ensure
 from jaxsrn.linen.constrained import Constrained, Rule, Survey
 from jaxsrn.linen.wrappers import (
+    CHANGING,
     COLLECTION,
     LAYERS,
     LEARNED,
@@ -24,6 +25,7 @@ from jaxsrn.linen.wrappers import (
     written,
 )
 from jaxsrn.operators.flax_calls import CallRecord, trace
+from jaxsrn.operators.flax_kinds import ensure_own_kernel
 from jaxsrn.operators.layers import LayerOperators
 
 __all__ = ["constrain", "fold", "layer_calls", "layer_operators", "refresh", "restart"]
@@ -187,6 +189,7 @@ def layer_calls(
         layer = context.module
         if inside or context.method_name != "__call__":
             return call(*args, **kwargs)
+        ensure_own_kernel(layer, CHANGING, ".".join(layer.path))
         if isinstance(layer, Constrained):
             return called(constrained, layer, call, args, kwargs)
         if isinstance(layer, Survey):

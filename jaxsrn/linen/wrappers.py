@@ -20,6 +20,7 @@ from jaxsrn.operators.flax_kinds import FlaxLayers, kind_of, layer_name
 from jaxsrn.operators.flax_layers import LayerMap, layer_map
 
 __all__ = [
+    "CHANGING",
     "COLLECTION",
     "LAYERS",
     "LEARNED",
@@ -38,6 +39,8 @@ __all__ = [
 
 COLLECTION = "stable_rank"
 LAYERS = FlaxLayers(nn.Conv, nn.ConvTranspose, nn.Dense, nn.DenseGeneral)
+# Wrappers of Flax whose layers compute with another kernel than they store.
+CHANGING = nn.SpectralNorm, nn.WeightNorm
 # This stands in a state for the norm of a wrapper that learns it.
 LEARNED = "learned"
 _traces = itertools.count()
@@ -129,6 +132,8 @@ class Normalized(nn.Module):
     def described(self, kernel_shape) -> StableRankState:
         """The state for a kernel of this shape, without its arrays."""
         seen = layer_map(self.layer, kernel_shape, self.input_shape, self.kind())
+        if not (self.norm is None or callable(self.norm)):
+            ensure(jnp.ndim(self.norm) == 0, f"norm: got shape {jnp.shape(self.norm)}, expected one number.")
         constraint = Constraint(seen, self._target(seen), bool(self.cap), self.gradient)
         norm = self.norm if self.norm is None else LEARNED if callable(self.norm) else float(self.norm)
         own, other = self.path, self.layer.path

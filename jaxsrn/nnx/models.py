@@ -11,9 +11,10 @@ import jax.core
 from flax import nnx
 
 from jaxsrn._tools.checks import ensure, errors_named
-from jaxsrn.nnx.wrappers import LAYERS, Normalized
+from jaxsrn.nnx.wrappers import CHANGING, LAYERS, Normalized
 from jaxsrn.normalization.training.flax_constraint import each_kind_once
 from jaxsrn.operators.flax_calls import CallRecord, trace
+from jaxsrn.operators.flax_kinds import ensure_own_kernel, shown
 from jaxsrn.operators.layers import LayerOperators
 
 __all__ = [
@@ -98,6 +99,10 @@ def constrain(model: nnx.Module, wrap: Callable[[tuple, nnx.Module], nnx.Module]
     matches, found = nnx.filterlib.to_predicate(where), []
 
     def change(path, node):
+        if isinstance(node, CHANGING):
+            for below, part in nnx.iter_graph(node):
+                if isinstance(part, nnx.Module) and matches((*path, *below), part):
+                    ensure_own_kernel(node, CHANGING, ".".join(map(str, path)))
         if isinstance(node, Normalized) or not isinstance(node, nnx.Module) or not matches(path, node):
             return node
         with errors_named(".".join(map(str, path))):
@@ -105,7 +110,7 @@ def constrain(model: nnx.Module, wrap: Callable[[tuple, nnx.Module], nnx.Module]
         return found[-1]
 
     rewritten = _rewritten(nnx.clone(model), change)
-    ensure(bool(found), f"where: got {where!r}, which matches no layer of {type(model).__name__}; expected some.")
+    ensure(bool(found), f"where: got {shown(where)}, which matches no layer of {type(model).__name__}; expected some.")
     wrappers = [node for node in found if isinstance(node, Normalized)]
     # Where kernels are traced, what started the wrappers one by one is dead code, which JAX drops.
     _start_anew([wrapper for wrapper in wrappers if isinstance(wrapper.layer.kernel[...], jax.core.Tracer)])
@@ -164,6 +169,7 @@ def layer_calls(model: nnx.Module, *inputs, computes: Mapping[type, type | None]
     graphdef, state = nnx.split(model)
 
     def record(path, node):
+        ensure_own_kernel(node, CHANGING, ".".join(map(str, path)))
         if isinstance(node, Normalized):
             calls.found[(*path, "layer", "kernel")] = node.constraint.layer_map
         elif calls.concerns(node):

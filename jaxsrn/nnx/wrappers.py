@@ -15,6 +15,7 @@ from jaxsrn.operators.flax_kinds import FlaxLayers, kind_of, layer_name
 from jaxsrn.operators.flax_layers import LayerMap, layer_map, own_shape
 
 __all__ = [
+    "CHANGING",
     "LAYERS",
     "Normalized",
     "SpectralNorm",
@@ -23,6 +24,8 @@ __all__ = [
 ]
 
 LAYERS = FlaxLayers(nnx.Conv, nnx.ConvTranspose, nnx.Linear, nnx.LinearGeneral)
+# Wrappers of Flax whose layers compute with another kernel than they store.
+CHANGING = nnx.SpectralNorm, nnx.WeightNorm
 
 
 class StableRankState(nnx.Variable):

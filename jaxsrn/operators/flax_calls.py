@@ -42,7 +42,11 @@ class CallRecord:
         Raises:
           ValueError: a layer that is no operator, or that was called with another image size; the message names it.
         """
-        with errors_named(".".join(map(str, path[:-1])) or type(layer).__name__):
+        advice = (
+            f" To leave the layer out, make it of a class of its own, class Other({type(layer).__name__}): pass, and "
+            "say computes={Other: None}."
+        )
+        with errors_named(".".join(map(str, path[:-1])) or type(layer).__name__, advice):
             kind = kind_of(layer, self.classes, self.computes)
             if kind is None:
                 return

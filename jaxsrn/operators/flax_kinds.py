@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from jaxsrn._tools.checks import ensure, errors_named
 
-__all__ = ["FlaxLayers", "kind_of", "layer_name"]
+__all__ = ["FlaxLayers", "ensure_own_kernel", "kind_of", "layer_name", "shown"]
 
 # These fields of a layer hold functions that its kernel goes through.
 _FUNCTIONS = ("promote_dtype", "dot_general", "dot_general_cls", "conv_general_dilated", "conv_general_dilated_cls")
@@ -29,6 +29,11 @@ class FlaxLayers(NamedTuple):
     conv_transpose: type
     dense: type
     dense_general: type
+
+
+def shown(where) -> str:
+    """A filter of layers in an error message: classes by their names."""
+    return ", ".join(kind.__name__ for kind in where) if isinstance(where, FlaxLayers) else repr(where)
 
 
 def layer_name(layer) -> str:
@@ -84,6 +89,15 @@ def kind_of(layer, classes: FlaxLayers, vouched: Mapping[type, type | None]) -> 
             f"whose map may be another; expected a plain {base.__name__}, or, {vouch}",
         )
     return classes._fields[classes.index(known[base])]
+
+
+def ensure_own_kernel(module, changing: tuple[type, ...], name: str) -> None:
+    """Raises `ValueError` for one of Flax's own wrappers, whose layer computes with another kernel than it stores."""
+    ensure(
+        not isinstance(module, changing),
+        f"{name or type(module).__name__}: got Flax's {type(module).__name__}, which changes the kernel of the layer "
+        "inside; expected a model without it. Take the plain layer; jaxsrn's wrappers take its place.",
+    )
 
 
 def _changed(layer, base: type) -> list[str]:
