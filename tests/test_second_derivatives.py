@@ -230,6 +230,29 @@ def third_value(kernel, op):
     return jaxsrn.top_singular_values(kernel, op, 3)[2]
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+@pytest.mark.parametrize("share", [0.5, 4.0])
+def test_values_closer_than_documented_count_as_coinciding(dtype, share):
+    """Two values that differ by half and by four times the limit; the second derivative grows like one over that."""
+    rng = np.random.default_rng(1)
+    limit = 2 * float(jnp.finfo(dtype).eps) ** (2 / 3)
+    left, right, direction = (rng.standard_normal((4, 4)) for _ in range(3))
+    left, right = np.linalg.qr(left)[0], np.linalg.qr(right)[0]
+    values = np.array([1.0, 1 - share * limit, 0.4, 0.1])
+    kernel, direction = (jnp.asarray(array, dtype) for array in (left * values @ right.T, direction))
+
+    gradient = jax.grad(lambda kernel: jaxsrn.spectral_norm(kernel, Dense()))
+    size = float(jnp.linalg.norm(jax.jvp(gradient, (kernel,), (direction,))[1]))
+
+    # The part of the two leading pairs, by first order perturbation: both of its vectors turn by this over the gap.
+    inner = left.T @ np.asarray(direction, np.float64) @ right
+    expected = abs(inner[0, 1] + inner[1, 0]) / 2 / (share * limit) * 2**0.5
+    if share > 1:
+        np.testing.assert_allclose(size, expected, rtol=0.05)
+    else:
+        assert size < 1e-3 * expected
+
+
 @pytest.mark.parametrize("function", [jaxsrn.spectral_norm, third_value])
 def test_large_systems_are_solved_by_minres(function, monkeypatch):
     """The same numbers as by eigenvectors, also where values coincide and the system is singular."""
