@@ -581,10 +581,20 @@ def test_checkpoints_are_read_by_names_and_shapes(tmp_path, shapes, expected):
 
 def test_options_say_what_names_and_shapes_do_not():
     shapes = {"a.weight": (8, 4, 3, 3), "b.weight": (8, 4, 3)}
-    kernels, _ = found(shapes, groups={"a.weight": 2}, strides={"a.weight": 2}, input_shape=(6, 5))
+    kernels, _ = found(shapes, groups={"a": 2}, strides={"a.weight": 2}, input_shape=(6, 5))
     assert kernels["a.weight"] == (ZeroPaddedConv((6, 5), strides=2, feature_group_count=2), (3, 3, 4, 8))
     assert kernels["b.weight"] == (UNBOUNDED, (3, 4, 8))
     assert found({"x": (4, 3, 3, 2)}, layout="OHWI")[0] == {"x": (UNBOUNDED, (3, 3, 2, 4))}
+
+
+def test_what_weights_do_not_say_is_said():
+    """Strides and groups of a file are assumed, those of a model are known, and matrices have none."""
+    assumed, weights = "stride 1 and one group", {"a.weight": gaussian((4, 2, 3, 3)), "b.weight": gaussian((3, 4))}
+    assert assumed in str(analyze(weights))
+    assert assumed not in str(analyze({"b.weight": weights["b.weight"]}))
+    assert assumed not in str(analyze(nnx.Conv(2, 4, (3, 3), rngs=nnx.Rngs(0))))
+    with pytest.raises(ValueError, match=r"strides: got 'c', expected names of arrays or layers, such as 'a\.weight'"):
+        analyze(weights, strides={"c": 2})
 
 
 def test_what_is_skipped_has_its_reason():

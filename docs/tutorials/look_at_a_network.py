@@ -79,8 +79,8 @@ print(f"Lipschitz constant: at least {local.value.max():.1f} (at 32 images), at 
 # ## A file of weights
 #
 # A checkpoint has no model, so the names and the shapes say what each array is. Convolutions are taken at every image
-# size at once, unless you give one. The command line prints the same table for `.safetensors`, `.npz` and Orbax
-# checkpoints:
+# size at once, unless you give one. The command line prints such a table for `.safetensors`, `.npz` and Orbax
+# checkpoints. Strides are not in the file, so that `conv2` is taken with stride 1 unless `--strides conv2=2` is given:
 #
 # ```sh
 # python -m jaxsrn report weights.npz

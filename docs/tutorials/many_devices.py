@@ -22,7 +22,8 @@ print(mesh.devices.size, "devices")
 #
 # Each device runs the mapped function on its part of the stack, as a program of its own. That is the fastest way,
 # because loops on one device never wait for those on another. `check_vma=False` is needed, as for all functions with
-# loops whose state starts as a constant.
+# loops whose state starts as a constant; without it a kernel that differs over the devices is a `ValueError`. The axes
+# of the mesh are `Auto`, as sharding in types (`Explicit`) would have to be told at every step of these functions.
 
 op = jaxsrn.CircularConv((8, 8))
 kernels = jax.random.normal(jax.random.key(0), (6, 3, 3, 2, 2))

@@ -19,7 +19,10 @@ from jaxsrn.report.layouts import axes_of, check_layout, leaf_of, likely_layout,
 from jaxsrn.report.recurrent import gates_of
 from jaxsrn.report.stacks_and_heads import Scopes, heads_of
 
-__all__ = ["Kernel", "KnownLayer", "Skipped", "find_kernels"]
+__all__ = ["OF_MODEL", "Kernel", "KnownLayer", "Skipped", "find_kernels"]
+
+# The rule of layers that a model knows; strides and groups of all others are assumed where they are not told.
+OF_MODEL = "the layer of the model"
 
 # Longer axes of taps are taken for something else unless the layout is told.
 _MOST_TAPS = 1024
@@ -94,7 +97,8 @@ def find_kernels(
       layout: that of all kernels; by default what names and shapes say.
       input_shape: the spatial shape at which convolutions of as many axes are taken, with zero padding `SAME`; without
         it, and for all other convolutions, it is the unbounded one.
-      groups: `{name: feature_group_count}` of arrays whose names and shapes do not say it.
+      groups: `{name: feature_group_count}` of arrays whose names and shapes do not say it; the name is that of the
+        array, or of its layer, `"conv1"` for `"conv1/kernel"` or `"conv1.weight"`.
       strides: `{name: stride}`. Strides are not stored with weights, and those of others are 1: the norm with stride 1
         bounds that with any other.
       stacked: the beginnings of the names of arrays whose first axis is one of layers.
@@ -105,13 +109,7 @@ def find_kernels(
         that no convolution has the axes for.
     """
     check_layout(layout)
-    groups, strides = dict(groups or {}), dict(strides or {})
-    for option, counts in (("groups", groups), ("strides", strides)):
-        unknown = [repr(name) for name in counts if name not in infos]
-        ensure(
-            not unknown,
-            f"{option}: got {', '.join(unknown)}, expected names of arrays, such as {next(iter(infos), None)!r}.",
-        )
+    groups, strides = _by_array(groups, infos, "groups"), _by_array(strides, infos, "strides")
     idle = [repr(start) for start in stacked if not any(name.startswith(start) for name in infos)]
     ensure(
         not idle,
@@ -131,6 +129,18 @@ def find_kernels(
         f"input_shape: got {shape}, expected {' or '.join(map(str, axes))} integers, as the convolutions have axes.",
     )
     return kernels, skipped
+
+
+def _by_array(counts: Mapping[str, int] | None, infos: Mapping[str, ArrayInfo], option: str) -> dict[str, int]:
+    """The counts by the whole names of arrays; that of a layer stands for its kernel."""
+    whole = {}
+    for name, count in (counts or {}).items():
+        endings = ("", "/kernel", ".weight", "/weight", ".kernel")
+        found = [name + ending for ending in endings if name + ending in infos]
+        example = next((full for full, info in infos.items() if len(info.shape) > 2), next(iter(infos), None))
+        ensure(len(found) > 0, f"{option}: got {name!r}, expected names of arrays or layers, such as {example!r}.")
+        whole[found[0]] = count
+    return whole
 
 
 def _require(condition: bool, reason: str) -> None:
@@ -178,7 +188,7 @@ class _Reader:
             view = _then(_at(index), layer.to_operator)
             whole = _Part(ending, layer.shape, view)
             for part in _split(whole, gates_of(name, self.infos), -1):
-                yield Kernel(f"{name}{part.ending}", name, layer.op, part.shape, "the layer of the model", part.view)
+                yield Kernel(f"{name}{part.ending}", name, layer.op, part.shape, OF_MODEL, part.view)
 
     # Bare weights
 

@@ -13,7 +13,8 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from jaxsrn.report.kernels import Skipped
+from jaxsrn.operators import Dense
+from jaxsrn.report.kernels import OF_MODEL, Skipped
 from jaxsrn.report.layers import LayerReport
 
 __all__ = ["Report", "aligned", "counted", "digits"]
@@ -24,6 +25,10 @@ RULE = (
     f"A layer stands out if its norm is more than {_FACTOR:g} times the median norm or less than the median over "
     f"{_FACTOR:g}, if its share of the range of stable ranks is less than the median share over {_FACTOR:g}, if it is "
     "zero, or if a number of it is not finite."
+)
+ASSUMED = (
+    "Weights do not say the strides of a convolution, and not always its groups. Where none is told (strides=, groups=)"
+    " it has stride 1 and one group, whose norm bounds that of the layer."
 )
 _HEADER = ("layer", "kernel", "operator", "norm", "certified", "flattened", "stable rank", "range", "share")
 _SPECTRA = ("condition", "effective rank")
@@ -139,6 +144,8 @@ class Report:
             "where the network is a chain of these layers and 1-Lipschitz activations, without skips.",
             f"Sum of stable ranks: {digits(self.sum_of_stable_ranks)}.",
         ]
+        if any(layer.rule != OF_MODEL and not isinstance(layer.operator, Dense) for layer in self.layers):
+            lines.append(ASSUMED)
         outliers = self.outliers
         lines += [f"Stands out: {name}: {why}." for name, why in outliers.items()] or ["No layer stands out."]
         lines.append(RULE)
