@@ -156,13 +156,13 @@ def test_taps_that_are_zero_in_the_kernel_are_used(op, kind):
 
 
 def closest_on_a_grid(a, op, target):
-    """The least relative distance over directions of three taps, half a degree apart.
+    """The least relative distance over directions of three taps, a degree apart.
 
     Kernels of the right stable rank and of a larger norm are nearer than those of the right norm, so that the norm need
     not be met exactly: it is a bound.
     """
     weight, norm = weights((3, 1, 1), op).ravel(), measure(a, op)[1]
-    polar, azimuth = np.meshgrid(np.linspace(0, np.pi, 361), np.linspace(0, 2 * np.pi, 721))
+    polar, azimuth = np.meshgrid(np.linspace(0, np.pi, 181), np.linspace(0, 2 * np.pi, 361))
     directions = np.stack(
         [np.cos(polar), np.sin(polar) * np.cos(azimuth), np.sin(polar) * np.sin(azimuth)], axis=-1
     ).reshape((-1, 3))
@@ -192,7 +192,7 @@ def test_few_samples_with_zero_padding_equal_brute_force(op, a):
     assert result.distance <= closest_on_a_grid(a, op, 0.9 * rank) * (1 + 1e-2)
 
 
-@pytest.mark.parametrize("op", [CircularConv((8,)), ZeroPaddedConv((8,)), Dense()], ids=["circular", "same", "dense"])
+@pytest.mark.parametrize("op", [CircularConv((8,)), Dense()], ids=["circular", "dense"])
 def test_a_traced_target_of_zero_is_missed(op):
     kernel = jnp.asarray(gaussian((4, 3) if isinstance(op, Dense) else (3, 2, 2)))
     found = jax.jit(lambda target: jaxsrn.srnc(kernel, op, target))(0.0)

@@ -80,6 +80,10 @@ class CallRecord:
                 f"its channels are stored the other way round than those of {self.found[path].op}, which is that of "
                 "its adjoint; the wrappers take it"
             )
+        if path[-1] == "embedding":
+            return (
+                "a table whose rows are looked up, which is no linear map of its input; of one-hot rows it is Dense()"
+            )
         names = ", ".join(kind.__name__ for kind in self.classes)
         return f"of no layer in reach: of a module that is none of {names}, or the inputs miss it"
 

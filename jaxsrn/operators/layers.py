@@ -229,7 +229,7 @@ def values_of_stacks(function: Callable, layers: Layers, params) -> list:
     The stacks are worked on in turn, and `function` is compiled once for each.
 
     Raises:
-      ValueError: what `named_kernels` refuses, or a function whose values are not scalars.
+      ValueError: what `named_kernels` refuses, or a function whose values are not floating-point scalars.
     """
     latest, found = jnp.zeros(()), []
     for stack in _stacked(layers, named_kernels(layers, params)):
@@ -240,6 +240,10 @@ def values_of_stacks(function: Callable, layers: Layers, params) -> list:
             ensure(
                 jnp.shape(leaf) == (len(stack.kernels),),
                 f"function: got a value of shape {jnp.shape(leaf)[1:]} for {stack.paths[0]!r}, expected a scalar.",
+            )
+            ensure(
+                jnp.issubdtype(leaf.dtype, jnp.floating),
+                f"function: got {leaf.dtype} for {stack.paths[0]!r}, expected a real floating-point number.",
             )
         latest = jnp.sum(leaves[0])
         found.append(values)

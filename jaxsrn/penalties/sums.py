@@ -40,9 +40,8 @@ def total(function: Callable, layers: Layers, params) -> Float[Array, ""]:
     running = jnp.zeros((), jnp.float32)
     for values in values_of_stacks(function, layers, params):
         ensure(
-            isinstance(values, jax.Array) and jnp.issubdtype(values.dtype, jnp.floating),
-            f"function: got {jax.tree.map(jnp.result_type, values)} for each layer, expected one real floating-point "
-            "number; take one field of a result of several.",
+            isinstance(values, jax.Array),
+            f"function: got a {type(values).__name__} for each layer, expected one number; take one of its fields.",
         )
         dtype = float_dtype(running.dtype, values.dtype)
         running = running.astype(dtype) + jnp.sum(values).astype(dtype)
