@@ -11,6 +11,7 @@ from cases import BAD_KERNELS, BY_NAME, CASES, dense, fft_norms, gaussian, quick
 
 import jaxsrn
 from jaxsrn import CircularConv, Dense, UnboundedConv, ZeroPaddedConv, bounds
+from jaxsrn._tools.subspaces import fixed_start
 from jaxsrn.spectra.circular import leading
 
 
@@ -233,6 +234,34 @@ def test_gradients():
 def test_numbers_of_numpy_are_static():
     op, kernel = CircularConv((8, 8)), gaussian((3, 3, 1, 2))
     assert bounds.certified(kernel, op, resolution=np.float32(0.01)) == bounds.certified(kernel, op, resolution=0.01)
+
+
+@pytest.mark.parametrize("op", [UnboundedConv(), CircularConv((2**15,))], ids=["unbounded", "circular"])
+def test_a_flat_spectrum_beside_a_value_that_climbing_does_not_see(op):
+    """Climbing starts at right angles to the larger value, whose spectrum is nearly flat: the end was 0.9% too low."""
+    middle = [[1.006330132484436, 0.0070603336207568645], [0.0070603336207568645, 1.0078524351119995]]
+    beside = [[0.0020865462720394135, 0.0023347153328359127], [0.0023347153328359127, 0.00258994079194963]]
+    kernel = np.array([middle, beside], np.float32)
+    norm = np.linalg.norm(dense(kernel, CircularConv((64,))), 2)
+    lower, upper = map(float, bounds.certified(jnp.asarray(kernel), op))
+    assert lower <= norm <= upper
+    assert norm > 1.0185
+
+
+def test_rounding_grows_with_the_longer_side():
+    """The largest value is a little above one that the search finds, by less than its proof allows for rounding."""
+    rows, columns, above = 128, 20000, 2e-5
+    rng = np.random.default_rng(0)
+    seen = np.array(fixed_start((rows,), jnp.float32), np.float64)
+    seen /= np.linalg.norm(seen)
+    unseen = rng.standard_normal(rows)
+    unseen -= seen * (seen @ unseen)
+    right = np.linalg.qr(rng.standard_normal((columns, 2)))[0]
+    matrix = np.outer(seen, right[:, 0]) + (1 + above) * np.outer(unseen / np.linalg.norm(unseen), right[:, 1])
+    kernel = matrix.astype(np.float32)
+    norm = np.sqrt(np.linalg.eigvalsh(kernel.astype(np.float64) @ kernel.astype(np.float64).T)[-1])
+    lower, upper = map(float, bounds.certified(jnp.asarray(kernel), Dense()))
+    assert lower <= norm <= upper
 
 
 def test_errors():

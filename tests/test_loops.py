@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import jaxsrn
+from jaxsrn import CircularConv, ZeroPaddedConv
 from jaxsrn._tools.loops import one_by_one
 
 LARGE, SMALL = 2**13, 2**4
@@ -78,3 +79,12 @@ def test_searches_of_large_kernels_follow_one_another(op):
 
     assert loops_over_kernels(jax.vmap(norm), jnp.zeros((count, *shape))) == 2
     assert loops_over_kernels(norm, jnp.zeros(shape)) == 0
+
+
+def test_no_tracer_outlives_its_call():
+    """The rule for batches does: JAX keeps it in the traced program."""
+    op, kernel = ZeroPaddedConv((40, 40)), jnp.ones((3, 3, 2, 2))
+    with jax.checking_leaks():
+        for function in (jaxsrn.spectral_norm, jaxsrn.bounds.certified):
+            jax.jit(functools.partial(function, op=op)).lower(kernel)
+        jax.jit(lambda kernel: jaxsrn.srnc(kernel, CircularConv((8,)), 5.0)).lower(jnp.ones((3, 2, 2)))

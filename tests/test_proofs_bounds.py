@@ -1,6 +1,7 @@
 """The steps of the bounds, each against NumPy on few numbers; mutation testing runs them (`mutation.py`)."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -72,13 +73,25 @@ def test_intervals_are_widened_for_rounding():
     """Each end moves by its share, and by that of the whole kernel where taps may cancel; never below 0."""
     kernel, eps = jnp.asarray(gaussian((3, 3, 4, 5)), jnp.float32), np.finfo(np.float32).eps
     slack = 2 * 2 * 6 * eps
-    assert slack_of(kernel) == slack
+    op = CircularConv((8, 8))
+    assert slack_of(kernel, op) == slack
     ends = NormInterval(jnp.asarray(2.0), jnp.asarray(3.0))
-    np.testing.assert_allclose(widened(ends, kernel, False), [2 * (1 - slack), 3 * (1 + slack)], rtol=1e-14)
-    margin = slack * np.linalg.norm(kernel)
+    np.testing.assert_allclose(widened(ends, kernel, op), [2 * (1 - slack), 3 * (1 + slack)], rtol=1e-14)
+    margin, aliased = slack * np.linalg.norm(kernel), CircularConv((2, 8))
     expected = [2 * (1 - slack) - margin, 3 * (1 + slack) + margin]
-    np.testing.assert_allclose(widened(ends, kernel, True), expected, rtol=1e-10)
-    assert widened(NormInterval(jnp.asarray(0.5 * margin), jnp.asarray(1.0)), kernel, True).lower == 0
+    np.testing.assert_allclose(widened(ends, kernel, aliased), expected, rtol=1e-10)
+    assert widened(NormInterval(jnp.asarray(0.5 * margin), jnp.asarray(1.0)), kernel, aliased).lower == 0
+    # The longer side of a symbol may be that of the outputs of a group, or of the phases of a stride.
+    wide = jnp.zeros((3, 2, 200), jnp.float32)
+    for layer, rows in (
+        (CircularConv((8,)), 200),
+        (CircularConv((8,), feature_group_count=4), 50),
+        (UnboundedConv(strides=64), 200),
+        (UnboundedConv(strides=128), 256),
+        (ZeroPaddedConv((8,), padding=((1, 1),), input_dilation=3), 600),
+    ):
+        assert slack_of(wide, layer) == 4 * math.sqrt(rows) * eps
+    assert slack_of(jnp.zeros((3, 200), jnp.float32), Dense()) == 4 * math.sqrt(200) * eps
 
 
 # Bounds that read the coefficients alone, on one axis

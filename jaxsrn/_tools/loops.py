@@ -57,11 +57,12 @@ def one_by_one(function: Callable, *, static_argnums: tuple[int, ...] = ()) -> C
 
         # JAX says by a tree of booleans which arrays are batches, and the library's own trees hold arrays alone.
         leaves, structure = jax.tree.flatten(arrays)
-        found = []
+        # The rule for batches outlives this call, and must not hold its tracers.
+        found, static = [], {i: args[i] for i in static_argnums}
 
         def of_leaves(*leaves):
             own = jax.tree.unflatten(structure, leaves)
-            result = function(*(args[i] if i in static_argnums else array for i, array in enumerate(own)))
+            result = function(*(static.get(i, array) for i, array in enumerate(own)))
             results, found[:] = jax.tree.leaves(result), [jax.tree.structure(result)]
             return results
 

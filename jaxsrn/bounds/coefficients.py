@@ -62,7 +62,7 @@ def smallest_over_covers(
     kernel, scale = rescaled(kernel.astype(float_dtype(kernel.dtype)), op)
     value = functools.reduce(jnp.minimum, [bound(tensor) for tensor in tensors(kernel, op)])
     if guaranteed:
-        value = widened(NormInterval(value, value), kernel, may_cancel=False).upper
+        value = widened(NormInterval(value, value), kernel, op).upper
     return value * scale
 
 

@@ -15,6 +15,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from jaxsrn._tools.proofs import rounding
+from jaxsrn.operators.base import Operator
 from jaxsrn.operators.convolutions import CircularConv, UnboundedConv, ZeroPaddedConv
 from jaxsrn.spectra.circular.fourier import grouped
 from jaxsrn.spectra.padded.circular_model import circular_layer
@@ -55,17 +56,24 @@ def _adjoint(kernel: Float[Array, "..."], op: ZeroPaddedConv) -> Float[Array, ".
     return jnp.swapaxes(by_group, -3, -1).reshape((*kernel.shape[:-2], by_group.shape[-1], -1))
 
 
-def slack_of(kernel: Float[Array, "..."]) -> float:
-    """The relative amount by which `widened` moves each end."""
-    return 2 * rounding(math.prod(kernel.shape[:-1]), kernel.dtype)
+def slack_of(kernel: Float[Array, "..."], op: Operator) -> float:
+    """The relative amount by which `widened` moves each end.
+
+    It is twice what rounding may do to sums over the taps and inputs, and what the proofs by Cholesky factorization
+    allow for sums over the longer side of a symbol.
+    """
+    *taps, inputs, outputs = kernel.shape
+    phases, spread = math.prod(op._axis_strides(kernel.shape)), math.prod(getattr(op, "input_dilation", ()))
+    rows = max(inputs * max(math.prod(taps), phases), outputs * spread // getattr(op, "feature_group_count", 1))
+    return 2 * rounding(rows, kernel.dtype)
 
 
-def widened(interval: NormInterval, kernel: Float[Array, "..."], may_cancel: bool) -> NormInterval:
+def widened(interval: NormInterval, kernel: Float[Array, "..."], op: Operator) -> NormInterval:
     """The interval with room for rounding.
 
-    Aliased taps are summed and may cancel (`may_cancel`). Their rounding is relative to the taps, not to the sum.
+    Aliased taps are summed and may cancel. Their rounding is relative to the taps, not to the sum.
     """
-    slack = slack_of(kernel)
+    slack, may_cancel = slack_of(kernel, op), op._distinct_shape(kernel.shape) != kernel.shape
     margin = slack * lax.stop_gradient(jnp.linalg.norm(kernel)) if may_cancel else 0.0
     lower = jnp.maximum(interval.lower * (1 - slack) - margin, 0)
     return NormInterval(lower, interval.upper * (1 + slack) + margin)

@@ -62,8 +62,7 @@ def _gram_iteration(kernel, op, num_steps, oversampling):
     else:
         bounds = [_squared_symbol(k, cover, num_steps, oversampling) for k, cover in covers(kernel, op)]
     bound = functools.reduce(jnp.minimum, bounds)
-    may_cancel = op._distinct_shape(kernel.shape) != kernel.shape
-    return widened(NormInterval(bound, bound), kernel, may_cancel).upper * scale
+    return widened(NormInterval(bound, bound), kernel, op).upper * scale
 
 
 def _squared_symbol(kernel: Float[Array, "..."], op: CircularConv | UnboundedConv, num_steps: int, oversampling: int):

@@ -61,7 +61,7 @@ def certified(kernel: Kernel, op: Operator, *, resolution: float = 0.01) -> Norm
       kernel: `(c_in, c_out)` or `(*taps, c_in // groups, c_out)`.
       op: its operator.
       resolution: static; the relative width of the interval that is good enough (circular and unbounded). Unbounded
-        layers take at least 1e-6.
+        layers take at least 3.5e-6 in float32, and 1e-6 in float64.
 
     Returns:
       A `NormInterval` in float32 or wider; NaN where the kernel has one. The ends' gradients hold the singular
@@ -83,7 +83,7 @@ def certified(kernel: Kernel, op: Operator, *, resolution: float = 0.01) -> Norm
     # The norms of covers are exact, so that the upper end is never looser than bounds that read the kernel alone. The
     # width is the excess that the proof leaves open and the room for rounding together.
     exact = isinstance(op, ZeroPaddedConv)
-    excess = 0.0 if exact else max(float(resolution) - 3 * slack_of(kernel), 0.0)
+    excess = 0.0 if exact else max(float(resolution) - 3 * slack_of(kernel, op), 0.0)
     above = tuple(leading_wave(k, cover, excess) for k, cover in covered)
     below = leading_pair(kernel, op, tolerance=_LOWER_END_TOLERANCE) if exact or not covered else above[0][0]
     return _interval(kernel, op, below, above)
@@ -113,7 +113,7 @@ def _interval(kernel, op, below: Pair, above: tuple[tuple[Pair, Float[Array, ""]
     ]
     upper = functools.reduce(jnp.minimum, ends) if ends else lower
     interval = NormInterval(lower, upper)
-    wide = widened(interval, kernel, may_cancel=op._distinct_shape(kernel.shape) != kernel.shape)
+    wide = widened(interval, kernel, op)
     return NormInterval(wide.lower * scale, wide.upper * scale)
 
 

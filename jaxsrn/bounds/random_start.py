@@ -110,7 +110,7 @@ def _probabilistic(kernel, key, op: Operator, resolution: float, failure: float)
     # Beside the rounding of the products each step has its own, and these add up.
     slack = num_steps * float(jnp.finfo(kernel.dtype).eps)
     interval = NormInterval(jnp.sqrt(lower) * (1 - slack), jnp.sqrt(upper) * (1 + slack))
-    wide = widened(interval, kernel, may_cancel=op._distinct_shape(kernel.shape) != kernel.shape)
+    wide = widened(interval, kernel, op)
     return NormInterval(wide.lower * scale, wide.upper * scale)
 
 

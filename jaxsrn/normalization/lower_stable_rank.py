@@ -50,12 +50,12 @@ def srnc(
 ) -> SRNResult:
     """The kernel closest to `kernel`, of the same support, whose layer has stable rank `target` and the same norm.
 
-    Solves Zheng et al. 2025, eq. 7: minimise `||T(K) - T(A)||_F` subject to `srank(T(K)) = target` and
-    `||T(K)||_2 = ||T(A)||_2`, by a closed form per singular pair inside a minorise-maximise iteration. For circular
-    convolutions it scans all frequencies and phases. With one channel the best of them is the global solution; with
-    more, the best few are followed, and `gap` says how far from optimal the result can be at most. With zero padding it
-    takes several starts. For dense layers it is `srn`, with one value preserved (`keep_norm`) or none. A kernel with
-    `stable_rank <= target` is returned unchanged, and so are taps that never meet a sample of the image.
+    Solves Zheng et al. 2025, eq. 7: minimise `||T(K) - T(A)||_F` subject to `srank(T(K)) = target` and `||T(K)||_2 =
+    ||T(A)||_2`, by a closed form per singular pair inside a minorise-maximise iteration. For circular convolutions it
+    scans all frequencies and phases. With one channel and without strides the best of them is the global solution;
+    otherwise the best few are followed, and `gap` says how far from optimal the result can be at most. With zero
+    padding it takes several starts. For dense layers it is `srn`, with one value preserved (`keep_norm`) or none. A
+    kernel with `stable_rank <= target` is returned unchanged, and so are taps that never meet a sample of the image.
 
     With `raise_rank` a target above the stable rank is met too, and the norm is kept. The solution is `K = P(tau A)`,
     with `P` the projection on the kernels of norm at most `||T(A)||_2`, at the `tau` that gives the stable rank. That

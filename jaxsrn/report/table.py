@@ -68,7 +68,7 @@ class Report:
 
     @property
     def sum_of_stable_ranks(self) -> float:
-        """The sum of the stable ranks, which generalization bounds contain (Sanyal, Torr, Dokania 2020, section 4)."""
+        """The sum of the stable ranks, which generalization bounds contain (Sanyal, Torr, Dokania 2020, section 3)."""
         return math.fsum(layer.stable_rank for layer in self.layers)
 
     @property

@@ -218,15 +218,17 @@ def _prepared(kernel, op, target, schedules, optimizer, num_steps: int, smooth: 
     level = num_frequencies(op) / frozen.target
     # With this weight both terms of `h` are relative to `(N / r)^2`.
     weight = level**2 / (frozen.target * divisor(frozen.norm) ** 2)
-    alpha, penalty = schedules
-    first_alpha, last_alpha = (a / level for a in _ALPHAS)
-    first_penalty, last_penalty = (p * weight / scale**2 for p in _PENALTIES)
-    alpha = alpha or geometric(first_alpha, last_alpha, num_steps)
-    penalty = penalty or geometric(first_penalty, last_penalty, num_steps)
+    alpha, given = schedules
+    alpha = alpha or geometric(*(a / level for a in _ALPHAS), num_steps)
+    usual = geometric(*(p * weight for p in _PENALTIES), num_steps)
+
+    def penalty(step):
+        # That of the caller is for the kernel as it was given. Its scale may have no square in the dtype.
+        return given(step) * scale**2 if given else usual(step)
 
     def loss(x, step):
         # The loss depends on the direction alone: its gradient is tangent, and line searches may leave the sphere.
-        return objective_at(unit(x), frozen, op, alpha(step), penalty(step) * scale**2, smooth)
+        return objective_at(unit(x), frozen, op, alpha(step), penalty(step), smooth)
 
     if optimizer is None:
         optimizer = optim.on_sphere(optax.adam(optax.exponential_decay(_RATES[0], num_steps, _RATES[1] / _RATES[0])))

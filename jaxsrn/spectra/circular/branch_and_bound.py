@@ -20,6 +20,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Int
 
@@ -79,13 +80,13 @@ def highest_peak(poly: GramPolynomial, grid: Grid, corners, exists, peaks: Peak,
     levels = jnp.zeros((count, 1), jnp.int32)
     first = jnp.concatenate([climbed.index, jnp.broadcast_to(grid.last_level, (1,))])[None]
     boxes = jnp.concatenate([jnp.concatenate([corners, levels], axis=-1), first.astype(jnp.int32)])
-    # Where the coarsest boxes are single frequencies, the peak's own is one of them.
-    is_apart = grid.last_level > 0
-    others = exists & ~(is_apart & _is_flat(poly, excess, climbed.value))
-    proof = _push(proof, boxes, jnp.concatenate([others, is_apart[None]]))
+    # A flat spectrum takes all of the excess, so that nothing at the frequency of the peak may be higher.
+    flat = _is_flat(poly, excess, climbed.value)
+    allowed = jnp.where(flat, 1.0, 1 + excess)
+    proof = _push(proof, boxes, jnp.concatenate([exists & ~flat, np.ones(1, bool)]))
 
     def step(proof: _Proof) -> _Proof:
-        return _look(poly, grid, chunk, excess, proof if proof.is_new is None else _raised(poly, grid, proof))
+        return _look(poly, grid, chunk, allowed, proof if proof.is_new is None else _raised(poly, grid, proof))
 
     # Zero and NaN need no proof.
     return lax.while_loop(lambda proof: (proof.size > 0) & (proof.best.value > 0), step, proof).best
@@ -120,7 +121,7 @@ def _whole_symbol(poly: GramPolynomial, grid: Grid, index: Int[Array, " axes"]):
 
 
 def _is_flat(poly: GramPolynomial, excess, value):
-    """Whether the singular values of one frequency are, up to the share `excess`, above those of all others.
+    """Whether no singular value exceeds the largest one at any other frequency by more than the share `excess`.
 
     The Gram matrices of two frequencies differ by at most twice the norms of all coefficients but the constant one.
     Of the flat spectrum of an orthogonal kernel, branch and bound would look at every frequency.
@@ -139,16 +140,19 @@ def _push(proof: _Proof, boxes, keep) -> _Proof:
     return proof._replace(boxes=put(proof.boxes, place, boxes), size=proof.size + order[-1])
 
 
-def _look(poly: GramPolynomial, grid: Grid, chunk: int, excess, proof: _Proof) -> _Proof:
-    """Takes a chunk of boxes from the stack, discards those proven low, and puts back the halves of the others."""
+def _look(poly: GramPolynomial, grid: Grid, chunk: int, allowed, proof: _Proof) -> _Proof:
+    """Takes a chunk of boxes from the stack, discards those proven low, and puts back the halves of the others.
+
+    A box is low if nothing in it exceeds the best value times `allowed`.
+    """
     bottom = jnp.maximum(proof.size - chunk, 0)
     boxes = lax.dynamic_slice_in_dim(proof.boxes, bottom, chunk, allow_negative_indices=False)
     corners, levels = boxes[:, :-1], boxes[:, -1]
     places = jnp.arange(chunk, dtype=jnp.int32)
-    low = _are_low(poly, grid, corners, levels, (1 + excess) * proof.best.value)
+    low = _are_low(poly, grid, corners, levels, allowed * proof.best.value)
     high = ~low & (bottom + places < proof.size)
     single = high & (levels == grid.last_level)
-    best = _examined(poly, grid, excess, corners, single, proof.best)
+    best = _examined(poly, grid, allowed, corners, single, proof.best)
     halves, exists = split(grid, corners, levels)
     keep = exists & (high & ~single)[:, None]
     below = jnp.minimum(levels + 1, grid.last_level)[:, None, None]
@@ -198,7 +202,7 @@ def _are_low(poly: GramPolynomial, grid: Grid, corners, levels, limit):
     return are_below(grams, squared_limit(poly.coefficients.shape[-2], limits) - poly.loss)
 
 
-def _examined(poly: GramPolynomial, grid: Grid, excess, corners, high, known: Peak):
+def _examined(poly: GramPolynomial, grid: Grid, allowed, corners, high, known: Peak):
     """The best of the known pair and the leading ones at the frequencies that may be high, taken one by one."""
     places = jnp.arange(len(corners), dtype=jnp.int32)
 
@@ -211,7 +215,7 @@ def _examined(poly: GramPolynomial, grid: Grid, excess, corners, high, known: Pe
             found = _larger_of(symbol, index, best)
         else:
             # The reduced Gram matrix proves little.
-            level = squared_limit(poly.coefficients.shape[-2], (1 + excess) * best.value)
+            level = squared_limit(poly.coefficients.shape[-2], allowed * best.value)
             low = are_below(whole_grams(symbol)[None], level[None])[0]
             found = _once(~low, lambda best: _larger_of(symbol, index, best), best)
         return left & (places != place), found

@@ -67,7 +67,7 @@ def climbed(
 @functools.partial(program, static_argnums=(1, 2, 5))
 @functools.partial(one_by_one, static_argnums=(1, 2, 5))
 def highest(found: Climbed, op, kernel_shape: tuple[int, ...], grid: Grid, excess, between: bool) -> Pair:
-    """The pair of the largest singular value of the whole grid, up to a relative `2 sqrt(channels) eps`.
+    """The pair of the largest singular value of the whole grid, up to rounding.
 
     No other singular value exceeds that of the pair by more than the share `excess`. With `between` the grid stands for
     the whole torus, and the frequency is exact.
