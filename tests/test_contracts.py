@@ -225,6 +225,13 @@ def real_parts(tree):
 
 
 @pytest.mark.parametrize(("contract", "op", "shape"), PAIRS)
+def test_results_have_types_of_their_own(contract, op, shape):
+    """A weak type is lost where a result is stored and read again, and a jitted function would be traced anew."""
+    found = jax.eval_shape(lambda kernel: contract.function(kernel, op), jax.ShapeDtypeStruct(shape, jnp.float32))
+    assert not any(leaf.weak_type for leaf in jax.tree.leaves(found))
+
+
+@pytest.mark.parametrize(("contract", "op", "shape"), PAIRS)
 def test_values(contract, op, shape):
     """Under jit over kernels as eagerly one by one, finite at zero and where values meet, and traced once."""
     function = contract.function

@@ -131,6 +131,22 @@ def test_curves_differ_without_colours():
     assert lightness[-1] < 0.7
 
 
+def test_names_are_no_formulas_and_none_is_left_out():
+    """Matplotlib leaves out names that begin with `_`, and stops at a formula that it cannot read."""
+    names = ["_hidden", r"a$\nothing$", "b_$1_$2"]
+    curves = {name: [2.0, 1.0] for name in names}
+    records = [SimpleNamespace(name=name, stable_rank=2.0, stable_rank_low=1.0, stable_rank_high=3.0) for name in names]
+    for figure in (
+        plots.singular_values(curves),
+        plots.norms_over_steps([0, 1], curves),
+        plots.lipschitz_histogram(curves),
+        plots.lipschitz_bounds(dict.fromkeys(names, 1.0), {}),
+        plots.stable_ranks(records),
+    ):
+        figure.savefig(io.BytesIO(), format="png")
+    assert len(plots.singular_values(curves).axes[0].get_legend().get_texts()) == 3
+
+
 def test_singular_values():
     figure = plots.singular_values(SPECTRA)
     np.testing.assert_array_equal(line(figure, "conv").get_xydata(), [[1, 4], [2, 2], [3, 1]])

@@ -390,7 +390,7 @@ def test_targets_are_shares_of_the_largest_stable_rank(case):
     """The largest is that of a matrix of the layer's shape with equal singular values."""
     largest = min(cases.dense(kernel(case), case.op).shape)
     for fraction in (0.7, 1.0):
-        target = target_of_fraction(fraction, case.kernel_shape, case.op)
+        target = target_of_fraction(np.array(fraction), case.kernel_shape, case.op)
         assert target == pytest.approx(fraction * largest, rel=1e-12)
     for fraction in (0.0, -0.5, 1.01, np.nan):
         with pytest.raises(ValueError, match=r"expected a static number in \(0, 1\]"):
@@ -402,3 +402,11 @@ def test_a_fraction_where_all_kernels_have_the_same_stable_rank():
     assert target_of_fraction(0.3, (8, 1), Dense()) == 1
     with pytest.raises(ValueError, match=r"fraction: got 0.05, expected at least 0.0555556"):
         target_of_fraction(0.05, (3, 3, 2, 3), CircularConv((8, 8)))
+
+
+@pytest.mark.usefixtures("no_type_checks")
+def test_a_fraction_is_any_static_number():
+    shape, op = (3, 2, 2), CircularConv((8,))
+    expected = target_of_fraction(0.5, shape, op)
+    for fraction in (np.float32(0.5), np.array(0.5), jnp.asarray(0.5)):
+        assert target_of_fraction(fraction, shape, op) == expected

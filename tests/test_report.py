@@ -27,6 +27,7 @@ from jaxsrn.report.comparing import compare
 from jaxsrn.report.files import ArrayInfo, BrokenFile, open_arrays
 from jaxsrn.report.kernels import find_kernels
 from jaxsrn.report.matrices import numbers_of_matrix
+from jaxsrn.report.rewriting import normalize
 from jaxsrn.report.table import digits
 
 CONV, MATRIX = (3, 3, 2, 4), (4, 6)
@@ -719,6 +720,51 @@ def test_files_are_read_one_array_at_a_time_and_copied_bit_by_bit(tmp_path, kind
     assert len(skipped) == len(expected) - 2
 
 
+def test_arrays_of_another_order_or_type(tmp_path):
+    """Columns first, the other order of bytes, and a type that JAX does not have."""
+    kernel = array(6, 4)
+    stored = {
+        "columns": np.asfortranarray(kernel),
+        "swapped": kernel.astype(">f8"),
+        "long": kernel.astype(np.longdouble),
+    }
+    path, out = tmp_path / "weights.npz", tmp_path / "out.npz"
+    np.savez(path, **{f"{name}.weight": value for name, value in stored.items()})
+    report = analyze(path)
+    expected = np.linalg.norm(kernel, 2)
+    np.testing.assert_allclose([layer.spectral_norm for layer in report.layers], expected, rtol=1e-6)
+    assert {entry.name: entry.reason for entry in report.skipped} == {
+        "long.weight": "of type float128, which JAX does not have"
+    }
+    changes, _ = normalize(path, out, 0.3)
+    assert {change.name for change in changes} == {"columns.weight", "swapped.weight"}
+    np.testing.assert_allclose([layer.spectral_norm for layer in analyze(out).layers], expected, rtol=1e-5)
+
+
+def test_what_is_no_array_is_copied_as_it_is(tmp_path):
+    """Strings and numbers of Python in a checkpoint of Orbax."""
+    import orbax.checkpoint as ocp
+
+    path, out = tmp_path / "step", tmp_path / "out"
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        checkpointer.save(path, {"kernel": array(8, 16), "name": "hello", "step": 7, "rate": 0.5})
+    changes, _ = normalize(path, out, 0.1)
+    assert [change.name for change in changes] == ["kernel"]
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        again = checkpointer.restore(out)
+    assert {name: value for name, value in again.items() if name != "kernel"} == {
+        "name": "hello",
+        "step": 7,
+        "rate": 0.5,
+    }
+
+
+def test_shapes_alone_are_skipped():
+    report = analyze({"a.weight": array(6, 4), "b.weight": jax.ShapeDtypeStruct((3, 4), jnp.float32)})
+    assert [layer.name for layer in report.layers] == ["a.weight"]
+    assert "ShapeDtypeStruct" in report.skipped[0].reason
+
+
 def test_bad_files_say_what_they_are(tmp_path):
     for name in ("bad.safetensors", "bad.npz"):
         (tmp_path / name).write_bytes(b"no weights" * 20)
@@ -737,9 +783,10 @@ def test_bad_files_say_what_they_are(tmp_path):
         index.write_text(text)
         with pytest.raises(BrokenFile, match="no index of"):
             open_arrays(index)
-    index.write_text('{"weight_map": {"a": "../other.safetensors"}}')
-    with pytest.raises(BrokenFile, match="expected the names of files beside it"):
-        open_arrays(index)
+    for place in ("../other.safetensors", ""):
+        index.write_text(json.dumps({"weight_map": {"a": place}}))
+        with pytest.raises(BrokenFile, match="expected the names of files beside it"):
+            open_arrays(index)
     index.write_text('{"weight_map": {"a": "missing.safetensors"}}')
     with pytest.raises(BrokenFile, match=r"missing.safetensors: there is no such file, which an index names"):
         open_arrays(index.parent)
@@ -752,8 +799,19 @@ def test_damaged_arrays_and_checkpoints_say_what_they_are(tmp_path, monkeypatch)
     path.write_bytes(bytes_of[:1000] + b"x" * 1000 + bytes_of[2000:])
     with pytest.raises(BrokenFile, match=r"weights.npz: fc.weight cannot be read"):
         opened.read("fc.weight")
+    np.savez_compressed(path, **{"fc.weight": np.random.default_rng(0).standard_normal((200, 200))})
+    opened, bytes_of = open_arrays(path), path.read_bytes()
+    path.write_bytes(bytes_of[:1000] + bytes(1000) + bytes_of[2000:])
+    with pytest.raises(BrokenFile, match=r"weights.npz: fc.weight cannot be read"):
+        opened.read("fc.weight")
 
     checkpoint = saved(tmp_path, "")
+    damaged = tmp_path / "damaged"
+    shutil.copytree(checkpoint, damaged)
+    for text in ("[]", '{"tree_metadata": {"a": 3}}'):
+        (damaged / "_METADATA").write_text(text)
+        with pytest.raises(BrokenFile, match="no Orbax checkpoint that can be read"):
+            open_arrays(damaged)
     folders = tmp_path / "several"
     for name in ("1", "2"):
         shutil.copytree(checkpoint, folders / name)
@@ -806,7 +864,8 @@ def test_forms_of_a_report():
     assert float(lines[1]["spectral_norm"]) == report.layers[1].spectral_norm
     assert "&lt;b&gt;" in report._repr_html_()
     assert r"a<b>\|c.weight" in report.to_markdown()
-    assert analyze({}).to_csv().startswith("name,")
+    assert "| two lines |" in analyze({"two\nlines": array(6, 4)}).to_markdown()
+    assert analyze({}).to_csv().splitlines() == report.to_csv().splitlines()[:1]
     assert "0 layers" in str(analyze({}))
     assert CircularConv((4,)) not in {layer.operator for layer in report.layers}
 

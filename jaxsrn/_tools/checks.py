@@ -72,7 +72,7 @@ def static_int(value, name: str, minimum: int = 1) -> int:
 
 def static_share(value, name: str) -> float:
     """`value` as a float; raises `ValueError` unless it is a number in (0, 1] that is known while tracing."""
-    is_number = isinstance(value, (int, float, np.number, jax.Array)) and np.ndim(value) == 0
+    is_number = isinstance(value, (int, float, np.number, np.ndarray, jax.Array)) and np.ndim(value) == 0
     is_static = is_number and not isinstance(value, jax.core.Tracer)
     ensure(is_static and 0 < float(value) <= 1, f"{name}: got {value}, expected a static number in (0, 1].")
     return float(value)

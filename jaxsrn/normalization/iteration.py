@@ -172,7 +172,7 @@ def _best_end(
         nothing,
         picked(starts, jnp.asarray(0)),
         jnp.asarray(False),
-        jnp.asarray(-1),
+        jnp.asarray(-1, jnp.int32),
     )
 
     def follow(i, best: _Ascent) -> _Ascent:
@@ -219,7 +219,7 @@ def _begin(kernel, op) -> Fixpoint:
     a = rescaled(kernel.astype(float_dtype(kernel.dtype)), op)[0]
     zero, nothing, no = jnp.zeros((), a.dtype), no_pair(op, a.shape, a.dtype), jnp.asarray(False)
     candidate = Candidate(a, jnp.full_like(zero, INFEASIBLE))
-    count = jnp.asarray(0)
+    count = jnp.asarray(0, jnp.int32)
     return Fixpoint(candidate, nothing, nothing, zero, nothing, zero, zero, no, count, count, ~no)
 
 

@@ -94,7 +94,7 @@ def srn_of_matrix(matrix, target, num_preserved, raise_rank):
         # Zero, or NaN where the matrix has one.
         gap=0 * rank,
         residual=jnp.where(rank == 0, 0.0, jnp.maximum(deviation(new_rank, target), deviation(values[0], wanted))),
-        num_steps=jnp.asarray(0),
+        num_steps=jnp.asarray(0, jnp.int32),
         num_preserved=jnp.where(unchanged, num_preserved, preserved),
         feasible=feasible,
     )
@@ -154,7 +154,7 @@ def _lowered_values(s: Float[Array, " n"], target, num_preserved: int):
         root = safe_sqrt(target - 1)
         g1 = (1 + root * ratio(s2, s1)) / jnp.maximum(target, 1)
         g2 = g1 * root * ratio(s1, s2)
-        return jnp.where(jnp.arange(len(s)) == 0, g1, g2) * s, jnp.asarray(0)
+        return jnp.where(jnp.arange(len(s)) == 0, g1, g2) * s, jnp.asarray(0, jnp.int32)
     # A number k is feasible where the leading k values alone do not exceed the target; where none is, k = 1 is taken.
     # The room keeps rounding from deciding where the two are equal.
     room = 1 + 16 * jnp.finfo(s.dtype).eps

@@ -140,8 +140,8 @@ def _begin(problem: Problem, op: Operator, own: Pair) -> _State:
         high_miss=infinite,
         moved_low=jnp.asarray(True),
         best=_Trial(zero, solution, found, problem.kernel, infinite),
-        num_steps=jnp.asarray(0),
-        count=jnp.asarray(0),
+        num_steps=jnp.asarray(0, jnp.int32),
+        count=jnp.asarray(0, jnp.int32),
     )
 
 

@@ -91,7 +91,7 @@ def measured(result, problem, norm, distance, gap, num_steps, keep_norm, feasibl
         gap=gap,
         residual=residual,
         num_steps=num_steps,
-        num_preserved=jnp.asarray(1 if keep_norm else 0),
+        num_preserved=jnp.asarray(1 if keep_norm else 0, jnp.int32),
         feasible=feasible,
     )
 

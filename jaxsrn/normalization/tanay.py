@@ -57,7 +57,7 @@ def _srnc_tanay(kernel, op, own, target):
     rest = a - first
     gamma = ratio(safe_sqrt(target - 1) * problem.norm, safe_sqrt(problem.inner(rest, rest)))
     unchanged = target >= problem.stable_rank
-    result = assessed(jnp.where(unchanged, a, first + gamma * rest), problem, own, op, jnp.asarray(0))
+    result = assessed(jnp.where(unchanged, a, first + gamma * rest), problem, own, op, jnp.asarray(0, jnp.int32))
     return in_own_scale(result._replace(gap=jnp.where(unchanged, 0.0, result.gap)), scale, kernel, op, unchanged)
 
 

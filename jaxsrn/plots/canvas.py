@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from jaxsrn._tools.checks import ensure
 
-__all__ = ["COLORS", "axes_of", "checked_curves", "every", "size_for", "styles", "with_legend"]
+__all__ = ["COLORS", "as_label", "axes_of", "checked_curves", "every", "size_for", "styles", "with_legend"]
 
 # Perceptually uniform, and the same to most colour-blind readers.
 COLORS = colormaps["cividis"]
@@ -45,6 +45,12 @@ def with_legend(ax: Axes, *, below: float | None = None, title: str | None = Non
     options = {"frameon": False, "title": title, "alignment": "left", "ncols": _columns(number)}
     ax.legend(loc=place[0], bbox_to_anchor=place[1], **options)
     return ax.figure.figure
+
+
+def as_label(name) -> str:
+    """A name as it is in a legend: matplotlib leaves out those that begin with `_`, and reads formulas between `$`."""
+    text = str(name).replace("$", r"\$")
+    return f" {text}" if text.startswith("_") else text
 
 
 def styles(number: int, lightest: float = 0.75) -> list[dict]:

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from jaxsrn._tools.checks import ensure, static_int
-from jaxsrn.plots.canvas import COLORS, axes_of, checked_curves, size_for, styles, with_legend
+from jaxsrn.plots.canvas import COLORS, as_label, axes_of, checked_curves, size_for, styles, with_legend
 
 __all__ = ["lipschitz_bounds", "lipschitz_histogram"]
 
@@ -40,9 +40,8 @@ def lipschitz_bounds(lower: Mapping[str, Any], upper: Mapping[str, Any], *, ax: 
     kinds = (("lower, empirical", lower, 0.75, "//"), ("upper, certified", upper, 0.15, ""))
     for number, (label, bounds, shade, hatch) in enumerate(kinds):
         places = [names.index(name) + (0.4 * number - 0.2) * (name in lower and name in upper) for name in bounds]
-        bars = ax.barh(
-            places, list(bounds.values()), 0.38, label=label, color=COLORS(shade), hatch=hatch, edgecolor="black"
-        )
+        lengths = list(map(float, bounds.values()))
+        bars = ax.barh(places, lengths, 0.38, label=label, color=COLORS(shade), hatch=hatch, edgecolor="black")
         ax.bar_label(bars, fmt="%.3g", padding=3)
     # Bars have no natural foot on a logarithmic scale: below the smallest number, and room for the labels above.
     ax.set(xlabel="Lipschitz constant", xscale="log", xlim=(min(numbers) / 2, max(numbers) * 2))
@@ -52,7 +51,7 @@ def lipschitz_bounds(lower: Mapping[str, Any], upper: Mapping[str, Any], *, ax: 
     ax.xaxis.set(major_locator=locator, major_formatter="{x:g}")
     ax.xaxis.set_minor_formatter(NullFormatter())
     ax.set(ylim=(len(names) - 0.5, -0.5))
-    ax.set_yticks(range(len(names)), names)
+    ax.set_yticks(range(len(names)), [as_label(name) for name in names])
     return with_legend(ax)
 
 
@@ -70,7 +69,7 @@ def lipschitz_histogram(
     Raises:
       ValueError: no ratios, or some that are not 1-D and finite.
     """
-    curves = checked_curves(ratios, "ratios")
+    curves = {name: own.astype(float) for name, own in checked_curves(ratios, "ratios").items()}
     ensure(all(np.isfinite(own).all() for own in curves.values()), "ratios: expected finite numbers; leave others out.")
     edges = np.histogram_bin_edges(np.concatenate(list(curves.values())), static_int(bins, "bins"))
     ax = axes_of(ax, size_for(len(curves)))
@@ -79,7 +78,7 @@ def lipschitz_histogram(
         value = np.percentile(own, percentile)
         # Shares, so that models with different numbers of pairs can be compared.
         shares = np.histogram(own, edges)[0] / len(own)
-        ax.stairs(shares, edges, lw=1.8, label=f"{name}: {value:.3g}", **line)
+        ax.stairs(shares, edges, lw=1.8, label=f"{as_label(name)}: {value:.3g}", **line)
         ax.axvline(value, lw=1, **line)
     ax.set(xlabel="empirical Lipschitz constant", ylabel="share of the pairs")
     ax.set_ylim(bottom=0)

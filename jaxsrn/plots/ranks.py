@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from jaxsrn._tools.checks import ensure
-from jaxsrn.plots.canvas import axes_of, styles, with_legend
+from jaxsrn.plots.canvas import as_label, axes_of, styles, with_legend
 
 __all__ = ["stable_ranks"]
 
@@ -40,8 +40,8 @@ def stable_ranks(layers: Any, *, ax: Axes | None = None) -> Figure:
     shifts = 0.5 * (np.arange(len(models)) - (len(models) - 1) / 2) / len(models)
     for (title, records), shift, style in zip(models.items(), shifts, styles(len(models)), strict=True):
         ranks = [record.stable_rank for record in records]
-        ax.plot(ranks, places + shift, **{**style, "ls": "", "ms": 7, "mec": "black"}, label=title)
+        ax.plot(ranks, places + shift, **{**style, "ls": "", "ms": 7, "mec": "black"}, label=as_label(title))
     ax.set(xlabel="stable rank", xscale="log", ylim=(len(places) - 0.5, -0.5))
     ax.xaxis.set_major_formatter("{x:g}")
-    ax.set_yticks(places, names[0])
+    ax.set_yticks(places, [as_label(name) for name in names[0]])
     return with_legend(ax)

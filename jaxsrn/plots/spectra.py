@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from jaxsrn.plots.canvas import axes_of, checked_curves, every, size_for, styles, with_legend
+from jaxsrn.plots.canvas import as_label, axes_of, checked_curves, every, size_for, styles, with_legend
 
 __all__ = ["singular_values"]
 
@@ -38,7 +38,7 @@ def singular_values(values: Mapping[str, Any], *, relative: bool = False, ax: Ax
         if relative:
             # The values of a zero layer stay 0.
             index, curve = index / len(curve), curve / (curve[0] or 1.0)
-        ax.plot(index, curve, label=name, markevery=every(len(curve)), **style)
+        ax.plot(index, curve, label=as_label(name), markevery=every(len(curve)), **style)
     ax.set(
         xlabel="index / number of singular values" if relative else "index",
         ylabel="singular value / spectral norm" if relative else "singular value",

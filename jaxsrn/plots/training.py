@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from jaxsrn._tools.checks import ensure
-from jaxsrn.plots.canvas import axes_of, checked_curves, every, size_for, styles, with_legend
+from jaxsrn.plots.canvas import as_label, axes_of, checked_curves, every, size_for, styles, with_legend
 
 __all__ = ["norms_over_steps"]
 
@@ -37,7 +37,7 @@ def norms_over_steps(
     )
     ax = axes_of(ax, size_for(len(curves)))
     for (name, curve), style in zip(curves.items(), styles(len(curves)), strict=True):
-        ax.plot(steps, curve, label=name, markevery=every(len(steps)), **style)
+        ax.plot(steps, curve, label=as_label(name), markevery=every(len(steps)), **style)
     if limit is not None:
         ax.axhline(limit, color="0.5", lw=0.8, label=f"asked for: {limit:g}", zorder=0)
     ax.set(xlabel="training step", ylabel="spectral norm")

@@ -163,8 +163,8 @@ def begin(kernel: Float[Array, "..."], blocks: MatrixStack, limit: Float[Array, 
         largest_penalty=largest_penalty(kernel.dtype) * ratio,
         best=nothing,
         excess=zero + jnp.inf,
-        stalled=jnp.asarray(0),
-        num_steps=jnp.asarray(0),
+        stalled=jnp.asarray(0, jnp.int32),
+        num_steps=jnp.asarray(0, jnp.int32),
     )
 
 

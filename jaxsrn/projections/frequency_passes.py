@@ -220,7 +220,7 @@ def solved(direction: Float[Array, "..."], blocks: MatrixStack, gap, max_passes:
         bound=zero + jnp.inf,
         stack=first_stack(direction, blocks),
         step=zero + _STEP,
-        num_passes=jnp.asarray(0),
+        num_passes=jnp.asarray(0, jnp.int32),
     )
     return lax.while_loop(unfinished, some_passes, begun)
 

@@ -129,7 +129,7 @@ def not_yet(
     """A placeholder for what `nearest` returns: a loop that starts from it compiles `nearest` once, in its body."""
     zero = jnp.zeros_like(limit)
     blocks = inner_blocks(op, target.shape, target.dtype)
-    return SolvedBall(begin(target, blocks, limit), limit), Nearest(target, own, zero, zero, jnp.asarray(0))
+    return SolvedBall(begin(target, blocks, limit), limit), Nearest(target, own, zero, zero, jnp.asarray(0, jnp.int32))
 
 
 def nearest(
@@ -200,7 +200,7 @@ def _widened(solve: Callable, begun: Iterate, op: Operator, limit: Float[Array, 
         radius = jnp.where(norm == 0, state.radius, state.radius * limit / divisor(norm))
         return _Widened(SolvedBall(found, state.radius), norm, leading, radius, state.num_steps + found.num_steps)
 
-    nothing = _Widened(SolvedBall(begun, limit), jnp.zeros_like(limit), own, limit, jnp.asarray(0))
+    nothing = _Widened(SolvedBall(begun, limit), jnp.zeros_like(limit), own, limit, jnp.asarray(0, jnp.int32))
     return lax.fori_loop(0, _NUM_RADII, try_radius, nothing)
 
 

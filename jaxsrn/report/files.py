@@ -14,6 +14,7 @@ import re
 import shutil
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -146,7 +147,7 @@ _HOLDERS = ("value", "raw_value")
 
 
 def _info_of(leaf) -> ArrayInfo:
-    if not hasattr(leaf, "shape"):
+    if not hasattr(leaf, "shape") or isinstance(leaf, jax.ShapeDtypeStruct):
         return ArrayInfo(np.shape(leaf) if np.isscalar(leaf) else (), type(leaf).__name__)
     dtype = leaf.dtype
     is_key = isinstance(leaf, jax.Array) and jax.numpy.issubdtype(dtype, jax.dtypes.prng_key)
@@ -223,9 +224,9 @@ class _Shards(NamedArrays):
         self._index, self.source = index, index.name
         try:
             places = json.loads(index.read_text())["weight_map"]
-            outside = [place for place in places.values() if Path(place).name != place]
+            outside = [place for place in places.values() if not place or Path(place).name != place]
             if outside:
-                raise BrokenFile(f"{index}: it names {outside[0]}, expected the names of files beside it.")
+                raise BrokenFile(f"{index}: it names {outside[0]!r}, expected the names of files beside it.")
             paths = {place: index.parent / place for place in sorted(set(places.values()))}
             missing = [path for path in paths.values() if not path.exists()]
             if missing:
@@ -262,6 +263,10 @@ def _bytes(array: np.ndarray, info: ArrayInfo) -> bytes:
     return np.ascontiguousarray(array).tobytes()
 
 
+# What a damaged `.npz` file raises.
+_DAMAGES = zipfile.BadZipFile, zlib.error, ValueError, EOFError
+
+
 class _Npz(NamedArrays):
     """An `.npz` file. Two-byte records without a type, which is what NumPy makes of bfloat16, are read as bfloat16."""
 
@@ -270,7 +275,7 @@ class _Npz(NamedArrays):
         try:
             with zipfile.ZipFile(path) as archive:
                 self.infos = {_key(name): self._header(archive, name) for name in archive.namelist()}
-        except (zipfile.BadZipFile, ValueError, EOFError, OSError) as error:
+        except (*_DAMAGES, OSError) as error:
             raise BrokenFile(f"{path}: cannot be read as an .npz file ({error}).") from error
 
     @staticmethod
@@ -285,8 +290,10 @@ class _Npz(NamedArrays):
         try:
             with np.load(self._path, allow_pickle=False) as arrays:
                 array = arrays[name]
-        except (zipfile.BadZipFile, ValueError, EOFError) as error:
+        except _DAMAGES as error:
             raise BrokenFile(f"{self._path}: {name} cannot be read ({error}).") from error
+        # JAX takes numbers in the byte order of the machine alone.
+        array = array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
         return array.view(ml_dtypes.bfloat16) if array.dtype == np.dtype("V2") else array
 
     def copy(self, path, change):
@@ -323,7 +330,7 @@ class _Orbax(NamedArrays):
         try:
             # The handler itself, as a checkpointer also looks for what only the whole step has, and warns.
             self._tree = ocp.PyTreeCheckpointHandler().metadata(self._path).tree
-        except (ValueError, OSError, KeyError) as error:
+        except (ValueError, OSError, KeyError, AttributeError, TypeError) as error:
             raise BrokenFile(f"{path}: no Orbax checkpoint that can be read ({error}).") from error
         leaves = jax.tree_util.tree_leaves_with_path(self._tree)
         self._paths = {"/".join(map(str, plain(key))): key for key, _ in leaves}
@@ -347,7 +354,10 @@ class _Orbax(NamedArrays):
     def _restored(self, wanted: Callable[[tuple], bool]) -> Any:
         ocp = self._ocp
         item = jax.tree_util.tree_map_with_path(lambda key, _: 0 if wanted(key) else ocp.PLACEHOLDER, self._tree)
-        args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
+        # Numbers and strings of Python come back as they are.
+        args = jax.tree.map(
+            lambda leaf: ocp.RestoreArgs(restore_type=np.ndarray if _is_array(leaf) else None), self._tree
+        )
         with ocp.PyTreeCheckpointer() as checkpointer:
             return checkpointer.restore(self._path, args=ocp.args.PyTreeRestore(item=item, restore_args=args))
 
@@ -368,6 +378,11 @@ class _Orbax(NamedArrays):
         tree = jax.tree_util.tree_map_with_path(changed, self._restored(lambda key: True))
         with self._ocp.PyTreeCheckpointer() as checkpointer:
             checkpointer.save(path.absolute(), tree)
+
+
+def _is_array(leaf) -> bool:
+    """Whether the metadata of a leaf are those of an array, and not of a number or a string of Python."""
+    return getattr(leaf, "dtype", None) is not None and not type(leaf).__name__.startswith("Scalar")
 
 
 def _info_of_metadata(leaf) -> ArrayInfo:

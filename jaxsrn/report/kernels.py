@@ -307,6 +307,7 @@ def _check_is_weight(name: str, info: ArrayInfo) -> None:
         jnp.issubdtype(info.dtype, jnp.floating),
         f"of type {info.dtype}, and kernels are real floating-point arrays",
     )
+    _require(np.dtype(info.dtype).itemsize <= 8, f"of type {info.dtype}, which JAX does not have")
     _require(0 not in info.shape, "no entries")
     _require(not set(parts) & set(_OPTIMIZERS), "the state of an optimizer")
     _require(parts[0] != "stable_rank", "the state of a wrapper")

@@ -101,7 +101,8 @@ def normalize(
         mine = [kernel for kernel in kernels if kernel.array == name]
         if not mine:
             return None
-        old = arrays.read(name)
+        # Files may hold an array column by column.
+        old = np.ascontiguousarray(arrays.read(name))
         new = old.copy()
         for kernel in mine:
             if progress is not None:

@@ -10,7 +10,7 @@ import io
 import math
 import statistics
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from jaxsrn.operators import Dense
@@ -98,8 +98,7 @@ class Report:
         """One line for every layer, after a line of names; numbers have all their digits."""
         text = io.StringIO()
         rows = [_row_of(layer) for layer in self.layers]
-        names = [field.name for field in dataclasses.fields(LayerReport)]
-        writer = csv.DictWriter(text, list(rows[0]) if rows else names, lineterminator="\n")
+        writer = csv.DictWriter(text, _COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
         return text.getvalue()
@@ -108,7 +107,7 @@ class Report:
         """A table in Markdown, then the numbers of the network and what was skipped."""
         header, rows = self.cells()
         rule = ["---", "---", "---", *["---:"] * (len(header) - 3)]
-        lines = [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in (header, rule, *rows)]
+        lines = [f"| {' | '.join(map(_in_markdown, row))} |" for row in (header, rule, *rows)]
         return "\n".join([*lines, "", *(f"- {line}" for line in self.summary())]) + "\n"
 
     def __str__(self) -> str:
@@ -150,6 +149,10 @@ class Report:
         lines += [f"Stands out: {name}: {why}." for name, why in outliers.items()] or ["No layer stands out."]
         lines.append(RULE)
         return lines + _summary_of(self.skipped)
+
+
+def _in_markdown(cell: str) -> str:
+    return cell.replace("|", "\\|").replace("\n", " ")
 
 
 def _summary_of(skipped: Sequence[Skipped]) -> list[str]:
@@ -194,25 +197,28 @@ def _cells_of(layer: LayerReport, with_spectra: bool) -> list[str]:
     return cells
 
 
+# The columns of a record in plain numbers and strings.
+_COLUMNS: dict[str, Callable[[LayerReport], Any]] = {
+    "name": lambda layer: layer.name,
+    "kernel_shape": lambda layer: "x".join(map(str, layer.kernel_shape)),
+    "operator": lambda layer: repr(layer.operator),
+    "rule": lambda layer: layer.rule,
+    "spectral_norm": lambda layer: layer.spectral_norm,
+    "norm_lower": lambda layer: layer.norm_interval.lower,
+    "norm_upper": lambda layer: layer.norm_interval.upper,
+    "flattened_norm": lambda layer: layer.flattened_norm,
+    "stable_rank": lambda layer: layer.stable_rank,
+    "stable_rank_low": lambda layer: layer.stable_rank_low,
+    "stable_rank_high": lambda layer: layer.stable_rank_high,
+    "share": lambda layer: layer.share,
+    "condition_number": lambda layer: layer.condition_number,
+    "effective_rank": lambda layer: layer.effective_rank,
+    "batch_norm": lambda layer: layer.batch_norm,
+}
+
+
 def _row_of(layer: LayerReport) -> dict[str, Any]:
-    """The record of a layer in plain numbers and strings."""
-    return {
-        "name": layer.name,
-        "kernel_shape": "x".join(map(str, layer.kernel_shape)),
-        "operator": repr(layer.operator),
-        "rule": layer.rule,
-        "spectral_norm": layer.spectral_norm,
-        "norm_lower": layer.norm_interval.lower,
-        "norm_upper": layer.norm_interval.upper,
-        "flattened_norm": layer.flattened_norm,
-        "stable_rank": layer.stable_rank,
-        "stable_rank_low": layer.stable_rank_low,
-        "stable_rank_high": layer.stable_rank_high,
-        "share": layer.share,
-        "condition_number": layer.condition_number,
-        "effective_rank": layer.effective_rank,
-        "batch_norm": layer.batch_norm,
-    }
+    return {name: value(layer) for name, value in _COLUMNS.items()}
 
 
 def _plain(value) -> Any:

@@ -40,7 +40,7 @@ class State(NamedTuple):
 
 def begin(point: Float[Array, "..."], optimizer: optax.GradientTransformation) -> State:
     """The state before the first step."""
-    return State(point, optimizer.init(point), jnp.asarray(0))
+    return State(point, optimizer.init(point), jnp.asarray(0, jnp.int32))
 
 
 def starting_points(keys, like: Float[Array, "..."], initial=None) -> Float[Array, "starts ..."]:

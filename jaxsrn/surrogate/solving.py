@@ -137,7 +137,7 @@ def _solve(kernel, op, target, keys, initial, schedules, optimizer, num_steps, s
     ends, missed, distances = jax.vmap(descend)(starting_points(keys, a, initial))
     best = lax.stop_gradient(ends[jnp.lexsort((distances, missed))[0]])
     found = held(functools.partial(_kernel_at, op), _NO_MOVE, problem, best)
-    result = assessed(found, problem, own, op, jnp.asarray(num_steps))
+    result = assessed(found, problem, own, op, jnp.asarray(num_steps, jnp.int32))
     return in_own_scale(result, scale, kernel, op, jnp.asarray(False))
 
 
@@ -219,8 +219,10 @@ def _prepared(kernel, op, target, schedules, optimizer, num_steps: int, smooth: 
     # With this weight both terms of `h` are relative to `(N / r)^2`.
     weight = level**2 / (frozen.target * divisor(frozen.norm) ** 2)
     alpha, given = schedules
-    alpha = alpha or geometric(*(a / level for a in _ALPHAS), num_steps)
-    usual = geometric(*(p * weight for p in _PENALTIES), num_steps)
+    first, last = _ALPHAS
+    alpha = alpha or geometric(first / level, last / level, num_steps)
+    first, last = _PENALTIES
+    usual = geometric(first * weight, last * weight, num_steps)
 
     def penalty(step):
         # That of the caller is for the kernel as it was given. Its scale may have no square in the dtype.
