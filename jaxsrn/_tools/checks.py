@@ -20,6 +20,7 @@ __all__ = [
     "float_dtype",
     "int_tuple",
     "is_integer",
+    "is_static_number",
     "kernel_array",
     "positive_scalar",
     "real_floating",
@@ -72,15 +73,20 @@ def static_int(value, name: str, minimum: int = 1) -> int:
 
 def static_share(value, name: str) -> float:
     """`value` as a float; raises `ValueError` unless it is a number in (0, 1] that is known while tracing."""
-    is_number = isinstance(value, (int, float, np.number, np.ndarray, jax.Array)) and np.ndim(value) == 0
-    is_static = is_number and not isinstance(value, jax.core.Tracer)
-    ensure(is_static and 0 < float(value) <= 1, f"{name}: got {value}, expected a static number in (0, 1].")
+    is_share = is_static_number(value) and 0 < float(value) <= 1
+    ensure(is_share, f"{name}: got {value}, expected a static number in (0, 1].")
     return float(value)
+
+
+def is_static_number(value) -> bool:
+    """Whether a value is one real number that is known while tracing."""
+    is_number = isinstance(value, (int, float, np.integer, np.floating, np.ndarray, jax.Array)) and np.ndim(value) == 0
+    return is_number and not isinstance(value, jax.core.Tracer)
 
 
 def kernel_array(kernel, op) -> jax.Array:
     """The kernel as an array; raises `ValueError` unless it is real, floating and of a shape that `op` takes."""
-    # The class itself stands below this file.
+    # `Operator` is defined in a module that imports this one, so that a method of it identifies it.
     ensure(
         hasattr(op, "_check_kernel_shape") and not isinstance(op, type),
         f"op: got {op!r}, expected an operator, such as Dense() or CircularConv((32, 32)).",
@@ -105,13 +111,14 @@ def computed_form(kernel, op) -> tuple[jax.Array, Any]:
     return op._flattened(kernel)
 
 
-def ensure_same_on_devices(array: jax.Array, name: str) -> None:
-    """Raises `ValueError` for an array that differs over the devices of a `jax.shard_map` which keeps track of that.
+def ensure_same_on_devices(tree, name: str) -> None:
+    """Raises `ValueError` where an array of a tree differs over the devices of a `jax.shard_map` that checks that.
 
     There, JAX sums over the devices what goes back to a constant, such as the unknown of an adjoint. Results would be
     sums over all devices.
     """
-    axes = jax.typeof(array).mat.varying
+    arrays = [leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array)]
+    axes = frozenset().union(*(jax.typeof(array).mat.varying for array in arrays))
     ensure(
         not axes,
         f"{name}: got an array that varies over the mesh axes {sorted(axes)}, expected jax.shard_map(..., "
@@ -146,4 +153,6 @@ def positive_scalar(value, name: str, dtype, *, or_zero: bool = False) -> jax.Ar
             bool(np.isfinite(number) and (number > 0 or (or_zero and number == 0))),
             f"{name}: got {value}, expected a positive finite number{' or 0' if or_zero else ''}.",
         )
-    return jnp.asarray(value).astype(dtype)
+    value = jnp.asarray(value)
+    ensure_same_on_devices(value, name)
+    return value.astype(dtype)

@@ -10,11 +10,10 @@ from __future__ import annotations
 import functools
 
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
-from jaxsrn._tools.checks import Kernel, computed_form, ensure, float_dtype
+from jaxsrn._tools.checks import Kernel, computed_form, ensure, float_dtype, is_static_number
 from jaxsrn._tools.linalg import unit
 from jaxsrn._tools.programs import program
 from jaxsrn._tools.tolerances import torus_excess
@@ -73,7 +72,7 @@ def certified(kernel: Kernel, op: Operator, *, resolution: float = 0.01) -> Norm
     """
     kernel, op = computed_form(kernel, op)
     ensure(
-        isinstance(resolution, (int, float, np.number)) and 0 <= resolution < 1,
+        is_static_number(resolution) and 0 <= float(resolution) < 1,
         f"resolution: got {resolution!r}, expected a static number from 0 to 1, such as 0.01.",
     )
     kernel, op, _ = in_common_shape(kernel.astype(float_dtype(kernel.dtype)), op)

@@ -52,7 +52,7 @@ def jac_norm(f: Callable, params, x, labels, *, margin=None) -> Float[Array, "..
     """
     check_network(f)
     x = jnp.asarray(x)
-    ensure_same_on_devices(x, "x")
+    ensure_same_on_devices((params, x, margin), "params, x, margin")
     return _jac_norm(f, params, x, jnp.asarray(labels), margin)
 
 

@@ -67,6 +67,7 @@ def checked_batches(f: Callable, params, *batches) -> list[jax.Array]:
       ValueError: a batch that is no real floating-point array, batches of different shapes, or an output that does not
         fit.
     """
+    ensure_same_on_devices(params, "params")
     arrays = [jnp.asarray(batch) for batch in batches]
     for array in arrays:
         ensure_same_on_devices(array, "x")

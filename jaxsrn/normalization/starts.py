@@ -377,7 +377,7 @@ def _with_next(kernel: Float[Array, "..."], op: ZeroPaddedConv, starts: Pair) ->
     sizes = op._sizes(kernel.shape)
     if svds_are_dear(1, sizes):
         return starts
-    # Pairs map inputs to outputs.
+    # The rows of the explicit matrix are outputs, those of its transpose inputs.
     rows, _, columns = jnp.linalg.svd(op.to_dense(kernel).T, full_matrices=False)
     following = jax.vmap(lambda row, column: of_flat_vectors(row, column, op, kernel.shape))
     pairs = following(rows.T[1 : 1 + _NUM_NEXT], columns[1 : 1 + _NUM_NEXT])

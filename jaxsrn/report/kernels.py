@@ -139,6 +139,7 @@ def _by_array(counts: Mapping[str, int] | None, infos: Mapping[str, ArrayInfo], 
         found = [name + ending for ending in endings if name + ending in infos]
         example = next((full for full, info in infos.items() if len(info.shape) > 2), next(iter(infos), None))
         ensure(len(found) > 0, f"{option}: got {name!r}, expected names of arrays or layers, such as {example!r}.")
+        ensure(found[0] not in whole, f"{option}: got {found[0]!r} twice, expected once.")
         whole[found[0]] = count
     return whole
 

@@ -225,7 +225,7 @@ def _prepared(kernel, op, target, schedules, optimizer, num_steps: int, smooth: 
     usual = geometric(first * weight, last * weight, num_steps)
 
     def penalty(step):
-        # That of the caller is for the kernel as it was given. Its scale may have no square in the dtype.
+        # The caller's penalty is for the kernel in its own scale. The usual one needs no square, which may overflow.
         return given(step) * scale**2 if given else usual(step)
 
     def loss(x, step):

@@ -121,7 +121,7 @@ def _whole_symbol(poly: GramPolynomial, grid: Grid, index: Int[Array, " axes"]):
 
 
 def _is_flat(poly: GramPolynomial, excess, value):
-    """Whether no singular value exceeds the largest one at any other frequency by more than the share `excess`.
+    """Whether no singular value exceeds the largest one at the peak's frequency by more than the share `excess`.
 
     The Gram matrices of two frequencies differ by at most twice the norms of all coefficients but the constant one.
     Of the flat spectrum of an orthogonal kernel, branch and bound would look at every frequency.
