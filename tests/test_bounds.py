@@ -248,6 +248,33 @@ def test_a_flat_spectrum_beside_a_value_that_climbing_does_not_see(op):
     assert norm > 1.0185
 
 
+@pytest.mark.parametrize("channels", [24, 64])
+@pytest.mark.parametrize(
+    "op", [UnboundedConv(), CircularConv((2**12,)), ZeroPaddedConv((64,))], ids=["unbounded", "circular", "same"]
+)
+def test_a_kernel_at_right_angles_to_every_start(channels, op):
+    """Climbing ends at 0 everywhere, which was taken for the norm of a zero kernel."""
+    kernel = np.zeros((3, channels, channels), np.float32)
+    kernel[1, [1, 2, 8, 9, 17, 23], 0] = -0.25, 1, -0.5, 0.5, -0.5, 0.25
+    norm = np.linalg.norm(kernel[1, :, 0].astype(np.float64))
+    lower, upper = map(float, bounds.certified(jnp.asarray(kernel), op))
+    assert lower <= norm <= upper
+    np.testing.assert_allclose(jaxsrn.spectral_norm(jnp.asarray(kernel), op), norm, rtol=1e-5)
+
+
+def test_rounding_of_reshapings_with_all_taps_on_one_side():
+    """The longer side of such a matrix has more entries than any sum over the taps and inputs."""
+    seen = np.array(fixed_start((126,), jnp.float32), np.float64)
+    seen /= np.linalg.norm(seen)
+    unseen = np.random.default_rng(1).standard_normal(126)
+    unseen -= seen * (seen @ unseen)
+    kernel = np.zeros((3, 3, 126, 1134), np.float32)
+    kernel[..., 0], kernel[..., 1] = seen, (1 + 2.2e-5) * unseen / np.linalg.norm(unseen)
+    # At frequency 0 the taps add up.
+    norm = np.linalg.norm(kernel.astype(np.float64).sum(axis=(0, 1)), 2)
+    assert float(bounds.fantastic_four(jnp.asarray(kernel), UnboundedConv())) >= norm
+
+
 def test_rounding_grows_with_the_longer_side():
     """The largest value is a little above one that the search finds, by less than its proof allows for rounding."""
     rows, columns, above = 128, 20000, 2e-5

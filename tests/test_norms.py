@@ -230,6 +230,13 @@ def test_a_second_singular_vector_does_not_pass_at_loose_tolerances(tolerance):
     assert np.linalg.norm(np.vdot(triplet.right, second.right)) < 0.9
 
 
+def test_products_of_small_numbers_do_not_vanish():
+    """The entries of both vectors are 0.02, so that the products of three factors are denormal."""
+    kernel = jnp.full((2048, 2048), 5e-36, jnp.float32)
+    np.testing.assert_allclose(jaxsrn.spectral_norm(kernel, Dense()), 2048 * 5e-36, rtol=1e-5)
+    np.testing.assert_allclose(leading_triplet(kernel, Dense()).value, 2048 * 5e-36, rtol=1e-5)
+
+
 def test_tolerance_is_traced_and_has_an_effect():
     op, weights = ZeroPaddedConv((24, 24)), jnp.asarray(gaussian((3, 3, 1, 1)))
     matrix = cases.dense(weights, op)

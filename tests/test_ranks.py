@@ -390,7 +390,7 @@ def test_targets_are_shares_of_the_largest_stable_rank(case):
     """The largest is that of a matrix of the layer's shape with equal singular values."""
     largest = min(cases.dense(kernel(case), case.op).shape)
     for fraction in (0.7, 1.0):
-        target = target_of_fraction(np.array(fraction), case.kernel_shape, case.op)
+        target = target_of_fraction(fraction, case.kernel_shape, case.op)
         assert target == pytest.approx(fraction * largest, rel=1e-12)
     for fraction in (0.0, -0.5, 1.01, np.nan):
         with pytest.raises(ValueError, match=r"expected a static number in \(0, 1\]"):

@@ -321,8 +321,8 @@ def test_what_does_not_fit_together_is_an_error():
         analyze(WEIGHTS, jnp.zeros(3))
     with pytest.raises(ValueError, match="layout: got 'HIWO', expected one of HWIO"):
         analyze(WEIGHTS, layout="HIWO")
-    with pytest.raises(ValueError, match="groups: got 'conv'"):
-        analyze(WEIGHTS, groups={"conv": 2})
+    with pytest.raises(ValueError, match="groups: got 'other'"):
+        analyze(WEIGHTS, groups={"other": 2})
     with pytest.raises(ValueError, match="inputs: got none for Scanned"):
         analyze(Scanned(), {"params": {}})
 

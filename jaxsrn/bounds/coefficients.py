@@ -60,9 +60,12 @@ def smallest_over_covers(
 ) -> Float[Array, ""]:
     """The smallest value of `bound` on the tensors of a layer; `guaranteed` adds room for rounding."""
     kernel, scale = rescaled(kernel.astype(float_dtype(kernel.dtype)), op)
-    value = functools.reduce(jnp.minimum, [bound(tensor) for tensor in tensors(kernel, op)])
+    found = tensors(kernel, op)
+    value = functools.reduce(jnp.minimum, [bound(tensor) for tensor in found])
     if guaranteed:
-        value = widened(NormInterval(value, value), kernel, op).upper
+        # A reshaping of a tensor may have all terms on its longer side.
+        longest = max(num_terms(tensor) * max(tensor.shape[-2:]) for tensor in found)
+        value = widened(NormInterval(value, value), kernel, op, longest).upper
     return value * scale
 
 

@@ -56,24 +56,24 @@ def _adjoint(kernel: Float[Array, "..."], op: ZeroPaddedConv) -> Float[Array, ".
     return jnp.swapaxes(by_group, -3, -1).reshape((*kernel.shape[:-2], by_group.shape[-1], -1))
 
 
-def slack_of(kernel: Float[Array, "..."], op: Operator) -> float:
+def slack_of(kernel: Float[Array, "..."], op: Operator, longest: int = 1) -> float:
     """The relative amount by which `widened` moves each end.
 
     It is twice what rounding may do to sums over the taps and inputs, and what the proofs by Cholesky factorization
-    allow for sums over the longer side of a symbol.
+    allow for sums over the longer side of a symbol. `longest` is the number of terms of other sums.
     """
     *taps, inputs, outputs = kernel.shape
     phases, spread = math.prod(op._axis_strides(kernel.shape)), math.prod(getattr(op, "input_dilation", ()))
     rows = max(inputs * max(math.prod(taps), phases), outputs * spread // getattr(op, "feature_group_count", 1))
-    return 2 * rounding(rows, kernel.dtype)
+    return 2 * rounding(max(rows, longest), kernel.dtype)
 
 
-def widened(interval: NormInterval, kernel: Float[Array, "..."], op: Operator) -> NormInterval:
+def widened(interval: NormInterval, kernel: Float[Array, "..."], op: Operator, longest: int = 1) -> NormInterval:
     """The interval with room for rounding.
 
     Aliased taps are summed and may cancel. Their rounding is relative to the taps, not to the sum.
     """
-    slack, may_cancel = slack_of(kernel, op), op._distinct_shape(kernel.shape) != kernel.shape
+    slack, may_cancel = slack_of(kernel, op, longest), op._distinct_shape(kernel.shape) != kernel.shape
     margin = slack * lax.stop_gradient(jnp.linalg.norm(kernel)) if may_cancel else 0.0
     lower = jnp.maximum(interval.lower * (1 - slack) - margin, 0)
     return NormInterval(lower, interval.upper * (1 + slack) + margin)

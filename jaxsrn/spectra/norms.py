@@ -102,14 +102,14 @@ def check_triplet(initial: SingularTriplet, op: Operator, kernel_shape) -> None:
 
 @program
 def _triplet(kernel, op, pair):
-    kernel = kernel.astype(float_dtype(kernel.dtype))
-    fixed, scale = rescaled(lax.stop_gradient(kernel), op)
+    kernel, scale = rescaled(kernel.astype(float_dtype(kernel.dtype)), op)
     value = frozen_value(kernel, op, pair)
     right, left = (lax.stop_gradient(vector) for vector in pair_images(pair, op, kernel.shape))
-    return SingularTriplet(value, left, right, _residual(fixed, op, lax.stop_gradient(value) / scale, left, right))
+    residual = _residual(*lax.stop_gradient((kernel, value)), op, left, right)
+    return SingularTriplet(scale * value, left, right, residual)
 
 
-def _residual(kernel, op, value, left, right):
+def _residual(kernel, value, op, left, right):
     """The larger miss of the two singular equations, relative to the value; 0 where the value is 0."""
     highest = lax.Precision.HIGHEST
     errors = (
@@ -157,9 +157,11 @@ def spectral_norm(kernel: Kernel, op: Operator) -> Float[Array, ""]:
 
 @program
 def _value(kernel, op, pair):
-    return frozen_value(kernel.astype(float_dtype(kernel.dtype)), op, pair)
+    # Products of a small kernel with a small part of the pair would vanish.
+    kernel, scale = rescaled(kernel.astype(float_dtype(kernel.dtype)), op)
+    return scale * frozen_value(kernel, op, pair)
 
 
 def norm_of(kernel: Float[Array, "..."], op: Operator) -> Float[Array, ""]:
     """`spectral_norm` of a kernel that is already checked, and in float32 or wider."""
-    return frozen_value(kernel, op, leading_pair(kernel, op))
+    return _value(kernel, op, leading_pair(kernel, op))

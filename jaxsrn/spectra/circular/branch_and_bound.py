@@ -88,8 +88,8 @@ def highest_peak(poly: GramPolynomial, grid: Grid, corners, exists, peaks: Peak,
     def step(proof: _Proof) -> _Proof:
         return _look(poly, grid, chunk, allowed, proof if proof.is_new is None else _raised(poly, grid, proof))
 
-    # Zero and NaN need no proof.
-    return lax.while_loop(lambda proof: (proof.size > 0) & (proof.best.value > 0), step, proof).best
+    # NaN needs no proof. Climbing may end at 0 although the kernel is not 0, at right angles to all of it.
+    return lax.while_loop(lambda proof: (proof.size > 0) & (proof.best.value >= 0), step, proof).best
 
 
 def best_peak(poly: GramPolynomial, grid: Grid, peaks: Peak) -> Peak:
@@ -127,7 +127,8 @@ def _is_flat(poly: GramPolynomial, excess, value):
     Of the flat spectrum of an orthogonal kernel, branch and bound would look at every frequency.
     """
     if poly.basis is not None:
-        return jnp.asarray(False)
+        # A reduced polynomial says too little, and only a zero kernel is flat.
+        return jnp.max(jnp.abs(poly.coefficients)) == 0
     # By Cauchy and Schwarz, the sum of the norms is at most the root of so many times the sum of their squares.
     count = max(len(poly.even) - 1, 1)
     return jnp.sum(jnp.maximum(poly.even**2, poly.odd**2)[1:]) <= (excess * value**2) ** 2 / count
