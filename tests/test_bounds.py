@@ -262,6 +262,28 @@ def test_a_kernel_at_right_angles_to_every_start(channels, op):
     np.testing.assert_allclose(jaxsrn.spectral_norm(jnp.asarray(kernel), op), norm, rtol=1e-5)
 
 
+@pytest.mark.parametrize("op", [UnboundedConv(), CircularConv((2**10,))], ids=["unbounded", "circular"])
+def test_the_proof_holds_where_the_search_sees_another_part(op):
+    """Searches start from a fixed vector. What is at right angles to it, and larger, is for the proof to find."""
+    rng, channels = np.random.default_rng(0), 24
+    seen = np.array(fixed_start((channels,), jnp.float32), np.float64)
+    seen /= np.linalg.norm(seen)
+    unseen = np.eye(channels) - np.outer(seen, seen)
+    kernels = []
+    # Spectra of all kinds, and nearly flat ones.
+    for above, beside in itertools.product((1e-6, 1e-5, 1e-4, 1e-3, 5e-3, 1e-2, 1.5e-2, 0.1, 3.0), (1, 1e-3)):
+        taps = np.array([beside, 1, beside])[:, None, None]
+        filters = taps * rng.standard_normal((3, 1, 1)) * np.outer(seen, seen)
+        hidden = taps * (unseen @ rng.standard_normal((3, channels, channels)) @ unseen)
+        filters, hidden = (part / fft_norms(part[None], (2**10,)) for part in (filters, hidden))
+        kernels.append(filters + (1 + above) * hidden)
+    kernels = np.array(kernels, np.float32)
+    lower, upper = jax.jit(jax.vmap(lambda kernel: tuple(bounds.certified(kernel, op))))(jnp.asarray(kernels))
+    norms = fft_norms(kernels, (2**10,))
+    assert np.all(norms <= np.asarray(upper, np.float64))
+    assert np.all(np.asarray(lower, np.float64) <= norms * (1 + (1e-4 if isinstance(op, UnboundedConv) else 0)))
+
+
 def test_rounding_of_reshapings_with_all_taps_on_one_side():
     """The longer side of such a matrix has more entries than any sum over the taps and inputs."""
     seen = np.array(fixed_start((126,), jnp.float32), np.float64)
