@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-__all__ = ["chosen", "picked", "put"]
+__all__ = ["chosen", "joined", "picked", "put"]
 
 _VALID = {"mode": "promise_in_bounds", "wrap_negative_indices": False}
 
@@ -22,6 +22,11 @@ def picked(tree, index: Int[Array, "..."]):
 def chosen(condition: Bool[Array, ""], a, b):
     """The tree `a` where the condition holds, else the tree `b`."""
     return jax.tree.map(lambda a, b: jnp.where(condition, a, b), a, b)
+
+
+def joined(first, second):
+    """Two trees of stacks as one, the second after the first."""
+    return jax.tree.map(lambda a, b: jnp.concatenate([a, b]), first, second)
 
 
 def put(array, index: Int[Array, " n"], rows):

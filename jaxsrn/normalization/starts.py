@@ -21,7 +21,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxsrn._tools.indexing import picked
+from jaxsrn._tools.indexing import joined, picked
 from jaxsrn._tools.linalg import divisor, einsum, safe_sqrt, top_pairs, top_values
 from jaxsrn._tools.tolerances import svds_are_dear
 from jaxsrn.normalization.closed_form import (
@@ -262,7 +262,7 @@ def _scanned(problem: Problem, op: CircularConv, reach: _Reach, wanted: Bool[Arr
         if reach.phase is not None:
             values, pairs = _with_phase(kernel, op, values, pairs, reach.phase)
         scores, pairs = _at_best_phases(problem, op, values, pairs, reach.samples)
-        scores, pairs = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), state[:2], (scores, pairs))
+        scores, pairs = joined(state[:2], (scores, pairs))
         best = lax.top_k(-scores, kept)[1]
         scores, pairs = picked((scores, pairs), best)
         return _Scan(scores, pairs, jnp.minimum(state.bound, bound), state.position + 1)
@@ -299,9 +299,7 @@ def _with_phase(kernel, op: CircularConv, values, pairs: Pair, phase: int):
     by_phase = symbols.reshape((len(values), math.prod(op.strides), -1, symbols.shape[-1]))
     further, rows, outputs = top_pairs(by_phase[:, phase])
     inputs = jnp.zeros(by_phase.shape[:-1], rows.dtype).at[:, phase].set(rows).reshape(pairs.input.shape)
-    return jax.tree.map(
-        lambda a, b: jnp.concatenate([a, b]), (values, pairs), (further, Pair(pairs.site, inputs, outputs))
-    )
+    return joined((values, pairs), (further, Pair(pairs.site, inputs, outputs)))
 
 
 def _scanned_torus(problem: Problem, op: UnboundedConv, wanted: Bool[Array, ""] | bool) -> Survey:
@@ -380,10 +378,9 @@ def _with_next(kernel: Float[Array, "..."], op: ZeroPaddedConv, starts: Pair) ->
     # The rows of the explicit matrix are outputs, those of its transpose inputs.
     rows, _, columns = jnp.linalg.svd(op.to_dense(kernel).T, full_matrices=False)
     following = jax.vmap(lambda row, column: of_flat_vectors(row, column, op, kernel.shape))
-    pairs = following(rows.T[1 : 1 + _NUM_NEXT], columns[1 : 1 + _NUM_NEXT])
-    return jax.tree.map(lambda a, b: jnp.concatenate([a, b]), starts, pairs)
+    return joined(starts, following(rows.T[1 : 1 + _NUM_NEXT], columns[1 : 1 + _NUM_NEXT]))
 
 
 def with_own(own: Pair, pairs: Pair) -> Pair:
     """The kernel's own leading pair, followed by others."""
-    return jax.tree.map(lambda a, b: jnp.concatenate([a[None], b]), own, pairs)
+    return joined(jax.tree.map(lambda leaf: leaf[None], own), pairs)

@@ -25,7 +25,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Complex, Float, Int
 
-from jaxsrn._tools.indexing import picked
+from jaxsrn._tools.indexing import joined, picked
 from jaxsrn._tools.linalg import einsum, real_times
 from jaxsrn._tools.subspaces import fixed_start
 from jaxsrn.normalization.training.tracked_images import Step
@@ -145,7 +145,7 @@ def pairs_of(kernel: Float[Array, "..."], op: UnboundedConv, watch: Climbers):
     own_opposites, nearest = _own_opposites(layer, kernel.shape)
     index = jnp.broadcast_to(jnp.asarray(own_opposites)[:, None], (len(nearest), *watch.index.shape[1:]))
     further = Climbers(index, picked(watch.output, jnp.asarray(nearest)))
-    index, output = jax.tree.map(lambda *both: jnp.concatenate(both), watch, further)
+    index, output = joined(watch, further)
     factors = waves(angles_of(layer.grid, kernel.dtype, parts=1), index, exponents)
     values, inputs, _ = _inputs(coefficients, factors, output)
     group = jnp.broadcast_to(jnp.arange(values.shape[1], dtype=jnp.int32), values.shape)
