@@ -103,7 +103,7 @@ def _local(f, params, x, tolerance):
     values = functools.partial(_values_of_vectors, f)
     move = jax.vmap(stationary(functools.partial(_value_of_sample, f)), ((None, 0), 0))
     value = held(values, move, (params, x), (left, right))
-    return LocalConstant(*(nan_where_nan(f, fixed, points, each) for each in (value, residual)))
+    return nan_where_nan(f, fixed, points, LocalConstant(value, residual))
 
 
 def _values_of_vectors(f: Callable, where, vectors) -> Float[Array, " samples"]:

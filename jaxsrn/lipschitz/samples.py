@@ -91,15 +91,16 @@ def rows(f: Callable, params, x: Float[Array, "samples ..."]) -> Float[Array, "s
     return y.reshape((len(x), -1)).astype(x.dtype)
 
 
-def nan_where_nan(f: Callable, params, x, values: Float[Array, " samples"]) -> Float[Array, " samples"]:
-    """The values of the samples, NaN where the sample, its output or a parameter has a NaN.
+def nan_where_nan(f: Callable, params, x, values):
+    """A tree of values of the samples, NaN where the sample, its output or a parameter has a NaN.
 
     A Jacobian need not show it: that of a linear network does not depend on the sample.
     """
     numbers = [leaf for leaf in jax.tree.leaves(params) if jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)]
     is_nan = [jnp.any(jnp.isnan(leaf)) for leaf in numbers]
     is_nan += [jnp.any(jnp.isnan(array.reshape((len(x), -1))), axis=1) for array in (x, rows(f, params, x))]
-    return jnp.where(functools.reduce(jnp.logical_or, is_nan), jnp.nan, values)
+    void = functools.reduce(jnp.logical_or, is_nan)
+    return jax.tree.map(lambda own: jnp.where(void, jnp.nan, own), values)
 
 
 def norms_of_samples(x: Float[Array, "samples ..."]) -> Float[Array, " samples"]:

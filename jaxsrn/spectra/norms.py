@@ -152,7 +152,7 @@ def spectral_norm(kernel: Kernel, op: Operator) -> Float[Array, ""]:
       4.0
     """
     kernel, op, _ = in_common_shape(*computed_form(kernel, op))
-    return _value(kernel, op, leading_pair(kernel, op))
+    return norm_of(kernel, op)
 
 
 @program
@@ -163,5 +163,5 @@ def _value(kernel, op, pair):
 
 
 def norm_of(kernel: Float[Array, "..."], op: Operator) -> Float[Array, ""]:
-    """`spectral_norm` of a kernel that is already checked, and in float32 or wider."""
+    """`spectral_norm` of a kernel that is already checked."""
     return _value(kernel, op, leading_pair(kernel, op))
