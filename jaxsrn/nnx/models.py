@@ -99,10 +99,10 @@ def constrain(model: nnx.Module, wrap: Callable[[tuple, nnx.Module], nnx.Module]
     matches, found = nnx.filterlib.to_predicate(where), []
 
     def change(path, node):
-        if isinstance(node, CHANGING):
-            for below, part in nnx.iter_graph(node):
-                if isinstance(part, nnx.Module) and matches((*path, *below), part):
-                    ensure_own_kernel(node, CHANGING, ".".join(map(str, path)))
+        if isinstance(node, CHANGING) and any(
+            isinstance(part, nnx.Module) and matches((*path, *below), part) for below, part in nnx.iter_graph(node)
+        ):
+            ensure_own_kernel(node, CHANGING, ".".join(map(str, path)))
         if isinstance(node, Normalized) or not isinstance(node, nnx.Module) or not matches(path, node):
             return node
         with errors_named(".".join(map(str, path))):

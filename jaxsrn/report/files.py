@@ -355,8 +355,9 @@ class _Orbax(NamedArrays):
         ocp = self._ocp
         item = jax.tree_util.tree_map_with_path(lambda key, _: 0 if wanted(key) else ocp.PLACEHOLDER, self._tree)
         # Numbers and strings of Python come back as they are.
+        as_is = ocp.metadata.value.ScalarMetadata, ocp.metadata.value.StringMetadata
         args = jax.tree.map(
-            lambda leaf: ocp.RestoreArgs(restore_type=np.ndarray if _is_array(leaf) else None), self._tree
+            lambda leaf: ocp.RestoreArgs(restore_type=None if isinstance(leaf, as_is) else np.ndarray), self._tree
         )
         with ocp.PyTreeCheckpointer() as checkpointer:
             return checkpointer.restore(self._path, args=ocp.args.PyTreeRestore(item=item, restore_args=args))
@@ -378,11 +379,6 @@ class _Orbax(NamedArrays):
         tree = jax.tree_util.tree_map_with_path(changed, self._restored(lambda key: True))
         with self._ocp.PyTreeCheckpointer() as checkpointer:
             checkpointer.save(path.absolute(), tree)
-
-
-def _is_array(leaf) -> bool:
-    """Whether the metadata of a leaf are those of an array, and not of a number or a string of Python."""
-    return getattr(leaf, "dtype", None) is not None and not type(leaf).__name__.startswith("Scalar")
 
 
 def _info_of_metadata(leaf) -> ArrayInfo:

@@ -135,8 +135,8 @@ def _by_array(counts: Mapping[str, int] | None, infos: Mapping[str, ArrayInfo], 
     """The counts by the whole names of arrays; that of a layer stands for its kernel."""
     whole = {}
     for name, count in (counts or {}).items():
-        endings = ("", "/kernel", ".weight", "/weight", ".kernel")
-        found = [name + ending for ending in endings if name + ending in infos]
+        kernels = [full for full in infos if leaf_of(full) in ("kernel", "weight")]
+        found = [name] if name in infos else [full for full in kernels if parts_of(full)[:-1] == parts_of(name)]
         example = next((full for full, info in infos.items() if len(info.shape) > 2), next(iter(infos), None))
         ensure(len(found) > 0, f"{option}: got {name!r}, expected names of arrays or layers, such as {example!r}.")
         ensure(found[0] not in whole, f"{option}: got {found[0]!r} twice, expected once.")

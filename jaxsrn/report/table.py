@@ -26,7 +26,7 @@ RULE = (
     f"{_FACTOR:g}, if its share of the range of stable ranks is less than the median share over {_FACTOR:g}, if it is "
     "zero, or if a number of it is not finite."
 )
-ASSUMED = (
+_ASSUMED = (
     "Weights do not say the strides of a convolution, and not always its groups. Where none is told (strides=, groups=)"
     " it has stride 1 and one group, whose norm bounds that of the layer."
 )
@@ -144,7 +144,7 @@ class Report:
             f"Sum of stable ranks: {digits(self.sum_of_stable_ranks)}.",
         ]
         if any(layer.rule != OF_MODEL and not isinstance(layer.operator, Dense) for layer in self.layers):
-            lines.append(ASSUMED)
+            lines.append(_ASSUMED)
         outliers = self.outliers
         lines += [f"Stands out: {name}: {why}." for name, why in outliers.items()] or ["No layer stands out."]
         lines.append(RULE)
