@@ -29,6 +29,10 @@ from jaxsrn.normalization.training import tracked_torus
 
 COMMAND = "python benchmarks/watching.py"
 ABOUT = """\
+The frequencies of a layer are cut into cells. A climber is a candidate for the leading singular pair in one cell, which
+takes over where it is larger. `cells per degree`: how many cells there are on an axis, for each degree of the symbol.
+`parts`: the climbers take turns in so many parts, one in each pass.
+
 3x3 taps, unbounded operators, float32, Gaussian kernels of {channels} channels, {steps} steps of {seeds} seeds. `rate`:
 by how much every weight moves in a step, where the kernel's own norm is about 2. `excess`: by how much the true norm
 exceeds 1, the most of all steps that were looked at (every tenth), and the share of them above 1e-3. The first row of

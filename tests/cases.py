@@ -6,7 +6,6 @@ the geometry of an operator (its fields), never its methods.
 
 from __future__ import annotations
 
-import functools
 import itertools
 from typing import NamedTuple
 
@@ -113,21 +112,6 @@ BAD_KERNELS = [
     (jnp.ones((3, 3, 1, 2), jnp.complex64), "kernel: got dtype complex64, expected a real floating-point"),
 ]
 BY_NAME = {case.name: case for case in CASES}
-
-
-def _quick_options() -> dict[str, bool | int]:
-    """XLA's options that compile in a third of the time, where this version knows them."""
-    options = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
-    try:
-        jax.jit(jnp.sin, compiler_options=options)(1.0)
-    except jax.errors.JaxRuntimeError:
-        return {}
-    return options
-
-
-# Compiling takes nearly all the time of these tests. What runs on every case is compiled with little optimisation;
-# tests of single cases compile as users do.
-quick_jit = functools.partial(jax.jit, compiler_options=_quick_options())
 
 
 def by_name(*names: str) -> list[Case]:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import BAD_KERNELS, BY_NAME, CASES, dense, fft_norms, gaussian, quick_jit, spectral_kinds
+from cases import BAD_KERNELS, BY_NAME, CASES, dense, fft_norms, gaussian, spectral_kinds
 
 import jaxsrn
 from jaxsrn import CircularConv, Dense, UnboundedConv, ZeroPaddedConv, bounds
@@ -24,7 +24,7 @@ def as_float64(tree):
     return jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), tree)
 
 
-@quick_jit
+@jax.jit
 def all_bounds(kernel, op):
     return bounds.certified(kernel, op), bounds.gram_iteration(kernel, op)
 
@@ -170,9 +170,7 @@ GRIDS = [((61,), (5,)), ((24, 24), (3, 3)), ((9, 8, 10), (3, 2, 3))]
 @pytest.mark.usefixtures("branch_and_bound_always")
 def test_interval_by_branch_and_bound(size, taps, resolution):
     """As in large layers, on small ones of all kinds of spectra, in float32."""
-    interval_of = quick_jit(
-        jax.vmap(lambda kernel: bounds.certified(kernel, CircularConv(size), resolution=resolution))
-    )
+    interval_of = jax.jit(jax.vmap(lambda kernel: bounds.certified(kernel, CircularConv(size), resolution=resolution)))
     for name, kernels in spectral_kinds(12, taps, 3).items():
         kernels = jnp.asarray(kernels, jnp.float32)
         interval, norms = as_float64(interval_of(kernels)), fft_norms(kernels, size)

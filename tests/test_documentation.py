@@ -109,26 +109,12 @@ def test_no_public_name_is_that_of_a_file():
     assert not [path for path in paths if path.exists()]
 
 
-def exists(page: Path, target: str) -> bool:
-    """Whether a link of a page leads to a file, or to a page that `docs/_tools/hooks.py` makes of one."""
-    path = (page.parent / target).resolve()
-    if path.exists() or not path.is_relative_to(DOCS):
-        return path.exists()
-    folder, *inside = path.relative_to(DOCS).parts
-    sources = {
-        "tutorials": path.with_suffix(".py"),
-        "performance": RESULTS.joinpath(*inside),
-        "experiments": ROOT.joinpath("examples", *inside),
-        "studies": ROOT.joinpath("examples", *inside),
-    }
-    return folder in sources and sources[folder].exists()
-
-
-@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "benchmarks/README.md", "docs"])
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "benchmarks/README.md", "examples/README.md", "docs"])
 def test_links_lead_somewhere(name):
-    for page in PAGES if name == "docs" else [ROOT / name]:
+    """To files of the checkout: `docs/_tools/hooks.py` leads them to the pages that are made of such files."""
+    for page in [*PAGES, *TUTORIALS] if name == "docs" else [ROOT / name]:
         targets = [target for target in LINK.findall(page.read_text()) if "://" not in target]
-        missing = [target for target in targets if not exists(page, target)]
+        missing = [target for target in targets if not (page.parent / target).exists()]
         assert not missing, page
 
 

@@ -5,10 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import quick_jit
 
 from jaxsrn import bounds, spectral_norm
 
@@ -21,7 +21,7 @@ from _peers import operator_of
 CASES = check_exact_norms.read()
 
 
-@quick_jit
+@jax.jit
 def norm_and_interval(kernel, op):
     return spectral_norm(kernel, op), bounds.certified(kernel, op)
 

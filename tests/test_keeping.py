@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 import scipy.optimize
-from cases import dense, gaussian, quick_jit, weights
+from cases import dense, gaussian, weights
 from flax import nnx
 from jax.extend.core import jaxprs_in_params
 
@@ -76,7 +76,7 @@ def plain(params, updates):
 def trained(kind):
     """Six steps of gradient descent, a projection in every second: `(reached, kept)` of each, and the last state."""
     optimizer = optax.chain(optax.sgd(0.1), KEEPERS[kind](LAYERS, every=2))
-    update = quick_jit(optimizer.update)
+    update = jax.jit(optimizer.update)
     params, found = tree(0), []
     state = optimizer.init(params)
     for i in range(1, 7):
@@ -166,7 +166,7 @@ def test_no_kernel_of_the_ball_is_nearer(op):
 
 def test_the_remembered_pair_is_as_good_as_a_new_start():
     """Of the zero-padded layer, the only one that remembers: no farther than `srnc` from all its starts."""
-    op, best = LAYERS["same", "kernel"], quick_jit(jaxsrn.srnc)
+    op, best = LAYERS["same", "kernel"], jax.jit(jaxsrn.srnc)
     for reached, kept in trained("rank")[0][1::2]:
         reached, kept = reached["same"]["kernel"], kept["same"]["kernel"]
         nearest = best(reached, op, target_of(reached, op)).kernel
@@ -427,7 +427,7 @@ def test_each_layer_of_a_stack_is_kept_by_itself(kind):
 
     def after_steps(params, grads):
         transform = STACKS[kind]({(path,): ops[path[0]] for path in params})
-        update, state = quick_jit(transform.update), transform.init(params)
+        update, state = jax.jit(transform.update), transform.init(params)
         for _ in range(2):
             updates, state = update(jax.tree.map(lambda grad: -0.1 * grad, grads), state, params)
             params = optax.apply_updates(params, updates)

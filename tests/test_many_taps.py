@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import CASES, by_name, gaussian, kernel, one_dimensional_geometries, quick_jit
+from cases import CASES, by_name, gaussian, kernel, one_dimensional_geometries
 from hypothesis import given, settings
 from jax import lax
 
@@ -66,7 +66,7 @@ def uses(function, *args):
 @pytest.mark.usefixtures("by_fft")
 def test_products_by_fft_equal_the_definition(case):
     weights, (x, y) = kernel(case), images(case, 1, 2)
-    found = quick_jit(functools.partial(products, op=case.op))(weights, x=x, y=y)
+    found = jax.jit(functools.partial(products, op=case.op))(weights, x=x, y=y)
     chex.assert_trees_all_close(found, by_definition(weights, case.op, x, y), rtol=0, atol=1e-12)
 
 
@@ -79,7 +79,7 @@ def test_any_one_dimensional_geometry(geometry):
     weights, basis = gaussian(shape), np.eye(*op.input_shape)[..., None]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jaxsrn.operators.convolutions, "is_cheaper_by_fft", lambda *_: True)
-        columns = quick_jit(functools.partial(op.apply, precision=HIGHEST))(jnp.asarray(weights), jnp.asarray(basis))
+        columns = jax.jit(functools.partial(op.apply, precision=HIGHEST))(jnp.asarray(weights), jnp.asarray(basis))
     np.testing.assert_allclose(columns[..., 0].T, cases.dense(weights, op), atol=1e-13)
 
 
@@ -90,7 +90,7 @@ def test_leading_batch_axes(batch):
     weights, (x, y) = kernel(case), images(case, 1, *batch)
     applied, transposed, gradient = by_definition(weights, case.op, x, y)
     expected = applied.reshape(y.shape), transposed.reshape(x.shape), gradient
-    found = quick_jit(functools.partial(products, op=case.op))(weights, x=x, y=y)
+    found = jax.jit(functools.partial(products, op=case.op))(weights, x=x, y=y)
     chex.assert_trees_all_close(found, expected, rtol=0, atol=1e-12)
 
 
@@ -126,7 +126,7 @@ def in_reverse_mode(op, kernel, x, y):
 def test_derivatives_by_fft_in_both_modes(case):
     (x, y), (dx, dy) = images(case, 1), images(case, 3)
     weights, other = kernel(case), kernel(case, seed=5)
-    forwards, backwards = quick_jit(functools.partial(derivatives, op=case.op))(
+    forwards, backwards = jax.jit(functools.partial(derivatives, op=case.op))(
         weights, x=x, y=y, other=other, dx=dx, dy=dy
     )
     at = functools.partial(by_definition, op=case.op)
@@ -144,7 +144,7 @@ def test_rules_for_reverse_mode_use_the_same_products():
     case = cases.BY_NAME["transposed-2d"]
     weights, (x, y) = kernel(case), images(case, 1)
     applied, transposed, gradient = by_definition(weights, case.op, x, y)
-    found = quick_jit(functools.partial(in_reverse_mode, in_reverse(case.op)))(weights, x, y)
+    found = jax.jit(functools.partial(in_reverse_mode, in_reverse(case.op)))(weights, x, y)
     expected = [(gradient, transposed[0]), (gradient, applied[0]), (transposed[0], applied[0])]
     chex.assert_trees_all_close(found, expected, rtol=0, atol=1e-11)
 
@@ -153,7 +153,7 @@ def test_rules_for_reverse_mode_use_the_same_products():
 @pytest.mark.usefixtures("by_fft")
 def test_stacks_of_kernels(case):
     stack, (x, y) = jnp.stack([kernel(case), kernel(case, seed=5)]), images(case, 1)
-    found = quick_jit(jax.vmap(functools.partial(products, op=case.op, x=x, y=y)))(stack)
+    found = jax.jit(jax.vmap(functools.partial(products, op=case.op, x=x, y=y)))(stack)
     for i, weights in enumerate(stack):
         applied, transposed, gradient = by_definition(weights, case.op, x, y)
         one = [product[i] for product in found]

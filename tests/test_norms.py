@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import CASES, by_name, derivative, gaussian, gaussian32, kernel, quick_jit
+from cases import CASES, by_name, derivative, gaussian, gaussian32, kernel
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -39,7 +39,7 @@ def check_triplet(triplet, kernel, op, tolerance):
     np.testing.assert_allclose(triplet.residual, max(errors) / expected, rtol=1e-2, atol=tolerance)
 
 
-@quick_jit
+@jax.jit
 def norm_and_triplet(kernel, op):
     """The norm, the triplet, and the gradient of the triplet's value."""
 
@@ -67,7 +67,7 @@ def test_norm_triplet_and_gradient(case):
 # Gradients
 
 
-@quick_jit
+@jax.jit
 def both_jacobians(kernel, op):
     return jax.jacfwd(spectral_norm)(kernel, op), jax.jacrev(spectral_norm)(kernel, op)
 
@@ -216,7 +216,7 @@ def test_no_initial_triplet_changes_what_is_found(op, weights):
     assert second.value < (1 - 1e-4) * first.value
     zero = SingularTriplet(jnp.zeros(()), jnp.zeros(out_shape), jnp.zeros(in_shape), jnp.zeros(()))
     # The right one; another singular vector of the same operator, which a plain Krylov space would never leave.
-    solve = quick_jit(lambda initial: leading_triplet(jnp.asarray(weights), op, initial=initial, proven=False))
+    solve = jax.jit(lambda initial: leading_triplet(jnp.asarray(weights), op, initial=initial, proven=False))
     for initial in (first, second, zero, first._replace(left=-first.left)):
         check_triplet(solve(initial), weights, op, 1e-10)
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import CASES, by_name, gaussian, is_aliased, kernel, one_dimensional_geometries, quick_jit
+from cases import CASES, by_name, gaussian, is_aliased, kernel, one_dimensional_geometries
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -24,7 +24,7 @@ CONVOLUTIONS = [case for case in CASES if not isinstance(case.op, Dense)]
 SOME = by_name("dense-tall", "circular-2d-strides", "same-1d", "transposed-2d")
 
 
-@quick_jit
+@jax.jit
 def matrix_and_adjoints(kernel, op, x, y):
     """The explicit matrix, `T(K)^T y` and `grad_K <y, T(K) x>`."""
     return op.to_dense(kernel), op.transpose(kernel, y), op._kernel_gradient(kernel.shape, x, y)
@@ -238,7 +238,7 @@ def test_apply_equals_nnx_linear_and_linen_dense():
     np.testing.assert_allclose(Dense().apply(weights, x), module.apply({"params": {"kernel": weights}}, x), rtol=1e-14)
 
 
-@quick_jit
+@jax.jit
 def dense_and_wrapped(kernel, op):
     return op.to_dense(kernel), op.wrap(kernel)
 

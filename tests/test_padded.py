@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import scipy.sparse.linalg
 import searches
-from cases import dense, gaussian, meetings, quick_jit, shapes
+from cases import dense, gaussian, meetings, shapes
 
 import jaxsrn
 from jaxsrn import CircularConv, ZeroPaddedConv, leading_triplet, spectral_norm
@@ -268,7 +268,7 @@ def test_zero_and_nan(channels):
 # Lanczos
 
 
-@quick_jit
+@jax.jit
 def lanczos(matrix, start, tolerance):
     return leading_singular_vectors(lambda x: matrix @ x, lambda y: matrix.T @ y, start, len(matrix), tolerance)
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import BAD_KERNELS, CASES, dense, gaussian, quick_jit
+from cases import BAD_KERNELS, CASES, dense, gaussian
 from flax import linen, nnx
 
 import jaxsrn
@@ -29,7 +29,7 @@ def expected_penalty(matrix, alpha: float, gram: str) -> float:
     return np.max(np.abs(eigenvalues(matrix, gram) - alpha))
 
 
-@quick_jit
+@jax.jit
 def both_sides(kernel, op, alpha):
     return [penalties.extreme_singular_values(kernel, op, alpha=alpha, gram=gram) for gram in SIDES]
 
@@ -142,7 +142,7 @@ def test_theorem_2_1_on_random_kernels():
     alphas = 10 ** rng.uniform(-1, 1, count)
     basis = np.stack([dense(unit.reshape(kernels.shape[1:]), op) for unit in np.eye(18)], axis=-1)
     values = np.linalg.svd(np.einsum("oip,np->noi", basis, kernels.reshape((count, -1))), compute_uv=False)
-    penalty = quick_jit(jax.vmap(lambda k, a: penalties.extreme_singular_values(k, op, alpha=a)))(kernels, alphas)
+    penalty = jax.jit(jax.vmap(lambda k, a: penalties.extreme_singular_values(k, op, alpha=a)))(kernels, alphas)
     t = np.asarray(penalty) / alphas * (1 + 1e-12)
     applies = t <= 1
     assert 100 < np.count_nonzero(applies) < 900
@@ -284,7 +284,7 @@ FUNCTIONS = (
 def test_total_is_the_sum_over_layers(function):
     params, flat = nested(), flax.traverse_util.flatten_dict(nested())
     expected = sum(function(flat[path], op) for path, op in LAYERS.items())
-    total = quick_jit(jax.value_and_grad(lambda params: penalties.total(function, LAYERS, params)))
+    total = jax.jit(jax.value_and_grad(lambda params: penalties.total(function, LAYERS, params)))
     value, gradient = total(params)
     np.testing.assert_allclose(value, expected, rtol=1e-12)
     for path, leaf in flax.traverse_util.flatten_dict(gradient).items():

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.optimize
-from cases import by_name, dense, gaussian, kernel, pull_back, quick_jit, weights
+from cases import by_name, dense, gaussian, kernel, pull_back, weights
 
 import jaxsrn
 from jaxsrn import CircularConv, Dense, ZeroPaddedConv
@@ -148,7 +148,7 @@ def test_three_taps_equal_a_general_convex_solver(n):
 @pytest.mark.parametrize("case", KINDS, ids=str)
 def test_every_kind_equals_cutting_planes(case):
     a, d = kernel(case), weights(case.kernel_shape, case.op)
-    project = quick_jit(lambda k, c: jaxsrn.project_spectral_ball(k, case.op, c, tolerance=1e-13))
+    project = jax.jit(lambda k, c: jaxsrn.project_spectral_ball(k, case.op, c, tolerance=1e-13))
     for fraction in (0.8, 0.4):
         limit = fraction * norm_of(a, case.op)
         result = project(a, limit)
@@ -183,7 +183,7 @@ def test_what_is_inside_stays(name):
     (case,) = by_name(name)
     a = kernel(case)
     norm = norm_of(a, case.op)
-    project = quick_jit(lambda k, c: jaxsrn.project_spectral_ball(k, case.op, c))
+    project = jax.jit(lambda k, c: jaxsrn.project_spectral_ball(k, case.op, c))
     same = project(a, 1.001 * norm)
     np.testing.assert_array_equal(same.kernel, a)
     assert int(same.num_steps) == float(same.gap) == 0
@@ -271,7 +271,7 @@ def nothing_is_split(monkeypatch):
 def test_large_zero_padded_layers_are_bracketed(op, shape, nothing_is_split):
     a = jnp.asarray(gaussian(shape))
     size = np.linalg.norm(dense(a, op))
-    project = quick_jit(lambda k, c: jaxsrn.project_spectral_ball(k, op, c, tolerance=1e-6))
+    project = jax.jit(lambda k, c: jaxsrn.project_spectral_ball(k, op, c, tolerance=1e-6))
     for fraction in (0.8, 0.4):
         limit = fraction * norm_of(a, op)
         result = project(a, limit)
@@ -344,7 +344,7 @@ def test_derivatives_equal_finite_differences(name, which):
         "clip": lambda k, c: jaxsrn.clip_singular_values(k, case.op, c),
         "project": lambda k, c: jaxsrn.project_spectral_ball(k, case.op, c, tolerance=1e-14, max_steps=300).kernel,
     }[which]
-    function = quick_jit(function)
+    function = jax.jit(function)
     slope = jax.jvp(function, (a, limit), (direction, 0.0))[1]
     expected = (function(a + step * direction, limit) - function(a - step * direction, limit)) / (2 * step)
     np.testing.assert_allclose(slope, expected, atol=1e-3)
@@ -404,7 +404,7 @@ def test_kernels_far_outside_the_ball():
 
 
 def quick_raise(op):
-    return quick_jit(lambda a, target: jaxsrn.srnc(a, op, target, raise_rank=True))
+    return jax.jit(lambda a, target: jaxsrn.srnc(a, op, target, raise_rank=True))
 
 
 @pytest.mark.parametrize("n", [5, 8, 16])
@@ -507,7 +507,7 @@ def test_raising_has_the_derivative_of_the_projection():
     # The error of the kernel, about the square root of rounding, is divided by the step.
     a, direction, step = kernel(case), kernel(case, seed=1), 3e-4
     target = 1.15 * measure(a, case.op)[0]
-    function = quick_jit(lambda k: jaxsrn.srnc(k, case.op, target, raise_rank=True, tolerance=1e-12).kernel)
+    function = jax.jit(lambda k: jaxsrn.srnc(k, case.op, target, raise_rank=True, tolerance=1e-12).kernel)
     slope = jax.jvp(function, (a,), (direction,))[1]
     expected = (function(a + step * direction) - function(a - step * direction)) / (2 * step)
     np.testing.assert_allclose(slope, expected, atol=3e-3)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import CASES, by_name, derivative, gaussian, kernel, quick_jit
+from cases import CASES, by_name, derivative, gaussian, kernel
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -33,7 +33,7 @@ def oracle(kernel, op) -> float:
     return rank_of(cases.dense(kernel, op))
 
 
-@quick_jit
+@jax.jit
 def rank_and_gradient(kernel, op):
     return jax.value_and_grad(stable_rank)(kernel, op)
 
@@ -56,7 +56,7 @@ def test_stable_rank_and_gradient(case):
     np.testing.assert_allclose(gradient, expected, atol=1e-7 * max(1.0, np.linalg.norm(expected)))
 
 
-@quick_jit
+@jax.jit
 def both_jacobians(kernel, op):
     return jax.jacfwd(stable_rank)(kernel, op), jax.jacrev(stable_rank)(kernel, op)
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import BAD_KERNELS, CASES, dense, gaussian, quick_jit, spectral_kinds
+from cases import BAD_KERNELS, CASES, dense, gaussian, spectral_kinds
 
 from jaxsrn import CircularConv, Dense, ZeroPaddedConv, bounds
 
@@ -16,7 +16,7 @@ GUARANTEED = (bounds.fantastic_four, bounds.lip_bound, bounds.channel_l1, bounds
 ALL = (bounds.tensor_norm, *GUARANTEED)
 
 
-@functools.partial(quick_jit, static_argnames="num_starts")
+@functools.partial(jax.jit, static_argnames="num_starts")
 def all_bounds(kernel, op, num_starts=8):
     tensor = bounds.tensor_norm(kernel, op, num_starts=num_starts)
     return [tensor, *(function(kernel, op) for function in GUARANTEED)], bounds.certified(
@@ -43,7 +43,7 @@ def test_every_operator(case):
 def test_certified_is_never_looser(taps):
     """On kernels of all kinds of spectra, in float32; the tensor norm from enough starts to be above the norm."""
     op = CircularConv((24,) * len(taps))
-    compared = quick_jit(jax.vmap(lambda kernel: all_bounds.__wrapped__(kernel, op, num_starts=32)))
+    compared = jax.jit(jax.vmap(lambda kernel: all_bounds.__wrapped__(kernel, op, num_starts=32)))
     for name, kernels in spectral_kinds(40, taps, 3).items():
         found, certified = compared(jnp.asarray(kernels, jnp.float32))
         for function, bound in zip(ALL, found, strict=True):

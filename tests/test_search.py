@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import CASES, dense, fft_norms, gaussian, quick_jit, spectral_kinds
+from cases import CASES, dense, fft_norms, gaussian, spectral_kinds
 
 import jaxsrn
 from jaxsrn import CircularConv, spectral_norm
@@ -35,8 +35,8 @@ def found(kernel, op):
     return jnp.vdot(left, symbol @ right), jnp.linalg.norm(left), jnp.linalg.norm(right)
 
 
-one = quick_jit(found)
-several = quick_jit(lambda kernels, op: jax.vmap(found, (0, None))(kernels, op))
+one = jax.jit(found)
+several = jax.jit(lambda kernels, op: jax.vmap(found, (0, None))(kernels, op))
 
 
 @pytest.mark.parametrize("case", CIRCULAR, ids=str)
@@ -79,7 +79,7 @@ def test_the_proof_alone_finds_the_largest(size, taps, wide, monkeypatch):
     monkeypatch.setattr(proof, "_WIDE", 3 if wide else 128)
     op = CircularConv(size)
     # A new function: nothing compiled with the climb is used again.
-    search = quick_jit(lambda kernels: jax.vmap(lambda kernel: branch_and_bound(kernel, op))(kernels))
+    search = jax.jit(lambda kernels: jax.vmap(lambda kernel: branch_and_bound(kernel, op))(kernels))
     for name, kernels in spectral_kinds(4, taps, 3).items():
         sites, *_ = search(jnp.asarray(kernels))
         symbols = jax.vmap(site_symbol, (0, None, 0))(jnp.asarray(kernels), op, sites)
@@ -113,7 +113,7 @@ def test_reduced_kernels(size, shape, kept, monkeypatch):
     op, tapered = CircularConv(size), np.exp(-np.arange(shape[-1]) / 2)
     assert is_reduced(op, shape)
     kernels = np.stack([gaussian(shape, seed) * taper for seed in range(8) for taper in (1, tapered)])
-    search = quick_jit(lambda kernels: jax.vmap(lambda kernel: found(kernel, op)[0])(kernels))
+    search = jax.jit(lambda kernels: jax.vmap(lambda kernel: found(kernel, op)[0])(kernels))
     np.testing.assert_allclose(search(jnp.asarray(kernels)), fft_norms(kernels, size), rtol=1e-12)
 
 

@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import quick_jit
 from test_contracts import CONTRACTS, EXACT, TARGETS, Contract, gaussian
 from test_transformations import OTHERS
 
@@ -65,12 +64,12 @@ def summed(function, op):
 
 def along(value, point, direction):
     """The derivative of the gradient along a direction, by forward over reverse mode."""
-    return quick_jit(lambda point: jax.jvp(jax.grad(value), (point,), (direction,))[1])(point)
+    return jax.jit(lambda point: jax.jvp(jax.grad(value), (point,), (direction,))[1])(point)
 
 
 def differences(value, point, direction, width=1e-4):
     """The same by central differences of the gradient."""
-    gradient = quick_jit(jax.grad(value))
+    gradient = jax.jit(jax.grad(value))
     return (gradient(point + width * direction) - gradient(point - width * direction)) / (2 * width)
 
 
@@ -109,7 +108,7 @@ def test_a_norm_by_every_composition_of_modes():
     def norm(kernel):
         return jaxsrn.spectral_norm(kernel, Dense())
 
-    found = quick_jit(lambda kernel: [outer(inner(norm))(kernel) for outer in modes for inner in modes])(kernel)
+    found = jax.jit(lambda kernel: [outer(inner(norm))(kernel) for outer in modes for inner in modes])(kernel)
     for hessian in found:
         np.testing.assert_allclose(hessian, expected, atol=1e-10)
 
@@ -121,7 +120,7 @@ def test_third_derivatives_of_a_norm():
         def second(t):
             return jax.jvp(jax.grad(lambda t: norm(kernel + t * direction)), (t,), (1.0,))[1]
 
-        return quick_jit(jax.grad(second))(0.0)
+        return jax.jit(jax.grad(second))(0.0)
 
     expected = third(lambda kernel: jnp.linalg.norm(kernel, 2))
     np.testing.assert_allclose(third(lambda kernel: jaxsrn.spectral_norm(kernel, Dense())), expected, rtol=1e-8)
@@ -197,7 +196,7 @@ def test_a_surrogate_gradient_has_a_derivative_that_is_not_symmetric(op):
         forward = jax.jvp(jax.grad(value), (kernel,), (direction,))[1]
         return forward, jax.grad(lambda kernel: jnp.vdot(jax.grad(value)(kernel), weights))(kernel)
 
-    forward, reverse = quick_jit(both)(kernel)
+    forward, reverse = jax.jit(both)(kernel)
     np.testing.assert_allclose(jnp.vdot(forward, weights), jnp.vdot(reverse, direction), rtol=1e-7)
 
 
@@ -211,7 +210,7 @@ def test_a_kernel_that_does_not_determine_its_pair():
     def both(kernel):
         return jax.jvp(jax.grad(value), (kernel,), (kernel,))
 
-    gradient, second = quick_jit(both)(kernel)
+    gradient, second = jax.jit(both)(kernel)
     assert np.all(np.isfinite(gradient))
     assert np.all(np.isnan(second))
 
@@ -220,7 +219,7 @@ def test_a_kernel_that_does_not_determine_its_pair():
 def test_where_values_coincide_they_are_finite(op):
     """Orthonormal columns in one tap, and zero."""
     repeated = jnp.zeros((3, 2, 2)).at[1].set(jnp.eye(2))
-    hessian = quick_jit(jax.hessian(functools.partial(jaxsrn.spectral_norm, op=op)))
+    hessian = jax.jit(jax.hessian(functools.partial(jaxsrn.spectral_norm, op=op)))
     for kernel in (repeated, jnp.zeros((3, 2, 2))):
         assert np.all(np.isfinite(hessian(kernel)))
 

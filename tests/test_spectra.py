@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import CASES, by_name, derivative, gaussian, kernel, quick_jit
+from cases import CASES, by_name, derivative, gaussian, kernel
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -91,7 +91,7 @@ def test_only_circular_convolutions_have_a_symbol(op):
 # All singular values
 
 
-@quick_jit
+@jax.jit
 def values_and_gradient(kernel, op):
     """All singular values, and the gradient of the sum of their cubes (smooth wherever they coincide)."""
 
@@ -266,7 +266,7 @@ def test_top_singular_values_in_single_precision():
 def test_top_singular_values_of_a_clustered_spectrum(dtype, tolerance, k):
     """The largest values of a smoothing kernel lie within 1e-4 of each other."""
     op = ZeroPaddedConv((300,))
-    top = quick_jit(lambda kernel: top_singular_values(kernel, op, k))
+    top = jax.jit(lambda kernel: top_singular_values(kernel, op, k))
     # The identity plus a path graph, whose eigenvalues are known.
     expected = 1 + 2 * np.cos(np.pi * np.arange(1, k + 1) / 301)
     np.testing.assert_allclose(top(jnp.ones((3, 1, 1), dtype)), expected, rtol=tolerance)

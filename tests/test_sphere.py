@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import gaussian, quick_jit
+from cases import gaussian
 
 from jaxsrn import sphere
 
@@ -22,7 +22,7 @@ FUNCTIONS = {
     "distance": (sphere.distance, 2),
 }
 # What needs no derivatives is compiled with little optimisation, as it takes a third of the time.
-QUICK = {name: quick_jit(function, static_argnames="axis") for name, (function, _) in FUNCTIONS.items()}
+QUICK = {name: jax.jit(function, static_argnames="axis") for name, (function, _) in FUNCTIONS.items()}
 tangent, retract, exp, log, transport, distance = QUICK.values()
 # From coincident to opposite; both sides of where the power series end, and of the quarter circle.
 ANGLES = (1e-9, 1e-6, 1e-3, 0.1, 0.21, 0.23, 0.6, 0.99, 1.01, np.pi / 2 - 1e-9, np.pi / 2 + 1e-9, 2, 2.9, np.pi - 1e-6)
@@ -250,13 +250,13 @@ def both_jacobians(function, arrays):
     return jax.jacfwd(function, indices)(*arrays), jax.jacrev(function, indices)(*arrays)
 
 
-jacobians = quick_jit(both_jacobians, static_argnums=0)
+jacobians = jax.jit(both_jacobians, static_argnums=0)
 
 
 def hessians(function, *arrays):
     """The second derivatives in the second argument, by both modes over both."""
     modes = (jax.jacfwd, jax.jacrev)
-    return quick_jit(lambda *a: [outer(inner(function, 1), 1)(*a) for outer in modes for inner in modes])(*arrays)
+    return jax.jit(lambda *a: [outer(inner(function, 1), 1)(*a) for outer in modes for inner in modes])(*arrays)
 
 
 @every_function
@@ -280,8 +280,8 @@ def test_derivatives_by_finite_differences(name):
 def test_second_derivatives_by_finite_differences(function):
     """Also next to where the power series hand over."""
     x, u, w = frame()
-    gradient = quick_jit(jax.jacrev(function, 1))
-    hessian = quick_jit(jax.jacfwd(jax.jacrev(function, 1), 1))
+    gradient = jax.jit(jax.jacrev(function, 1))
+    hessian = jax.jit(jax.jacfwd(jax.jacrev(function, 1), 1))
     for angle in (0.1, 0.2199, 0.2232, 0.9999, 1.0001, 2.5, 4.0):
         second = angle * u if function is sphere.exp else on_circle(x, u, angle)
         expected = cases.derivative(lambda a: gradient(x, a), second, w)
@@ -314,7 +314,7 @@ def test_logarithm_at_its_own_point():
 
 def curve_derivatives(curve):
     """A curve's value and two derivatives at 0."""
-    return quick_jit(lambda t: (curve(t), jax.jacfwd(curve)(t), jax.jacfwd(jax.jacfwd(curve))(t)))(0.0)
+    return jax.jit(lambda t: (curve(t), jax.jacfwd(curve)(t), jax.jacfwd(jax.jacfwd(curve))(t)))(0.0)
 
 
 def test_second_order_along_geodesics():
@@ -344,7 +344,7 @@ def test_second_order_along_geodesics():
 
 
 def test_gradient_of_half_the_squared_distance_is_minus_the_logarithm():
-    gradient = quick_jit(jax.grad(lambda x, y: sphere.distance(x, y) ** 2 / 2))
+    gradient = jax.jit(jax.grad(lambda x, y: sphere.distance(x, y) ** 2 / 2))
     for angle in (0.1, 1.5, 3.0):
         x, u, _ = frame()
         y = on_circle(x, u, angle)
@@ -377,7 +377,7 @@ def test_finite_everywhere(name, dtype, size):
     first, second = (a.ravel() for a in np.meshgrid(*[np.arange(len(vectors))] * 2))
     arrays = (vectors[first], vectors[second], vectors[(first + second) % len(vectors)])[:count]
 
-    @quick_jit
+    @jax.jit
     @jax.vmap
     def all_of(*arrays):
         return function(*arrays), both_jacobians(function, arrays)
@@ -465,7 +465,7 @@ def test_batches_equal_single_points(name):
     arrays = batch(name)
     single = np.stack([function(*(array[i] for array in arrays)) for i in range(5)])
     assert_close(function(*arrays), single, atol=8 * EPS)
-    assert_close(quick_jit(jax.vmap(FUNCTIONS[name][0]))(*arrays), single, atol=8 * EPS)
+    assert_close(jax.jit(jax.vmap(FUNCTIONS[name][0]))(*arrays), single, atol=8 * EPS)
     first = function(*(np.moveaxis(array, -1, 0) for array in arrays), axis=0)
     assert_close(first, single.T, atol=8 * EPS)
     # Points of shape (2, 2) along the outer axes of (2, 5, 2).
@@ -537,7 +537,7 @@ def test_random_points_are_uniform():
 
 
 def test_random_axes_shapes_and_dtypes():
-    @quick_jit
+    @jax.jit
     def draw(key, other):
         kernel = sphere.random(key, (3, 2, 4), axis=None, dtype=jnp.float32)
         half = sphere.random(key, (50,), dtype=jnp.bfloat16)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from cases import dense, gaussian, quick_jit
+from cases import dense, gaussian
 from flax import nnx
 
 import jaxsrn.nnx as jnnx
@@ -299,7 +299,7 @@ def test_each_layer_of_a_stack_has_its_own_step(standard_promotion):
 
     def stepped(params, name_of):
         optimizer = spectral_descent(0.1, {(path,): ops[name_of(path)] for path in params}, num_passes=2)
-        update, state = quick_jit(optimizer.update), optimizer.init(params)
+        update, state = jax.jit(optimizer.update), optimizer.init(params)
         for _ in range(2):
             updates, state = update(jax.tree.map(jnp.cos, params), state, params)
             params = optax.apply_updates(params, updates)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import BY_NAME, dense, quick_jit
+from cases import BY_NAME, dense
 
 import jaxsrn
 from jaxsrn import CircularConv, Dense, UnboundedConv, ZeroPaddedConv, srnc_state, srnc_step
@@ -158,7 +158,7 @@ def test_the_derivative_at_zero_is_that_of_the_identity(op_shape, target, option
     state = srnc_state(zero, op, target, **options)
     for gradient in ("frozen", "implicit"):
 
-        @quick_jit
+        @jax.jit
         def pulled_back(kernel, gradient=gradient):
             step, pull_back = jax.vjp(
                 lambda k: srnc_step(k, state, op, target, gradient=gradient, **options)[0], kernel
@@ -239,7 +239,7 @@ def test_unbounded_layers_start_near_the_least_distance():
 def test_layers_with_large_matrices_start_by_steps(share):
     """With zero padding and a target no search precedes, so that the kernel's own norm is known to a few percent."""
     op, shape = ZeroPaddedConv((12, 12)), (3, 3, 4, 4)
-    start = quick_jit(lambda kernel, target: srnc_step(kernel, srnc_state(kernel, op, target), op, target)[0])
+    start = jax.jit(lambda kernel, target: srnc_step(kernel, srnc_state(kernel, op, target), op, target)[0])
     for seed in range(4):
         kernel = gaussian(shape, seed)
         target = share_of_own(kernel, op, share)
@@ -255,7 +255,7 @@ def test_layers_with_large_matrices_start_by_steps(share):
 )
 def test_the_first_step_keeps_the_own_norm(op, shape, seeds):
     """It is asked for then, so that the rough one that a target below needs would not do."""
-    start = quick_jit(lambda k, target: srnc_step(k, srnc_state(k, op, target, norm=None), op, target, norm=None)[0])
+    start = jax.jit(lambda k, target: srnc_step(k, srnc_state(k, op, target, norm=None), op, target, norm=None)[0])
     for seed in seeds:
         kernel = gaussian(shape, seed)
         norm, stable_rank = measured(kernel, op)

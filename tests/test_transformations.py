@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from cases import quick_jit
 from events import TRACES, counted
 from jax import lax
 from test_contracts import CIRCULAR, CONTRACTS, DENSE, HELD_ELSEWHERE, TARGETS, ZERO_PADDED, gaussian
@@ -118,7 +117,7 @@ def test_loops_batches_and_checkpoints(function, shape):
         return count + 1, jax.vmap(jax.vmap(jax.checkpoint(function)))(batch)
 
     stack = jnp.stack(kernels).reshape((1, 2, 1, *shape))
-    count, found = quick_jit(lambda stack: lax.scan(step, 0, stack))(stack)
+    count, found = jax.jit(lambda stack: lax.scan(step, 0, stack))(stack)
     assert count == 1
     with jax.debug_nans(True):
         first = function(kernels[0])
@@ -175,7 +174,7 @@ def test_single_precision_with_all_checks(function, shape):
         return sum(jnp.sum(leaf.real) for leaf in floats(found)), found
 
     with jax.enable_x64(False), jax.enable_checks(True), jax.debug_nans(True):
-        gradient, found = quick_jit(jax.grad(total, has_aux=True))(kernel)
+        gradient, found = jax.jit(jax.grad(total, has_aux=True))(kernel)
     assert {leaf.dtype for leaf in floats(found)} <= {jnp.dtype(jnp.float32), jnp.dtype(jnp.complex64)}
     assert gradient.dtype == jnp.float32
     assert_same(found, expected, 1e-2)
@@ -197,9 +196,7 @@ def test_both_modes_of_other_functions(function, shape):
     def numbers(point):
         return floats(function(point))
 
-    forward, reverse = quick_jit(lambda point: (jax.jacfwd(numbers)(point), jax.jacrev(numbers)(point)))(
-        gaussian(shape)
-    )
+    forward, reverse = jax.jit(lambda point: (jax.jacfwd(numbers)(point), jax.jacrev(numbers)(point)))(gaussian(shape))
     assert any(np.any(leaf != 0) for leaf in forward)
     for a, b in zip(forward, reverse, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9)

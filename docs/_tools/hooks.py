@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import html
 import importlib.util
+import os
 import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,7 +16,8 @@ import latex2mathml.converter
 from mkdocs.structure.files import File
 
 TOOLS = Path(__file__).parent
-ROOT = TOOLS.parents[1]
+DOCS = TOOLS.parent
+ROOT = DOCS.parent
 # Where recorded tables and pictures are, and the folders in which their pages are.
 PAPERS = ("zheng2025", "sedghi2019", "grishina2024", "guo_ye2019")
 NETWORKS = ("analyze_resnet50", "lipschitz_constants")
@@ -59,6 +61,28 @@ def on_files(files, config):
             head = _WIDE.encode() if path.suffix == ".md" else b""
             files.append(File.generated(config, f"{folder}/{path.name}", content=head + path.read_bytes()))
     return files
+
+
+# The target of a link or picture in Markdown, without its anchor.
+_TARGET = re.compile(r"(?<=\]\()[^)#\s]+")
+
+
+def _as_page(target: str, page: str) -> str:
+    """A link from a page to a tutorial or a recorded file, as a link to the page that is made of it."""
+    path = Path(os.path.normpath((DOCS / page).parent / target))
+    sources = {source: folder for folder, source in RECORDED.items()}
+    if path.parent in sources:
+        made = DOCS / sources[path.parent] / path.name
+    elif path.parent == DOCS / "tutorials" and path.stem != Path(page).stem:
+        made = path.with_suffix(".md")
+    else:
+        return target
+    return os.path.relpath(made, (DOCS / page).parent)
+
+
+def on_page_markdown(markdown, page, config, files):
+    """Links lead to files of the checkout, where the pages are read too, and become links between pages here."""
+    return _TARGET.sub(lambda target: _as_page(target[0], page.file.src_uri), markdown)
 
 
 # The converter takes for operators what are names, leaves no space around functions, and lets bars stretch.

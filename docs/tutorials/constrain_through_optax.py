@@ -55,7 +55,7 @@ for count in range(1, 11):
     )
 
 # The norms are met at steps 5 and 10, and drift in between, where the updates of Adam pass unchanged. A smaller `every`
-# allows less drift and costs more: [the table](../performance/training_keeping.md) has both.
+# allows less drift and costs more: [the table](../../benchmarks/results/training_keeping.md) has both.
 #
 # ## A stable rank
 #

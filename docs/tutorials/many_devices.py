@@ -4,7 +4,7 @@ A stack of kernels is a batch, and a batch is split over devices without any exc
 with sharded kernels is `examples/sharded_training.py`; this page shows the two ways to spread a stack.
 
 The devices here are two virtual ones of one CPU, which share its cores: they show that the code works, and nothing
-about speed. What real devices gain is in [the table](../performance/devices.md).
+about speed. What real devices gain is in [the table](../../benchmarks/results/devices.md).
 """
 
 import jax

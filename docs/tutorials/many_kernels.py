@@ -52,7 +52,7 @@ for rank, distance in zip(path.stable_rank[::40], path.distance[::40], strict=Tr
 # ## Memory that does not grow
 #
 # `vmap` holds the intermediate arrays of all kernels at once. `jax.lax.map` with a `batch_size` takes so many at a
-# time, at nearly the same speed ([the table](../performance/batch.md)):
+# time, at nearly the same speed ([the table](../../benchmarks/results/batch.md)):
 #
 # ```python
 # jax.jit(lambda kernels, targets: jax.lax.map(lambda x: lowered(*x), (kernels, targets), batch_size=256))

@@ -2,7 +2,8 @@
 
 A recurrent network for video applies the same layers to its own output, frame after frame. Where one of these layers
 has a spectral norm above 1, something small can grow without end, long after the frames that were trained on (Tanay et
-al. 2022). A norm of at most 1 for every layer of the loop rules that out, for every video and every length.
+al. 2022). Norms whose product around the loop is below 1 rule that out, for every video and every length. At exactly 1
+nothing grows exponentially, and a slow drift remains possible.
 """
 
 import jax

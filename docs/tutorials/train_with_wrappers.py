@@ -37,8 +37,8 @@ optimizer = nnx.Optimizer(model, optax.adam(3e-3), wrt=nnx.Param)
 
 # ## The step
 #
-# Nothing in the training step knows about the constraints. Every forward takes one cheap pass that follows the leading
-# singular vectors, and stores them in the wrapper, as batch normalization stores its averages.
+# Nothing in the training step knows about the constraints. Every forward takes one or two cheap passes that follow the
+# leading singular vectors, and stores them in the wrapper, as batch normalization stores its averages.
 
 
 @nnx.jit
@@ -72,8 +72,8 @@ for name in ("conv1", "conv2"):
     most = jaxsrn.stable_rank_range(kernel.shape, op).high
     print(f"{name}, {op}: norm {norm:.4f}, stable rank {rank:.3f} of at most {most:g}")
 
-# The layers keep to one pass a step, so that the norm lags a little behind a fast optimizer. `jnnx.refresh(model)`
-# takes one more pass of every wrapper without a forward.
+# The layers keep to a pass or two a step, so that the norm lags a little behind a fast optimizer. `jnnx.refresh(model)`
+# takes the passes of one more step of every wrapper without a forward.
 
 for _ in range(5):
     jnnx.refresh(model)

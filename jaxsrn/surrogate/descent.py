@@ -45,9 +45,9 @@ def begin(point: Float[Array, "..."], optimizer: optax.GradientTransformation) -
 
 def starting_points(keys, like: Float[Array, "..."], initial=None) -> Float[Array, "starts ..."]:
     """A random point of the sphere per key, of the shape and dtype of `like`; `initial` in place of the first."""
-    # The points are drawn in float32, so that they are the same in every precision.
-    points = jax.vmap(lambda key: random(key, like.shape, axis=None, dtype=jnp.float32))(keys)
-    points = points.astype(like.dtype)
+    # The points are drawn in float32, so that they are the same in every precision up to rounding.
+    drawn = jax.vmap(lambda key: random(key, like.shape, axis=None, dtype=jnp.float32))(keys)
+    points = jax.vmap(unit)(drawn.astype(like.dtype))
     return points if initial is None else points.at[0].set(unit(initial.astype(like.dtype)))
 
 
