@@ -16,6 +16,10 @@ __all__ = ["report"]
 REFERENCES = ("SN", "SN, norm 1.36")
 
 
+def first_look(result: dict) -> dict:
+    return next(iter(result["looks"].values()))
+
+
 def last_look(result: dict) -> dict:
     return list(result["looks"].values())[-1]
 
@@ -85,6 +89,21 @@ def difference_table(found: dict, reference: str) -> str:
     return table((f"minus {reference}", *measures), rows)
 
 
+def untrained_table(found: dict) -> str:
+    """What training does to the ratios: before the first update and after the last."""
+    rows = [
+        (
+            name,
+            *(
+                mean_and_spread([percentile(look(result)) for result in results], ".3f")
+                for look in (first_look, last_look)
+            ),
+        )
+        for name, results in found.items()
+    ]
+    return table(("eLhist, 95%", "untrained", "trained"), rows)
+
+
 def layer_table(found: dict) -> str:
     """Of the first seed; what is asked stands in brackets where it binds."""
     rows = []
@@ -120,7 +139,7 @@ def draw_histograms(found: dict, path: Path) -> None:
         name: np.concatenate([last_look(result)["ratios"] for result in results]) for name, results in found.items()
     }
     first = next(iter(found))
-    start = np.concatenate([next(iter(result["looks"].values()))["ratios"] for result in found[first]])
+    start = np.concatenate([first_look(result)["ratios"] for result in found[first]])
     exact = {name: pooled[name] for name in found if not any(word in name for word in ("reshaped", "norm", "GP"))}
     others = {f"{first}, untrained": start, first: pooled[first]}
     others |= {name: ratios for name, ratios in pooled.items() if name not in exact}
@@ -191,7 +210,9 @@ def report(found: dict, costs: dict, about: dict[str, str], real, command: str, 
             *(difference_table(found, reference) for reference in references),
         ),
         "Empirical Lipschitz constants": paragraphs(
-            "Ratios over pairs of a real and a generated image, all seeds.", "![eLhist](elhist.png)"
+            "Ratios over pairs of a real and a generated image, all seeds.",
+            "![eLhist](elhist.png)",
+            untrained_table(found),
         ),
         "Training": paragraphs("Means over seeds.", "![Training](training.png)"),
         "Samples": paragraphs("Of the first seed, not selected.", "![Samples](samples.png)"),

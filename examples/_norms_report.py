@@ -142,6 +142,17 @@ def tightness_table(found: dict[str, list[dict]]) -> str:
     return table(("bound / norm", *(f"mean, step {step}" for step in steps), "least", "most"), rows)
 
 
+def layers_table(settings: dict, found: dict[str, list[dict]]) -> str:
+    """Norms at the end, with batch norm: of each layer, and with the batch norm folded in."""
+    shown = [name for name, setting in settings.items() if setting["has_norms"]]
+    layers = list(found[shown[0]][0]["points"][0]["layers"])
+    rows = []
+    for name in shown:
+        alone, folded = (of_layers(found[name], quantity)[-1] for quantity in ("norm", "folded"))
+        rows.append([words_of(settings[name]), *(f"{a:.2f} / {f:.2f}" for a, f in zip(alone, folded, strict=True))])
+    return table(("norm / with the batch norm folded in", *layers), rows)
+
+
 def costs_section(costs: dict[str, np.ndarray], settings: dict, found: dict) -> str:
     """The time of a step beside that of a plain one in the same round, and the CPU time of steps in the runs."""
     plain = cpu_per_step(found[name_of("plain", 0.0, True)])
@@ -286,5 +297,7 @@ def sections_of(settings: dict, found: dict, about: str) -> dict[str, str]:
             "folded into the convolution.",
             "![Norms over training](layers.png)",
             tightness_table(found),
+            f"At the end, after {setting['num_steps']} steps:",
+            layers_table(settings, found),
         ),
     }

@@ -112,19 +112,12 @@ def _report(args) -> None:
     from jaxsrn.report import analyze
     from jaxsrn.report.rewriting import NoKernels
     from jaxsrn.report.table import counted
-    from jaxsrn.report.terminal import progress_bar, show_lines, show_table
+    from jaxsrn.report.terminal import show_lines, show_table
 
     _check_outputs(args.json, args.csv, args.plot)
     if args.plot and args.plot.suffix.lower() not in _PICTURES:
         raise ValueError(f"--plot: got {args.plot}, expected a name that ends in {', '.join(_PICTURES)}.")
-    with progress_bar() as progress:
-        report = analyze(
-            args.file,
-            spectra=args.spectra,
-            fold_batch_norm=args.fold_batch_norm,
-            progress=progress,
-            **_how_to_read(args),
-        )
+    report = analyze(args.file, spectra=args.spectra, fold_batch_norm=args.fold_batch_norm, **_how_to_read(args))
     if not report.layers:
         reasons = sorted({entry.reason for entry in report.skipped})
         arrays = f"among {counted(len(report.skipped), 'array')}: {'; '.join(reasons)}" if reasons else "and no arrays"
@@ -147,12 +140,11 @@ def _report(args) -> None:
 def _normalize(args) -> None:
     from jaxsrn.report.rewriting import normalize
     from jaxsrn.report.table import counted, digits
-    from jaxsrn.report.terminal import progress_bar, show_lines, show_table
+    from jaxsrn.report.terminal import show_lines, show_table
 
     _check_outputs(args.out)
     options = {"norm": args.norm, "only": args.only or ("*",), **_how_to_read(args)}
-    with progress_bar() as progress:
-        changes, skipped = normalize(args.file, args.out, args.fraction, progress=progress, **options)
+    changes, skipped = normalize(args.file, args.out, args.fraction, **options)
     header = ("layer", "target", "stable rank", "after", "norm", "after", "distance")
     rows = [
         [
@@ -174,10 +166,9 @@ def _compare(args) -> None:
     from jaxsrn.report.comparing import compare
     from jaxsrn.report.rewriting import NoKernels
     from jaxsrn.report.table import digits
-    from jaxsrn.report.terminal import progress_bar, show_lines, show_table
+    from jaxsrn.report.terminal import show_lines, show_table
 
-    with progress_bar() as progress:
-        found = compare(args.first, args.second, progress=progress, **_how_to_read(args))
+    found = compare(args.first, args.second, **_how_to_read(args))
     if not found.layers:
         raise NoKernels(
             f"{args.first}, {args.second}: no kernels of the same name; the first has {len(found.only_first)}, the "

@@ -18,7 +18,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, PRNGKeyArray, Shaped
 
-from jaxsrn._tools.checks import ensure, float_dtype, real_floating
+from jaxsrn._tools.checks import ensure, float_dtype, is_integer, real_floating
+from jaxsrn._tools.linalg import moderate, norm_along
 from jaxsrn._tools.programs import program
 
 __all__ = [
@@ -51,7 +52,7 @@ def _point_axes(axis, shape: tuple[int, ...]) -> tuple[int, ...]:
     if axis is None:
         return tuple(range(len(shape)))
     axes = axis if isinstance(axis, tuple) else (axis,)
-    valid = all(isinstance(a, (int, np.integer)) and -len(shape) <= a < len(shape) for a in axes)
+    valid = all(is_integer(a) and -len(shape) <= a < len(shape) for a in axes)
     counted = {int(a) % len(shape) for a in axes} if valid and shape else set()
     ensure(
         valid and len(counted) == len(axes),
@@ -87,27 +88,10 @@ def _dot(a, b, axes):
     return jnp.sum(a * b, axis=axes, keepdims=True)
 
 
-def _moderate(z, axes):
-    """`z / scale`, whose squares neither overflow nor vanish, the scale, and whether `z` is 0 (ones take its place)."""
-    largest = jnp.max(jnp.abs(lax.stop_gradient(z)), axis=axes, keepdims=True, initial=0.0)
-    zero = largest < jnp.finfo(z.dtype).tiny
-    # Ordinary vectors are not scaled, which saves a rounding: normalizing twice then changes nothing. Squares of these
-    # sizes are far inside the range of float32.
-    ordinary = (largest > 1e-10) & (largest < 1e10)
-    scale = jnp.where(zero | ordinary, 1.0, largest)
-    return jnp.where(zero, 1.0, z) / scale, scale, zero
-
-
-def _norm(z, axes):
-    """`|z|`, with derivative 0 at 0."""
-    moderate, scale, zero = _moderate(z, axes)
-    return jnp.where(zero, 0.0, scale * jnp.sqrt(_dot(moderate, moderate, axes)))
-
-
 def _unit(z, otherwise, axes):
     """`z / |z|`, and `otherwise` where `z` is 0."""
-    moderate, _, zero = _moderate(z, axes)
-    return jnp.where(zero, otherwise, moderate / jnp.sqrt(_dot(moderate, moderate, axes)))
+    parts, _, zero = moderate(z, axes)
+    return jnp.where(zero, otherwise, parts / jnp.sqrt(_dot(parts, parts, axes)))
 
 
 def _series(t, coefficients: tuple[float, ...]):
@@ -208,7 +192,7 @@ def exp(x: Points, v: Points, *, axis: Any = -1) -> Float[Array, "..."]:
 
 @_core
 def _exp(x, v, axes):
-    norm = _norm(v, axes)
+    norm = norm_along(v, axes)
     small = norm < 1
     # Each branch of a `where` sees only its own values, because its derivative may be 0/0 at the others.
     inner = jnp.where(small, v, 0.0)
@@ -246,7 +230,7 @@ def _log(x, y, axes):
     cosine = _dot(x, y, axes)
     # On the sphere `y`, `y - x` and `y + x` have the same projection. The shortest one keeps all digits of it.
     projected = _tangent(x, jnp.where(cosine < 0, y + x, y - x), axes)
-    sine = _norm(projected, axes)
+    sine = norm_along(projected, axes)
     # Below this sine the angle is rounding: a few roundings of `projected`.
     rounding = 16 * float(jnp.finfo(x.dtype).eps)
     vague = (sine <= rounding) & (cosine <= rounding)
@@ -310,7 +294,7 @@ def distance(x: Points, y: Points, *, axis: Any = -1) -> Float[Array, "..."]:
 
 @_core
 def _distance(x, y, axes):
-    apart, together = _norm(x - y, axes), _norm(x + y, axes)
+    apart, together = norm_along(x - y, axes), norm_along(x + y, axes)
     # Both lengths are 0 only where `x` and `y` are 0.
     together = jnp.where(apart + together < jnp.finfo(x.dtype).eps, 1.0, together)
     return jnp.squeeze(2 * jnp.arctan2(apart, together), axes)
@@ -331,7 +315,7 @@ def random(key: PRNGKeyArray, shape, *, axis: Any = -1, dtype=None) -> Float[Arr
     Raises:
       ValueError: a dtype that isn't real floating, or a bad axis.
     """
-    shape = (shape,) if isinstance(shape, int) else tuple(shape)
+    shape = (shape,) if np.ndim(shape) == 0 else tuple(shape)
     dtype = jnp.result_type(float) if dtype is None else jnp.dtype(dtype)
     real_floating(dtype, "dtype", "take a real one")
     return _random(key, shape, _point_axes(axis, shape), float_dtype(dtype)).astype(dtype)

@@ -151,3 +151,18 @@ def test_largest_and_smallest_layers(op, shape):
         np.testing.assert_allclose(norm, true, rtol=1e-10)
     assert interval.lower <= norm * (1 + 1e-10)
     assert interval.upper >= norm * (1 - 1e-10)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("op", [CircularConv((8,)), ZeroPaddedConv((8,)), UnboundedConv()], ids=str)
+def test_entries_near_the_largest_number(op, dtype):
+    """The reciprocal of such an entry is denormal, which XLA takes for 0."""
+    largest = 0.8 * np.finfo(dtype).max
+    kernel = jnp.asarray([largest, 0, 0], dtype).reshape(3, 1, 1)
+    samples = {CircularConv: 8, ZeroPaddedConv: 7, UnboundedConv: 1}[type(op)]
+    np.testing.assert_allclose(jaxsrn.spectral_norm(kernel, op), largest, rtol=1e-6)
+    np.testing.assert_allclose(jaxsrn.stable_rank(kernel, op), samples, rtol=1e-6)
+    lower, upper = bounds.certified(kernel, op)
+    assert 0.99 * largest < lower <= largest <= upper < 1.02 * largest
+    projected = jaxsrn.project_spectral_ball(kernel, op, 1.0)
+    assert np.max(np.abs(projected.kernel)) <= 1 + 1e-6

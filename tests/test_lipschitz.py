@@ -394,7 +394,8 @@ def test_zero_and_nan():
     params = kernels()
     params["second"][0, 0, 0] = np.nan
     for function in (lipschitz.spec_fro, lipschitz.spec_l1):
-        assert np.all(np.isnan(function(OPS, params, np.array([1.0, 0.0]))))
+        for log in (False, True):
+            assert np.all(np.isnan(function(OPS, params, np.array([1.0, 0.0]), log=log)))
     assert np.isnan(lipschitz.certified_upper_bound(OPS, params))
 
 
@@ -457,6 +458,7 @@ BAD = [
         lambda: lipschitz.upper_bound(OPS, kernels(), norm=lambda k, op: None),
         "got nothing for .'first',., expected a s",
     ),
+    (lambda: lipschitz.upper_bound(OPS, kernels(), norm=bounds.certified), "got a NormInterval for each layer"),
     (lambda: lipschitz.spec_fro({("first",): UnboundedConv()}, kernels(), 1.0), "whose image has no size"),
     (lambda: lipschitz.spec_l1({("first",): UnboundedConv()}, kernels(), 1.0), "whose image has no size"),
     (lambda: lipschitz.spec_fro(OPS, kernels(), 1j), "margin: got dtype complex128"),
@@ -489,3 +491,39 @@ def test_the_example_of_the_docstring():
     for example in finder.find(jacobians.local, "local", globs={}):
         assert runner.run(example).failed == 0
     assert runner.tries > 0
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-20, 1e-10, 1e10, 1e20, 1e30])
+def test_vanishing_and_exploding_jacobians(scale):
+    """Squares of such Jacobians are no numbers of float32."""
+    values = np.array([3.0, 2.0, 1.0, 1.0, 1.0, 1.0], np.float32)
+    params, x = jnp.asarray(np.diag(values * np.float32(scale))), jnp.ones((1, 6), jnp.float32)
+
+    def linear(params, x):
+        return x @ params
+
+    frobenius = np.linalg.norm(values) * scale
+    np.testing.assert_allclose(lipschitz.local(linear, params, x).value, 3 * scale, rtol=1e-5)
+    np.testing.assert_allclose(lipschitz.local_frobenius(linear, params, x).value, frobenius, rtol=1e-5)
+    estimate = lipschitz.local_frobenius(linear, params, x, key=jax.random.key(0), num_probes=4)
+    # Each probe has the exact square, as the Jacobian is diagonal.
+    np.testing.assert_allclose(estimate.value, frobenius, rtol=1e-5)
+    assert estimate.standard_error <= 1e-3 * frobenius
+    y = x.at[0, 0].set(2)
+    np.testing.assert_allclose(lipschitz.pairwise(linear, params, x, y), 3 * scale, rtol=1e-5)
+
+
+def test_steep_jacobians():
+    """Networks of saturated units have Jacobians whose singular values fall fast."""
+    rng = np.random.default_rng(0)
+    layers = [jnp.asarray(2 * rng.standard_normal((20, 20)), jnp.float32) for _ in range(6)]
+
+    def network(params, x):
+        for kernel in params:
+            x = jax.nn.sigmoid(x @ kernel)
+        return x
+
+    x = jnp.asarray(rng.standard_normal((3, 20)), jnp.float32)
+    explicit = jax.vmap(jax.jacobian(lambda point: network(layers, point[None])[0]))(x)
+    expected = np.linalg.norm(np.asarray(explicit, float), 2, axis=(1, 2))
+    np.testing.assert_allclose(lipschitz.local(network, layers, x).value, expected, rtol=1e-4)

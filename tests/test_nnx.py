@@ -531,6 +531,8 @@ def test_constrain_and_layer_operators():
         jnnx.constrain(model, wrap, nnx.Embed)
     with pytest.raises(ValueError, match=r"conv1: Conv.*input_shape: got \(8,\)"):
         jnnx.constrain(model, lambda path, layer: jnnx.SpectralNorm(layer, input_shape=8))
+    with pytest.raises(ValueError, match=r"conv1: wrap: got a NoneType, expected a StableRankNorm or a SpectralNorm"):
+        jnnx.constrain(model, lambda path, layer: None)
 
 
 def test_layer_operators_without_inputs():

@@ -408,6 +408,10 @@ def test_aliased_taps_have_no_frobenius_weights(case):
         (lambda: ZeroPaddedConv((6,), padding=((1, 1, 1),)), r"padding: got .* expected a name or 1 \(low, high\)"),
         (lambda: ZeroPaddedConv((6,), padding=((0.5, 1),)), r"padding: got .* expected a name or 1 \(low, high\)"),
         (lambda: UnboundedConv(strides=(1, 1, 1, 1)), r"strides: got \(1, 1, 1, 1\), expected one to three integers"),
+        (
+            lambda: UnboundedConv(strides=(1, 1), kernel_dilation=(2, 2, 2)),
+            r"strides, kernel_dilation: got \(1, 1\) and \(2, 2, 2\), expected one for each axis of both",
+        ),
         (lambda: ZeroPaddedConv((6,), strides=0), "strides: got 0, expected"),
         (lambda: ZeroPaddedConv((6,), strides=True), "strides: got True, expected"),
         (lambda: ZeroPaddedConv((6,), strides=1.5), r"strides: got 1\.5, expected"),

@@ -312,6 +312,12 @@ def rank_of(point):
     return magnitudes.sum() / magnitudes.max()
 
 
+def test_names_with_an_underscore_are_in_the_legend_of_the_sphere():
+    figure = plots.sphere(OP, 24.0, paths={"_path": TURN}, points={"_point": IDENTITY})
+    names = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    assert [name for name in names if name.endswith(("_path", "_point"))] == names[-2:]
+
+
 def test_sphere():
     view = plots.camera(30.0, 20.0)
     np.testing.assert_allclose(view @ view.T, np.eye(3), atol=1e-12)

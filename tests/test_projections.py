@@ -403,6 +403,18 @@ def test_kernels_far_outside_the_ball():
     assert max(norm_of(projected, op) for projected in found.kernel) <= 1 + 1e-12
 
 
+@pytest.mark.parametrize("scale", [1e5, 1e8, 1e30])
+@pytest.mark.parametrize("op", [CircularConv((8,)), ZeroPaddedConv((8,)), jaxsrn.UnboundedConv()], ids=str)
+def test_kernels_so_far_outside_that_their_multipliers_are_rounding(op, scale):
+    """Of ten kernels seven were given back outside of the ball, by up to 4e6, with a gap of 0."""
+    kernels = jnp.asarray(scale * np.stack([gaussian((3, 2, 2), seed) for seed in range(10)]), jnp.float32)
+    found = jax.jit(jax.vmap(lambda kernel: jaxsrn.project_spectral_ball(kernel, op, 1.0)))(kernels)
+    # Without edges the norm is at least that on an image of many samples.
+    layer = CircularConv((64,)) if isinstance(op, jaxsrn.UnboundedConv) else op
+    assert max(norm_of(np.asarray(projected, float), layer) for projected in found.kernel) <= 1 + 2e-6
+    assert np.all(found.gap < 1e-3)
+
+
 def quick_raise(op):
     return jax.jit(lambda a, target: jaxsrn.srnc(a, op, target, raise_rank=True))
 

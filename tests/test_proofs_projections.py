@@ -195,5 +195,7 @@ def test_passes_end_with_a_proof():
     assert 0 < found.num_passes <= 1000
     few = frequency_passes.solved(direction, blocks, 0.0, 5)
     assert few.num_passes == 5
+    # A proof is tried after every 20 passes, and the last ones are fewer.
+    assert frequency_passes.solved(direction, blocks, 0.0, 30).num_passes == 30
     nothing = frequency_passes.solved(0 * direction, blocks, 1e-3, 20)
     assert nothing.value == nothing.bound == 0

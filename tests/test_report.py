@@ -899,7 +899,21 @@ def test_spectra_are_columns_and_small_norms_stand_out():
 
 
 def test_without_a_library_for_bars_there_is_none(monkeypatch):
-    monkeypatch.setitem(sys.modules, "tqdm", None)
+    monkeypatch.setitem(sys.modules, "rich", None)
+    monkeypatch.setitem(sys.modules, "rich.console", None)
     assert len(analyze({"fc.weight": array(4, 4)}).layers) == 1
-    with pytest.raises(ValueError, match="progress: got True, expected tqdm to be installed"):
+    with pytest.raises(ValueError, match="progress: got True, which needs rich"):
         analyze({"fc.weight": array(4, 4)}, progress=True)
+
+
+def test_progress_is_shown_where_it_is_asked_for(tmp_path, capsys, no_type_checks):
+    np.savez(tmp_path / "a.npz", **{"fc.weight": array(6, 4)})
+    compare(tmp_path / "a.npz", tmp_path / "a.npz", progress=False)
+    assert not capsys.readouterr().err
+    compare(tmp_path / "a.npz", tmp_path / "a.npz", progress=True)
+    assert "2/2 layers" in capsys.readouterr().err
+    calls = []
+    compare(tmp_path / "a.npz", tmp_path / "a.npz", progress=lambda *args: calls.append(args))
+    assert calls == [(0, 2, "fc.weight"), (1, 2, ""), (1, 2, "fc.weight"), (2, 2, "")]
+    with pytest.raises(ValueError, match="progress: got 'no', expected True, False, None or a function"):
+        analyze({"fc.weight": array(4, 4)}, progress="no")

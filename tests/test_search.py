@@ -8,6 +8,10 @@ from cases import CASES, dense, fft_norms, gaussian, spectral_kinds
 
 import jaxsrn
 from jaxsrn import CircularConv, spectral_norm
+from jaxsrn._tools.lanczos import leading_singular_vectors
+from jaxsrn._tools.linalg import matmul
+from jaxsrn._tools.subspaces import fixed_start
+from jaxsrn._tools.tolerances import search_tolerance
 from jaxsrn.spectra import dense as dense_layers
 from jaxsrn.spectra.circular import branch_and_bound as proof
 from jaxsrn.spectra.circular import grams
@@ -195,3 +199,24 @@ def test_wide_kernels_start_a_state_at_a_pair_that_is_exact():
     kernel, op = 1 + gaussian((3, 128, 130)), CircularConv((8,))
     result = jaxsrn.srnc_step(kernel, jaxsrn.srnc_state(kernel, op, None), op, None)
     np.testing.assert_allclose(fft_norms(result[0][None], (8,)), 1, rtol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("shape", [(20, 20), (60, 30)], ids=str)
+def test_lanczos_finds_the_leading_value_of_steep_spectra(shape, dtype):
+    """In nearly null directions a product with `T^T T` is the rounding of the largest ones."""
+    rng, size = np.random.default_rng(0), min(shape)
+    left, right = (np.linalg.qr(rng.standard_normal((n, n)))[0][:, :size] for n in shape)
+
+    @jax.jit
+    def search(matrix):
+        start = fixed_start((shape[1],), dtype)
+        tolerance = search_tolerance(dtype)
+        return leading_singular_vectors(
+            lambda x: matmul(matrix, x), lambda y: matmul(y, matrix), start, shape[0], tolerance
+        )
+
+    for ratio in (0.9, 0.5, 0.3, 0.1, 0.03, 1e-3):
+        found = search(jnp.asarray((left * ratio ** np.arange(size)) @ right.T, dtype))
+        np.testing.assert_allclose(found.value, 1, rtol=1e-6 if dtype == np.float32 else 1e-12, err_msg=str(ratio))
+        assert found.residual <= search_tolerance(dtype)

@@ -75,6 +75,11 @@ def test_is_the_constrained_optimum(k):
     assert bool(result.feasible)
 
 
+def test_more_values_to_preserve_than_there_are():
+    result = jaxsrn.srn(jnp.diag(jnp.asarray([3.0, 1.0, 1.0])), 10.0, num_preserved=100)
+    assert int(result.num_preserved) == 3
+
+
 def test_distance_grows_with_num_preserved_and_the_norm_grows_without():
     a = matrix_with([3.0, 1.5, 1.2, 0.7])
     results = [jaxsrn.srn(a, 1.4, num_preserved=k) for k in range(3)]

@@ -309,3 +309,25 @@ def test_each_layer_of_a_stack_has_its_own_step(standard_promotion):
     together, alone = stepped(params, lambda path: path), stepped(apart(params), lambda path: path[0])
     for path, kernel in apart(together).items():
         np.testing.assert_allclose(kernel, alone[path], rtol=1e-9, atol=1e-9)
+
+
+def test_the_step_has_norm_one_where_the_norm_is_exact():
+    op, gradient = CircularConv((8,)), jnp.asarray(gaussian((3, 4, 4)))
+    for method in ("frequency", "flattened"):
+        norm = np.linalg.norm(dense(steepest(gradient, op, method=method).kernel, op), 2)
+        np.testing.assert_allclose(norm, 1, rtol=2e-6)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-20, 1e20, 1e30])
+@pytest.mark.parametrize("method", ["frequency", "flattened"])
+def test_the_scale_of_gradients_does_not_matter(method, scale, standard_promotion):
+    gradients, op = params(10), UnboundedConv()
+    steps = []
+    for factor in (1, scale):
+        optimizer = spectral_descent(1.0, {("conv", "kernel"): op}, method=method)
+        state, update = optimizer.init(params(0)), jax.jit(optimizer.update)
+        scaled = jax.tree.map(functools.partial(np.multiply, np.float32(factor)), gradients)
+        for _ in range(2):
+            step, state = update(scaled, state, params(0))
+        steps.append(step["conv"]["kernel"])
+    np.testing.assert_allclose(*steps, atol=1e-5)

@@ -12,6 +12,7 @@ from cases import BY_NAME, dense
 
 import jaxsrn
 from jaxsrn import CircularConv, Dense, UnboundedConv, ZeroPaddedConv, srnc_state, srnc_step
+from jaxsrn.normalization.training import passes
 
 CIRCULAR = CircularConv((9, 8)), (3, 3, 3, 4)
 SAME = ZeroPaddedConv((5, 4)), (3, 3, 2, 2)
@@ -544,3 +545,22 @@ def test_one_tap_without_edges_is_a_matrix(strides):
         stepped, state = srnc_step(kernel, state, op, target)
     np.testing.assert_allclose(stepped[0, 0], expected, atol=1e-9)
     np.testing.assert_allclose(jaxsrn.srnc(kernel, op, target).kernel[0, 0] / values[0], expected, atol=1e-12)
+
+
+def test_a_second_pass_follows_where_another_pair_takes_over(monkeypatch):
+    """Also where the pair that takes over has a value that is larger by far."""
+    op, turned, real = CircularConv((8, 8)), [], passes.follow
+
+    def follow(*args):
+        track, step = real(*args)
+        turned.append(bool(step.turned))
+        return track, step
+
+    before, after = (gaussian((3, 3, 4, 4), seed) for seed in (0, 1))
+    target = jaxsrn.target_of_fraction(0.3, before.shape, op)
+    state = srnc_state(before, op, target)
+    monkeypatch.setattr(passes, "follow", follow)
+    with jax.disable_jit():
+        srnc_step(after, state, op, target, num_steps=1)
+    assert turned[0]
+    assert len(turned) == 2

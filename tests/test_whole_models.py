@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from cases import gaussian32
+from cases import gaussian, gaussian32
 from flax import linen as nn
 from flax import nnx
 
@@ -388,3 +388,12 @@ def test_a_wrapper_in_a_recurrence_of_linen():
     variables = jlinen.refresh(rnn, {**variables, "params": moved})
     kernel = jlinen.fold(rnn, variables)["params"]["cell"]["Dense_0"]["kernel"]
     np.testing.assert_allclose(matrix_norm(kernel, 4), 0.9, rtol=1e-3)
+
+
+def test_either_field_says_how_many_axes_an_unbounded_layer_has():
+    """A stack of layers is told from a kernel of one axis more."""
+    stack = jnp.asarray(gaussian((4, 3, 3, 2, 2)))
+    for op in (UnboundedConv(kernel_dilation=(2, 2)), UnboundedConv(strides=(1, 1))):
+        total = penalties.total(jaxsrn.spectral_norm, {("k",): op}, {"k": stack})
+        expected = sum(float(jaxsrn.spectral_norm(kernel, op)) for kernel in stack)
+        np.testing.assert_allclose(total, expected, rtol=1e-6)

@@ -79,9 +79,9 @@ def static_share(value, name: str) -> float:
 
 
 def is_static_number(value) -> bool:
-    """Whether a value is one real number that is known while tracing."""
+    """Whether a value is one real number that is known while tracing; `True` and `False` are none."""
     is_number = isinstance(value, (int, float, np.integer, np.floating, np.ndarray, jax.Array)) and np.ndim(value) == 0
-    return is_number and not isinstance(value, jax.core.Tracer)
+    return is_number and not isinstance(value, (bool, jax.core.Tracer))
 
 
 def kernel_array(kernel, op) -> jax.Array:

@@ -80,8 +80,10 @@ def _extend(gram: Callable, j: Int[Array, ""], basis: _Basis) -> _Basis:
     own = matmul(vector, image)
     rest, row = projected_out(image - own * vector - coupling * before, vectors)
     row = row + jnp.where(places == j, own, jnp.where(places == j - 1, coupling, 0))
-    following, coupling = direction_of(rest, image)
     projected = jnp.where(places == j, row[:, None], _with_row(projected, j, row))
+    # The image of a vector in a nearly null direction is the rounding of the largest ones, which is no new direction.
+    # The largest entry of the projection is on its diagonal, and near to the largest eigenvalue.
+    following, coupling = direction_of(rest, jnp.max(projected))
     return _Basis(_with_row(vectors, j + 1, following), projected, coupling)
 
 
@@ -141,14 +143,14 @@ def leading_singular_vectors(
     def unfinished(state: _State):
         return (state.residual > tolerance) & (state.restarts < _MAX_RESTARTS)
 
-    vectors = jnp.pad(direction_of(start, start)[0][None], ((0, size), (0, 0)))
+    vectors = jnp.pad(direction_of(start)[0][None], ((0, size), (0, 0)))
     zero, none = np.zeros((), start.dtype), np.zeros((), np.int32)
     basis = _Basis(vectors, jnp.zeros((size + 1, size + 1), start.dtype), zero)
     state = _State(basis, none, jnp.zeros(size + 1, start.dtype), zero + np.inf, none)
     state = lax.while_loop(unfinished, advance, state)
     best = matmul(state.leading, state.basis.vectors)
     image = matvec(best)
-    output, value = direction_of(image, image)
+    output, value = direction_of(image)
     return SingularVectors(value, best, output, state.residual)
 
 

@@ -20,6 +20,8 @@ __all__ = [
     "end_pairs",
     "gram_bound",
     "matmul",
+    "moderate",
+    "norm_along",
     "ratio",
     "real_times",
     "real_where_possible",
@@ -42,6 +44,26 @@ def unit(vector: Inexact[Array, "..."]) -> Inexact[Array, "..."]:
     # The derivative of a norm is 0/0 at zero; the one taken here is that of the constant first basis vector.
     norm = jnp.sqrt(jnp.where(is_zero, 1, squared)).astype(vector.dtype)
     return jnp.where(is_zero, first.reshape(vector.shape), vector / norm)
+
+
+def moderate(z: Float[Array, "..."], axes):
+    """`z / scale`, whose squares neither overflow nor vanish, the scale, and whether `z` is 0 (ones take its place).
+
+    The sums along `axes`, one or several, are kept as axes of length 1.
+    """
+    largest = jnp.max(jnp.abs(lax.stop_gradient(z)), axis=axes, keepdims=True, initial=0.0)
+    zero = largest < jnp.finfo(z.dtype).tiny
+    # Ordinary vectors are not scaled, which saves a rounding: normalizing twice then changes nothing. Squares of these
+    # sizes are far inside the range of float32.
+    ordinary = (largest > 1e-10) & (largest < 1e10)
+    scale = jnp.where(zero | ordinary, 1.0, largest)
+    return jnp.where(zero, 1.0, z) / scale, scale, zero
+
+
+def norm_along(z: Float[Array, "..."], axes) -> Float[Array, "..."]:
+    """The Euclidean norm along `axes`, which are kept with length 1, of numbers of any size; derivative 0 at 0."""
+    parts, scale, zero = moderate(z, axes)
+    return jnp.where(zero, 0.0, scale * jnp.sqrt(jnp.sum(parts * parts, axis=axes, keepdims=True)))
 
 
 def safe_sqrt(x: Float[Array, "..."]) -> Float[Array, "..."]:

@@ -32,7 +32,7 @@ def extended(basis: Inexact[Array, "rows n"], vector: Inexact[Array, " n"]) -> I
     """
     # One pass leaves rounding errors as large as the cancellation, a second is enough (Giraud, Langou, Rozloznik 2005).
     rest = projected_out(projected_out(vector, basis)[0], basis)[0]
-    return jnp.concatenate([basis, direction_of(rest, vector)[0][None]])
+    return jnp.concatenate([basis, direction_of(rest, jnp.linalg.norm(vector))[0][None]])
 
 
 def projected_out(vector: Inexact[Array, " n"], basis: Inexact[Array, "rows n"]):
@@ -41,13 +41,17 @@ def projected_out(vector: Inexact[Array, " n"], basis: Inexact[Array, "rows n"])
     return vector - matmul(along, basis), along
 
 
-def direction_of(rest: Inexact[Array, " n"], vector: Inexact[Array, " n"]):
+def direction_of(rest: Inexact[Array, " n"], size: float | Float[Array, ""] = 0.0):
     """What two passes leave of a vector: `(unit vector, norm)`, or zeros where only rounding is left.
 
     The vector lies in the span then. A few units of rounding are left of it; 10 of them are no new direction.
+
+    Args:
+      rest: what is left.
+      size: of the numbers that the vector was computed from, whose rounding it has; 0 for one without rounding.
     """
-    norm, before = jnp.linalg.norm(rest), jnp.linalg.norm(vector)
-    norm = jnp.where(norm <= 10 * jnp.finfo(norm.dtype).eps * before, 0, norm)
+    norm = jnp.linalg.norm(rest)
+    norm = jnp.where(norm <= 10 * jnp.finfo(norm.dtype).eps * size, 0, norm)
     return rest * ratio(1.0, norm).astype(rest.dtype), norm
 
 

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float
 from jaxsrn._tools.checks import ensure, positive_scalar, static_int
 from jaxsrn._tools.held import held, stationary
 from jaxsrn._tools.lanczos import leading_singular_vectors
-from jaxsrn._tools.linalg import ratio, safe_sqrt, unit
+from jaxsrn._tools.linalg import divisor, ratio, safe_sqrt, unit
 from jaxsrn._tools.programs import program
 from jaxsrn._tools.subspaces import fixed_start
 from jaxsrn._tools.tolerances import search_tolerance
@@ -119,19 +119,25 @@ def _value_of_sample(f: Callable, where, vectors) -> Float[Array, ""]:
 
 
 def _products(f: Callable, params, point: Float[Array, "..."]):
-    """The Jacobian at a point and its transpose on flat vectors: `(matvec, rmatvec, in_size, out_size)`."""
+    """The Jacobian at a point over a scale, and its transpose: `(matvec, rmatvec, in_size, out_size, scale)`.
+
+    Both act on flat vectors. The Jacobian of a deep network can be so small or large that squares of its products are
+    no numbers of its dtype. The scale is the size of one product, held constant in derivatives.
+    """
 
     def function(x):
         return rows(f, params, x.reshape((1, *point.shape)))[0]
 
     value, matvec = jax.linearize(function, point.reshape(-1))
     transpose = jax.linear_transpose(matvec, point.reshape(-1))
-    return matvec, lambda y: transpose(y)[0], point.size, value.size
+    probe = matvec(fixed_start((point.size,), point.dtype))
+    scale = divisor(lax.stop_gradient(jnp.max(jnp.abs(probe))))
+    return lambda x: matvec(x) / scale, lambda y: transpose(y)[0] / scale, point.size, value.size, scale
 
 
 def _leading_vectors(f: Callable, params, point: Float[Array, "..."], tolerance):
     """The leading singular vectors of the Jacobian, `(left, right, residual)`, searched for on the smaller side."""
-    matvec, rmatvec, in_size, out_size = _products(f, params, point)
+    matvec, rmatvec, in_size, out_size, _ = _products(f, params, point)
     swapped = in_size > out_size
     if swapped:
         matvec, rmatvec, in_size, out_size = rmatvec, matvec, out_size, in_size
@@ -171,22 +177,23 @@ def local_frobenius(f: Callable, params, x, *, key=None, num_probes: int | None 
 
 
 def _from_smaller_side(f: Callable, params, point: Float[Array, "..."]):
-    """`J^T`, or `J` where its inputs are fewer, as a map of flat vectors, and the size of its inputs."""
-    matvec, rmatvec, in_size, out_size = _products(f, params, point)
-    return (rmatvec, out_size) if out_size <= in_size else (matvec, in_size)
+    """`J^T`, or `J` where its inputs are fewer, over a scale, the size of its inputs, and the scale."""
+    matvec, rmatvec, in_size, out_size, scale = _products(f, params, point)
+    return (rmatvec, out_size, scale) if out_size <= in_size else (matvec, in_size, scale)
 
 
 @functools.partial(program, static_argnums=0)
 def _exact_frobenius(f, params, x):
     (x,) = checked_batches(f, params, x)
 
-    def squared_norm(point):
-        product, size = _from_smaller_side(f, params, point)
+    def norm(point):
+        product, size, scale = _from_smaller_side(f, params, point)
         places = jnp.arange(size)
         # One row after the other: all at once would be the whole Jacobian.
-        return jnp.sum(lax.map(lambda i: jnp.sum(product((places == i).astype(point.dtype)) ** 2), places))
+        squares = lax.map(lambda i: jnp.sum(product((places == i).astype(point.dtype)) ** 2), places)
+        return scale * safe_sqrt(jnp.sum(squares))
 
-    value = nan_where_nan(f, params, x, safe_sqrt(jax.vmap(squared_norm)(x)))
+    value = nan_where_nan(f, params, x, jax.vmap(norm)(x))
     return LocalFrobeniusNorm(value, jnp.where(jnp.isnan(value), value, 0))
 
 
@@ -194,12 +201,13 @@ def _exact_frobenius(f, params, x):
 def _estimated_frobenius(f, params, x, key, num_probes):
     (x,) = checked_batches(f, params, x)
 
-    def squares(point, key):
-        product, size = _from_smaller_side(f, params, point)
+    def estimate(point, key):
+        product, size, scale = _from_smaller_side(f, params, point)
         probes = jax.random.split(key, num_probes)
-        return lax.map(lambda key: jnp.sum(product(jax.random.rademacher(key, (size,), point.dtype)) ** 2), probes)
+        squares = lax.map(lambda key: jnp.sum(product(jax.random.rademacher(key, (size,), point.dtype)) ** 2), probes)
+        norm, fixed = safe_sqrt(jnp.mean(squares)), lax.stop_gradient(squares)
+        of_mean = jnp.std(fixed, ddof=1) / num_probes**0.5
+        return scale * norm, scale * ratio(of_mean, 2 * lax.stop_gradient(norm))
 
-    found = jax.vmap(squares)(x, jax.random.split(key, len(x)))
-    value = nan_where_nan(f, params, x, safe_sqrt(jnp.mean(found, axis=1)))
-    of_mean = jnp.std(lax.stop_gradient(found), axis=1, ddof=1) / num_probes**0.5
-    return LocalFrobeniusNorm(value, ratio(of_mean, 2 * lax.stop_gradient(value)))
+    value, error = jax.vmap(estimate)(x, jax.random.split(key, len(x)))
+    return LocalFrobeniusNorm(*nan_where_nan(f, params, x, (value, error)))

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 
 from jaxsrn._tools.checks import float_dtype
 from jaxsrn.bounds.interval import certified
-from jaxsrn.operators.layers import Layers, values_of_stacks
+from jaxsrn.operators.layers import Layers, one_number, values_of_stacks
 from jaxsrn.spectra.norms import spectral_norm
 
 __all__ = ["certified_upper_bound", "log_of", "of_layers", "upper_bound"]
@@ -45,7 +45,7 @@ def upper_bound(layers: Layers, params, *, norm: Callable = spectral_norm, log: 
       ValueError: no layers, a path that is not in `params`, a kernel that does not fit its operator, or a function
         whose value is not a scalar.
     """
-    norms = of_layers(norm, layers, params)
+    norms = of_layers(one_number(norm), layers, params)
     return jnp.sum(log_of(norms)) if log else jnp.prod(norms)
 
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxsrn._tools.checks import ensure, ensure_same_on_devices, float_dtype
-from jaxsrn._tools.linalg import safe_sqrt
+from jaxsrn._tools.linalg import norm_along
 
 __all__ = [
     "check_network",
@@ -105,4 +105,4 @@ def nan_where_nan(f: Callable, params, x, values):
 
 def norms_of_samples(x: Float[Array, "samples ..."]) -> Float[Array, " samples"]:
     """The Euclidean norm of each sample, with derivative 0 at zero."""
-    return safe_sqrt(jnp.sum(x.reshape((len(x), -1)) ** 2, axis=1))
+    return norm_along(x.reshape((len(x), -1)), 1)[:, 0]

@@ -144,4 +144,4 @@ def _measure(norms: Float[Array, " layers"], factor: Float[Array, ""], margin, l
         return over_margin(jnp.prod(norms) ** 2 * factor, margin, 2)
     void = margin <= 0
     value = 2 * jnp.sum(log_of(norms)) + log_of(factor) - 2 * jnp.log(jnp.where(void, 1, margin))
-    return jnp.where(void, jnp.inf, value)
+    return jnp.where(void & ~jnp.isnan(value), jnp.inf, value)

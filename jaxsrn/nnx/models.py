@@ -106,14 +106,18 @@ def constrain(model: nnx.Module, wrap: Callable[[tuple, nnx.Module], nnx.Module]
         if isinstance(node, Normalized) or not isinstance(node, nnx.Module) or not matches(path, node):
             return node
         with errors_named(".".join(map(str, path))):
-            found.append(wrap(path, node))
-        return found[-1]
+            wrapper = wrap(path, node)
+            ensure(
+                isinstance(wrapper, Normalized),
+                f"wrap: got a {type(wrapper).__name__}, expected a StableRankNorm or a SpectralNorm.",
+            )
+        found.append(wrapper)
+        return wrapper
 
     rewritten = _rewritten(nnx.clone(model), change)
     ensure(bool(found), f"where: got {shown(where)}, which matches no layer of {type(model).__name__}; expected some.")
-    wrappers = [node for node in found if isinstance(node, Normalized)]
     # Where kernels are traced, what started the wrappers one by one is dead code, which JAX drops.
-    _start_anew([wrapper for wrapper in wrappers if isinstance(wrapper.layer.kernel[...], jax.core.Tracer)])
+    _start_anew([wrapper for wrapper in found if isinstance(wrapper.layer.kernel[...], jax.core.Tracer)])
     return rewritten
 
 

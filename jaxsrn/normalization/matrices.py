@@ -95,7 +95,7 @@ def srn_of_matrix(matrix, target, num_preserved, raise_rank):
         gap=0 * rank,
         residual=jnp.where(rank == 0, 0.0, jnp.maximum(deviation(new_rank, target), deviation(values[0], wanted))),
         num_steps=jnp.asarray(0, jnp.int32),
-        num_preserved=jnp.where(unchanged, num_preserved, preserved),
+        num_preserved=jnp.where(unchanged, min(num_preserved, len(s)), preserved),
         feasible=feasible,
     )
     return in_own_scale(result, scale, matrix, Dense(), unchanged)

@@ -83,7 +83,7 @@ class UnboundedConv(_Conv):
       feature_group_count: number of groups.
 
     Raises:
-      ValueError: sizes that are not positive integers.
+      ValueError: sizes that are not positive integers, or strides and dilations of different numbers of axes.
     """
 
     strides: int | tuple[int, ...]
@@ -101,11 +101,19 @@ class UnboundedConv(_Conv):
         fields = {name: int_tuple(size, None, name) for name, size in sizes.items()}
         one_for_all = {name: field[0] for name, field in fields.items() if np.ndim(sizes[name]) == 0}
         self._hold(**fields | one_for_all, feature_group_count=feature_group_count)
+        ensure(
+            len(self._numbers_of_axes) < 2,
+            f"strides, kernel_dilation: got {strides!r} and {kernel_dilation!r}, expected one for each axis of both.",
+        )
+
+    @property
+    def _numbers_of_axes(self) -> set[int]:
+        # A number for each axis says how many there are.
+        return {len(sizes) for sizes in (self.strides, self.kernel_dilation) if isinstance(sizes, tuple)}
 
     @property
     def _kernel_axes(self) -> int | None:
-        # A stride for each axis says how many there are.
-        return len(self.strides) + 2 if isinstance(self.strides, tuple) else None
+        return next((number + 2 for number in self._numbers_of_axes), None)
 
     def _per_axis(self, name: str, kernel_shape) -> tuple[int, ...]:
         return int_tuple(getattr(self, name), len(kernel_shape) - 2, name)

@@ -29,6 +29,7 @@ __all__ = [
     "for_every_layer",
     "in_turn",
     "named_kernels",
+    "one_number",
     "plain",
     "split_shape",
     "values_of_stacks",
@@ -221,6 +222,21 @@ def in_turn(
 def for_every_layer(tree, outer: tuple[int, ...]):
     """The tree of one layer as that of a stack of this shape, whose layers all have the same; `()` is one layer."""
     return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (*outer, *leaf.shape)), tree)
+
+
+def one_number(function: Callable) -> Callable:
+    """The function of `(kernel, op)`, with a `ValueError` where it has several numbers for a layer."""
+
+    @functools.wraps(function)
+    def checked(kernel, op):
+        value = function(kernel, op)
+        ensure(
+            value is None or jax.tree.structure(value) == jax.tree.structure(0),
+            f"function: got a {type(value).__name__} for each layer, expected one number; take one of its fields.",
+        )
+        return value
+
+    return checked
 
 
 def values_of_stacks(function: Callable, layers: Layers, params) -> list:

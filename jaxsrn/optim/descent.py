@@ -32,6 +32,7 @@ from jaxsrn.projections.steepest_descent import METHODS, flattened, steepest
 from jaxsrn.spectra.common_shapes import is_matrix
 from jaxsrn.spectra.moving_pairs import frozen_value
 from jaxsrn.spectra.pairs_by_kind import leading_pair
+from jaxsrn.spectra.singular_pair import by_largest
 
 __all__ = [
     "SpectralDescentState",
@@ -216,6 +217,8 @@ def _all_steps(layers, momenta: dict, memory, count, method: str, num_passes: in
 
 def _one_step(momentum: Float[Array, "..."], memory, *, op: Operator, is_first, method: str, num_passes: int):
     """The kernel of norm 1 along the momentum, and the memory of the next step."""
+    # The step does not depend on the scale, and squares of very small or large momenta are no numbers of the dtype.
+    momentum, _ = by_largest(momentum)
     if method == "exact":
         return steepest(momentum, op).kernel, memory
     if method == "flattened" or is_matrix(momentum.shape, op):

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxsrn._tools.checks import ensure, float_dtype
-from jaxsrn.operators.layers import Layers, values_of_stacks
+from jaxsrn._tools.checks import float_dtype
+from jaxsrn.operators.layers import Layers, one_number, values_of_stacks
 
 __all__ = [
     "total",
@@ -38,11 +37,7 @@ def total(function: Callable, layers: Layers, params) -> Float[Array, ""]:
         function whose value is not a floating-point scalar.
     """
     running = jnp.zeros((), jnp.float32)
-    for values in values_of_stacks(function, layers, params):
-        ensure(
-            isinstance(values, jax.Array),
-            f"function: got a {type(values).__name__} for each layer, expected one number; take one of its fields.",
-        )
+    for values in values_of_stacks(one_number(function), layers, params):
         dtype = float_dtype(running.dtype, values.dtype)
         running = running.astype(dtype) + jnp.sum(values).astype(dtype)
     return running

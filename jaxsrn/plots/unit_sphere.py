@@ -19,7 +19,7 @@ from matplotlib.patheffects import withStroke
 from jaxsrn._tools.checks import ensure
 from jaxsrn.operators.base import Operator
 from jaxsrn.operators.convolutions import CircularConv
-from jaxsrn.plots.canvas import axes_of, styles, with_legend
+from jaxsrn.plots.canvas import as_label, axes_of, styles, with_legend
 from jaxsrn.spectra.values import symbol
 
 __all__ = ["camera", "sphere"]
@@ -75,7 +75,7 @@ def sphere(
     for (name, path), style in zip(paths.items(), styles(len(paths), 0.4), strict=True):
         _draw_path(ax, path, style, name)
     for (name, point), marker in zip(points.items(), itertools.cycle("*PXp"), strict=False):
-        ax.plot(*point.T[:2], marker, color="black", mec="white", ms=13, zorder=6, label=name)
+        ax.plot(*point.T[:2], marker, color="black", mec="white", ms=13, zorder=6, label=as_label(name))
     ax.set(xlim=(-1.2, 1.3), ylim=(-1.1, 1.3), aspect="equal", anchor="N")
     ax.axis("off")
     return with_legend(ax, below=0.0)
@@ -122,4 +122,4 @@ def _draw_path(ax, path, style, name):
         edge = [withStroke(linewidth=4, foreground="white")] if line == "-" else None
         ax.plot(np.where(visible, right, np.nan), up, line, color=color, lw=2, alpha=alpha, zorder=3, path_effects=edge)
     ax.plot(right[0], up[0], marker, color=color, mfc="white", mew=1.5, ms=8, zorder=4)
-    ax.plot(right[-1], up[-1], marker, color=color, mec="white", ms=9, zorder=5, label=name)
+    ax.plot(right[-1], up[-1], marker, color=color, mec="white", ms=9, zorder=5, label=as_label(name))

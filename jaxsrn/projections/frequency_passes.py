@@ -153,7 +153,9 @@ class Passed(NamedTuple):
     stack: Inexact[Array, "batch rows columns"]
 
 
-def passes(direction: Float[Array, "..."], blocks: MatrixStack, num_passes: int, stack=None, step=_STEP) -> Passed:
+def passes(
+    direction: Float[Array, "..."], blocks: MatrixStack, num_passes: int | Int[Array, ""], stack=None, step=_STEP
+) -> Passed:
     """Passes of the step `rho` from a stack of an earlier one, by default from the first."""
     one, gain = jnp.ones((), direction.dtype), _gain(blocks)
     stack = first_stack(direction, blocks) if stack is None else stack
@@ -195,7 +197,8 @@ def solved(direction: Float[Array, "..."], blocks: MatrixStack, gap, max_passes:
     length, count = jnp.sqrt(blocks.inner(direction, direction)), min(_PASSES_PER_PROOF, max_passes)
 
     def some_passes(state: Solved) -> Solved:
-        found = passes(direction, blocks, count, state.stack, state.step)
+        num_passes = jnp.minimum(count, max_passes - state.num_passes)
+        found = passes(direction, blocks, num_passes, state.stack, state.step)
         kernel = ratio(found.kernel, jnp.max(top_values(blocks.stack(found.kernel))))
         value = blocks.inner(direction, kernel)
         # NaN compares as false, and must reach the result.
@@ -207,7 +210,7 @@ def solved(direction: Float[Array, "..."], blocks: MatrixStack, gap, max_passes:
             bound=jnp.minimum(state.bound, nuclear_norm(blocks, dual_point(blocks, direction, found.multiplier))),
             stack=found.stack + (step - state.step).astype(found.stack.dtype) * found.multiplier,
             step=step,
-            num_passes=state.num_passes + count,
+            num_passes=state.num_passes + num_passes,
         )
 
     def unfinished(state: Solved):

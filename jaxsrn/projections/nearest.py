@@ -173,7 +173,9 @@ def _into_ball(kernel, norm, target, blocks: MatrixStack, limit) -> Float[Array,
     squared = blocks.inner(kernel, kernel)
     zero = (norm == 0) | (squared == 0)
     nearest_multiple = blocks.inner(kernel, target) / jnp.where(zero, 1.0, squared)
-    return jnp.where(zero, 1.0, jnp.minimum(limit / jnp.where(zero, 1.0, norm), nearest_multiple))
+    # Rounding can give the multiple either sign, where the target is far outside of the ball.
+    most = limit / jnp.where(zero, 1.0, norm)
+    return jnp.where(zero, 1.0, jnp.clip(nearest_multiple, -most, most))
 
 
 class _Widened(NamedTuple):

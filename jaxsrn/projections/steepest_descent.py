@@ -41,7 +41,7 @@ from jaxsrn.projections.frequency_passes import (
 from jaxsrn.projections.nearest import inner_blocks, outer_blocks
 from jaxsrn.spectra.common_shapes import as_matrix
 from jaxsrn.spectra.moving_pairs import frozen_value
-from jaxsrn.spectra.pairs_by_kind import leading_pair
+from jaxsrn.spectra.pairs_by_kind import leading_pair_and_excess
 from jaxsrn.spectra.singular_pair import Pair, matrix_size, rescaled, without_idle_taps
 
 __all__ = [
@@ -58,7 +58,7 @@ _ANGLES = 32
 # The share of the tolerance that the solver may use up. The norm takes another one, and, of unbounded layers, the
 # frequencies between those of the grid.
 _SOLVERS_SHARE = 0.4
-# How far the norm that the result is divided by may exceed the value that was found, as far as is proven: a share of
+# How far branch and bound may leave the norm that the result is divided by above the value that was found: a share of
 # the tolerance of `"exact"`, and this number for the other methods.
 _NORMS_SHARE, _EXCESS = 0.1, 1e-2
 
@@ -89,9 +89,9 @@ def steepest(
 
     for a gradient `G`, given as `kernel`; minus the result is the direction of steepest descent under the norm of the
     whole layer. `<G, K>` is the plain inner product. The result is divided by a bound of its norm, so that it is in the
-    ball whatever the method. The bound exceeds the norm by at most 1e-2, or with `"exact"` by a tenth of the
-    tolerance, and at least 3.5e-6 in float32 and 1e-6 in float64. Of large zero-padded layers the norm is not proven
-    (`spectral_norm`).
+    ball whatever the method. The bound exceeds the norm by 3.5e-6 in float32 and 1e-6 in float64. Where the norm is
+    found by branch and bound it may be more: at most 1e-2, or with `"exact"` a tenth of the tolerance. Of large
+    zero-padded layers the norm is not proven (`spectral_norm`).
 
     - `"exact"`: by passes that clip singular values and keep the taps, until the gap is proven. Zero-padded layers take
       their explicit matrix up to 2**18 entries. Larger ones take the ball of their cover, and a bound from the tapered
@@ -131,10 +131,10 @@ def steepest(
     found, bound = _candidate(lax.stop_gradient(kernel), op, tolerance, method, max_passes, num_passes)
     pair, excess = None, 0.0
     if not isinstance(op, Dense):
-        # The proof for layers without edges leaves at least `torus_excess` open.
-        exact = jnp.maximum(_NORMS_SHARE * tolerance, torus_excess(dtype))
-        excess = exact if method == "exact" else _EXCESS
-        pair = leading_pair(found, op, excess=excess)
+        allowed = _NORMS_SHARE * tolerance if method == "exact" else _EXCESS
+        pair, excess = leading_pair_and_excess(found, op, excess=allowed)
+        # The proof for layers without edges leaves at least so much open; elsewhere it is room for rounding.
+        excess = jnp.maximum(excess, torus_excess(dtype))
     result = _on_unit_sphere(kernel, op, found, bound, pair, excess)
     return result._replace(kernel=result.kernel.reshape(shape))
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -18,6 +17,7 @@ from jaxsrn.report.kernels import Kernel, Skipped, find_kernels
 from jaxsrn.report.layers import LayerReport, layer_report
 from jaxsrn.report.models import is_model, model_of
 from jaxsrn.report.table import Report
+from jaxsrn.report.terminal import Progress, progress_bar
 
 __all__ = ["analyze"]
 
@@ -34,7 +34,7 @@ def analyze(
     fold_batch_norm: bool = False,
     epsilon: float | None = None,
     computes: Mapping[type, type | None] = MappingProxyType({}),
-    progress: bool | Callable[[int, int, str], None] | None = None,
+    progress: Progress = None,
     **options,
 ) -> Report:
     """The norm, the stable rank and more of every layer of a network.
@@ -73,8 +73,8 @@ def analyze(
         (`penalties.fold_batch_norm`). Those that follow none are listed among what was skipped.
       epsilon: that of the batch normalizations; by default that of the NNX model, 1e-3 for Keras's names, else 1e-5.
       computes: as for `jaxsrn.nnx.layer_operators`.
-      progress: a function of `(layers done, layers in all, the name of the next)`; `True` for a bar by tqdm, `False`
-        for none; by default a bar where tqdm is installed and the error stream is a terminal.
+      progress: a function of `(layers done, layers in all, the name of the next)`; `True` for a bar on the error
+        stream by rich, `False` for none; by default a bar where rich is installed and that stream is a terminal.
       **options: keyword arguments of the model's call.
 
     Returns:
@@ -107,8 +107,8 @@ def analyze(
         )
         epsilons = epsilon
     norms, skipped = _norms_to_fold(fold_batch_norm, kernels, skipped, arrays, epsilons)
-    with _counting(progress, len(kernels)) as count:
-        layers = _measured(kernels, norms, arrays, spectra, count)
+    with progress_bar(progress) as show:
+        layers = _measured(kernels, norms, arrays, spectra, show)
     return Report(arrays.source, tuple(layers), tuple(skipped))
 
 
@@ -135,40 +135,18 @@ def _norms_to_fold(
 
 
 def _measured(
-    kernels: Sequence[Kernel], norms: Mapping[str, BatchNorm], arrays: NamedArrays, spectra: bool, count: Callable
+    kernels: Sequence[Kernel], norms: Mapping[str, BatchNorm], arrays: NamedArrays, spectra: bool, show: Callable
 ) -> list[LayerReport]:
     """The records of all kernels, one after the other, so that one array is held at a time."""
     # Several kernels of one array follow each other.
     read, found = functools.lru_cache(maxsize=1)(arrays.read), []
     for kernel in kernels:
-        count(len(found), kernel.name)
+        show(len(found), len(kernels), kernel.name)
         array = kernel.view(read(kernel.array))
         array = np.asarray(array).astype(float_dtype(array.dtype))
         norm = norms.get(kernel.name)
         if norm is not None:
             array = folded(array, norm, arrays)
         found.append(layer_report(kernel, array, spectra, norm.scope if norm else None))
-    count(len(found), "")
+    show(len(found), len(kernels), "")
     return found
-
-
-@contextlib.contextmanager
-def _counting(progress, total: int) -> Iterator[Callable[[int, str], object]]:
-    """A function of the number of layers done and the name of the next, which shows them as asked for."""
-    if callable(progress):
-        yield lambda done, name: progress(done, total, name)
-        return
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        ensure(progress is not True, "progress: got True, expected tqdm to be installed; pip install tqdm.")
-        yield lambda done, name: None
-        return
-    # `disable=None` shows a bar in terminals alone.
-    with tqdm(total=total, unit="layer", disable={None: None, True: False, False: True}[progress], leave=False) as bar:
-
-        def show(done: int, name: str) -> None:
-            bar.set_postfix_str(name, refresh=False)
-            bar.update(done - bar.n)
-
-        yield show

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -12,6 +12,7 @@ from jaxsrn.report.analysis import analyze
 from jaxsrn.report.files import open_arrays
 from jaxsrn.report.kernels import find_kernels
 from jaxsrn.report.layers import LayerReport
+from jaxsrn.report.terminal import Progress, progress_bar
 
 __all__ = ["Comparison", "Pairing", "compare"]
 
@@ -41,7 +42,7 @@ def compare(
     first: str | os.PathLike,
     second: str | os.PathLike,
     *,
-    progress: Callable[[int, int, str], None] | None = None,
+    progress: Progress = None,
     **options,
 ) -> Comparison:
     """The layers of two files by their names.
@@ -56,23 +57,23 @@ def compare(
     """
     files = [open_arrays(path) for path in (first, second)]
     kernels = [{kernel.name: kernel for kernel in find_kernels(file.infos, **options)[0]} for file in files]
-    total, done = sum(map(len, kernels)), [0]
+    total, records = sum(map(len, kernels)), []
+    with progress_bar(progress) as show:
+        for path in (first, second):
+            done = sum(map(len, records))
 
-    def counted(count: int, _: int, name: str) -> None:
-        if progress is not None:
-            progress(done[0] + count, total, name)
+            def counted(count: int, _: int, name: str, done: int = done) -> None:
+                show(done + count, total, name)
 
-    records = []
-    for path in (first, second):
-        report = analyze(path, progress=counted, **options)
-        records.append({layer.name: layer for layer in report.layers})
-        done[0] = len(report.layers)
+            report = analyze(path, progress=counted, **options)
+            records.append({layer.name: layer for layer in report.layers})
     common = [name for name in kernels[0] if name in kernels[1]]
 
+    # Several kernels of one array follow each other.
+    read = [functools.lru_cache(maxsize=1)(file.read) for file in files]
+
     def distance(name: str) -> float:
-        a, b = (
-            k[name].view(file.read(k[name].array)).astype(np.float64) for k, file in zip(kernels, files, strict=True)
-        )
+        a, b = (k[name].view(of(k[name].array)).astype(np.float64) for k, of in zip(kernels, read, strict=True))
         if a.shape != b.shape:
             return float("nan")
         size, moved = np.linalg.norm(a), np.linalg.norm(b - a)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
@@ -16,6 +16,7 @@ from jaxsrn._tools.checks import ensure, float_dtype, static_share
 from jaxsrn.normalization import srnc
 from jaxsrn.report.files import open_arrays
 from jaxsrn.report.kernels import Kernel, Skipped, find_kernels
+from jaxsrn.report.terminal import Progress, progress_bar
 from jaxsrn.spectra import spectral_norm, stable_rank, stable_rank_range, target_of_fraction
 
 __all__ = ["Change", "NoKernels", "normalize"]
@@ -57,7 +58,7 @@ def normalize(
     groups: Mapping[str, int] = MappingProxyType({}),
     strides: Mapping[str, int] = MappingProxyType({}),
     stacked: Sequence[str] = (),
-    progress: Callable[[int, int, str], None] | None = None,
+    progress: Progress = None,
 ) -> tuple[list[Change], list[Skipped]]:
     """Writes the weights with every kernel brought to a share of its largest stable rank, norms kept.
 
@@ -71,7 +72,7 @@ def normalize(
       norm: the largest norm; kernels above it are scaled down to it after the rest.
       only: patterns as in a shell, of the names of the kernels to be changed.
       layout, input_shape, groups, strides, stacked: as for `analyze`.
-      progress: a function of `(kernels done, kernels in all, the name of the next)`.
+      progress: as for `analyze`.
 
     Returns:
       The changes in the order of the names, and the arrays that are no kernels.
@@ -105,12 +106,12 @@ def normalize(
         old = np.ascontiguousarray(arrays.read(name))
         new = old.copy()
         for kernel in mine:
-            if progress is not None:
-                progress(len(changes), len(kernels), kernel.name)
+            show(len(changes), len(kernels), kernel.name)
             changes[kernel.name] = _normalized_in(new, kernel, fraction, norm)
         return None if np.array_equal(old.view(np.uint8), new.view(np.uint8)) else new
 
-    arrays.copy(out, changed)
+    with progress_bar(progress) as show:
+        arrays.copy(out, changed)
     return [changes[kernel.name] for kernel in kernels], skipped
 
 

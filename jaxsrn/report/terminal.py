@@ -6,17 +6,21 @@ import contextlib
 import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
 
+from jaxsrn._tools.checks import ensure
 from jaxsrn.report.table import aligned
 
-__all__ = ["progress_bar", "show_lines", "show_table"]
+__all__ = ["Progress", "progress_bar", "show_lines", "show_table"]
 
+# How progress is shown: by a function, on the error stream (`True`), not at all (`False`), or by default where that is
+# a terminal and rich is installed.
+Progress = bool | Callable[[int, int, str], object] | None
 # The least that the column of names has on a terminal.
 _FIRST_WIDTH = 12
 
 
-def _console(stream):
-    """A console of `rich` for a stream that is a terminal; `None` for others, and without rich."""
-    if not stream.isatty():
+def _console(stream, always: bool = False):
+    """A console of `rich` for a stream that is a terminal, or for any; `None` for others, and without rich."""
+    if not (always or stream.isatty()):
         return None
     try:
         from rich.console import Console
@@ -86,22 +90,25 @@ def show_lines(lines: Sequence[str], style: str = "") -> None:
 
 
 @contextlib.contextmanager
-def progress_bar(unit: str = "layers") -> Iterator[Callable[[int, int, str], None]]:
-    """A function of `(done, in all, the name of the next)` that draws a bar on the error stream of a terminal."""
-    console = _console(sys.stderr)
+def progress_bar(progress: Progress) -> Iterator[Callable[[int, int, str], object]]:
+    """A function of `(layers done, layers in all, the name of the next)` that shows them as was asked for."""
+    if callable(progress):
+        yield progress
+        return
+    ensure(
+        progress is None or isinstance(progress, bool),
+        f"progress: got {progress!r}, expected True, False, None or a function of (done, in all, name of the next).",
+    )
+    console = None if progress is False else _console(sys.stderr, always=bool(progress))
+    ensure(progress is not True or console is not None, "progress: got True, which needs rich; pip install rich.")
     if console is None:
         yield lambda done, total, name: None
         return
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
+    from rich import progress as bars
 
-    columns = (BarColumn(), MofNCompleteColumn(), TextColumn(unit), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, TextColumn("{task.description}", markup=False), console=console, transient=True) as bar:
+    times = (bars.TimeElapsedColumn(), bars.TimeRemainingColumn())
+    columns = (bars.BarColumn(), bars.MofNCompleteColumn(), bars.TextColumn("layers"), *times)
+    name_of_next = bars.TextColumn("{task.description}", markup=False)
+    with bars.Progress(*columns, name_of_next, console=console, transient=progress is None) as bar:
         task = bar.add_task("", total=None)
         yield lambda done, total, name: bar.update(task, completed=done, total=total, description=name)

@@ -29,6 +29,7 @@ from jaxsrn.spectra.singular_pair import Pair
 
 __all__ = [
     "leading_pair",
+    "leading_pair_and_excess",
     "nearby",
     "no_pair",
     "pair_as_floats",
@@ -44,19 +45,20 @@ __all__ = [
 class _Kind(NamedTuple):
     """The module that stores pairs of a kind of operator, and the compiled function that finds the leading one.
 
-    The function takes kernels of any scale, and has the options of `leading_pair`.
+    The function takes kernels of any scale, has the options of `leading_pair`, and returns what
+    `leading_pair_and_excess` does.
     """
 
     stored: ModuleType
     leading: Callable
 
 
-_ON_TORUS = _Kind(site_pairs, lambda kernel, op, *_, excess: leading_wave(kernel, op, excess)[0])
+_ON_TORUS = _Kind(site_pairs, lambda kernel, op, *_, excess: leading_wave(kernel, op, excess))
 _KINDS = {
-    Dense: _Kind(image_pairs, lambda kernel, *_, excess: leading_of_dense(kernel)),
+    Dense: _Kind(image_pairs, lambda kernel, *_, excess: (leading_of_dense(kernel), 0.0)),
     CircularConv: _ON_TORUS,
     UnboundedConv: _ON_TORUS,
-    ZeroPaddedConv: _Kind(image_pairs, lambda *args, excess: leading_of_padded(*args)),
+    ZeroPaddedConv: _Kind(image_pairs, lambda *args, excess: (leading_of_padded(*args), 0.0)),
 }
 
 
@@ -82,6 +84,13 @@ def leading_pair(
       excess: the share by which the norm may exceed the value of the pair, as far as is proven, for layers without
         edges and circular ones. With 1 the pair is the highest peak that climbing finds.
     """
+    return leading_pair_and_excess(kernel, op, tolerance=tolerance, start=start, proven=proven, excess=excess)[0]
+
+
+def leading_pair_and_excess(
+    kernel: Float[Array, "..."], op: Operator, *, tolerance=None, start=None, proven: bool = True, excess=0.0
+) -> tuple[Pair, float | Float[Array, ""]]:
+    """`leading_pair` with the share by which the norm may exceed its value: 0 where it is exact, or searched for."""
     kernel = lax.stop_gradient(kernel.astype(float_dtype(kernel.dtype)))
     # A number is an argument of the compiled search, so that all tolerances share its program.
     tolerance = search_tolerance(kernel.dtype) if tolerance is None else tolerance

@@ -74,7 +74,10 @@ def _meeting_taps(op: Operator, kernel_shape: tuple[int, ...]) -> np.ndarray:
 
 
 def by_largest(kernel: Float[Array, "..."]) -> tuple[Float[Array, "..."], Float[Array, ""]]:
-    """`(kernel / scale, scale)`; the scale is the largest absolute entry (1 for zero), held constant in derivatives."""
+    """`(kernel / scale, scale)`; the scale is the largest absolute entry (1 for zero), held constant in derivatives.
+
+    It stays below the numbers whose reciprocal, by which XLA multiplies, is denormal and therefore taken for 0.
+    """
     largest = jax.lax.stop_gradient(jnp.max(jnp.abs(kernel)))
-    scale = divisor(largest)
+    scale = jnp.minimum(divisor(largest), 0.25 / jnp.finfo(kernel.dtype).tiny)
     return kernel / scale, scale

@@ -56,7 +56,7 @@ def followed(a: Float[Array, "..."], op: Operator, target, state: SRNCState, ste
     def unfinished(passes: _Passes):
         # Where another pair takes over, the kernel normalized with that pair is another one, which no step has seen.
         least = steps[0] if steps[0] > 1 else jnp.where(passes.turned, 2, steps[0])
-        return passes.count < jnp.where(passes.far, steps[1], least)
+        return passes.count < (jnp.where(passes.far, steps[1], least) if steps[1] > 1 else least)
 
     no = jnp.asarray(False)
     state = lax.while_loop(unfinished, one_pass, _Passes(jnp.asarray(0, jnp.int32), no, no, state)).state
