@@ -7,6 +7,7 @@ were found; 6 a library is missing. Every error is one line on the error stream.
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import sys
@@ -198,6 +199,10 @@ def _message(error: BaseException) -> str:
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
     args = _parser().parse_args(arguments)
+    for stream in (sys.stdout, sys.stderr):
+        # Names of arrays may have letters that the terminal's encoding lacks.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     from jaxsrn.report.files import BrokenFile
     from jaxsrn.report.rewriting import NoKernels
 

@@ -216,3 +216,11 @@ def test_what_the_system_raises(error, code, message, weights, monkeypatch, caps
     monkeypatch.setattr(command_line, "_report", stop)
     assert main(["report", str(weights)]) == code
     assert capsys.readouterr().err == (f"jaxsrn: {message}\n" if message else "")
+
+
+def test_names_beyond_the_terminals_letters(tmp_path):
+    np.savez(tmp_path / "a.npz", **{"señal.weight": np.ones((3, 3), np.float32)})
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    command = [sys.executable, "-m", "jaxsrn", "report", str(tmp_path / "a.npz")]
+    done = subprocess.run(command, capture_output=True, env=environment, check=True)
+    assert b"se\\xf1al.weight" in done.stdout

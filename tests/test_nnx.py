@@ -1,5 +1,6 @@
 """The Flax wrappers: against the explicit matrix of the Flax layer itself, applied to every basis image."""
 
+import dataclasses
 import functools
 import math
 
@@ -862,3 +863,64 @@ def test_a_layer_is_left_out_by_a_class_of_its_own():
     found = jnnx.layer_operators(nnx.List(layers[1:]), computes={Reflecting: None})
     assert not found
     assert found.left_out.keys() == {(0, "kernel")}
+
+
+class Tied(nnx.Module):
+    """Two layers of one kernel."""
+
+    def __init__(self):
+        self.a = nnx.Linear(4, 4, rngs=nnx.Rngs(0))
+        self.b = nnx.Linear(4, 4, rngs=nnx.Rngs(1))
+        self.b.kernel = self.a.kernel
+
+    def __call__(self, x):
+        return self.b(nnx.relu(self.a(x)))
+
+
+def test_layers_that_share_a_kernel_are_named_once():
+    model, x = Tied(), jnp.ones((1, 4))
+    expected = {("a", "kernel"): jaxsrn.Dense()}
+    assert jnnx.layer_operators(model) == jnnx.layer_operators(model, x) == expected
+    wrapped = jnnx.constrain(model, lambda path, layer: jnnx.SpectralNorm(layer))
+    assert jnnx.layer_operators(wrapped) == {("a", "layer", "kernel"): jaxsrn.Dense()}
+
+
+class TiedConvolutions(nnx.Module):
+    def __init__(self):
+        self.a = nnx.Conv(4, 4, (3,), rngs=nnx.Rngs(0))
+        self.b = nnx.Conv(4, 4, (3,), strides=2, rngs=nnx.Rngs(1))
+        self.b.kernel = self.a.kernel
+
+
+def test_two_maps_of_one_kernel_are_an_error():
+    with pytest.raises(ValueError, match=r"a: called as UnboundedConv\(\) and as UnboundedConv\(strides=2\), expected"):
+        jnnx.layer_operators(TiedConvolutions())
+
+
+class Block(nnx.Pytree):
+    def __init__(self, rngs):
+        self.layer = nnx.Linear(3, 3, rngs=rngs)
+
+
+@dataclasses.dataclass
+class Record:
+    layer: nnx.Module
+
+
+jax.tree_util.register_dataclass(Record, ["layer"], [])
+
+
+def test_layers_inside_of_objects_that_are_no_modules():
+    model = nnx.Module()
+    model.block = Block(nnx.Rngs(0))
+    wrapped = jnnx.constrain(model, lambda path, layer: jnnx.SpectralNorm(layer))
+    assert isinstance(wrapped.block.layer, jnnx.SpectralNorm)
+    assert isinstance(jnnx.fold(wrapped).block.layer, nnx.Linear)
+    assert jnnx.layer_operators(model) == {("block", "layer", "kernel"): jaxsrn.Dense()}
+
+    model.record = nnx.data(Record(nnx.Linear(3, 3, rngs=nnx.Rngs(0))))
+    with pytest.raises(ValueError, match=r"record\.layer: in an object that cannot be changed"):
+        jnnx.constrain(model, lambda path, layer: jnnx.SpectralNorm(layer))
+    model.record = nnx.data(Record(jnnx.SpectralNorm(nnx.Linear(3, 3, rngs=nnx.Rngs(0)))))
+    with pytest.raises(ValueError, match=r"record\.layer: in an object that cannot be changed"):
+        jnnx.fold(model)

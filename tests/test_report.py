@@ -245,6 +245,33 @@ def test_batch_norms_of_a_model_are_folded_with_their_own_epsilon():
     assert conv.spectral_norm == pytest.approx(supremum(phases), rel=1e-5)
 
 
+class Enlarging(nnx.Module):
+    def __init__(self, transpose_kernel, strides):
+        rngs, options = nnx.Rngs(0), {"strides": strides, "transpose_kernel": transpose_kernel}
+        self.conv = nnx.ConvTranspose(3, 4, (3, 3), use_bias=False, rngs=rngs, **options)
+        self.norm = nnx.BatchNorm(4, use_running_average=True, rngs=rngs)
+        self.norm.scale[...] = jnp.asarray([0.1, 1.0, 3.0, 10.0], jnp.float32)
+        self.norm.var[...] = jnp.asarray([0.5, 1.0, 2.0, 0.1], jnp.float32)
+
+    def __call__(self, x):
+        return self.norm(self.conv(x))
+
+
+@pytest.mark.usefixtures("as_users_have_it")
+@pytest.mark.parametrize("strides", [1, 2])
+@pytest.mark.parametrize("transpose_kernel", [False, True])
+def test_batch_norms_of_transposed_convolutions_scale_the_outputs(transpose_kernel, strides):
+    """The operator may be that of the adjoint, whose kernel has the outputs of the layer on another axis."""
+    model, images = Enlarging(transpose_kernel, strides), jnp.eye(75).reshape((75, 5, 5, 3))
+    norm = np.linalg.norm(np.asarray(model(images)).reshape((75, -1)), 2)
+    for inputs in ((images[:1],), ()):
+        (layer,) = analyze(model, *inputs, fold_batch_norm=True).layers
+        assert layer.batch_norm == "norm"
+        assert norm <= layer.norm_interval.upper * (1 + 1e-6)
+        if inputs:
+            assert layer.spectral_norm == pytest.approx(norm, rel=1e-5)
+
+
 def test_wrapped_layers_are_reported_as_they_compute():
     wrapped = nnx.Sequential(jnnx.SpectralNorm(nnx.Linear(4, 6, rngs=nnx.Rngs(0)), norm=2.0))
     (layer,) = analyze(wrapped).layers
@@ -598,8 +625,59 @@ def test_what_weights_do_not_say_is_said():
         analyze(weights, strides={"c": 2})
 
 
+def test_thin_kernels_of_several_networks_are_not_taken_for_depthwise():
+    """The first layers of networks that see grey images: as depthwise ones they would have smaller norms."""
+    shapes = {"conv1.weight": (8, 1, 3, 3), "conv2.weight": (8, 8, 3, 3)}
+    weights = {f"{net}.{name}": gaussian(shape) for net in ("actor", "critic") for name, shape in shapes.items()}
+    report = analyze(weights)
+    first = report.layers[0]
+    assert first.operator == UnboundedConv()
+    kernel = weights["actor.conv1.weight"].transpose((2, 3, 1, 0))
+    assert first.spectral_norm == pytest.approx(supremum(kernel), rel=1e-5)
+    assert "depthwise by shapes" not in str(report)
+    depthwise = {"0.weight": (8, 3, 3, 3), "1.weight": (8, 1, 3, 3), "2.weight": (8, 8, 1, 1), "3.weight": (8, 1, 3, 3)}
+    guessed = analyze({name: gaussian(shape) for name, shape in depthwise.items()})
+    assert "Taken for depthwise by shapes alone: 1.weight, 3.weight." in str(guessed)
+
+
+def test_two_arrays_of_one_name_are_an_error():
+    with pytest.raises(ValueError, match="a/b/kernel: two arrays have this name"):
+        analyze({"a": {"b/kernel": array(3, 3)}, "a/b": {"kernel": array(3, 3)}})
+
+
+def test_digits_that_are_no_numbers_sort_as_letters():
+    assert {layer.name for layer in analyze({"u1²": array(3, 3), "2": array(3, 3)}).layers} == {"u1²", "2"}
+
+
+class Tensor:
+    """An array of another library, as PyTorch's are: a type of its own, and NumPy can read it."""
+
+    dtype, shape = "a type of its own", (3, 4)
+
+    def __init__(self, readable: bool):
+        self.readable = readable
+
+    def __array__(self, dtype=None, copy=None):
+        if not self.readable:
+            raise TypeError("it requires a gradient")
+        return array(3, 4)
+
+
+def test_arrays_of_other_libraries():
+    (layer,) = analyze({"fc.weight": Tensor(readable=True)}).layers
+    assert layer.spectral_norm == pytest.approx(np.linalg.norm(array(3, 4), 2), rel=1e-5)
+    with pytest.raises(
+        ValueError, match=r"fc\.weight: got a Tensor that is no array of NumPy \(it requires a gradient"
+    ):
+        analyze({"fc.weight": Tensor(readable=False)})
+
+
 def test_what_is_skipped_has_its_reason():
     cases = {
+        "sn.parametrizations.weight.original": ((4, 4), "before a normalization or a mask of PyTorch"),
+        "pruned.weight_orig": ((4, 4), "before a normalization or a mask of PyTorch"),
+        "model/stable_rank/constrained/conv/watch": ((2, 4), "state of a wrapper"),
+        "conv/state/value/normalized/watch": ((2, 4), "state of a wrapper"),
         "empty.weight": ((0, 3), "no entries"),
         "bias": ((4,), "a bias"),
         "step": ((), "a number"),
@@ -757,6 +835,36 @@ def test_what_is_no_array_is_copied_as_it_is(tmp_path):
         "step": 7,
         "rate": 0.5,
     }
+
+
+@pytest.mark.usefixtures("as_users_have_it")
+def test_states_of_models_in_checkpoints(tmp_path):
+    """Orbax names the attribute in which a variable holds its array; the rules by name see the name before it."""
+    import orbax.checkpoint as ocp
+
+    class Mixed(nnx.Module):
+        def __init__(self, rngs):
+            self.attention = nnx.MultiHeadAttention(2, 4, decode=False, rngs=rngs)
+            self.cell = nnx.OptimizedLSTMCell(4, 5, rngs=rngs)
+            self.conv = jnnx.SpectralNorm(nnx.Conv(3, 3, (3, 3), rngs=rngs), input_shape=(5, 5))
+
+    state = nnx.state(Mixed(nnx.Rngs(0)))
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "saved", state)
+    report = analyze(tmp_path / "saved")
+    assert [layer.kernel_shape for layer in report.layers] == [layer.kernel_shape for layer in analyze(state).layers]
+    assert {layer.name for layer in report.layers} == {
+        *(f"attention/{name}/kernel" for name in ("query", "key", "value", "out")),
+        *(f"cell/dense_{side}/kernel[{gate}]" for side in "ih" for gate in "igfo"),
+        "conv/layer/kernel",
+    }
+    assert {s.reason for s in report.skipped if "normalized" in s.name} == {"the state of a wrapper"}
+    assert "reported by their raw kernels" in str(report)
+    arrays = open_arrays(tmp_path / "saved")
+    arrays.copy(tmp_path / "copy", lambda name: 2 * arrays.read(name) if name == "conv/layer/kernel" else None)
+    copied = open_arrays(tmp_path / "copy")
+    assert copied.infos == arrays.infos
+    np.testing.assert_array_equal(copied.read("conv/layer/kernel"), 2 * arrays.read("conv/layer/kernel"))
 
 
 def test_shapes_alone_are_skipped():

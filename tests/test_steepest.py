@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 from cases import dense, gaussian
+from events import COMPILATIONS, counted
 from flax import nnx
 
 import jaxsrn.nnx as jnnx
@@ -331,3 +332,14 @@ def test_the_scale_of_gradients_does_not_matter(method, scale, standard_promotio
             step, state = update(scaled, state, params(0))
         steps.append(step["conv"]["kernel"])
     np.testing.assert_allclose(*steps, atol=1e-5)
+
+
+def test_eager_updates_compile_once(standard_promotion):
+    optimizer = spectral_descent(0.02, {("conv", "kernel"): UnboundedConv()})
+    weights = params(0)
+    state = optimizer.init(weights)
+    for _ in range(2):
+        _, state = optimizer.update(params(1), state, weights)
+    with counted(COMPILATIONS) as compiled:
+        optimizer.update(params(2), state, weights)
+    assert not compiled

@@ -32,8 +32,9 @@ LONGEST_BASIS = 20
 _KEPT = 8
 # The residual is looked at after so many steps: every look takes a small SVD, and late looks take steps in vain.
 _BETWEEN_CHECKS = 4
-# The search ends after so many restarts, converged or not; its residual says which.
-_MAX_RESTARTS = 200
+# The search ends after so many restarts, converged or not; its residual says which. Those of long sequences in float64
+# take more than 200, as their leading singular values are close.
+_MAX_RESTARTS, _MAX_RESTARTS_IN_FLOAT64 = 200, 3000
 
 
 class SingularVectors(NamedTuple):
@@ -120,6 +121,7 @@ def leading_singular_vectors(
     """
     # A basis of one vector more than the smaller side exhausts the space, and the last coupling is exactly zero.
     size = min(LONGEST_BASIS, min(start.size, out_size) + 1)
+    most = _MAX_RESTARTS_IN_FLOAT64 if start.dtype == jnp.float64 else _MAX_RESTARTS
     kept, places = min(_KEPT, size // 2), np.arange(size + 1, dtype=np.int32)
     extend = functools.partial(_extend, lambda x: rmatvec(matvec(x)))
 
@@ -141,7 +143,7 @@ def leading_singular_vectors(
         return _State(basis, jnp.where(full, kept, used), leading, residual, state.restarts + full.astype(jnp.int32))
 
     def unfinished(state: _State):
-        return (state.residual > tolerance) & (state.restarts < _MAX_RESTARTS)
+        return (state.residual > tolerance) & (state.restarts < most)
 
     vectors = jnp.pad(direction_of(start)[0][None], ((0, size), (0, 0)))
     zero, none = np.zeros((), start.dtype), np.zeros((), np.int32)

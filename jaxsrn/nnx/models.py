@@ -70,8 +70,14 @@ def fold(model: nnx.Module) -> nnx.Module:
 
     Returns:
       A new module; `model` is not touched.
+
+    Raises:
+      ValueError: a wrapper in an object that is no Pytree of NNX, list, tuple or dictionary, such as a dataclass.
     """
-    return _rewritten(nnx.clone(model), lambda path, node: node.folded() if isinstance(node, Normalized) else node)
+    plain = _rewritten(nnx.clone(model), lambda path, node: node.folded() if isinstance(node, Normalized) else node)
+    left = _unreached(plain, lambda path, node: isinstance(node, Normalized))
+    ensure(not left, f"{', '.join(left)}: in an object that cannot be changed, expected wrappers in Pytrees of NNX.")
+    return plain
 
 
 def constrain(model: nnx.Module, wrap: Callable[[tuple, nnx.Module], nnx.Module], where: Any = LAYERS) -> nnx.Module:
@@ -94,7 +100,8 @@ def constrain(model: nnx.Module, wrap: Callable[[tuple, nnx.Module], nnx.Module]
       A new model; `model` is not touched.
 
     Raises:
-      ValueError: nothing matches, or what `wrap` raises, with the path.
+      ValueError: nothing matches, a layer in an object that is no Pytree of NNX, list, tuple or dictionary, such as a
+        dataclass, or what `wrap` raises, with the path.
     """
     matches, found = nnx.filterlib.to_predicate(where), []
 
@@ -115,10 +122,25 @@ def constrain(model: nnx.Module, wrap: Callable[[tuple, nnx.Module], nnx.Module]
         return wrapper
 
     rewritten = _rewritten(nnx.clone(model), change)
-    ensure(bool(found), f"where: got {shown(where)}, which matches no layer of {type(model).__name__}; expected some.")
+    missed = _unreached(rewritten, lambda path, node: not isinstance(node, Normalized) and matches(path, node))
+    ensure(
+        bool(found or missed),
+        f"where: got {shown(where)}, which matches no layer of {type(model).__name__}; expected some.",
+    )
+    ensure(not missed, f"{', '.join(missed)}: in an object that cannot be changed, expected layers in Pytrees of NNX.")
     # Where kernels are traced, what started the wrappers one by one is dead code, which JAX drops.
     _start_anew([wrapper for wrapper in found if isinstance(wrapper.layer.kernel[...], jax.core.Tracer)])
     return rewritten
+
+
+def _unreached(model: nnx.Module, matches: Callable[[tuple, Any], bool]) -> list[str]:
+    """The names of the modules outside of wrappers that match, as `nnx.iter_graph` finds them."""
+    inside = {(*path, "layer") for path, node in nnx.iter_graph(model) if isinstance(node, Normalized)}
+    return [
+        ".".join(map(str, path))
+        for path, node in nnx.iter_graph(model)
+        if isinstance(node, nnx.Module) and path not in inside and matches(path, node)
+    ]
 
 
 def _start_anew(wrappers: list[Normalized]) -> None:
@@ -171,15 +193,19 @@ def layer_calls(model: nnx.Module, *inputs, computes: Mapping[type, type | None]
     is_called = bool(inputs or options)
     calls = CallRecord(LAYERS, computes, unbounded=not is_called)
     graphdef, state = nnx.split(model)
+    shared = _shared_kernels(model)
 
     def record(path, node):
         ensure_own_kernel(node, CHANGING, ".".join(map(str, path)))
         if isinstance(node, Normalized):
-            calls.found[(*path, "layer", "kernel")] = node.constraint.layer_map
+            place = (*path, "layer", "kernel")
+            calls.note_map(shared.get(place, place), node.constraint.layer_map)
         elif calls.concerns(node):
+            place = (*path, "kernel")
+            place = shared.get(place, place)
             if not is_called:
-                calls.note((*path, "kernel"), node, node.kernel.shape)
-            return _Recorder(node, (*path, "kernel"), calls)
+                calls.note(place, node, node.kernel.shape)
+            return _Recorder(node, place, calls)
         return node
 
     def run(state, inputs, options):
@@ -189,6 +215,14 @@ def layer_calls(model: nnx.Module, *inputs, computes: Mapping[type, type | None]
 
     trace(run, state, inputs, options)
     return calls
+
+
+def _shared_kernels(model: nnx.Module) -> dict[tuple, tuple]:
+    """`{path of a kernel: the path under which the state of the model holds it}`, for layers that share a variable."""
+    nodes = list(nnx.iter_graph(model))
+    held = {id(node): path for path, node in nodes if isinstance(node, nnx.Variable)}
+    kernels = [(path, getattr(node, "kernel", None)) for path, node in nodes if isinstance(node, nnx.Module)]
+    return {(*path, "kernel"): held[id(kernel)] for path, kernel in kernels if id(kernel) in held}
 
 
 class _Recorder(nnx.Module):
@@ -230,7 +264,7 @@ def _rewritten(node, change: Callable[[tuple, Any], Any], path: tuple = (), memo
     for key, child in _children(node):
         changed = _rewritten(child, change, (*path, key), memo)
         if changed is not child:
-            if isinstance(node, nnx.Module) and not isinstance(node, (nnx.List, nnx.Dict)):
+            if isinstance(node, nnx.Pytree) and not isinstance(node, (nnx.List, nnx.Dict)):
                 setattr(node, key, changed)
             else:
                 node[key] = changed
@@ -242,6 +276,6 @@ def _children(node) -> list[tuple]:
         return list(enumerate(node))
     if isinstance(node, (dict, nnx.Dict)):
         return list(node.items())
-    if isinstance(node, nnx.Module) and not isinstance(node, Normalized):
+    if isinstance(node, nnx.Pytree) and not isinstance(node, Normalized):
         return list(vars(node).items())
     return []

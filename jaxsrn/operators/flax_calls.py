@@ -53,9 +53,16 @@ class CallRecord:
             is_sized = kind.startswith("conv") and not self.unbounded
             kernel_shape = own_shape(layer, kernel_shape, kind)
             shape = x.shape[-len(kernel_shape) + 1 : -1] if is_sized and x is not None else None
-            seen = layer_map(layer, kernel_shape, shape, kind)
-            known = self.found.setdefault(path, seen)
-            ensure(known == seen, f"called as {known.op} and as {seen.op}, expected one image size.")
+            self.note_map(path, layer_map(layer, kernel_shape, shape, kind))
+
+    def note_map(self, path: tuple, seen: LayerMap) -> None:
+        """Notes the map of a kernel.
+
+        Raises:
+          ValueError: a kernel that has another map already.
+        """
+        known = self.found.setdefault(path, seen)
+        ensure(known == seen, f"called as {known.op} and as {seen.op}, expected one image size and one map.")
 
     def operators(self, shapes: Mapping[Path, tuple[int, ...]]) -> LayerOperators:
         """The operators of the layers that store their kernel in the operator's shape, and what was left out.

@@ -40,12 +40,14 @@ class LayerMap:
       stored_shape: the shape of the layer's kernel.
       swapped: whether the input and output channels of each group are exchanged. Taps are never mirrored, as mirrored
         taps are the same layer up to a mirrored image.
+      output_axis: the axis of the layer's kernel that has the output channels of the layer.
     """
 
     op: Operator
     shape: tuple[int, ...]
     stored_shape: tuple[int, ...]
     swapped: bool = False
+    output_axis: int = -1
 
     @property
     def is_stored_as_is(self) -> bool:
@@ -110,7 +112,9 @@ def layer_map(layer, kernel_shape: tuple[int, ...], input_shape, kind: str) -> L
         message names the layer.
     """
     with errors_named(layer_name(layer)):
-        return _layer_map(layer, tuple(kernel_shape), input_shape, kind)
+        found = _layer_map(layer, tuple(kernel_shape), input_shape, kind)
+        outputs_first = kind == "conv_transpose" and layer.transpose_kernel
+        return dataclasses.replace(found, output_axis=-2) if outputs_first else found
 
 
 def _layer_map(layer, kernel_shape, input_shape, kind) -> LayerMap:

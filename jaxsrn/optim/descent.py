@@ -108,7 +108,7 @@ def spectral_descent(
         `optax.adamw(learning_rate, weight_decay=0, nesterov=nesterov)`, as in `optax.contrib.muon`.
 
     Returns:
-      The transformation. `update` needs `params` where there is weight decay.
+      The transformation. `update` needs `params`, as optax's weight decay does.
 
     Raises:
       ValueError: no layers, an unknown method, a bad number of passes; in `init`, naming the layer: a path that names
@@ -176,6 +176,11 @@ def _scale_by_steepest(layers, momentum, nesterov: bool, method: str, num_passes
             memory.append(for_every_layer(none, outer))
         return SpectralDescentState(jnp.zeros((), jnp.int32), jax.tree.map(jnp.zeros_like, params), tuple(memory))
 
+    # The jit is here, so that an eager `update` compiles once.
+    @jax.jit
+    def all_steps(momenta, memory, count):
+        return _all_steps(layers, momenta, memory, count, method, num_passes)
+
     def update(updates, state, params=None, **extra_args):
         del params, extra_args
         count = optax.safe_increment(state.count)
@@ -184,10 +189,10 @@ def _scale_by_steepest(layers, momentum, nesterov: bool, method: str, num_passes
         if nesterov:
             now = optax.tree.bias_correction(updates, momentum, count)
             ahead = jax.tree.map(lambda m, g: momentum * m + (1 - momentum) * g, ahead, now)
-        steps, memory = _all_steps(layers, named_kernels(layers, ahead), state.memory, state.count, method, num_passes)
+        steps, memory = all_steps(list(named_kernels(layers, ahead).values()), state.memory, state.count)
         leaves, tree = jax.tree.flatten(updates)
-        for path, place in find_kernels(layers, updates).items():
-            leaves[place] = steps[path].astype(leaves[place].dtype)
+        for place, step in zip(find_kernels(layers, updates).values(), steps, strict=True):
+            leaves[place] = step.astype(leaves[place].dtype)
         return tree.unflatten(leaves), SpectralDescentState(count, average, memory)
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -201,18 +206,18 @@ def _no_memory(op: Operator, kernel, method: str):
     return jnp.zeros_like(few_frequencies(op, kernel.shape, dtype).stack(zeros))
 
 
-def _all_steps(layers, momenta: dict, memory, count, method: str, num_passes: int):
-    """The step of every layer, by path, and the new memories in the order of the layers."""
-    memory, steps = dict(zip(layers, memory, strict=True)), {}
+def _all_steps(layers, momenta: list, memory, count, method: str, num_passes: int):
+    """The steps and the new memories of all layers, in their order."""
+    by_path, memory, steps = dict(zip(layers, momenta, strict=True)), dict(zip(layers, memory, strict=True)), {}
     one = functools.partial(_one_step, is_first=count == 0, method=method, num_passes=num_passes)
 
     def of_stack(momenta, op: Operator, memories):
         wide = momenta.astype(float_dtype(momenta.dtype))
         return lax.map(lambda layer: one(*layer, op=op), (wide, memories))
 
-    for path, step, new in in_turn(of_stack, layers, momenta, memory):
+    for path, step, new in in_turn(of_stack, layers, by_path, memory):
         steps[path], memory[path] = _scaled(layers[path], step), new
-    return steps, tuple(memory[path] for path in layers)
+    return [steps[path] for path in layers], tuple(memory[path] for path in layers)
 
 
 def _one_step(momentum: Float[Array, "..."], memory, *, op: Operator, is_first, method: str, num_passes: int):

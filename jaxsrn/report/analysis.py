@@ -147,6 +147,6 @@ def _measured(
         norm = norms.get(kernel.name)
         if norm is not None:
             array = folded(array, norm, arrays)
-        found.append(layer_report(kernel, array, spectra, norm.scope if norm else None))
+        found.append(layer_report(kernel, np.asarray(kernel.to_operator(array)), spectra, norm.scope if norm else None))
     show(len(found), len(kernels), "")
     return found

@@ -51,8 +51,8 @@ def pair_batch_norms(
     candidates: dict[str, list[str]] = {}
     for norm in norms:
         for kernel in kernels:
-            channels = infos[norm.variance].shape
-            if kernel.name == kernel.array and channels == kernel.shape[-1:] and _belongs(kernel.array, norm.scope):
+            fits = infos[norm.variance].shape == (kernel.num_outputs,)
+            if kernel.name == kernel.array and fits and _belongs(kernel.array, norm.scope):
                 candidates.setdefault(norm.scope, []).append(kernel.name)
     pairs: dict[str, BatchNorm] = {}
     alone = []

@@ -7,15 +7,17 @@ takes does not grow with its file.
 from __future__ import annotations
 
 import abc
+import collections
 import contextlib
 import json
+import math
 import os
 import re
 import shutil
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +25,7 @@ import jax
 import ml_dtypes
 import numpy as np
 
-from jaxsrn._tools.checks import ensure
+from jaxsrn._tools.checks import ensure, errors_named
 from jaxsrn.operators.layers import plain
 
 __all__ = ["ArrayInfo", "BrokenFile", "MissingExtra", "NamedArrays", "Tree", "open_arrays"]
@@ -96,7 +98,7 @@ def open_arrays(path: str | os.PathLike) -> NamedArrays:
 
 def natural(name: str) -> list[tuple[int, int, str]]:
     """The key that sorts names as people do, numbers by their value."""
-    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", name) if part]
+    return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in re.split(r"(\d+)", name) if part]
 
 
 def _sorted(infos: Mapping[str, ArrayInfo]) -> dict[str, ArrayInfo]:
@@ -123,27 +125,37 @@ class Tree(NamedArrays):
     """The leaves of a pytree, named by their paths, `params/Conv_0/kernel`."""
 
     def __init__(self, tree: Any, source: str = "parameters"):
-        self._leaves = _named_leaves(tree)
+        leaves = jax.tree_util.tree_leaves_with_path(tree)
+        names = _names_of([plain(path) for path, _ in leaves])
+        self._leaves = {name: leaf for name, (_, leaf) in zip(names, leaves, strict=True)}
         self.source = source
-        infos = {name: _info_of(leaf) for name, leaf in self._leaves.items()}
+        infos = {}
+        for name, leaf in self._leaves.items():
+            with errors_named(name):
+                infos[name] = _info_of(leaf)
         self.infos = _sorted(infos)
 
     def read(self, name):
         return np.asarray(self._leaves[name])
 
 
-def _named_leaves(tree: Any) -> dict[str, Any]:
-    """The leaves of a pytree by their paths; the attribute in which a Flax variable holds its array is left out."""
-    named = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        keys = plain(path)
-        is_variable = bool(path) and isinstance(path[-1], jax.tree_util.GetAttrKey) and keys[-1] in _HOLDERS
-        named["/".join(map(str, keys[:-1] if is_variable else keys))] = leaf
-    return named
-
-
 # The attributes in which variables of NNX and boxes of Linen hold their array.
 _HOLDERS = ("value", "raw_value")
+
+
+def _names_of(paths: Sequence[tuple]) -> list[str]:
+    """The names of leaves by their paths; the attribute in which a Flax variable holds its array is left out.
+
+    Raises:
+      ValueError: two leaves of the same name.
+    """
+    inside = collections.Counter(path[:-1] for path in paths)
+    is_variable = [len(path) > 1 and path[-1] in _HOLDERS and inside[path[:-1]] == 1 for path in paths]
+    held = [path[:-1] if variable else path for path, variable in zip(paths, is_variable, strict=True)]
+    names = ["/".join(map(str, path)) for path in held]
+    twice = [name for name, count in collections.Counter(names).items() if count > 1]
+    ensure(not twice, f"{', '.join(twice)}: two arrays have this name, expected names that differ.")
+    return names
 
 
 def _info_of(leaf) -> ArrayInfo:
@@ -151,12 +163,25 @@ def _info_of(leaf) -> ArrayInfo:
         return ArrayInfo(np.shape(leaf) if np.isscalar(leaf) else (), type(leaf).__name__)
     dtype = leaf.dtype
     is_key = isinstance(leaf, jax.Array) and jax.numpy.issubdtype(dtype, jax.dtypes.prng_key)
-    return ArrayInfo(tuple(leaf.shape), str(dtype) if is_key else np.dtype(dtype))
+    try:
+        return ArrayInfo(tuple(leaf.shape), str(dtype) if is_key else np.dtype(dtype))
+    except TypeError:
+        # Tensors of other libraries have types of their own.
+        return ArrayInfo(tuple(leaf.shape), _array_of(leaf).dtype)
+
+
+def _array_of(tensor) -> np.ndarray:
+    try:
+        return np.asarray(tensor)
+    except (TypeError, RuntimeError) as error:
+        raise ValueError(f"got a {type(tensor).__name__} that is no array of NumPy ({error}).") from error
 
 
 class _Safetensors(NamedArrays):
-    """A `.safetensors` file, opened anew for every array: a page of the file that was read counts as memory while the
-    file is open.
+    """A `.safetensors` file. The library checks it; arrays are read from where its header says that they are.
+
+    The library maps the file into memory, where a page that was read counts as memory while the file is open, and reads
+    the whole header whenever it opens it.
     """
 
     _DTYPES: Mapping[str, str] = {
@@ -179,6 +204,10 @@ class _Safetensors(NamedArrays):
                 for name, found in slices.items()
             }
         self.infos = _sorted(infos)
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+        self._offsets = {name: 8 + length + header[name]["data_offsets"][0] for name in infos}
 
     def _dtype(self, name: str) -> np.dtype | str:
         return np.dtype(self._DTYPES[name]) if name in self._DTYPES else name
@@ -199,8 +228,10 @@ class _Safetensors(NamedArrays):
             yield file
 
     def read(self, name):
-        with self._opened() as file:
-            return np.array(file.get_tensor(name))
+        shape, dtype = self.infos[name]
+        stored = np.dtype(dtype).newbyteorder("<")
+        array = np.fromfile(self._path, stored, math.prod(shape), offset=self._offsets[name])
+        return array.reshape(shape).astype(dtype, copy=False)
 
     def copy(self, path, change):
         # Only the bytes of changed arrays are written over those of a copy, so that all else is the same, arrays of
@@ -208,12 +239,10 @@ class _Safetensors(NamedArrays):
         with _complete(path) as copied:
             shutil.copyfile(self._path, copied)
             with open(copied, "r+b") as file:
-                length = int.from_bytes(file.read(8), "little")
-                header = json.loads(file.read(length))
                 for name in self.infos:
                     array = change(name)
                     if array is not None:
-                        file.seek(8 + length + header[name]["data_offsets"][0])
+                        file.seek(self._offsets[name])
                         file.write(_bytes(array, self.infos[name]))
 
 
@@ -273,8 +302,10 @@ class _Npz(NamedArrays):
     def __init__(self, path: Path):
         self._path, self.source = path, path.name
         try:
-            with zipfile.ZipFile(path) as archive:
-                self.infos = {_key(name): self._header(archive, name) for name in archive.namelist()}
+            # It stays open, as opening it reads the whole list of its members.
+            self._archive = zipfile.ZipFile(path)
+            self._members = {_key(name): name for name in self._archive.namelist()}
+            self.infos = {key: self._header(self._archive, name) for key, name in self._members.items()}
         except (*_DAMAGES, OSError) as error:
             raise BrokenFile(f"{path}: cannot be read as an .npz file ({error}).") from error
 
@@ -288,8 +319,8 @@ class _Npz(NamedArrays):
 
     def read(self, name):
         try:
-            with np.load(self._path, allow_pickle=False) as arrays:
-                array = arrays[name]
+            with self._archive.open(self._members[name]) as member:
+                array = np.lib.format.read_array(member, allow_pickle=False)
         except _DAMAGES as error:
             raise BrokenFile(f"{self._path}: {name} cannot be read ({error}).") from error
         # JAX takes numbers in the byte order of the machine alone.
@@ -297,14 +328,14 @@ class _Npz(NamedArrays):
         return array.view(ml_dtypes.bfloat16) if array.dtype == np.dtype("V2") else array
 
     def copy(self, path, change):
-        with _complete(path) as copied, zipfile.ZipFile(self._path) as old, zipfile.ZipFile(copied, "w") as new:
-            for member in old.infolist():
+        with _complete(path) as copied, zipfile.ZipFile(copied, "w") as new:
+            for member in self._archive.infolist():
                 array = change(_key(member.filename))
                 place = zipfile.ZipInfo(member.filename, member.date_time)
                 place.compress_type = member.compress_type
                 with new.open(place, "w", force_zip64=True) as target:
                     if array is None:
-                        with old.open(member) as source:
+                        with self._archive.open(member) as source:
                             shutil.copyfileobj(source, target)
                     else:
                         # A bfloat16 array is written as the record without a type that it was read from.
@@ -333,9 +364,9 @@ class _Orbax(NamedArrays):
         except (ValueError, OSError, KeyError, AttributeError, TypeError) as error:
             raise BrokenFile(f"{path}: no Orbax checkpoint that can be read ({error}).") from error
         leaves = jax.tree_util.tree_leaves_with_path(self._tree)
-        self._paths = {"/".join(map(str, plain(key))): key for key, _ in leaves}
-        infos = {"/".join(map(str, plain(key))): _info_of_metadata(leaf) for key, leaf in leaves}
-        self.infos = _sorted(infos)
+        names = _names_of([plain(key) for key, _ in leaves])
+        self._paths = {name: key for name, (key, _) in zip(names, leaves, strict=True)}
+        self.infos = _sorted({name: _info_of_metadata(leaf) for name, (_, leaf) in zip(names, leaves, strict=True)})
 
     @staticmethod
     def _item(path: Path) -> Path:
@@ -372,8 +403,10 @@ class _Orbax(NamedArrays):
         # Orbax writes whole trees, so this format alone is held in memory at once.
         ensure(not path.exists(), f"{path}: it exists, expected a new folder for the checkpoint.")
 
+        name_of = {path: name for name, path in self._paths.items()}
+
         def changed(key, leaf):
-            new = change("/".join(map(str, plain(key))))
+            new = change(name_of[key])
             return leaf if new is None else new
 
         tree = jax.tree_util.tree_map_with_path(changed, self._restored(lambda key: True))

@@ -5,6 +5,9 @@ Every array is in one of the two lists. A kernel is a view of its array, so that
 
 from __future__ import annotations
 
+import collections
+import functools
+import itertools
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
@@ -19,11 +22,16 @@ from jaxsrn.report.layouts import axes_of, check_layout, leaf_of, likely_layout,
 from jaxsrn.report.recurrent import gates_of
 from jaxsrn.report.stacks_and_heads import Scopes, heads_of
 
-__all__ = ["OF_MODEL", "Kernel", "KnownLayer", "Skipped", "find_kernels"]
+__all__ = ["GUESSED", "OF_MODEL", "OF_WRAPPER", "Kernel", "KnownLayer", "Skipped", "find_kernels"]
 
 # The rule of layers that a model knows; strides and groups of all others are assumed where they are not told.
 OF_MODEL = "the layer of the model"
 
+# The rule of groups that no name and no option says, but only shapes.
+GUESSED = "depthwise, as several kernels read one channel and others have as many outputs"
+# Why the state of a wrapper of `jaxsrn.linen` or `jaxsrn.nnx` is no kernel, and where the latter has it.
+OF_WRAPPER = "the state of a wrapper"
+_STATE = re.compile(r"(^|/)state/(value/|raw_value/)?(normalized|own)/(pair|watch)(/|$)")
 # Longer axes of taps are taken for something else unless the layout is told.
 _MOST_TAPS = 1024
 _STATISTICS = ("mean", "var", "moving_mean", "moving_variance", "running_mean", "running_var", "num_batches_tracked")
@@ -48,7 +56,9 @@ class Kernel(NamedTuple):
       array: the name of the array.
       op, shape: the operator, and the shape of its kernel.
       rule: how the array was taken for this layer.
-      view: the kernel in Flax's layout, as a view of the array.
+      view: the kernel in Flax's layout, the output channels of the layer last, as a view of the array.
+      num_outputs: the number of output channels.
+      to_operator: the operator's kernel from that of `view`; they differ where the operator is that of the adjoint.
     """
 
     name: str
@@ -57,15 +67,21 @@ class Kernel(NamedTuple):
     shape: tuple[int, ...]
     rule: str
     view: Callable[[np.ndarray], np.ndarray]
+    num_outputs: int
+    to_operator: Callable[[np.ndarray], np.ndarray] = lambda kernel: kernel
 
 
 class KnownLayer(NamedTuple):
-    """A layer of a model: its operator, and how its kernel is made of the stored array."""
+    """A layer of a model: its operator, and how its kernel is made of the stored array.
+
+    `output_axis` is the axis of the stored array that has the output channels of the layer.
+    """
 
     op: Operator
     shape: tuple[int, ...]
     stored_shape: tuple[int, ...]
     to_operator: Callable
+    output_axis: int
 
 
 class _NoKernel(Exception):
@@ -184,12 +200,17 @@ class _Reader:
             shape[stack:] == layer.stored_shape,
             f"stacked otherwise than along the first axes, where the layer has a kernel of {layer.stored_shape}",
         )
+        gates, axis = gates_of(name, self.infos), layer.output_axis
+        outputs_last = functools.partial(np.moveaxis, source=axis, destination=-1)
+        to_operator = _then(functools.partial(np.moveaxis, source=-1, destination=axis), layer.to_operator)
         for index in np.ndindex(shape[:stack]):
             ending = f"[{','.join(map(str, index))}]" if stack else ""
-            view = _then(_at(index), layer.to_operator)
-            whole = _Part(ending, layer.shape, view)
-            for part in _split(whole, gates_of(name, self.infos), -1):
-                yield Kernel(f"{name}{part.ending}", name, layer.op, part.shape, OF_MODEL, part.view)
+            if gates:
+                whole = _Part(ending, layer.shape, _then(_at(index), layer.to_operator))
+                yield from (_named(name, part, layer.op, OF_MODEL) for part in _split(whole, gates, -1))
+            else:
+                view, outputs = _then(_at(index), outputs_last), layer.stored_shape[axis]
+                yield Kernel(f"{name}{ending}", name, layer.op, layer.shape, OF_MODEL, view, outputs, to_operator)
 
     # Bare weights
 
@@ -250,19 +271,24 @@ class _Reader:
         if inputs == 1 and _DEPTHWISE.search(name.lower()):
             return outputs, "depthwise by its name"
         if name in self._depthwise:
-            return outputs, "depthwise, as several kernels read one channel and others have as many outputs"
+            return outputs, GUESSED
         return 1, ""
 
     def _depthwise_by_shape(self) -> set[str]:
-        """The kernels that read one channel and have as many outputs as others, if there are several.
+        """The kernels that read one channel and have as many outputs as others, if a network has several.
 
         At most one layer of a network reads an image of one channel, and the input of a depthwise layer comes from a
-        layer with as many outputs.
+        layer with as many outputs. Several networks in one file are told apart by the first parts of their names.
         """
         channels = {name: found for name in self.infos if (found := self._channels_of(name))}
         others = {outputs for inputs, outputs in channels.values() if inputs > 1}
-        thin = {name for name, (inputs, outputs) in channels.items() if inputs == 1 and outputs in others}
-        return thin if len(thin) > 1 else set()
+        thin = [name for name, (inputs, outputs) in channels.items() if inputs == 1 and outputs in others]
+        scopes = {name: parts_of(name)[:-2] for name in self.infos}
+        shared = len(list(itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*scopes.values(), strict=False))))
+        # A layer that stands in no scope is of a network without a name.
+        network_of = {name: next(iter(scopes[name][shared:]), "") for name in thin}
+        counts = collections.Counter(network_of.values())
+        return {name for name in thin if counts[network_of[name]] > 1}
 
     def _channels_of(self, name: str) -> tuple[int, int] | None:
         """The input and output channels of a group of a convolution, as stored; `None` for other arrays."""
@@ -311,12 +337,16 @@ def _check_is_weight(name: str, info: ArrayInfo) -> None:
     _require(np.dtype(info.dtype).itemsize <= 8, f"of type {info.dtype}, which JAX does not have")
     _require(0 not in info.shape, "no entries")
     _require(not set(parts) & set(_OPTIMIZERS), "the state of an optimizer")
-    _require(parts[0] != "stable_rank", "the state of a wrapper")
+    _require("stable_rank" not in parts and not _STATE.search("/".join(parts)), OF_WRAPPER)
     _require("batch_stats" not in parts and leaf not in _STATISTICS, "a running statistic")
     _require(len(info.shape) > 1, "a bias, a scale or another vector" if info.shape else "a number")
     _require(not _VECTORS.fullmatch(leaf), "a bias or a scale of several axes")
     halves = ("weight_v", "weight_g", "original0", "original1")
     _require(leaf not in halves, "one half of a weight normalization; save the weights with it removed")
+    _require(
+        leaf != "weight_orig" and not (leaf == "original" and "parametrizations" in parts),
+        "a weight before a normalization or a mask of PyTorch; save the weights with it removed",
+    )
     _require(
         not re.search("pos_?emb|position|token|cls", leaf) or leaf.endswith("weight") or len(info.shape) == 2,
         "positions or tokens, which are added to the input",
@@ -359,4 +389,4 @@ def _split(part: _Part, gates: str, axis: int) -> list[_Part]:
 
 
 def _named(name: str, part: _Part, op: Operator, rule: str) -> Kernel:
-    return Kernel(f"{name}{part.ending}", name, op, part.shape, rule, part.view)
+    return Kernel(f"{name}{part.ending}", name, op, part.shape, rule, part.view, part.shape[-1])

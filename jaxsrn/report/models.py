@@ -104,7 +104,7 @@ def _known(seen: LayerMap) -> KnownLayer:
         return np.asarray(flattened(jnp.asarray(kernel))[0])
 
     known, op = jax.eval_shape(flattened, jax.ShapeDtypeStruct(seen.stored_shape, jnp.float32))
-    return KnownLayer(op, known.shape, seen.stored_shape, to_operator)
+    return KnownLayer(op, known.shape, seen.stored_shape, to_operator, seen.output_axis)
 
 
 def _joined(path: tuple) -> str:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from jaxsrn.operators import Dense
-from jaxsrn.report.kernels import OF_MODEL, Skipped
+from jaxsrn.report.kernels import GUESSED, OF_MODEL, OF_WRAPPER, Skipped
 from jaxsrn.report.layers import LayerReport
 
 __all__ = ["Report", "aligned", "counted", "digits"]
@@ -29,6 +29,10 @@ RULE = (
 _ASSUMED = (
     "Weights do not say the strides of a convolution, and not always its groups. Where none is told (strides=, groups=)"
     " it has stride 1 and one group, whose norm bounds that of the layer."
+)
+_RAW = (
+    "Wrapped layers are reported by their raw kernels, and compute with others: analyze the model itself, or save what "
+    "fold(model) returns."
 )
 _HEADER = ("layer", "kernel", "operator", "norm", "certified", "flattened", "stable rank", "range", "share")
 _SPECTRA = ("condition", "effective rank")
@@ -145,6 +149,14 @@ class Report:
         ]
         if any(layer.rule != OF_MODEL and not isinstance(layer.operator, Dense) for layer in self.layers):
             lines.append(_ASSUMED)
+        guessed = [layer.name for layer in self.layers if layer.rule.endswith(GUESSED)]
+        if guessed:
+            lines.append(
+                f"Taken for depthwise by shapes alone: {', '.join(guessed)}. Where one is not, its norm is larger; say "
+                "its groups (groups=)."
+            )
+        if any(skipped.reason == OF_WRAPPER for skipped in self.skipped):
+            lines.append(_RAW)
         outliers = self.outliers
         lines += [f"Stands out: {name}: {why}." for name, why in outliers.items()] or ["No layer stands out."]
         lines.append(RULE)
