@@ -402,3 +402,13 @@ def test_a_search_from_an_earlier_triplet(op, shape):
     np.testing.assert_allclose(found.value, np.linalg.norm(matrix, 2), rtol=1e-9)
     right = np.asarray(found.right).reshape(-1)
     np.testing.assert_allclose(np.linalg.norm(matrix @ right), found.value, rtol=1e-9)
+
+
+def test_long_sequences_in_float64():
+    """Their leading singular values differ by about 1 over the square of the length: 200 restarts were not enough."""
+    op = ZeroPaddedConv((1000,))
+    for seed in (2, 5):
+        kernel = gaussian((5, 2, 2), seed)
+        np.testing.assert_allclose(
+            spectral_norm(jnp.asarray(kernel), op), np.linalg.norm(dense(kernel, op), 2), rtol=1e-10
+        )
