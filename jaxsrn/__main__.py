@@ -17,6 +17,7 @@ __all__ = ["main"]
 
 # What matplotlib draws everywhere.
 _PICTURES = ".png", ".pdf", ".svg"
+_FILE = "a .safetensors or .npz file, an index *.safetensors.index.json, or the folder of an Orbax checkpoint"
 WRONG_ARGUMENTS, MISSING_FILE, BROKEN_FILE, NO_KERNELS, MISSING_LIBRARY = 2, 3, 4, 5, 6
 
 
@@ -26,6 +27,16 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
+    about = (__doc__ or "\n\n").split("\n\n")[1].replace("\n", " ")
+    parser = _Parser("jaxsrn", description="Spectral norms and stable ranks of the layers of a network.", epilog=about)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+    for add in (_add_report, _add_normalize, _add_compare):
+        add(commands, _how_files_are_read())
+    return parser
+
+
+def _how_files_are_read() -> argparse.ArgumentParser:
+    """The options that all commands share."""
     from jaxsrn.report.layouts import LAYOUTS
 
     reading = argparse.ArgumentParser(add_help=False)
@@ -43,20 +54,14 @@ def _parser() -> argparse.ArgumentParser:
     for option, what in (("--groups", "feature groups"), ("--strides", "stride")):
         text = f"{what} of a kernel; may be repeated"
         reading.add_argument(option, action="append", default=[], type=_count, metavar="NAME=N", help=text)
-    reading.add_argument(
-        "--stacked",
-        action="append",
-        default=[],
-        metavar="START",
-        help="such names have an axis of layers first",
-    )
-    parser = _Parser(prog="jaxsrn", description="Spectral norms and stable ranks of the layers of a network.",
-                     epilog=(__doc__ or "\n\n").split("\n\n")[1].replace("\n", " "))  # fmt: skip
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
-    file = "a .safetensors or .npz file, an index *.safetensors.index.json, or the folder of an Orbax checkpoint"
+    stacked = "such names have an axis of layers first"
+    reading.add_argument("--stacked", action="append", default=[], metavar="START", help=stacked)
+    return reading
 
+
+def _add_report(commands, reading) -> None:
     report = commands.add_parser("report", parents=[reading], help="a table of norms and stable ranks")
-    report.add_argument("file", type=Path, metavar="FILE", help=file)
+    report.add_argument("file", type=Path, metavar="FILE", help=_FILE)
     report.add_argument("--spectra", action="store_true", help="condition numbers and effective ranks where possible")
     report.add_argument("--fold-batch-norm", action="store_true", help="fold batch normalizations into their kernels")
     report.add_argument("--json", type=Path, metavar="OUT", help="write the report as JSON")
@@ -64,28 +69,29 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--plot", type=Path, metavar="OUT.png", help="draw the stable ranks within their ranges")
     report.set_defaults(run=_report)
 
-    normalize = commands.add_parser(
-        "normalize", parents=[reading], help="bring every kernel to a share of its largest stable rank"
-    )
-    normalize.add_argument("file", type=Path, metavar="FILE", help=file)
+
+def _add_normalize(commands, reading) -> None:
+    what = "bring every kernel to a share of its largest stable rank"
+    normalize = commands.add_parser("normalize", parents=[reading], help=what)
+    normalize.add_argument("file", type=Path, metavar="FILE", help=_FILE)
     normalize.add_argument("--fraction", type=float, required=True, metavar="F", help="the share, in (0, 1]")
     normalize.add_argument("--norm", type=float, metavar="M", help="scale kernels down to this norm afterwards")
-    normalize.add_argument(
-        "--only", action="append", metavar="PATTERN", help="change kernels of such names alone, 'conv*'"
-    )
+    names = "change kernels of such names alone, 'conv*'"
+    normalize.add_argument("--only", action="append", metavar="PATTERN", help=names)
     normalize.add_argument("--out", type=Path, required=True, metavar="FILE", help="what to write, in the same format")
     normalize.set_defaults(run=_normalize)
 
+
+def _add_compare(commands, reading) -> None:
     compare = commands.add_parser("compare", parents=[reading], help="two checkpoints beside each other")
-    compare.add_argument("first", type=Path, metavar="FILE", help=file)
+    compare.add_argument("first", type=Path, metavar="FILE", help=_FILE)
     compare.add_argument("second", type=Path, metavar="FILE", help="the other one")
     compare.set_defaults(run=_compare)
-    return parser
 
 
 def _count(text: str) -> tuple[str, int]:
     name, _, count = text.rpartition("=")
-    if not name or not count.isdigit():
+    if not name or not count.isdecimal():
         raise argparse.ArgumentTypeError(f"got {text!r}, expected NAME=N, such as conv1.weight=32")
     return name, int(count)
 

@@ -37,7 +37,7 @@ HOUSE = {
         "circular.real_floats",
         "circular.angles",
         "circular.fourier",
-        "circular.waves",
+        "circular.plane_waves",
         "circular.grams",
         "circular.grid_certificate",
         "circular.boxes",

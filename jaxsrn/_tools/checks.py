@@ -128,7 +128,7 @@ def ensure_same_on_devices(tree, name: str) -> None:
     )
 
 
-def real_floating(dtype, name: str, if_complex: str) -> None:
+def real_floating(dtype, name: str, if_complex: str = "take its real part") -> None:
     """Raises `ValueError` where the dtype is not real floating, with this advice where it is complex."""
     is_complex = jnp.issubdtype(dtype, jnp.complexfloating)
     advice = if_complex if is_complex else "cast it with .astype(jnp.float32)"

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-__all__ = ["chosen", "joined", "picked", "put"]
+__all__ = ["chosen", "first_of", "joined", "picked", "put", "stack_of_one"]
 
 _VALID = {"mode": "promise_in_bounds", "wrap_negative_indices": False}
 
@@ -27,6 +27,16 @@ def chosen(condition: Bool[Array, ""], a, b):
 def joined(first, second):
     """Two trees of stacks as one, the second after the first."""
     return jax.tree.map(lambda a, b: jnp.concatenate([a, b]), first, second)
+
+
+def stack_of_one(tree):
+    """The tree as a stack that holds nothing else."""
+    return jax.tree.map(lambda leaf: leaf[None], tree)
+
+
+def first_of(stack):
+    """The first tree of a stack."""
+    return jax.tree.map(lambda leaf: leaf[0], stack)
 
 
 def put(array, index: Int[Array, " n"], rows):

@@ -78,16 +78,16 @@ def minres(matvec: Callable, rhs: Float[Array, " n"], *, tolerance: float, most_
 
     nothing, zero, one = jnp.zeros_like(rhs), jnp.zeros_like(norm), jnp.ones_like(norm)
     start = _State(
-        nothing,
-        (nothing, rhs),
-        (nothing, nothing),
-        norm,
-        (one, one),
-        (zero, zero),
-        norm,
-        zero,
-        _Solution(nothing, norm, jnp.full_like(norm, jnp.inf)),
-        jnp.zeros((), jnp.int32),
+        x=nothing,
+        vectors=(nothing, rhs),
+        directions=(nothing, nothing),
+        length=norm,
+        cosines=(one, one),
+        sines=(zero, zero),
+        residual=norm,
+        size=zero,
+        flattest=_Solution(nothing, norm, jnp.full_like(norm, jnp.inf)),
+        count=jnp.zeros((), jnp.int32),
     )
     last = lax.while_loop(unfinished, functools.partial(_step, matvec), start)
     is_solved = jnp.abs(last.residual) <= tolerance * norm
@@ -113,16 +113,16 @@ def _step(matvec: Callable, state: _State) -> _State:
     cosine, sine = ratio(diagonal, pivot), jnp.where(pivot == 0, 1.0, ratio(length, pivot))
     here = _Solution(state.x, state.residual, jnp.abs(state.residual) * jnp.hypot(diagonal, c * length))
     return _State(
-        state.x + cosine * state.residual * direction,
-        (now, following),
-        (old, direction),
-        length,
-        (c, cosine),
-        (s, sine),
-        -sine * state.residual,
-        jnp.maximum(state.size, jnp.hypot(along, length)),
-        chosen(here.slope < state.flattest.slope, here, state.flattest),
-        state.count + 1,
+        x=state.x + cosine * state.residual * direction,
+        vectors=(now, following),
+        directions=(old, direction),
+        length=length,
+        cosines=(c, cosine),
+        sines=(s, sine),
+        residual=-sine * state.residual,
+        size=jnp.maximum(state.size, jnp.hypot(along, length)),
+        flattest=chosen(here.slope < state.flattest.slope, here, state.flattest),
+        count=state.count + 1,
     )
 
 

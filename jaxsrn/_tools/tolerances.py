@@ -1,4 +1,4 @@
-"""The tolerances and the limits of size that decide how something is computed, each with its reason.
+"""The tolerances and the limits of size and of work that decide how something is computed, each with its reason.
 
 Tolerances are powers of the machine epsilon, so that one rule serves float32 and float64. Sizes are static: they choose
 between methods while a program is traced.
@@ -11,6 +11,7 @@ import jax.numpy as jnp
 __all__ = [
     "BOTH_ENDS_SIZE",
     "DENSE_SIZE",
+    "MAX_PASSES",
     "PROVEN_SIZE",
     "SPLIT_SIZE",
     "gap_tolerance",
@@ -87,6 +88,8 @@ def torus_excess(dtype) -> float:
 
 # Sizes
 
+# Passes after which an iteration over singular pairs ends, at rest or not.
+MAX_PASSES = 500
 # The SVDs of so much work take as long as branch and bound at its least, each counted with its overhead.
 _SVD_WORK, _SVD_OVERHEAD = 2e6, 400
 # Entries of an explicit matrix whose singular values are clipped in every step of a projection: 256 x 256.

@@ -18,6 +18,7 @@ from jaxtyping import Array, Float
 
 from jaxsrn._tools.checks import float_dtype
 from jaxsrn._tools.held import held, refusing, stationary
+from jaxsrn._tools.indexing import stack_of_one
 from jaxsrn._tools.linalg import einsum, matmul, unit
 from jaxsrn._tools.subspaces import fixed_start
 from jaxsrn.bounds.covers import NormInterval, covers, widened
@@ -107,7 +108,7 @@ def _forms(matrices, vectors):
 
 
 def _form(matrix, vectors):
-    return _forms(matrix[None], jax.tree.map(lambda vector: vector[None], vectors))[0]
+    return _forms(matrix[None], stack_of_one(vectors))[0]
 
 
 _MOVE = jax.vmap(stationary(_form))

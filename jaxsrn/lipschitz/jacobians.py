@@ -18,6 +18,7 @@ from jaxtyping import Array, Float
 
 from jaxsrn._tools.checks import ensure, positive_scalar, static_int
 from jaxsrn._tools.held import held, stationary
+from jaxsrn._tools.indexing import stack_of_one
 from jaxsrn._tools.lanczos import leading_singular_vectors
 from jaxsrn._tools.linalg import divisor, ratio, safe_sqrt, unit
 from jaxsrn._tools.programs import program
@@ -115,7 +116,7 @@ def _values_of_vectors(f: Callable, where, vectors) -> Float[Array, " samples"]:
 
 def _value_of_sample(f: Callable, where, vectors) -> Float[Array, ""]:
     params, point = where
-    return _values_of_vectors(f, (params, point[None]), jax.tree.map(lambda vector: vector[None], vectors))[0]
+    return _values_of_vectors(f, (params, point[None]), stack_of_one(vectors))[0]
 
 
 def _products(f: Callable, params, point: Float[Array, "..."]):

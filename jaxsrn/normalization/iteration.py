@@ -19,7 +19,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxsrn._tools.checks import float_dtype
-from jaxsrn._tools.indexing import chosen, picked
+from jaxsrn._tools.indexing import chosen, picked, stack_of_one
 from jaxsrn._tools.linalg import divisor, matmul, safe_sqrt
 from jaxsrn._tools.loops import one_by_one, while_loop
 from jaxsrn._tools.programs import program
@@ -220,7 +220,19 @@ def _begin(kernel, op) -> Fixpoint:
     zero, nothing, no = jnp.zeros((), a.dtype), no_pair(op, a.shape, a.dtype), jnp.asarray(False)
     candidate = Candidate(a, jnp.full_like(zero, INFEASIBLE))
     count = jnp.asarray(0, jnp.int32)
-    return Fixpoint(candidate, nothing, nothing, zero, nothing, zero, zero, no, count, count, ~no)
+    return Fixpoint(
+        candidate=candidate,
+        pair=nothing,
+        leading=nothing,
+        norm=zero,
+        own=nothing,
+        own_norm=zero,
+        bound=zero,
+        unchanged=no,
+        num_steps=count,
+        count=count,
+        unfinished=~no,
+    )
 
 
 @program
@@ -245,7 +257,19 @@ def _round(a, op, target, initial, max_steps, tolerance, state: Fixpoint, found:
     candidate, pair = chosen(unfinished, (end.best, end.pair), (state.candidate, made))
     num_steps = state.num_steps + jnp.maximum(end.num_steps, 0)
     count = state.count + 1
-    return Fixpoint(candidate, pair, leading, reached, own, norm, bound, unchanged, num_steps, count, unfinished)
+    return Fixpoint(
+        candidate=candidate,
+        pair=pair,
+        leading=leading,
+        norm=reached,
+        own=own,
+        own_norm=norm,
+        bound=bound,
+        unchanged=unchanged,
+        num_steps=num_steps,
+        count=count,
+        unfinished=unfinished,
+    )
 
 
 def _starts(problem: Problem, op: Operator, initial: Pair | None, leading: Pair, wanted, bound) -> Survey:
@@ -253,7 +277,7 @@ def _starts(problem: Problem, op: Operator, initial: Pair | None, leading: Pair,
 
     def surveyed() -> Survey:
         found = survey(problem, op, leading, wanted)
-        return found if initial is None else found._replace(starts=jax.tree.map(lambda leaf: leaf[None], initial))
+        return found if initial is None else found._replace(starts=stack_of_one(initial))
 
     def followed() -> Survey:
         # As many as the survey's, so that the passes stand in the program once.

@@ -16,7 +16,7 @@ from jaxsrn._tools.checks import Kernel, ensure, float_dtype, kernel_array, posi
 from jaxsrn._tools.held import held
 from jaxsrn._tools.linalg import divisor, ratio
 from jaxsrn._tools.programs import program
-from jaxsrn._tools.tolerances import kernel_tolerance
+from jaxsrn._tools.tolerances import MAX_PASSES, kernel_tolerance
 from jaxsrn.normalization.closed_form import Problem, closed_form, functional, problem_of
 from jaxsrn.normalization.implicit import determined_pair
 from jaxsrn.normalization.iteration import Fixpoint, minorise_maximise
@@ -44,7 +44,7 @@ def srnc(
     *,
     keep_norm: bool = True,
     raise_rank: bool = False,
-    max_steps: int = 500,
+    max_steps: int = MAX_PASSES,
     tolerance=None,
     initial: SingularTriplet | Pair | None = None,
 ) -> SRNResult:

@@ -21,7 +21,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxsrn._tools.indexing import joined, picked
+from jaxsrn._tools.indexing import joined, picked, stack_of_one
 from jaxsrn._tools.linalg import divisor, einsum, safe_sqrt, top_pairs, top_values
 from jaxsrn._tools.tolerances import svds_are_dear
 from jaxsrn.normalization.closed_form import (
@@ -364,7 +364,7 @@ def survey(problem: Problem, op: Operator, own: Pair, wanted: Bool[Array, ""] | 
     if isinstance(op, ZeroPaddedConv):
         starts = with_own(own, image_waves(problem.kernel, op, problem.target, wanted))
         return Survey(_with_next(problem.kernel, op, starts), bound)
-    return Survey(jax.tree.map(lambda leaf: leaf[None], own), bound)
+    return Survey(stack_of_one(own), bound)
 
 
 def _with_next(kernel: Float[Array, "..."], op: ZeroPaddedConv, starts: Pair) -> Pair:
@@ -383,4 +383,4 @@ def _with_next(kernel: Float[Array, "..."], op: ZeroPaddedConv, starts: Pair) ->
 
 def with_own(own: Pair, pairs: Pair) -> Pair:
     """The kernel's own leading pair, followed by others."""
-    return joined(jax.tree.map(lambda leaf: leaf[None], own), pairs)
+    return joined(stack_of_one(own), pairs)

@@ -25,9 +25,9 @@ __all__ = [
     "Layers",
     "Path",
     "check_layers",
-    "find_kernels",
     "for_every_layer",
     "in_turn",
+    "kernel_places",
     "named_kernels",
     "one_number",
     "plain",
@@ -36,7 +36,7 @@ __all__ = [
 ]
 
 Path = tuple[Any, ...]
-# The type is {path: operator}; `find_kernels` checks it entry by entry.
+# The type is {path: operator}; `kernel_places` checks it entry by entry.
 Layers = Mapping
 
 
@@ -129,7 +129,7 @@ def check_layers(layers: Layers) -> None:
     )
 
 
-def find_kernels(layers: Layers, params) -> dict[Path, int]:
+def kernel_places(layers: Layers, params) -> dict[Path, int]:
     """The index, in the order of `jax.tree.leaves(params)`, of the leaf that each path names.
 
     A path ends at the kernel's name, `("conv1", "kernel")`, also where the tree has a Flax variable there: the variable
@@ -159,11 +159,11 @@ def named_kernels(layers: Layers, params) -> dict[Path, Shaped[Array, "..."]]:
     """The kernels that `layers` names in `params`, by path.
 
     Raises:
-      ValueError: what `find_kernels` refuses, or a kernel that does not fit its operator.
+      ValueError: what `kernel_places` refuses, or a kernel that does not fit its operator.
     """
     leaves = jax.tree.leaves(params)
     kernels = {}
-    for path, index in find_kernels(layers, params).items():
+    for path, index in kernel_places(layers, params).items():
         with errors_named(f"layers: at {path!r}"):
             checked = functools.partial(kernel_array, op=layers[path])
             for _ in split_shape(layers[path], jnp.shape(leaves[index]))[0]:

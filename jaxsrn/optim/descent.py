@@ -21,9 +21,9 @@ from jaxsrn.operators.base import Dense, Operator
 from jaxsrn.operators.layers import (
     Layers,
     check_layers,
-    find_kernels,
     for_every_layer,
     in_turn,
+    kernel_places,
     named_kernels,
     split_shape,
 )
@@ -130,7 +130,7 @@ def spectral_descent(
     def labels(params):
         kind = {
             place: "dense" if isinstance(layers[path], Dense) else "convolutions"
-            for path, place in find_kernels(layers, params).items()
+            for path, place in kernel_places(layers, params).items()
         }
         leaves, tree = jax.tree.flatten(params)
         return tree.unflatten([kind.get(i, "others") for i in range(len(leaves))])
@@ -144,7 +144,7 @@ def _as_muon(dense, momentum: float, nesterov: bool):
     def mapped(one, updates):
         """`one(operator, update)` of all layers."""
         leaves, tree = jax.tree.flatten(updates)
-        ops = {place: dense[path] for path, place in find_kernels(dense, updates).items()}
+        ops = {place: dense[path] for path, place in kernel_places(dense, updates).items()}
         return tree.unflatten([one(ops[place], leaf) for place, leaf in enumerate(leaves)])
 
     def axes(op, update):
@@ -191,7 +191,7 @@ def _scale_by_steepest(layers, momentum, nesterov: bool, method: str, num_passes
             ahead = jax.tree.map(lambda m, g: momentum * m + (1 - momentum) * g, ahead, now)
         steps, memory = all_steps(list(named_kernels(layers, ahead).values()), state.memory, state.count)
         leaves, tree = jax.tree.flatten(updates)
-        for place, step in zip(find_kernels(layers, updates).values(), steps, strict=True):
+        for place, step in zip(kernel_places(layers, updates).values(), steps, strict=True):
             leaves[place] = step.astype(leaves[place].dtype)
         return tree.unflatten(leaves), SpectralDescentState(count, average, memory)
 

@@ -18,7 +18,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxsrn._tools.checks import ensure, errors_named, float_dtype, static_int
-from jaxsrn._tools.tolerances import kernel_tolerance, vector_tolerance
+from jaxsrn._tools.tolerances import MAX_PASSES, kernel_tolerance, vector_tolerance
 from jaxsrn.normalization.lower_stable_rank import lowered, lowest, srnc
 from jaxsrn.normalization.result import SRNResult
 from jaxsrn.operators.base import Operator
@@ -26,9 +26,9 @@ from jaxsrn.operators.convolutions import ZeroPaddedConv
 from jaxsrn.operators.layers import (
     Layers,
     check_layers,
-    find_kernels,
     for_every_layer,
     in_turn,
+    kernel_places,
     named_kernels,
     split_shape,
 )
@@ -47,9 +47,6 @@ __all__ = [
     "of_stable_rank",
     "require_params",
 ]
-
-# The default `max_steps` of `srnc`: passes that a correction from a remembered pair may take.
-_MAX_PASSES = 500
 
 
 class KeepState(NamedTuple):
@@ -124,7 +121,7 @@ def keep(layers: Layers, every: int, rule: Rule) -> optax.GradientTransformation
         del extra_args
         require_params(params)
         tree = jax.tree.structure(params)
-        steps, places = tree.flatten_up_to(updates), find_kernels(layers, params)
+        steps, places = tree.flatten_up_to(updates), kernel_places(layers, params)
         kernels = named_kernels(layers, params)
         ours = tuple(_checked_step(path, steps[places[path]], kernel.shape) for path, kernel in kernels.items())
         ours, state = correct(tuple(kernels.values()), ours, state)
@@ -188,8 +185,7 @@ def of_stable_rank(fraction: float) -> Rule:
     """
 
     def begin(op: Operator, kernel_shape, dtype):
-        op._check_not_aliased(kernel_shape)
-        target_of_fraction(fraction, kernel_shape, op)
+        _check_target(fraction, op, kernel_shape)
         return no_pair(op, kernel_shape, dtype) if isinstance(op, ZeroPaddedConv) else ()
 
     def correct(kernels, op: Operator, memories):
@@ -201,12 +197,17 @@ def of_stable_rank(fraction: float) -> Rule:
     return Rule(begin, correct)
 
 
+def _check_target(fraction: float, op: Operator, kernel_shape) -> None:
+    """Raises `ValueError` where no kernel of this shape has the share of the largest stable rank."""
+    op._check_not_aliased(kernel_shape)
+    target_of_fraction(fraction, kernel_shape, op)
+
+
 def of_least_stable_rank(fraction: float) -> Rule:
     """The rule of the kernels of the same norm whose stable rank is raised to `fraction` of the largest if below it."""
 
     def begin(op: Operator, kernel_shape, dtype):
-        op._check_not_aliased(kernel_shape)
-        target_of_fraction(fraction, kernel_shape, op)
+        _check_target(fraction, op, kernel_shape)
         return ()
 
     def raised(kernel, op: Operator):
@@ -234,7 +235,7 @@ def _followed(kernels, op: Operator, target, pairs: Pair):
     tolerance = jnp.asarray(kernel_tolerance(dtype), dtype)
 
     def corrected(kernel, pair):
-        solution = lowest(kernel, op, target, pair, tolerance, _MAX_PASSES)
+        solution = lowest(kernel, op, target, pair, tolerance, MAX_PASSES)
         result = lowered(kernel, op, target, solution, keep_norm=True)
         return result.kernel, solution.pair, _is_met(result)
 

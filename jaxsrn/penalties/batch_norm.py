@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 
-from jaxsrn._tools.checks import Kernel, ensure, float_dtype, positive_scalar
+from jaxsrn._tools.checks import Kernel, ensure, float_dtype, positive_scalar, real_floating
 
 __all__ = [
     "fold_batch_norm",
@@ -32,10 +32,7 @@ def fold_batch_norm(kernel: Kernel, scale, var, *, epsilon: float = 1e-5) -> Ker
     """
     kernel, scale, var = (jnp.asarray(array) for array in (kernel, scale, var))
     for name, array in (("kernel", kernel), ("scale", scale), ("var", var)):
-        ensure(
-            jnp.issubdtype(array.dtype, jnp.floating),
-            f"{name}: got dtype {array.dtype}, expected a real floating-point array.",
-        )
+        real_floating(array.dtype, name)
     ensure(kernel.ndim >= 2, f"kernel: got shape {kernel.shape}, expected (..., c_in, c_out).")
     for name, array in (("scale", scale), ("var", var)):
         ensure(

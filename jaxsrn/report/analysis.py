@@ -13,7 +13,7 @@ import numpy as np
 from jaxsrn._tools.checks import ensure, float_dtype
 from jaxsrn.report.batch_norms import BatchNorm, folded, pair_batch_norms
 from jaxsrn.report.files import NamedArrays, Tree, open_arrays
-from jaxsrn.report.kernels import Kernel, Skipped, find_kernels
+from jaxsrn.report.kernels import NamedKernel, Skipped, find_kernels
 from jaxsrn.report.layers import LayerReport, layer_report
 from jaxsrn.report.models import is_model, model_of
 from jaxsrn.report.table import Report
@@ -112,14 +112,14 @@ def analyze(
     return Report(arrays.source, tuple(layers), tuple(skipped))
 
 
-def _in_order(kernels: list[Kernel], names: list[str]) -> list[Kernel]:
+def _in_order(kernels: list[NamedKernel], names: list[str]) -> list[NamedKernel]:
     """The kernels in the order of the given names, the others after them."""
     places = {name: i for i, name in enumerate(names)}
     return sorted(kernels, key=lambda kernel: places.get(kernel.array, len(places)))
 
 
 def _norms_to_fold(
-    wanted: bool, kernels: list[Kernel], skipped: list[Skipped], arrays: NamedArrays, epsilons
+    wanted: bool, kernels: list[NamedKernel], skipped: list[Skipped], arrays: NamedArrays, epsilons
 ) -> tuple[dict[str, BatchNorm], list[Skipped]]:
     """`{name of a kernel: batch normalization}`, and what was skipped with what became of the normalizations."""
     if not wanted:
@@ -135,7 +135,7 @@ def _norms_to_fold(
 
 
 def _measured(
-    kernels: Sequence[Kernel], norms: Mapping[str, BatchNorm], arrays: NamedArrays, spectra: bool, show: Callable
+    kernels: Sequence[NamedKernel], norms: Mapping[str, BatchNorm], arrays: NamedArrays, spectra: bool, show: Callable
 ) -> list[LayerReport]:
     """The records of all kernels, one after the other, so that one array is held at a time."""
     # Several kernels of one array follow each other.

@@ -16,8 +16,8 @@ import numpy as np
 
 from jaxsrn.penalties import fold_batch_norm
 from jaxsrn.report.files import ArrayInfo, NamedArrays
-from jaxsrn.report.kernels import Kernel
-from jaxsrn.report.layouts import leaf_of, parts_of
+from jaxsrn.report.kernels import NamedKernel
+from jaxsrn.report.layouts import leaf_of, parts_of, split_name
 
 __all__ = ["BatchNorm", "folded", "pair_batch_norms"]
 
@@ -38,7 +38,7 @@ class BatchNorm(NamedTuple):
 
 
 def pair_batch_norms(
-    kernels: Sequence[Kernel], infos: Mapping[str, ArrayInfo], epsilons: Mapping[str, float] | float | None = None
+    kernels: Sequence[NamedKernel], infos: Mapping[str, ArrayInfo], epsilons: Mapping[str, float] | float | None = None
 ) -> tuple[dict[str, BatchNorm], list[BatchNorm]]:
     """`({name of a kernel: what follows it}, the normalizations that follow none)`.
 
@@ -74,9 +74,8 @@ def folded(kernel: np.ndarray, norm: BatchNorm, arrays: NamedArrays) -> np.ndarr
 
 
 def _norm_of(variance: str, infos: Mapping[str, ArrayInfo], epsilons) -> BatchNorm:
-    leaf = leaf_of(variance)
-    stem = variance[: len(variance.removesuffix(":0")) - len(leaf)]
-    scope, suffix = stem.rstrip("./"), variance[len(variance.removesuffix(":0")) :]
+    stem, leaf, suffix = split_name(variance)
+    scope = stem.rstrip("./")
     # Flax has the statistics in another collection than the scales, of the same scope.
     stems = [stem, *(re.sub("(^|/)batch_stats/", rf"\1{name}", stem, count=1) for name in ("params/", ""))]
     scale = next((found for s in stems for leaf in _SCALES if (found := f"{s}{leaf}{suffix}") in infos), None)

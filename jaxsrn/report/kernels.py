@@ -22,7 +22,7 @@ from jaxsrn.report.layouts import axes_of, check_layout, leaf_of, likely_layout,
 from jaxsrn.report.recurrent import gates_of
 from jaxsrn.report.stacks_and_heads import Scopes, heads_of
 
-__all__ = ["GUESSED", "OF_MODEL", "OF_WRAPPER", "Kernel", "KnownLayer", "Skipped", "find_kernels"]
+__all__ = ["GUESSED", "OF_MODEL", "OF_WRAPPER", "KnownLayer", "NamedKernel", "Skipped", "find_kernels"]
 
 # The rule of layers that a model knows; strides and groups of all others are assumed where they are not told.
 OF_MODEL = "the layer of the model"
@@ -48,7 +48,7 @@ class Skipped(NamedTuple):
     reason: str
 
 
-class Kernel(NamedTuple):
+class NamedKernel(NamedTuple):
     """A kernel within an array.
 
     Attributes:
@@ -105,7 +105,7 @@ def find_kernels(
     strides: Mapping[str, int] | None = None,
     stacked: Sequence[str] = (),
     known: Mapping[str, KnownLayer] | None = None,
-) -> tuple[list[Kernel], list[Skipped]]:
+) -> tuple[list[NamedKernel], list[Skipped]]:
     """The kernels among named arrays, and the arrays that are none, each with the reason.
 
     Args:
@@ -175,7 +175,7 @@ class _Reader:
         self._common = self._common_layout()
         self._depthwise = self._depthwise_by_shape()
 
-    def kernels(self, name: str) -> list[Kernel]:
+    def kernels(self, name: str) -> list[NamedKernel]:
         """The kernels in an array; raises `_NoKernel` where there is none."""
         info = self.infos[name]
         _check_is_weight(name, info)
@@ -193,7 +193,7 @@ class _Reader:
 
     # Models
 
-    def _of_known(self, name: str, layer: KnownLayer) -> Iterable[Kernel]:
+    def _of_known(self, name: str, layer: KnownLayer) -> Iterable[NamedKernel]:
         shape = self.infos[name].shape
         stack = len(shape) - len(layer.stored_shape)
         _require(
@@ -210,7 +210,7 @@ class _Reader:
                 yield from (_named(name, part, layer.op, OF_MODEL) for part in _split(whole, gates, -1))
             else:
                 view, outputs = _then(_at(index), outputs_last), layer.stored_shape[axis]
-                yield Kernel(f"{name}{ending}", name, layer.op, layer.shape, OF_MODEL, view, outputs, to_operator)
+                yield NamedKernel(f"{name}{ending}", name, layer.op, layer.shape, OF_MODEL, view, outputs, to_operator)
 
     # Bare weights
 
@@ -221,7 +221,7 @@ class _Reader:
             return [_Part("", shape, _same)]
         return [_Part(f"[{i}]", shape[1:], _at((i,))) for i in range(shape[0])]
 
-    def _of_part(self, name: str, part: _Part) -> list[Kernel]:
+    def _of_part(self, name: str, part: _Part) -> list[NamedKernel]:
         shape = part.shape
         _require(len(shape) > 1, "a vector for each of several layers")
         _require(len(shape) <= 5, f"{len(shape)} axes, and a kernel has at most three of taps and two of channels")
@@ -239,7 +239,7 @@ class _Reader:
             return [_named(name, gate, Dense(), rule) for gate in parts]
         return [self._convolution(name, gate, layout, rule) for gate in parts]
 
-    def _convolution(self, name: str, moved: _Part, layout: str, rule: str) -> Kernel:
+    def _convolution(self, name: str, moved: _Part, layout: str, rule: str) -> NamedKernel:
         """The kernel of an array whose axes are `(*taps, inputs, outputs)` already."""
         *taps, inputs, outputs = moved.shape
         _require(
@@ -388,5 +388,5 @@ def _split(part: _Part, gates: str, axis: int) -> list[_Part]:
     return [_Part(f"{part.ending}[{letter}]", shape, gate(number)) for number, letter in enumerate(gates)]
 
 
-def _named(name: str, part: _Part, op: Operator, rule: str) -> Kernel:
-    return Kernel(f"{name}{part.ending}", name, op, part.shape, rule, part.view, part.shape[-1])
+def _named(name: str, part: _Part, op: Operator, rule: str) -> NamedKernel:
+    return NamedKernel(f"{name}{part.ending}", name, op, part.shape, rule, part.view, part.shape[-1])

@@ -17,7 +17,7 @@ from jaxsrn.bounds import certified
 from jaxsrn.bounds.covers import NormInterval
 from jaxsrn.bounds.interval import certified_by_pair
 from jaxsrn.operators import Dense, Operator, UnboundedConv, ZeroPaddedConv
-from jaxsrn.report.kernels import Kernel
+from jaxsrn.report.kernels import NamedKernel
 from jaxsrn.report.matrices import Numbers, numbers_of_matrix, singular_values_of_matrix
 from jaxsrn.spectra import singular_values, stable_rank_range
 from jaxsrn.spectra.common_shapes import is_matrix, num_copies
@@ -78,7 +78,7 @@ class LayerReport:
         return 1.0 if high == low else (self.stable_rank - low) / (high - low)
 
 
-def layer_report(kernel: Kernel, values: np.ndarray, spectra: bool, batch_norm: str | None) -> LayerReport:
+def layer_report(kernel: NamedKernel, values: np.ndarray, spectra: bool, batch_norm: str | None) -> LayerReport:
     """The record of one layer, from the values of its kernel in the shape that `kernel` says."""
     op = kernel.op
     flat, copies = values.reshape((-1, values.shape[-1])), num_copies(kernel.shape, op)

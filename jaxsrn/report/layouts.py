@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from jaxsrn._tools.checks import ensure
 
-__all__ = ["LAYOUTS", "Axes", "axes_of", "check_layout", "leaf_of", "likely_layout", "parts_of"]
+__all__ = ["LAYOUTS", "Axes", "axes_of", "check_layout", "leaf_of", "likely_layout", "parts_of", "split_name"]
 
 LAYOUTS = ("HWIO", "OIHW", "OHWI")
 # The names that Flax, Haiku and Keras give to kernels, and that PyTorch and Equinox give to them.
@@ -52,6 +52,12 @@ def axes_of(layout: str, ndim: int) -> Axes:
     spread = layout.replace("HW", "T" * num_taps)
     taps = tuple(i for i, axis in enumerate(spread) if axis == "T")
     return Axes(taps, spread.index("I"), spread.index("O"))
+
+
+def split_name(name: str) -> tuple[str, str, str]:
+    """What stands before the leaf of a name, the leaf, and the ":0" of Keras: `("conv/", "kernel", ":0")`."""
+    whole, leaf = name.removesuffix(":0"), leaf_of(name)
+    return whole[: len(whole) - len(leaf)], leaf, name[len(whole) :]
 
 
 def parts_of(name: str) -> list[str]:

@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 
 from jaxsrn.report.files import ArrayInfo
-from jaxsrn.report.layouts import leaf_of
+from jaxsrn.report.layouts import split_name
 
 __all__ = ["gates_of"]
 
@@ -29,7 +29,7 @@ def gates_of(name: str, infos: Mapping[str, ArrayInfo]) -> str:
 
     The kernel that reads the hidden state shows how many there are: each has as many outputs as the state.
     """
-    leaf, stem = leaf_of(name), name[: len(name.removesuffix(":0")) - len(leaf_of(name))]
+    stem, leaf, _ = split_name(name)
     if found := _TORCH.fullmatch(leaf):
         _, kind, layer, reverse = found.groups()
         ending = f"{layer or ''}{reverse or ''}"

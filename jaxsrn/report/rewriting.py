@@ -15,7 +15,7 @@ import numpy as np
 from jaxsrn._tools.checks import ensure, float_dtype, static_share
 from jaxsrn.normalization import srnc
 from jaxsrn.report.files import open_arrays
-from jaxsrn.report.kernels import Kernel, Skipped, find_kernels
+from jaxsrn.report.kernels import NamedKernel, Skipped, find_kernels
 from jaxsrn.report.terminal import Progress, progress_bar
 from jaxsrn.spectra import spectral_norm, stable_rank, stable_rank_range, target_of_fraction
 
@@ -115,7 +115,7 @@ def normalize(
     return [changes[kernel.name] for kernel in kernels], skipped
 
 
-def _normalized_in(array: np.ndarray, kernel: Kernel, fraction: float, most: float | None) -> Change:
+def _normalized_in(array: np.ndarray, kernel: NamedKernel, fraction: float, most: float | None) -> Change:
     """Normalizes a kernel within its array, in place."""
     view, op = kernel.view(array), kernel.op
     old = view.copy()

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Inexact
 from jaxsrn._tools.linalg import divisor
 from jaxsrn.operators.base import Operator
 
-__all__ = ["Found", "Pair", "by_largest", "first_of", "matrix_size", "rescaled", "without_idle_taps"]
+__all__ = ["Found", "Pair", "by_largest", "matrix_size", "rescaled", "without_idle_taps"]
 
 
 class Pair(NamedTuple):
@@ -40,11 +40,6 @@ class Found(NamedTuple):
 
     value: Float[Array, ""]
     pair: Pair
-
-
-def first_of(pairs: Pair) -> Pair:
-    """The first of a stack of pairs."""
-    return jax.tree.map(lambda leaf: leaf[0], pairs)
 
 
 def matrix_size(op: Operator, kernel_shape: tuple[int, ...]) -> int:

@@ -16,6 +16,7 @@ from jaxtyping import Array, Complex, Float
 
 from jaxsrn._tools.checks import Kernel, computed_form, ensure, float_dtype, is_integer, kernel_array
 from jaxsrn._tools.held import held, stationary
+from jaxsrn._tools.indexing import stack_of_one
 from jaxsrn._tools.lanczos import top_singular_vectors
 from jaxsrn._tools.programs import program
 from jaxsrn._tools.tolerances import DENSE_SIZE, vector_tolerance
@@ -156,7 +157,7 @@ def _top_matrix_free(kernel, op, k):
     fixed, _ = rescaled(lax.stop_gradient(kernel), op)
     found = top_singular_vectors(*flat_products(fixed, op), k, vector_tolerance(kernel.dtype), kernel.dtype)
     values = functools.partial(_values_of_vectors, op)
-    move = stationary(lambda kernel, vectors: values(kernel, jax.tree.map(lambda leaf: leaf[None], vectors))[0])
+    move = stationary(lambda kernel, vectors: values(kernel, stack_of_one(vectors))[0])
     return jnp.sort(held(values, jax.vmap(move, (None, 0)), kernel, found))[::-1]
 
 

@@ -13,10 +13,8 @@ from jaxsrn.normalization.training.state import SRNCState, without_pair_of_zero
 from jaxsrn.normalization.training.tracking import follow
 from jaxsrn.operators.base import Operator
 
-__all__ = ["MAX_PASSES", "followed"]
+__all__ = ["followed"]
 
-# A guard of the loops, the same as the default of `srnc`.
-MAX_PASSES = 500
 # A pass that raises the largest value by this share says that the state knows little of the kernel, whose weights were
 # loaded or moved far. Then passes go on until one raises it by less than the second share.
 _FAR, _AT_REST = 0.05, 1e-5

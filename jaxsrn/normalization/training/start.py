@@ -11,20 +11,19 @@ from __future__ import annotations
 import functools
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
 from jaxsrn._tools.checks import Kernel, ensure, float_dtype, kernel_array, positive_scalar
-from jaxsrn._tools.indexing import chosen, picked
+from jaxsrn._tools.indexing import chosen, picked, stack_of_one
 from jaxsrn._tools.programs import program
-from jaxsrn._tools.tolerances import kernel_tolerance
+from jaxsrn._tools.tolerances import MAX_PASSES, kernel_tolerance
 from jaxsrn.normalization.closed_form import INFEASIBLE, Problem, problem_of
 from jaxsrn.normalization.normalized import normalized
 from jaxsrn.normalization.starts import best_of, image_waves, survey, with_own
-from jaxsrn.normalization.training.passes import MAX_PASSES, followed
+from jaxsrn.normalization.training.passes import followed
 from jaxsrn.normalization.training.state import SRNCState, as_floats, without_pair_of_zero
 from jaxsrn.normalization.training.tracked_torus import pairs_of
 from jaxsrn.normalization.training.tracking import Track, follow, start_track
@@ -74,12 +73,12 @@ def srnc_state(kernel: Kernel, op: Operator, target, *, norm=1.0, cap: bool = Fa
     kernel, target, _ = checked(kernel, op, target, norm, cap)
     kernel, op = as_matrix(kernel, op)
     needs_own = follows_own(op, target, norm, cap)
-    by_steps = _is_found_by_steps(op, kernel.shape, _is_enough_roughly(target, needs_own))
+    by_steps = _is_found_by_steps(op, kernel.shape, _own_pair_may_be_rough(target, needs_own))
     own = None if by_steps else leading_pair(kernel, op)
     return _srnc_state(kernel, op, own, target, needs_own)
 
 
-def _is_enough_roughly(target, follows_own: bool) -> bool:
+def _own_pair_may_be_rough(target, follows_own: bool) -> bool:
     """Whether the kernel's own pair is only a start on the way to the target, and not what the state is to hold."""
     return target is not None and not follows_own
 
@@ -125,14 +124,14 @@ def _started(a: Float[Array, "..."], op: Operator, pair: Pair | None, target, fo
     """The state of a kernel, with its own leading pair where that was searched."""
     waves = image_waves(a, op, target) if isinstance(op, ZeroPaddedConv) and target is not None else None
     if pair is None:
-        own = _found(a, op, waves, _is_enough_roughly(target, follows_own))
+        own = _found(a, op, waves, _own_pair_may_be_rough(target, follows_own))
     else:
         own = start_track(a, op, pair, target is None)
     if target is None or op._normalization_keeps_pairs:
         return SRNCState(own, None)
     problem = problem_of(a, op, target, frozen_value(a, op, own.pair))
     unchanged = problem.squared <= target * problem.norm**2
-    alone = jax.tree.map(lambda leaf: leaf[None], own.pair)
+    alone = stack_of_one(own.pair)
     starts = chosen(unchanged, alone, _starts(problem, op, own, waves))
     settled = without_pair_of_zero(a, _settled(problem, op, starts, own))
     return SRNCState(settled, own if follows_own else None)

@@ -15,9 +15,10 @@ from jax import lax
 
 from jaxsrn._tools.checks import Kernel, ensure, float_dtype, static_int
 from jaxsrn._tools.programs import program
+from jaxsrn._tools.tolerances import MAX_PASSES
 from jaxsrn.normalization.implicit import frozen, moving_pair
 from jaxsrn.normalization.normalized import is_only_rescaled, normalized
-from jaxsrn.normalization.training.passes import MAX_PASSES, followed
+from jaxsrn.normalization.training.passes import followed
 from jaxsrn.normalization.training.start import checked, follows_own
 from jaxsrn.normalization.training.state import SRNCState, as_floats, of_floats
 from jaxsrn.normalization.training.tracking import track_shapes

@@ -11,15 +11,16 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
+from jaxsrn._tools.indexing import first_of, stack_of_one
 from jaxsrn._tools.linalg import einsum, real_where_possible, top_pairs, unit
 from jaxsrn.operators.convolutions import CircularConv, UnboundedConv
 from jaxsrn.spectra.circular.angles import angles_of
 from jaxsrn.spectra.circular.climbing import best_frequency, filter_of
 from jaxsrn.spectra.circular.fourier import of_group, polynomial, site_shape, site_symbol
+from jaxsrn.spectra.circular.plane_waves import site_gradient, site_of_images, wave
 from jaxsrn.spectra.circular.real_floats import amplitudes_of, group_of, indices_of, parts_of, turns_of
 from jaxsrn.spectra.circular.sites import Site, on_grid
-from jaxsrn.spectra.circular.waves import site_gradient, site_of_images, wave
-from jaxsrn.spectra.singular_pair import Pair, first_of
+from jaxsrn.spectra.singular_pair import Pair
 
 __all__ = [
     "as_floats",
@@ -110,7 +111,7 @@ def _better_site(kernel, layer: CircularConv, pair: Pair) -> Site:
 
 def pair_at(kernel: Float[Array, "..."], op: CircularConv, site: Site) -> Pair:
     """The leading pair at one site."""
-    return first_of(pairs_at(kernel, op, jax.tree.map(lambda leaf: leaf[None], site))[1])
+    return first_of(pairs_at(kernel, op, stack_of_one(site))[1])
 
 
 def pairs_at(kernel, op: CircularConv, sites: Site) -> tuple[Float[Array, " k"], Pair]:

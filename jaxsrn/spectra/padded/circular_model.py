@@ -14,8 +14,8 @@ from jaxtyping import Array, Float
 
 from jaxsrn._tools.linalg import unit
 from jaxsrn.operators.convolutions import CircularConv, ZeroPaddedConv
+from jaxsrn.spectra.circular.plane_waves import wave
 from jaxsrn.spectra.circular.sites import Site
-from jaxsrn.spectra.circular.waves import wave
 from jaxsrn.spectra.singular_pair import Pair
 
 __all__ = [
