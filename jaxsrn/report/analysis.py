@@ -70,7 +70,8 @@ def analyze(
       stacked: the beginnings of names of bare arrays whose first axis is one of layers, where no bias shows that.
       spectra: whether to list condition numbers and effective ranks where `singular_values` takes the layer.
       fold_batch_norm: whether batch normalizations are folded into the kernels that they follow by their names
-        (`penalties.fold_batch_norm`). Those that follow none are listed among what was skipped.
+        (`penalties.fold_batch_norm`). Those that follow none are listed among what was skipped. Bare weights do not
+        say which convolutions are transposed: PyTorch's of as many inputs as outputs are folded along the wrong axis.
       epsilon: that of the batch normalizations; by default that of the NNX model, 1e-3 for Keras's names, else 1e-5.
       computes: as for `jaxsrn.nnx.layer_operators`.
       progress: a function of `(layers done, layers in all, the name of the next)`; `True` for a bar on the error
