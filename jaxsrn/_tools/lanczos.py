@@ -34,7 +34,7 @@ _KEPT = 8
 _BETWEEN_CHECKS = 4
 # The search ends after so many restarts, converged or not; its residual says which. Those of long sequences in float64
 # take more than 200, as their leading singular values are close.
-_MAX_RESTARTS, _MAX_RESTARTS_IN_FLOAT64 = 200, 3000
+_MAX_RESTARTS, _MAX_RESTARTS_IN_FLOAT64 = 200, 1000
 
 
 class SingularVectors(NamedTuple):
