@@ -1,5 +1,7 @@
 """SRN of a matrix: the theorem's closed cases, and independent constrained optimisation over the singular values."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -198,3 +200,21 @@ def test_rounding_does_not_decide_how_many_fit(seed):
     result = jaxsrn.srn(jnp.asarray(q), 2.0, num_preserved=2)
     assert int(result.num_preserved) == 2
     np.testing.assert_allclose(result.stable_rank, 2, rtol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("n", [2, 3, 5, 16])
+def test_raising_to_the_rank_itself(n, dtype):
+    """There all singular values are equal, and rounding must not decide which of them are clipped."""
+    rng = np.random.default_rng(0)
+    for rank in {n, n - 1}:
+        values = np.where(np.arange(n) < rank, rng.uniform(0.1, 1, (20, n)), 0)
+        left, right = np.linalg.qr(rng.standard_normal((2, 20, n, n)))[0]
+        matrices = jnp.asarray(np.sort(values)[:, None, ::-1] * left @ right, dtype)
+        raise_to = functools.partial(jaxsrn.srn, target=float(rank), raise_rank=True)
+        raised = jax.jit(jax.vmap(raise_to))(matrices)
+        found = np.linalg.svd(np.asarray(raised.kernel, float), compute_uv=False)
+        largest = np.linalg.svd(np.asarray(matrices, float), compute_uv=False)[:, :1]
+        expected = np.where(np.arange(n) < rank, largest, 0)
+        np.testing.assert_allclose(found, expected, atol=1e-5 if dtype == np.float32 else 1e-12)
+        assert np.all(raised.feasible)

@@ -107,11 +107,11 @@ def test_one_step_is_enough_for_a_kernel_that_was_replaced(name, share):
         kernel = 5 * gaussian32(shape, seed + 10)
         target = target_of(kernel, name, share)
         errors.append(norm_and_rank(step(kernel, state, target)[0], op)[0] - 1)
-        # A given number of power steps is kept to.
+        # A given number of power steps is kept to, but for a second one where another pair takes over.
         given.append(norm_and_rank(srnc_step(kernel, state, op, target, num_steps=1)[0], op)[0] - 1)
     assert max(errors) <= 0.06
     assert np.median(errors) <= CLOSE
-    assert max(given) > 5 * np.median(errors) + 1e-3
+    assert max(given) > 5 * np.median(errors) + 1e-4
 
 
 def wrapped_conv(seed=0, fraction=0.7):

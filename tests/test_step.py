@@ -564,3 +564,20 @@ def test_a_second_pass_follows_where_another_pair_takes_over(monkeypatch):
         srnc_step(after, state, op, target, num_steps=1)
     assert turned[0]
     assert len(turned) == 2
+
+
+@pytest.mark.parametrize("target", [None, 2.0])
+def test_a_zero_matrix_stays_zero_and_recovers(target):
+    state = srnc_state(jnp.zeros((4, 3)), Dense(), target)
+    for matrix in (jnp.zeros((4, 3)), gaussian((4, 3))):
+        stepped, state = srnc_step(matrix, state, Dense(), target)
+        if not np.any(matrix):
+            assert not np.any(stepped)
+    for _ in range(20):
+        stepped, state = srnc_step(matrix, state, Dense(), target)
+    values = np.linalg.svd(stepped, compute_uv=False)
+    np.testing.assert_allclose(values[0], 1, rtol=1e-6)
+    if target is not None:
+        np.testing.assert_allclose(
+            np.sum(values**2), min(target, float(jaxsrn.stable_rank(matrix, Dense()))), rtol=1e-6
+        )

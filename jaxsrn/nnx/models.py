@@ -135,12 +135,13 @@ def constrain(model: nnx.Module, wrap: Callable[[tuple, nnx.Module], nnx.Module]
 
 def _unreached(model: nnx.Module, matches: Callable[[tuple, Any], bool]) -> list[str]:
     """The names of the modules outside of wrappers that match, as `nnx.iter_graph` finds them."""
-    inside = {(*path, "layer") for path, node in nnx.iter_graph(model) if isinstance(node, Normalized)}
-    return [
-        ".".join(map(str, path))
-        for path, node in nnx.iter_graph(model)
-        if isinstance(node, nnx.Module) and path not in inside and matches(path, node)
-    ]
+    modules = [(path, node) for path, node in nnx.iter_graph(model) if isinstance(node, nnx.Module)]
+    wrappers = [path for path, node in modules if isinstance(node, Normalized)]
+
+    def is_inside(path: tuple) -> bool:
+        return any(path[: len(wrapper)] == wrapper and path != wrapper for wrapper in wrappers)
+
+    return [".".join(map(str, path)) for path, node in modules if not is_inside(path) and matches(path, node)]
 
 
 def _start_anew(wrappers: list[Normalized]) -> None:

@@ -168,16 +168,19 @@ def _lowered_values(s: Float[Array, " n"], target, num_preserved: int):
 
 def _raised_values(s: Float[Array, " n"], target):
     """`min(tau s, s_1)` of squared norm `target s_1^2`; null values are filled evenly where no `tau` suffices."""
-    largest, n = s[0], len(s)
-    tail = jnp.append(jnp.cumsum((s**2)[::-1])[::-1], 0.0)
+    largest, n, eps = s[0], len(s), jnp.finfo(s.dtype).eps
+    # Values that are 0 but for rounding take no part, and rounding does not decide where two numbers are equal.
+    null, room = s <= n * eps * largest, 1 + 16 * eps
+    num_null, own = jnp.sum(null).astype(s.dtype), jnp.where(null, 0.0, s)
+    tail = jnp.append(jnp.cumsum((own**2)[::-1])[::-1], 0.0)
     # Where the first j values are clipped, the others carry (target - j) s_1^2. The right j clips just those above s_1.
     j = jnp.arange(1, n + 1, dtype=s.dtype)
     tau = jnp.where(tail[1:] > 0, safe_sqrt(ratio((target - j) * largest**2, tail[1:])), jnp.inf)
-    following = jnp.append(s[1:], 0.0)
-    consistent = (tau * jnp.where(following > 0, following, 0.0) <= largest) & (target >= j) & jnp.isfinite(tau)
+    following = jnp.append(own[1:], 0.0)
+    clips_those = tau * jnp.where(following > 0, following, 0.0) <= largest * room
+    consistent = clips_those & (target >= j) & jnp.isfinite(tau)
     tau = tau[jnp.argmax(consistent)]
-    null = s <= n * jnp.finfo(s.dtype).eps * largest
-    num_null = jnp.sum(null).astype(s.dtype)
     filler = jnp.minimum(largest * safe_sqrt(ratio(target - (n - num_null), num_null)), largest)
     clipped = jnp.minimum(jnp.where(jnp.isfinite(tau), tau, 1.0) * s, largest)
-    return jnp.where(target > n - num_null, jnp.where(null, filler, largest), clipped)
+    fills = (target * room >= n - num_null) | ~jnp.any(consistent)
+    return jnp.where(fills, jnp.where(null, filler, largest), clipped)

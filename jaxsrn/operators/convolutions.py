@@ -79,7 +79,9 @@ class UnboundedConv(_Conv):
     `transpose`, `to_dense`, `in_shape`, `out_shape`) raises `ValueError`.
 
     Args:
-      strides, kernel_dilation: an int, or one per axis.
+      strides, kernel_dilation: an int, or one per axis. Where an array may be a stack of layers (`penalties.total`,
+        `optim.keep_spectral_norm`), only one per axis, `strides=(1, 1)`, says how many axes a kernel has; with ints
+        every array is one kernel.
       feature_group_count: number of groups.
 
     Raises:

@@ -56,8 +56,8 @@ _STEP = 0.1
 _RELAXATION = 1.9
 # Passes between two proofs of the gap, which take as long as one or two passes.
 _PASSES_PER_PROOF = 20
-# The ratio at which `_balance` holds two shares: that of the clipped stack which is cropped, and that of the multipliers
-# which is not feasible. Fine grids need short steps in the end.
+# The ratio at which `_balance` holds two shares: that of the clipped stack which is cropped, and that of the
+# multipliers which is not feasible. Fine grids need short steps in the end.
 _PREFERENCE = 0.3
 
 

@@ -176,7 +176,8 @@ def _project_spectral_ball(kernel, op, own, max_norm, tolerance, max_steps):
     size = jnp.sqrt(jnp.sum(weights * fixed**2))
     if isinstance(op, Dense):
         found = smooth_clipped(a[None], limit)[0][0]
-        gap, num_steps = jnp.where(jnp.isnan(size), size, 0.0), jnp.asarray(1, jnp.int32)
+        # Zero, or NaN where the kernel has an entry that is not finite.
+        gap, num_steps = 0 * size, jnp.asarray(1, jnp.int32)
     else:
         # A kernel in the ball is asked for nothing, and takes no step.
         asked = jnp.where(inside, jnp.inf, tolerance * size)

@@ -58,7 +58,7 @@ def followed(a: Float[Array, "..."], op: Operator, target, state: SRNCState, ste
 
     no = jnp.asarray(False)
     state = lax.while_loop(unfinished, one_pass, _Passes(jnp.asarray(0, jnp.int32), no, no, state)).state
-    return state if keeps_pairs else state._replace(normalized=without_pair_of_zero(a, state.normalized))
+    return state if target is None else state._replace(normalized=without_pair_of_zero(a, state.normalized))
 
 
 def _rise(before, after):
