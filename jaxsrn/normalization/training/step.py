@@ -72,8 +72,8 @@ def srnc_step(
     A state may be far from its kernel: of other weights, which were loaded since, or an average of states. The step
     sees that by the singular value that its first pass finds, which is then more than 5% above what the state knew of.
     It goes on with passes until one raises the value by less than 1e-5, up to 500. The constraints hold at the pair
-    that it ends with. After a jump to an unrelated kernel that may not be the leading pair yet: on small layers the
-    norm was more than 1e-3 off in 2% to 13% of such jumps, for one or several steps. `srnc_state` starts anew.
+    that it ends with. After a jump to an unrelated kernel that may not be the leading pair yet, and then the norm is
+    larger than asked for, for one or several steps. `srnc_state` starts anew.
 
     Args:
       kernel: `(c_in, c_out)` or `(*taps, c_in // groups, c_out)`.
