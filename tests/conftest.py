@@ -9,7 +9,7 @@ import jaxlib.version
 # generator, it takes less than half as long. `JAX_DISABLE_MOST_OPTIMIZATIONS=0` compiles as users do. JAX reads both
 # when it is imported; XLA aborts at a flag that it does not know, and later versions may not know this one.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-if jaxlib.version.__version__.startswith("0.10."):
+if os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1" and jaxlib.version.__version__.startswith("0.10."):
     os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_use_fusion_emitters=false"
 
 # jaxlib's batched SVDs hold a thread of XLA's pool each while they wait for others to work (0.10.2): where one program
