@@ -30,8 +30,9 @@ def _parser() -> argparse.ArgumentParser:
     about = (__doc__ or "\n\n").split("\n\n")[1].replace("\n", " ")
     parser = _Parser("jaxsrn", description="Spectral norms and stable ranks of the layers of a network.", epilog=about)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+    reading = _how_files_are_read()
     for add in (_add_report, _add_normalize, _add_compare):
-        add(commands, _how_files_are_read())
+        add(commands, reading)
     return parser
 
 

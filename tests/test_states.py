@@ -111,7 +111,8 @@ def test_one_step_is_enough_for_a_kernel_that_was_replaced(name, share):
         given.append(norm_and_rank(srnc_step(kernel, state, op, target, num_steps=1)[0], op)[0] - 1)
     assert max(errors) <= 0.06
     assert np.median(errors) <= CLOSE
-    assert max(given) > 5 * np.median(errors) + 1e-4
+    # Without a target the second pass of a matrix leaves less.
+    assert max(given) > 5 * np.median(errors) + (1e-4 if (name, share) == ("dense", None) else 1e-3)
 
 
 def wrapped_conv(seed=0, fraction=0.7):

@@ -25,7 +25,7 @@ RECORDED = {"performance": ROOT / "benchmarks" / "results"}
 RECORDED |= {f"experiments/{name}": ROOT / "examples" / name for name in PAPERS + NETWORKS}
 STUDIES = ("compare_optimizers", "norms_in_training", "sanyal2020", "srn_gan", "stable_recurrence")
 RECORDED |= {f"studies/{study}": ROOT / "examples" / study for study in STUDIES}
-
+FOLDER_OF = {source: folder for folder, source in RECORDED.items()}
 
 # Tables, and code of up to 120 columns, get the room of the table of contents.
 _WIDE = "---\nhide: [toc]\n---\n\n"
@@ -70,9 +70,8 @@ _TARGET = re.compile(r"(?<=\]\()[^)#\s]+")
 def _as_page(target: str, page: str) -> str:
     """A link from a page to a tutorial or a recorded file, as a link to the page that is made of it."""
     path = Path(os.path.normpath((DOCS / page).parent / target))
-    sources = {source: folder for folder, source in RECORDED.items()}
-    if path.parent in sources:
-        made = DOCS / sources[path.parent] / path.name
+    if path.parent in FOLDER_OF:
+        made = DOCS / FOLDER_OF[path.parent] / path.name
     elif path.parent == DOCS / "tutorials" and path.stem != Path(page).stem:
         made = path.with_suffix(".md")
     else:

@@ -29,7 +29,7 @@ from jaxsrn.linen.wrappers import (
     stepped,
     trace_keys,
 )
-from jaxsrn.normalization.training.flax_constraint import each_kind_once
+from jaxsrn.normalization.training.flax_constraint import each_kind_once, ensure_wrapper
 from jaxsrn.normalization.training.state import SRNCState
 from jaxsrn.operators.flax_calls import trace
 from jaxsrn.operators.flax_kinds import ensure_own_kernel, layer_name, shown
@@ -188,10 +188,7 @@ class Survey(nn.Module):
         for path, (rule, layer, kernel) in matched.items():
             with errors_named(".".join(path) or type(layer).__name__):
                 wrapper = rule.wrap(path, layer)
-                ensure(
-                    isinstance(wrapper, Normalized),
-                    f"wrap: got a {type(wrapper).__name__}, expected a StableRankNorm or a SpectralNorm.",
-                )
+                ensure_wrapper(wrapper, Normalized)
                 wrapper.kind()
                 ensure(kernel is not None, "it has no parameter 'kernel'.")
                 blank = wrapper.described(jnp.shape(nn.meta.unbox(kernel)))

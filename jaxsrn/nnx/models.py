@@ -12,7 +12,7 @@ from flax import nnx
 
 from jaxsrn._tools.checks import ensure, errors_named
 from jaxsrn.nnx.wrappers import CHANGING, LAYERS, Normalized
-from jaxsrn.normalization.training.flax_constraint import each_kind_once
+from jaxsrn.normalization.training.flax_constraint import each_kind_once, ensure_wrapper
 from jaxsrn.operators.flax_calls import CallRecord, trace
 from jaxsrn.operators.flax_kinds import ensure_own_kernel, shown
 from jaxsrn.operators.layers import LayerOperators
@@ -75,8 +75,7 @@ def fold(model: nnx.Module) -> nnx.Module:
       ValueError: a wrapper in an object that is no Pytree of NNX, list, tuple or dictionary, such as a dataclass.
     """
     plain = _rewritten(nnx.clone(model), lambda path, node: node.folded() if isinstance(node, Normalized) else node)
-    left = _unreached(plain, lambda path, node: isinstance(node, Normalized))
-    ensure(not left, f"{', '.join(left)}: in an object that cannot be changed, expected wrappers in Pytrees of NNX.")
+    _ensure_reached(plain, lambda path, node: isinstance(node, Normalized))
     return plain
 
 
@@ -114,34 +113,28 @@ def constrain(model: nnx.Module, wrap: Callable[[tuple, nnx.Module], nnx.Module]
             return node
         with errors_named(".".join(map(str, path))):
             wrapper = wrap(path, node)
-            ensure(
-                isinstance(wrapper, Normalized),
-                f"wrap: got a {type(wrapper).__name__}, expected a StableRankNorm or a SpectralNorm.",
-            )
+            ensure_wrapper(wrapper, Normalized)
         found.append(wrapper)
         return wrapper
 
     rewritten = _rewritten(nnx.clone(model), change)
-    missed = _unreached(rewritten, lambda path, node: not isinstance(node, Normalized) and matches(path, node))
-    ensure(
-        bool(found or missed),
-        f"where: got {shown(where)}, which matches no layer of {type(model).__name__}; expected some.",
-    )
-    ensure(not missed, f"{', '.join(missed)}: in an object that cannot be changed, expected layers in Pytrees of NNX.")
+    _ensure_reached(rewritten, lambda path, node: not isinstance(node, Normalized) and matches(path, node))
+    ensure(bool(found), f"where: got {shown(where)}, which matches no layer of {type(model).__name__}; expected some.")
     # Where kernels are traced, what started the wrappers one by one is dead code, which JAX drops.
     _start_anew([wrapper for wrapper in found if isinstance(wrapper.layer.kernel[...], jax.core.Tracer)])
     return rewritten
 
 
-def _unreached(model: nnx.Module, matches: Callable[[tuple, Any], bool]) -> list[str]:
-    """The names of the modules outside of wrappers that match, as `nnx.iter_graph` finds them."""
+def _ensure_reached(model: nnx.Module, was_to_change: Callable[[tuple, Any], bool]) -> None:
+    """Raises `ValueError` where a module outside of wrappers is left that was to change (`nnx.iter_graph`)."""
     modules = [(path, node) for path, node in nnx.iter_graph(model) if isinstance(node, nnx.Module)]
     wrappers = [path for path, node in modules if isinstance(node, Normalized)]
 
     def is_inside(path: tuple) -> bool:
         return any(path[: len(wrapper)] == wrapper and path != wrapper for wrapper in wrappers)
 
-    return [".".join(map(str, path)) for path, node in modules if not is_inside(path) and matches(path, node)]
+    left = [".".join(map(str, path)) for path, node in modules if not is_inside(path) and was_to_change(path, node)]
+    ensure(not left, f"{', '.join(left)}: in an object that cannot be changed, expected layers in Pytrees of NNX.")
 
 
 def _start_anew(wrappers: list[Normalized]) -> None:
@@ -194,16 +187,17 @@ def layer_calls(model: nnx.Module, *inputs, computes: Mapping[type, type | None]
     is_called = bool(inputs or options)
     calls = CallRecord(LAYERS, computes, unbounded=not is_called)
     graphdef, state = nnx.split(model)
-    shared = _shared_kernels(model)
+    places = _places_in_state(model)
+
+    def place_of(kernel_path: tuple) -> tuple:
+        return places.get(kernel_path, kernel_path)
 
     def record(path, node):
         ensure_own_kernel(node, CHANGING, ".".join(map(str, path)))
         if isinstance(node, Normalized):
-            place = (*path, "layer", "kernel")
-            calls.note_map(shared.get(place, place), node.constraint.layer_map)
+            calls.note_map(place_of((*path, "layer", "kernel")), node.constraint.layer_map)
         elif calls.concerns(node):
-            place = (*path, "kernel")
-            place = shared.get(place, place)
+            place = place_of((*path, "kernel"))
             if not is_called:
                 calls.note(place, node, node.kernel.shape)
             return _Recorder(node, place, calls)
@@ -218,8 +212,8 @@ def layer_calls(model: nnx.Module, *inputs, computes: Mapping[type, type | None]
     return calls
 
 
-def _shared_kernels(model: nnx.Module) -> dict[tuple, tuple]:
-    """`{path of a kernel: the path under which the state of the model holds it}`, for layers that share a variable."""
+def _places_in_state(model: nnx.Module) -> dict[tuple, tuple]:
+    """`{path of a kernel: its path in the state of the model}`; they differ for layers that share a variable."""
     nodes = list(nnx.iter_graph(model))
     held = {id(node): path for path, node in nodes if isinstance(node, nnx.Variable)}
     kernels = [(path, getattr(node, "kernel", None)) for path, node in nodes if isinstance(node, nnx.Module)]

@@ -177,9 +177,7 @@ def _scale_by_steepest(layers, momentum, nesterov: bool, method: str, num_passes
         return SpectralDescentState(jnp.zeros((), jnp.int32), jax.tree.map(jnp.zeros_like, params), tuple(memory))
 
     # The jit is here, so that an eager `update` compiles once.
-    @jax.jit
-    def all_steps(momenta, memory, count):
-        return _all_steps(layers, momenta, memory, count, method, num_passes)
+    all_steps = jax.jit(functools.partial(_all_steps, layers, method=method, num_passes=num_passes))
 
     def update(updates, state, params=None, **extra_args):
         del params, extra_args

@@ -197,23 +197,18 @@ class _Safetensors(NamedArrays):
 
     def __init__(self, path: Path):
         self._path, self.source = path, path.name
-        with self._opened() as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-            infos = {
-                name: ArrayInfo(tuple(found.get_shape()), self._dtype(found.get_dtype()))
-                for name, found in slices.items()
-            }
-        self.infos = _sorted(infos)
+        self._check()
         with open(path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(length))
-        self._offsets = {name: 8 + length + header[name]["data_offsets"][0] for name in infos}
+        header.pop("__metadata__", None)
+        self.infos = _sorted(
+            {name: ArrayInfo(tuple(entry["shape"]), self._dtype(entry["dtype"])) for name, entry in header.items()}
+        )
+        self._offsets = {name: 8 + length + entry["data_offsets"][0] for name, entry in header.items()}
 
-    def _dtype(self, name: str) -> np.dtype | str:
-        return np.dtype(self._DTYPES[name]) if name in self._DTYPES else name
-
-    @contextlib.contextmanager
-    def _opened(self):
+    def _check(self) -> None:
+        """Raises `BrokenFile` where the library refuses the file."""
         try:
             import safetensors
         except ImportError as error:
@@ -221,11 +216,13 @@ class _Safetensors(NamedArrays):
                 f"{self._path}: reading .safetensors needs safetensors; install it: pip install 'jaxsrn[cli]'."
             ) from error
         try:
-            file = safetensors.safe_open(self._path, framework="numpy")
+            with safetensors.safe_open(self._path, framework="numpy"):
+                pass
         except safetensors.SafetensorError as error:
             raise BrokenFile(f"{self._path}: cannot be read as a .safetensors file ({error}).") from error
-        with file:
-            yield file
+
+    def _dtype(self, name: str) -> np.dtype | str:
+        return np.dtype(self._DTYPES[name]) if name in self._DTYPES else name
 
     def read(self, name):
         shape, dtype = self.infos[name]

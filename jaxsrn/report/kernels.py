@@ -9,7 +9,7 @@ import collections
 import functools
 import itertools
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -68,7 +68,7 @@ class NamedKernel(NamedTuple):
     rule: str
     view: Callable[[np.ndarray], np.ndarray]
     num_outputs: int
-    to_operator: Callable[[np.ndarray], np.ndarray] = lambda kernel: kernel
+    to_operator: Callable[[np.ndarray], np.ndarray]
 
 
 class KnownLayer(NamedTuple):
@@ -283,11 +283,8 @@ class _Reader:
         channels = {name: found for name in self.infos if (found := self._channels_of(name))}
         others = {outputs for inputs, outputs in channels.values() if inputs > 1}
         thin = [name for name, (inputs, outputs) in channels.items() if inputs == 1 and outputs in others]
-        scopes = {name: parts_of(name)[:-2] for name in self.infos}
-        shared = len(list(itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*scopes.values(), strict=False))))
-        # A layer that stands in no scope is of a network without a name.
-        network_of = {name: next(iter(scopes[name][shared:]), "") for name in thin}
-        counts = collections.Counter(network_of.values())
+        network_of = _networks(self.infos)
+        counts = collections.Counter(network_of[name] for name in thin)
         return {name for name in thin if counts[network_of[name]] > 1}
 
     def _channels_of(self, name: str) -> tuple[int, int] | None:
@@ -318,6 +315,16 @@ class _Reader:
             if 3 <= len(info.shape) <= 5 and (likely := likely_layout(name, info.shape))
         }
         return found.pop() if len(found) == 1 else None
+
+
+def _networks(names: Collection[str]) -> dict[str, str]:
+    """The network of every array: the first part in which the names differ, but for the layer's own and the leaf's.
+
+    A layer outside of all scopes is of a network without a name.
+    """
+    scopes = {name: parts_of(name)[:-2] for name in names}
+    shared = len(list(itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*scopes.values(), strict=False))))
+    return {name: next(iter(scope[shared:]), "") for name, scope in scopes.items()}
 
 
 def _has_multipliers(name: str, outputs: int) -> bool:
@@ -389,4 +396,4 @@ def _split(part: _Part, gates: str, axis: int) -> list[_Part]:
 
 
 def _named(name: str, part: _Part, op: Operator, rule: str) -> NamedKernel:
-    return NamedKernel(f"{name}{part.ending}", name, op, part.shape, rule, part.view, part.shape[-1])
+    return NamedKernel(f"{name}{part.ending}", name, op, part.shape, rule, part.view, part.shape[-1], _same)

@@ -18,7 +18,7 @@ from jaxsrn.operators.flax_kinds import layer_name
 from jaxsrn.operators.flax_layers import LayerMap
 from jaxsrn.spectra.ranks import target_of_fraction
 
-__all__ = ["Constraint", "each_kind_once", "target_for"]
+__all__ = ["Constraint", "each_kind_once", "ensure_wrapper", "target_for"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,6 +108,14 @@ def each_kind_once(
         stacked = jax.lax.map(starts[first], jnp.stack([kernels[i] for i in (first, *others)]))
         states |= {i: jax.tree.map(lambda leaf, n=n: leaf[n], stacked) for n, i in enumerate((first, *others))}
     return [states[i] for i in range(len(kernels))]
+
+
+def ensure_wrapper(wrapper, base: type) -> None:
+    """Raises `ValueError` unless the result of a `wrap` is a wrapper of the library that `base` belongs to."""
+    ensure(
+        isinstance(wrapper, base),
+        f"wrap: got a {type(wrapper).__name__}, expected a StableRankNorm or a SpectralNorm.",
+    )
 
 
 def target_for(layer, seen: LayerMap, fraction) -> float:
