@@ -73,7 +73,9 @@ def widened(interval: NormInterval, kernel: Float[Array, "..."], op: Operator, l
 
     Aliased taps are summed and may cancel. Their rounding is relative to the taps, not to the sum.
     """
-    slack, may_cancel = slack_of(kernel, op, longest), op._distinct_shape(kernel.shape) != kernel.shape
-    margin = slack * lax.stop_gradient(jnp.linalg.norm(kernel)) if may_cancel else 0.0
-    lower = jnp.maximum(interval.lower * (1 - slack) - margin, 0)
-    return NormInterval(lower, interval.upper * (1 + slack) + margin)
+    slack = slack_of(kernel, op, longest)
+    lower, upper = interval.lower * (1 - slack), interval.upper * (1 + slack)
+    if op._distinct_shape(kernel.shape) != kernel.shape:
+        margin = slack * lax.stop_gradient(jnp.linalg.norm(kernel))
+        lower, upper = lower - margin, upper + margin
+    return NormInterval(jnp.maximum(lower, 0), upper)

@@ -20,7 +20,7 @@ __all__ = [
 ]
 
 
-# Up to 1 ms, which every eager call would pay.
+# It takes up to 1 ms, which every eager call would pay.
 @functools.lru_cache(maxsize=1024)
 def without_idle_axes(op: ZeroPaddedConv, kernel_shape: tuple[int, ...]) -> ZeroPaddedConv:
     """The layer with a single sample along each idle axis; its norm is the same."""

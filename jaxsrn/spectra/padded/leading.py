@@ -30,7 +30,7 @@ from jaxsrn.spectra.padded.idle_channels import Channels, all_channels, may_hold
 from jaxsrn.spectra.padded.starts import circular_peaks, circular_waves, cold_start, missed_phase
 from jaxsrn.spectra.singular_pair import Found, Pair, matrix_size, rescaled, without_idle_taps
 
-__all__ = ["is_searched", "leading_of_padded", "search"]
+__all__ = ["is_proven", "is_searched", "leading_of_padded", "search"]
 
 # A fixed part of this relative norm is mixed into a given start. Without it a start that happens to be another
 # singular vector would trap the search; a larger part would cost the steps that the start saves.
@@ -52,11 +52,16 @@ def leading_of_padded(kernel: Float[Array, "..."], op: ZeroPaddedConv, tolerance
     small = without_idle_axes(op, kernel.shape)
     # The images of a start are those of the larger layer.
     start = start if small == op else None
-    if math.prod(small.input_shape) == 1 or (proven and not is_searched(op, kernel.shape)):
+    if math.prod(small.input_shape) == 1 or (proven and is_proven(op, kernel.shape)):
         return _of_matrix(kernel, op)
     if start is None:
         return _cold(kernel, op, tolerance, circular_peaks(without_idle_taps(kernel, op), small))
     return _warm(kernel, op, tolerance, start)
+
+
+def is_proven(op: ZeroPaddedConv, kernel_shape: tuple[int, ...]) -> bool:
+    """Whether the pair of `leading_of_padded` is that of an explicit matrix, by default (static)."""
+    return math.prod(without_idle_axes(op, kernel_shape).input_shape) == 1 or not is_searched(op, kernel_shape)
 
 
 def is_searched(op: ZeroPaddedConv, kernel_shape: tuple[int, ...]) -> bool:
