@@ -73,13 +73,13 @@ def test_spectra_of_all_kinds(size, taps):
 @pytest.mark.parametrize(("size", "taps"), GRIDS, ids=str)
 @pytest.mark.parametrize("wide", [False, True], ids=["", "wide"])
 def test_the_proof_alone_finds_the_largest(size, taps, wide, monkeypatch):
-    """From the pair of frequency 0, whatever that is, instead of the climb; of wide kernels it climbs on."""
+    """From the pair of frequency 0, whatever that is, instead of the climb; it climbs on from what it finds."""
 
-    def poor(poly, peaks):
+    def poor(peaks):
         first = jax.tree.map(lambda leaf: leaf[0], peaks)
         return first._replace(index=jnp.zeros_like(first.index), value=1e-3 * first.value)
 
-    monkeypatch.setattr(proof, "_best_of", poor)
+    monkeypatch.setattr(proof, "_highest_of", poor)
     monkeypatch.setattr(proof, "_WIDE", 3 if wide else 128)
     op = CircularConv(size)
     # A new function: nothing compiled with the climb is used again.

@@ -16,6 +16,7 @@ __all__ = [
     "are_below",
     "rounding",
     "squared_limit",
+    "with_room",
 ]
 
 
@@ -29,8 +30,13 @@ def rounding(rows: int, dtype) -> float:
 
 def squared_limit(rows: int, limits: Float[Array, "..."]) -> Float[Array, "..."]:
     """The squares of limits of singular values, with room for rounding."""
+    return with_room(rows, limits**2)
+
+
+def with_room(rows: int, squares: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Limits of squared singular values, with room for rounding."""
     # The relative error of a square is twice that of the singular value.
-    return limits**2 * (1 + 2 * rounding(rows, limits.dtype))
+    return squares * (1 + 2 * rounding(rows, squares.dtype))
 
 
 def are_below(grams: Inexact[Array, "points groups n n"], levels: Float[Array, " points"]) -> Bool[Array, " points"]:

@@ -1,37 +1,39 @@
 """Branch and bound: the largest singular value of a symbol over its grid, guaranteed, without an SVD at each frequency.
 
-For a unit vector `x`, `||S(w) x||^2` is a trigonometric polynomial of degree `d_j` in the angle of axis `j`. Let `U` be
-the supremum of all singular values. By the inequality of Bernstein and Szegoe `arccos(||S(w) x|| / U)` then changes by
-at most `phi = 1/2 sum_j d_j |dw_j|`. If the grid's maximum `L` is in a box of frequencies, the box's centre is at most
-`phi` away from it in that measure, so that
+For a unit vector `x`, `||S(w) x||^2` is a trigonometric polynomial of degree `d_j` in the angle of axis `j`. Let its
+values be between `a` and `U^2`, for all `x`. By the inequality of Bernstein and Szegoe the arc cosine of the root of
+`(||S(w) x||^2 - a) / (U^2 - a)` then changes by at most `phi = 1/2 sum_j d_j |dw_j|`. If the grid's maximum `L` is in a
+box of frequencies, the box's centre is at most `phi` away from it in that measure, so that
 
-    sigma_max(S(centre)) >= L cos(phi) - sqrt(U^2 - L^2) sin(phi),    U <= L / prod_j cos(pi d_j / (2 n_j)).
+    sigma_max(S(centre))^2 >= a + (sqrt(L^2 - a) cos(phi) - sqrt(U^2 - L^2) sin(phi))^2.
 
-The bound of `U` is the grid certificate (`grid_certificate.py`). A box (`boxes.py`) whose centre is below the first
-bound for the best value known cannot hold a larger one, and one Cholesky factorization of the centre's Gram matrix
-proves that. The other boxes are split, down to single frequencies. One that is higher than all known ones may lie on a
-slope, where very many others are, so that the search climbs from it. How many boxes are looked at depends on the taps
-and on how flat the spectrum is, not on the size of the image. SVDs at all frequencies (Sedghi, Gupta, Long 2019) give
-the same number at a cost that does.
+By the grid certificate (`grid_certificate.py`) `U` is at most `L / prod_j cos(pi d_j / (2 n_j))`, and `a` is 0, or
+larger for kernels that are nearly orthogonal. A box (`boxes.py`) whose centre is below this bound for the best value
+known cannot hold a larger one, and one Cholesky factorization of the centre's Gram matrix proves that. The other boxes
+are split, down to single frequencies. One that is higher than all known ones may lie on a slope, where very many others
+are, so that the search climbs from it. How many boxes are looked at depends on the taps and on the peaks of the
+spectrum, not on the size of the image. SVDs at all frequencies (Sedghi, Gupta, Long 2019) give the same number at a
+cost that does.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxsrn._tools.indexing import chosen, picked, put
 from jaxsrn._tools.lanczos import leading_singular_vectors
 from jaxsrn._tools.linalg import einsum, unit
-from jaxsrn._tools.proofs import are_below, squared_limit
+from jaxsrn._tools.programs import program
+from jaxsrn._tools.proofs import are_below, rounding, squared_limit, with_room
 from jaxsrn._tools.tolerances import vector_tolerance
 from jaxsrn.spectra.circular.angles import waves
 from jaxsrn.spectra.circular.boxes import Grid, centres, edges, on_half_grid, split
-from jaxsrn.spectra.circular.climbing import Peak, best_frequency, chunk_of, filter_of
+from jaxsrn.spectra.circular.climbing import Peak, best_frequency, chunk_of, climbs_from, filter_of
 from jaxsrn.spectra.circular.fourier import of_group, symbol_of
 from jaxsrn.spectra.circular.grams import GramPolynomial, grams_at, whole_grams
 from jaxsrn.spectra.circular.real_floats import amplitudes_of, parts_of
@@ -45,9 +47,6 @@ __all__ = [
 _WIDE = 128
 # The most levels of boxes on any grid: the finest grid has `2**24` frequencies per axis (`sites.py`).
 _MOST_LEVELS = 25
-# The proof starts from a value that is lower than the best that climbing finds by this share. The frequency of that
-# value is then looked at first, and its pair computed to rounding.
-_DOUBT = 1e-4
 # The search for the best frequency of given vectors takes so many steps. The first are as long as half a box, and they
 # halve wherever the frequency stays.
 _MOVES = 40
@@ -56,14 +55,13 @@ _MOVES = 40
 class _Proof(NamedTuple):
     """A stack of boxes still to look at, with the finest on top, and the best pair so far.
 
-    A box is its corner and its level. The best pair of a wide kernel is new until it is known to be at a peak, and that
-    of any other kernel is `None`.
+    A box is its corner and its level. The best pair is new until it is known to be at a peak.
     """
 
     boxes: Int[Array, "capacity axes+1"]
     size: Int[Array, ""]
     best: Peak
-    is_new: Bool[Array, ""] | None
+    is_new: Bool[Array, ""]
 
 
 def highest_peak(poly: GramPolynomial, grid: Grid, corners, exists, peaks: Peak, excess) -> Peak:
@@ -71,22 +69,18 @@ def highest_peak(poly: GramPolynomial, grid: Grid, corners, exists, peaks: Peak,
 
     Its pair is exact to rounding. `peaks` is what climbing found.
     """
-    climbed = _best_of(poly, peaks)
     chunk, (count, axes) = chunk_of(poly), corners.shape
     # At most one chunk's halves wait on each level at a time, as the finest boxes are taken first.
-    capacity = count + 1 + chunk * (_MOST_LEVELS * 2**axes + 1)
+    capacity = count + chunk * (_MOST_LEVELS * 2**axes + 1)
     nothing = jnp.zeros((capacity, axes + 1), jnp.int32), jnp.asarray(0, jnp.int32)
-    proof = _Proof(*nothing, climbed, jnp.asarray(True) if _is_wide(poly) else None)
-    levels = jnp.zeros((count, 1), jnp.int32)
-    first = jnp.concatenate([climbed.index, jnp.broadcast_to(grid.last_level, (1,))])[None]
-    boxes = jnp.concatenate([jnp.concatenate([corners, levels], axis=-1), first.astype(jnp.int32)])
-    # A flat spectrum takes all of the excess, so that nothing at the frequency of the peak may be higher.
-    flat = _is_flat(poly, excess, climbed.value)
-    allowed = jnp.where(flat, 1.0, 1 + excess)
-    proof = _push(proof, boxes, jnp.concatenate([exists & ~flat, np.ones(1, bool)]))
+    boxes = jnp.concatenate([corners, jnp.zeros((count, 1), jnp.int32)], axis=-1)
+    # The pair of a wide kernel is at a peak up to the precision of climbing.
+    best, is_new = (_highest_of(peaks), True) if _is_wide(poly) else (best_peak(poly, grid, peaks), False)
+    proof = _push(_Proof(*nothing, best, jnp.asarray(is_new)), boxes, exists)
+    lowest, allowed = _lowest(poly), 1 + excess
 
     def step(proof: _Proof) -> _Proof:
-        return _look(poly, grid, chunk, allowed, proof if proof.is_new is None else _raised(poly, grid, proof))
+        return _look(poly, grid, lowest, chunk, allowed, _raised(poly, grid, len(peaks.value), proof))
 
     # NaN needs no proof. Climbing may end at 0 although the kernel is not 0, at right angles to all of it.
     return lax.while_loop(lambda proof: (proof.size > 0) & (proof.best.value >= 0), step, proof).best
@@ -97,14 +91,7 @@ def best_peak(poly: GramPolynomial, grid: Grid, peaks: Peak) -> Peak:
     best = _highest_of(peaks)
     if _is_wide(poly):
         return _polished(poly, grid, best)
-    known = best._replace(value=jnp.full_like(best.value, -1))
-    return _larger_of(_whole_symbol(poly, grid, best.index), best.index, known)
-
-
-def _best_of(poly: GramPolynomial, peaks: Peak) -> Peak:
-    """The best of a stack of peaks; of kernels that are not wide its value is too low, so that its pair is computed."""
-    best = _highest_of(peaks)
-    return best if _is_wide(poly) else best._replace(value=(1 - _DOUBT) * best.value)
+    return _with_larger(poly, grid, best.index, best._replace(value=jnp.full_like(best.value, -1)))
 
 
 def _highest_of(peaks: Peak) -> Peak:
@@ -120,18 +107,19 @@ def _whole_symbol(poly: GramPolynomial, grid: Grid, index: Int[Array, " axes"]):
     return symbol_of(waves(grid.angles, 2 * index, poly.exponents), poly.coefficients)
 
 
-def _is_flat(poly: GramPolynomial, excess, value):
-    """Whether no singular value exceeds the largest one at the peak's frequency by more than the share `excess`.
+def _lowest(poly: GramPolynomial) -> Float[Array, ""] | float:
+    """A number, 0 or larger, that no eigenvalue of a Gram matrix is below, at any angle: by Gershgorin's discs.
 
-    The Gram matrices of two frequencies differ by at most twice the norms of all coefficients but the constant one.
-    Of the flat spectrum of an orthogonal kernel, branch and bound would look at every frequency.
+    With 0 for it, branch and bound would look at very many frequencies of a nearly flat spectrum.
     """
     if poly.basis is not None:
-        # A reduced polynomial says too little, and only a zero kernel is flat.
-        return jnp.max(jnp.abs(poly.coefficients)) == 0
-    # By Cauchy and Schwarz, the sum of the norms is at most the root of so many times the sum of their squares.
-    count = max(len(poly.even) - 1, 1)
-    return jnp.sum(jnp.maximum(poly.even**2, poly.odd**2)[1:]) <= (excess * value**2) ** 2 / count
+        # A reduced polynomial says nothing of the other directions, and its boxes are single frequencies.
+        return 0.0
+    # An entry's even and odd part have weights whose squares have the sum 1, and lie at right angles.
+    rows = jnp.sum(jnp.maximum(jnp.abs(poly.even), jnp.abs(poly.odd)), axis=(0, 3))
+    diagonal = jnp.sum(poly.coefficients**2, axis=(1, 2))
+    slack = 2 * rounding(poly.coefficients.shape[-2], rows.dtype)
+    return jnp.maximum(jnp.min((2 - slack) * diagonal - rows), 0)
 
 
 def _push(proof: _Proof, boxes, keep) -> _Proof:
@@ -141,7 +129,7 @@ def _push(proof: _Proof, boxes, keep) -> _Proof:
     return proof._replace(boxes=put(proof.boxes, place, boxes), size=proof.size + order[-1])
 
 
-def _look(poly: GramPolynomial, grid: Grid, chunk: int, allowed, proof: _Proof) -> _Proof:
+def _look(poly: GramPolynomial, grid: Grid, lowest, chunk: int, allowed, proof: _Proof) -> _Proof:
     """Takes a chunk of boxes from the stack, discards those proven low, and puts back the halves of the others.
 
     A box is low if nothing in it exceeds the best value times `allowed`.
@@ -150,7 +138,7 @@ def _look(poly: GramPolynomial, grid: Grid, chunk: int, allowed, proof: _Proof) 
     boxes = lax.dynamic_slice_in_dim(proof.boxes, bottom, chunk, allow_negative_indices=False)
     corners, levels = boxes[:, :-1], boxes[:, -1]
     places = jnp.arange(chunk, dtype=jnp.int32)
-    low = _are_low(poly, grid, corners, levels, allowed * proof.best.value)
+    low = _are_low(poly, grid, lowest, corners, levels, allowed * proof.best.value)
     high = ~low & (bottom + places < proof.size)
     single = high & (levels == grid.last_level)
     best = _examined(poly, grid, allowed, corners, single, proof.best)
@@ -158,27 +146,40 @@ def _look(poly: GramPolynomial, grid: Grid, chunk: int, allowed, proof: _Proof) 
     keep = exists & (high & ~single)[:, None]
     below = jnp.minimum(levels + 1, grid.last_level)[:, None, None]
     halves = jnp.concatenate([halves, jnp.broadcast_to(below, (*halves.shape[:-1], 1))], axis=-1)
-    is_new = None if proof.is_new is None else proof.is_new | (best.value > proof.best.value)
+    found = best.value > proof.best.value
+    is_new = proof.is_new | found if _is_wide(poly) else found
     # The chunk's order is kept, so the finest stay on top.
     return _push(_Proof(proof.boxes, bottom, best, is_new), halves.reshape((-1, halves.shape[-1])), keep.reshape(-1))
 
 
-def _raised(poly: GramPolynomial, grid: Grid, proof: _Proof) -> _Proof:
-    """The proof with a new best pair moved to the best frequency for its vectors, and there to the leading pair.
+def _raised(poly: GramPolynomial, grid: Grid, count: int, proof: _Proof) -> _Proof:
+    """The proof with a new best pair moved uphill from its frequency, and there to the leading pair.
 
-    Where that raises its value, the pair is new again.
+    Of wide kernels it is new again where a move has raised its value. The others climb with `count` climbers.
     """
+    if _is_wide(poly):
+        move = functools.partial(_moved_on, poly, grid)
+        best, is_new = _once(proof.is_new, move, (proof.best, proof.is_new))
+        return proof._replace(best=best, is_new=is_new)
+    best = _once(proof.is_new, functools.partial(_climbed_on, poly, grid, count), proof.best)
+    return proof._replace(best=best, is_new=jnp.asarray(False))
+
+
+def _climbed_on(poly: GramPolynomial, grid: Grid, count: int, best: Peak) -> Peak:
+    """The best pair where climbing leads from it; by a stack of equal climbers, the subroutine of the search."""
+    sides = best.index, best.group, best.column
+    index, group, column = (jnp.broadcast_to(side, (count, *side.shape)) for side in sides)
+    return _with_larger(poly, grid, climbs_from(poly, grid, index, group, column).index[0], best)
+
+
+def _moved_on(poly: GramPolynomial, grid: Grid, state: tuple[Peak, Bool[Array, ""]]) -> tuple[Peak, Bool[Array, ""]]:
+    """The best pair at the best frequency for its vectors, and whether that has raised its value."""
+    best, _ = state
     slack = 4 * float(jnp.finfo(poly.even.dtype).eps)
-
-    def move(state):
-        best, _ = state
-        found = _polished(poly, grid, _moved(poly, grid, best))
-        is_new = found.value > (1 + slack) * best.value
-        # The value of a pair that is not exact may be larger by rounding.
-        return chosen(found.value >= (1 - slack) * best.value, found, best), is_new
-
-    best, is_new = _once(proof.is_new, move, (proof.best, proof.is_new))
-    return proof._replace(best=best, is_new=is_new)
+    found = _polished(poly, grid, _moved(poly, grid, best))
+    is_new = found.value > (1 + slack) * best.value
+    # The value of a pair that is not exact may be larger by rounding.
+    return chosen(found.value >= (1 - slack) * best.value, found, best), is_new
 
 
 def _moved(poly: GramPolynomial, grid: Grid, peak: Peak) -> Peak:
@@ -194,13 +195,15 @@ def _once(condition, step, state):
     return lax.while_loop(lambda s: s[0], lambda s: (jnp.asarray(False), step(s[1])), (condition, state))[1]
 
 
-def _are_low(poly: GramPolynomial, grid: Grid, corners, levels, limit):
-    """Whether each box is proven to hold nothing above the limit, up to rounding."""
+def _are_low(poly: GramPolynomial, grid: Grid, lowest, corners, levels, limit):
+    """Whether each box is proven to hold nothing above the limit, up to rounding; no eigenvalue is below `lowest`."""
     sizes = edges(grid, levels)
     phi = jnp.sum((sizes - 1).astype(grid.rates.dtype) * jnp.asarray(grid.rates)[None], axis=-1)
-    limits = limit * jnp.maximum(jnp.cos(phi) - grid.tangent * jnp.sin(phi), 0)
+    # A limit below all eigenvalues is NaN here, and then no box is low.
+    root = jnp.sqrt(limit**2 - lowest) * jnp.cos(phi) - limit * grid.tangent * jnp.sin(phi)
+    squares = lowest + jnp.maximum(root, 0) ** 2
     grams = grams_at(poly, grid.angles, centres(corners, sizes))
-    return are_below(grams, squared_limit(poly.coefficients.shape[-2], limits) - poly.loss)
+    return are_below(grams, with_room(poly.coefficients.shape[-2], squares) - poly.loss)
 
 
 def _examined(poly: GramPolynomial, grid: Grid, allowed, corners, high, known: Peak):
@@ -211,21 +214,23 @@ def _examined(poly: GramPolynomial, grid: Grid, allowed, corners, high, known: P
         left, best = state
         place = lax.argmax(left, 0, jnp.int32)
         index = picked(corners, place)
-        symbol = _whole_symbol(poly, grid, index)
         if poly.basis is None:
-            found = _larger_of(symbol, index, best)
+            found = _with_larger(poly, grid, index, best)
         else:
             # The reduced Gram matrix proves little.
             level = squared_limit(poly.coefficients.shape[-2], allowed * best.value)
-            low = are_below(whole_grams(symbol)[None], level[None])[0]
-            found = _once(~low, lambda best: _larger_of(symbol, index, best), best)
+            low = are_below(whole_grams(_whole_symbol(poly, grid, index))[None], level[None])[0]
+            found = _once(~low, lambda best: _with_larger(poly, grid, index, best), best)
         return left & (places != place), found
 
     return lax.while_loop(lambda state: jnp.any(state[0]), examine, (high, known))[1]
 
 
-def _larger_of(symbol, index, known: Peak) -> Peak:
-    rows, values, columns = jnp.linalg.svd(symbol, full_matrices=False)
+# A subroutine, as a proof takes it twice.
+@program
+def _with_larger(poly: GramPolynomial, grid: Grid, index: Int[Array, " axes"], known: Peak) -> Peak:
+    """The leading pair at an index of the grid where its value is larger than that of the known pair."""
+    rows, values, columns = jnp.linalg.svd(_whole_symbol(poly, grid, index), full_matrices=False)
     leading = rows[:, :, 0], columns[:, 0].conj(), values[:, 0]
     group = lax.argmax(leading[-1], 0, jnp.int32)
     found = Peak(index, group, *picked(leading, group))

@@ -9,6 +9,7 @@ each step here works on one small matrix. `branch_and_bound.py` adds the proof.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from typing import NamedTuple
@@ -21,6 +22,7 @@ from jaxtyping import Array, Bool, Complex, Float, Int
 
 from jaxsrn._tools.indexing import picked
 from jaxsrn._tools.linalg import einsum, real_times
+from jaxsrn._tools.programs import program
 from jaxsrn._tools.subspaces import fixed_start
 from jaxsrn.operators.convolutions import CircularConv
 from jaxsrn.spectra.circular.angles import waves
@@ -35,6 +37,7 @@ __all__ = [
     "best_frequency",
     "chunk_of",
     "climbs",
+    "climbs_from",
     "estimates",
     "filter_of",
     "most_promising",
@@ -153,11 +156,15 @@ def climbs(poly: GramPolynomial, grid: Grid, known: Estimates, chosen: Int[Array
     groups = np.int32(known.values.shape[-1])
     point, group = lax.div(chosen, groups), lax.rem(chosen, groups)
     columns = picked(known.vectors.reshape((-1, known.vectors.shape[-1])), chosen)
+    columns = jax.vmap(functools.partial(with_all_directions, poly))(group, columns)
+    return climbs_from(poly, grid, picked(known.index, point), group, columns)
 
-    def climb(index, group, column):
-        return _uphill(poly, grid, index, group, with_all_directions(poly, group, column))
 
-    peaks = jax.vmap(climb)(picked(known.index, point), group, columns)
+# A subroutine, as branch and bound climbs on from what it finds.
+@program
+def climbs_from(poly: GramPolynomial, grid: Grid, index, group: Int[Array, " k"], columns) -> Peak:
+    """Where climbing leads from frequencies `(k, axes)`, groups and vectors of the columns: a stack of peaks."""
+    peaks = jax.vmap(functools.partial(_uphill, poly, grid))(index, group, columns)
     index, mirrored = on_half_grid(grid, peaks.index)
     row, column = (jnp.where(mirrored, side.conj(), side) for side in (peaks.row, peaks.column))
     return peaks._replace(index=index, row=row, column=column)

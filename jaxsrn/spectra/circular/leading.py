@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxsrn._tools.indexing import picked
-from jaxsrn._tools.linalg import top_values
+from jaxsrn._tools.linalg import by_largest, top_values
 from jaxsrn._tools.programs import program
 from jaxsrn._tools.tolerances import svds_are_dear, torus_excess
 from jaxsrn.operators.convolutions import CircularConv, UnboundedConv
@@ -27,7 +27,7 @@ from jaxsrn.spectra.circular.peaks import climbed, highest, highest_climbed
 from jaxsrn.spectra.circular.site_pairs import pair_at
 from jaxsrn.spectra.circular.sites import Site, distinct_sites, half_grid, on_grid, sites_at, without_constant_axes
 from jaxsrn.spectra.dense import leading_of_matrix
-from jaxsrn.spectra.singular_pair import Pair, by_largest
+from jaxsrn.spectra.singular_pair import Pair
 
 __all__ = [
     "branch_and_bound_pays",

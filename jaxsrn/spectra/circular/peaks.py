@@ -15,6 +15,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxsrn._tools.indexing import picked
+from jaxsrn._tools.linalg import by_largest
 from jaxsrn._tools.loops import one_by_one
 from jaxsrn._tools.programs import program
 from jaxsrn.operators.convolutions import CircularConv
@@ -24,7 +25,7 @@ from jaxsrn.spectra.circular.climbing import Estimates, Peak, climbs, estimates,
 from jaxsrn.spectra.circular.grams import GramPolynomial, gram_polynomial, is_transposed
 from jaxsrn.spectra.circular.newton import at_maximum
 from jaxsrn.spectra.circular.sites import Site
-from jaxsrn.spectra.singular_pair import Pair, by_largest
+from jaxsrn.spectra.singular_pair import Pair
 
 __all__ = [
     "Climbed",
