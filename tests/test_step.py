@@ -584,3 +584,64 @@ def test_a_zero_matrix_stays_zero_and_recovers(target):
         np.testing.assert_allclose(
             np.sum(values**2), min(target, float(jaxsrn.stable_rank(matrix, Dense()))), rtol=1e-6
         )
+
+
+GROUPED = [
+    pytest.param(ZeroPaddedConv((6, 6), feature_group_count=3), (3, 3, 1, 3), id="depthwise"),
+    pytest.param(ZeroPaddedConv((9,), strides=2, feature_group_count=2), (3, 2, 4), id="strided"),
+    pytest.param(
+        ZeroPaddedConv((5,), padding=((1, 2),), input_dilation=2, feature_group_count=2), (4, 2, 2), id="transposed"
+    ),
+]
+
+
+@pytest.mark.parametrize("share", [None, 0.8])
+@pytest.mark.parametrize(("op", "shape"), GROUPED)
+def test_another_group_overtakes(op, shape, share):
+    """No product leads from one group of channels to another: each group has vectors of its own that follow it."""
+    groups = op.feature_group_count
+    kernel = 1.0 + 0.3 * np.asarray(gaussian(shape))
+    scale = np.repeat([1.0] + [0.3] * (groups - 1), shape[-1] // groups)
+    grows = np.repeat([0.0, 1.0] + [0.0] * (groups - 2), shape[-1] // groups)
+
+    def at(t):
+        return jnp.asarray(kernel * (scale + 0.02 * t * grows))
+
+    target = None if share is None else share_of_own(at(60), op, share)
+    state, norms = srnc_state(at(0), op, target), []
+    for t in range(60):
+        normalized, state = srnc_step(at(t), state, op, target)
+        norms.append(measured(normalized, op)[0])
+    np.testing.assert_allclose(norms, 1, atol=5e-3)
+
+
+def test_a_group_that_was_zero_is_followed_once_it_is_not():
+    op, kernel = ZeroPaddedConv((6,), feature_group_count=2), np.asarray(gaussian((3, 2, 4)))
+    dead, alive = kernel * [1, 1, 0, 0], kernel * [1, 1, 3, 3]
+    state = srnc_state(jnp.asarray(dead), op, None)
+    for _ in range(3):
+        _, state = srnc_step(jnp.asarray(dead), state, op, None)
+    for _ in range(3):
+        normalized, state = srnc_step(jnp.asarray(alive), state, op, None)
+    np.testing.assert_allclose(measured(normalized, op)[0], 1, rtol=1e-3)
+
+
+@pytest.mark.parametrize("op", [CircularConv((6,)), ZeroPaddedConv((6,)), UnboundedConv()], ids=str)
+def test_derivatives_in_the_target(op):
+    """In reverse mode too; the state is a constant."""
+    kernel, weights, step = gaussian((3, 2, 2)), gaussian((3, 2, 2), 1), 1e-6
+    target = share_of_own(kernel, op, 0.7)
+    state = srnc_state(kernel, op, target)
+
+    def total(target, gradient="implicit"):
+        return jnp.sum(weights * srnc_step(kernel, state, op, target, gradient=gradient, num_steps=100)[0])
+
+    for gradient in ("frozen", "implicit"):
+        slopes = jax.grad(total)(target, gradient), jax.jvp(lambda t, g=gradient: total(t, g), (target,), (1.0,))[1]
+        np.testing.assert_allclose(*slopes, rtol=1e-8)
+    np.testing.assert_allclose(
+        jax.grad(total)(target), (total(target + step) - total(target - step)) / (2 * step), rtol=1e-4
+    )
+    for made in (lambda t: srnc_state(kernel, op, t), lambda t: srnc_step(kernel, state, op, t)[1]):
+        moves = jax.tree.leaves(jax.jvp(made, (target,), (1.0,))[1])
+        assert not any(np.any(move) for move in moves if jnp.issubdtype(move.dtype, jnp.inexact))

@@ -1,16 +1,20 @@
-"""The watch of a matrix, or of a layer with zero padding: the **runners-up**, the inputs of the next singular pairs.
+"""The watch of a matrix, or of a layer with zero padding: the inputs of the leading pair and of the **runners-up**.
 
 Singular values of images lie close together, and cross. One vector alone, however many steps it takes, is late to turn
 into another; the runners-up are at hand. A step takes power steps of the first two inputs and the best pairs of the
-space that they and all inputs span (Rayleigh, Ritz). `jax.experimental.sparse.linalg.lobpcg_standard` iterates to
-convergence from where it starts, and needs more than five times as many rows as vectors; here one step is wanted, for
-matrices of any size. `tracked_torus.py` is the counterpart for circular convolutions, and `tracking.py` chooses.
+space that they and all inputs span (Rayleigh, Ritz). No step leads from one group of channels to another, so that every
+group has its own inputs. One image holds one input of each group, and the products are as many as without groups.
+
+`jax.experimental.sparse.linalg.lobpcg_standard` iterates to convergence from where it starts, and needs more than five
+times as many rows as vectors; here one step is wanted, for matrices of any size. `tracked_torus.py` is the counterpart
+for circular convolutions, and `tracking.py` chooses.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -25,8 +29,8 @@ from jaxsrn.spectra.singular_pair import Pair
 
 __all__ = ["Step", "as_floats", "begin", "follow", "of_floats", "watch_shapes"]
 
-# Vectors kept beside the leading one, and inputs of which a power step is taken. More see more crossings; a runner-up
-# costs one product a step, an input with a power step two more.
+# Inputs kept of every group beside the leading one, and inputs of which a power step is taken. More see more crossings;
+# a runner-up costs one product a step, an input with a power step two more.
 _RUNNERS_UP = 2
 _EXPANDED = 2
 # Overlap above which the inputs before and after a step are taken for those of one pair. Different pairs have
@@ -49,27 +53,27 @@ class Step(NamedTuple):
 
 
 def watch_shapes(op: Operator, kernel_shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape of the watch, the inputs of the runners-up (static)."""
-    return (_RUNNERS_UP, *op.in_shape(kernel_shape))
+    """The shape of the watch, the leading input of every group and its runners-up (static)."""
+    return (1 + _RUNNERS_UP, *op.in_shape(kernel_shape))
 
 
 def as_floats(watch: Float[Array, "..."], op: Operator, kernel_shape) -> Float[Array, "..."]:
-    """The runners-up as they are kept between steps: they consist of real floats already."""
+    """The inputs as they are kept between steps: they consist of real floats already."""
     return watch
 
 
 def of_floats(watch: Float[Array, "..."], op: Operator, kernel_shape, dtype) -> Float[Array, "..."]:
-    """The runners-up of `as_floats` in a dtype, whatever was done to them."""
+    """The inputs of `as_floats` in a dtype, whatever was done to them."""
     return watch.astype(dtype)
 
 
 def begin(kernel: Float[Array, "..."], op: Operator) -> Float[Array, "..."]:
-    """Runners-up that know nothing of the kernel."""
+    """Inputs that know nothing of the kernel."""
     return fixed_start(watch_shapes(op, kernel.shape), kernel.dtype)
 
 
 def follow(kernel: Float[Array, "..."], op: Operator, pair: Pair, watch: Float[Array, "..."], _turn):
-    """The best pairs in the space of the leading inputs and power steps of the first two of them.
+    """The best pairs in the space of the leading inputs and power steps of the first two of them, in every group.
 
     All vectors move in every step, whatever the turn.
 
@@ -77,43 +81,82 @@ def follow(kernel: Float[Array, "..."], op: Operator, pair: Pair, watch: Float[A
       `(pair, watch, step)`: another pair has taken over where the first one has another input.
     """
     shape, highest = pair.input.shape, lax.Precision.HIGHEST
+    groups = getattr(op, "feature_group_count", 1)
 
-    def forward(vectors):
+    def forward(rows):
         # Outputs stay images: a kernel may be sharded over its output channels, and images can be sharded with it.
-        return op.apply(kernel, vectors.reshape((-1, *shape)), precision=highest)
+        return op.apply(kernel, _images(rows, shape), precision=highest)
 
+    # The pair is in one group, up to rounding and what an average of states has in others.
+    own, kept = _by_group(pair.input[None], groups), _by_group(watch, groups)
+    lead = _largest(jnp.sum(own**2, axis=(1, 2)))
+    first = _in_group(lead, own, kept[:, :1])
     # The vectors come in orthonormal up to rounding, which the choice of the largest would amplify from step to step.
-    num_kept = 1 + _RUNNERS_UP
-    vectors = jnp.concatenate([unit(pair.input)[None], watch]).reshape((num_kept, -1))
-    room = jnp.zeros((_EXPANDED, vectors.shape[1]), vectors.dtype)
-    basis = _orthonormalised(jnp.concatenate([vectors, room]), np.int32(0), np.int32(num_kept))
-    images = forward(basis[:num_kept])
-    steps = op.transpose(kernel, images[:_EXPANDED], precision=highest).reshape(room.shape)
-    vectors = jnp.concatenate([basis[:num_kept], steps])
-    basis = _orthonormalised(vectors, np.int32(num_kept), np.int32(len(vectors)))
-    images = jnp.concatenate([images, forward(basis[num_kept:])])
-    axes = tuple(range(1, images.ndim))
-    gram = jnp.tensordot(images, images, axes=(axes, axes), precision=highest)
+    num_kept = kept.shape[1]
+    room = jnp.zeros((groups, _EXPANDED, kept.shape[2]), kept.dtype)
+    rows = jnp.concatenate([first, kept[:, 1:], room], axis=1)
+    basis = _orthonormalised(rows, np.int32(0), np.int32(num_kept))
+    images = forward(basis[:, :num_kept])
+    steps = _by_group(op.transpose(kernel, images[:_EXPANDED], precision=highest), groups)
+    rows = jnp.concatenate([basis[:, :num_kept], steps], axis=1)
+    basis = _orthonormalised(rows, np.int32(num_kept), np.int32(num_kept + _EXPANDED))
+    images = jnp.concatenate([images, forward(basis[:, num_kept:])])
+    parts = images.reshape((len(images), -1, groups, images.shape[-1] // groups))
+    gram = einsum("isgc,jsgc->gij", parts, parts)
     squares, weights = rayleigh_ritz(gram)
-    weights = weights[:num_kept]
-    inputs = einsum("kj,jn->kn", weights, basis)
-    output = unit(jnp.tensordot(weights[0], images, axes=1, precision=highest))
-    turned = jnp.abs(weights[0, 0]) < _SAME_OVERLAP
-    step = Step(jnp.sqrt(gram[0, 0]), jnp.sqrt(squares[0]), turned)
-    return Pair(pair.site, inputs[0].reshape(shape), output), inputs[1:].reshape(watch.shape), step
+    inputs = einsum("gkj,gjn->gkn", weights[:, :num_kept], basis)
+    best = _largest(squares[:, 0])
+    leading = _in_group(best, inputs[:, :1], 0.0)
+    output = einsum("gj,jsgc->sgc", _in_group(best, weights[:, 0], 0.0), parts).reshape(images.shape[1:])
+    turned = (best != lead) | (jnp.abs(picked(weights[:, 0, 0], best)) < _SAME_OVERLAP)
+    step = Step(jnp.sqrt(picked(gram[:, 0, 0], lead)), jnp.sqrt(picked(squares[:, 0], best)), turned)
+    return Pair(pair.site, _images(leading, shape)[0], unit(output)), _images(inputs, shape), step
+
+
+def _by_group(images: Float[Array, "rows ..."], groups: int) -> Float[Array, "{groups} rows n"]:
+    """What the channels of each group have of every image."""
+    if groups == 1:
+        return images.reshape((1, len(images), -1))
+    parts = images.reshape((len(images), -1, groups, images.shape[-1] // groups))
+    return jnp.moveaxis(parts, 2, 0).reshape((groups, len(images), -1))
+
+
+def _images(rows: Float[Array, "groups rows n"], shape: tuple[int, ...]) -> Float[Array, "rows ..."]:
+    """The inverse of `_by_group` for images of a shape."""
+    groups, count, _ = rows.shape
+    if groups == 1:
+        return rows.reshape((count, *shape))
+    parts = rows.reshape((groups, count, -1, shape[-1] // groups))
+    return jnp.moveaxis(parts, 0, 2).reshape((count, *shape))
+
+
+def _largest(sizes: Float[Array, " groups"]) -> Int[Array, ""]:
+    """The group of the largest number."""
+    return jnp.asarray(0, jnp.int32) if len(sizes) == 1 else lax.argmax(sizes, 0, jnp.int32)
+
+
+def _in_group(group, values: Float[Array, "groups ..."], otherwise) -> Float[Array, "groups ..."]:
+    """The values in one group, and others elsewhere."""
+    if len(values) == 1:
+        return values
+    places = lax.broadcasted_iota(jnp.int32, (len(values), *(1,) * (values.ndim - 1)), 0)
+    return jnp.where(places == group, values, otherwise)
 
 
 # A subroutine, as a step takes it twice.
 @program
-def _orthonormalised(vectors: Float[Array, "k n"], first: Int[Array, ""], end: Int[Array, ""]) -> Float[Array, "k n"]:
-    """What each vector from `first` to `end` adds to the span of those before it, as a unit vector, or 0 for nothing.
+def _orthonormalised(rows: Float[Array, "groups k n"], first: Int[Array, ""], end: Int[Array, ""]):
+    """In every group what each vector from `first` to `end` adds to the span of those before it.
 
-    Those before the first are orthonormal already, and stay.
+    It is a unit vector, or 0 where that is nothing. Vectors before the first are orthonormal already, and stay.
     """
-    places = lax.broadcasted_iota(jnp.int32, (len(vectors), 1), 0)
+    places = lax.broadcasted_iota(jnp.int32, (rows.shape[1], 1), 0)
 
-    def add(i, basis):
-        before = jnp.where(places < i, basis, 0)
-        return jnp.where(places == i, extended(before, picked(basis, i))[-1:], basis)
+    def of_group(vectors):
+        def add(i, basis):
+            before = jnp.where(places < i, basis, 0)
+            return jnp.where(places == i, extended(before, picked(basis, i))[-1:], basis)
 
-    return lax.fori_loop(first, end, add, vectors)
+        return lax.fori_loop(first, end, add, vectors)
+
+    return of_group(rows[0])[None] if len(rows) == 1 else jax.vmap(of_group)(rows)
