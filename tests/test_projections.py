@@ -10,7 +10,7 @@ import scipy.optimize
 from cases import by_name, dense, gaussian, kernel, pull_back, weights
 
 import jaxsrn
-from jaxsrn import CircularConv, Dense, ZeroPaddedConv
+from jaxsrn import CircularConv, Dense, UnboundedConv, ZeroPaddedConv
 from jaxsrn.projections import nearest
 
 KINDS = by_name(
@@ -512,6 +512,65 @@ def test_raising_in_float32():
     result = quick_raise(case.op)(a, target)
     assert bool(result.feasible)
     np.testing.assert_allclose(measure(result.kernel, case.op), [target, norm], rtol=1e-4)
+
+
+PROJECTED = [
+    (UnboundedConv(), (3, 3, 2, 2)),
+    (ZeroPaddedConv((5, 5)), (3, 3, 2, 2)),
+    # Too large for clips of its matrix, so that the ball of the cover is widened.
+    (ZeroPaddedConv((14, 14)), (3, 3, 2, 2)),
+]
+
+
+@pytest.mark.parametrize(("op", "shape"), PROJECTED, ids=str)
+def test_the_norm_of_a_projection_is_the_limit_to_first_order(op, shape):
+    kernel, direction = gaussian(shape), gaussian(shape, 7)
+    limit, step = 0.65 * float(jaxsrn.spectral_norm(kernel, op)), 1e-3
+
+    def found(share, limit):
+        projected = jaxsrn.project_spectral_ball(kernel + share * direction, op, limit).kernel
+        return jaxsrn.spectral_norm(projected, op), jnp.sum(direction * projected)
+
+    (norm_by_kernel, norm_by_limit), (along, by_limit) = jax.jit(jax.jacfwd(found, (0, 1)))(0.0, limit)
+    np.testing.assert_allclose((norm_by_kernel, norm_by_limit), (0, 1), atol=1e-9)
+    (_, high), (_, low) = found(step, limit), found(-step, limit)
+    np.testing.assert_allclose(along, (high - low) / (2 * step), rtol=2e-3)
+    (_, high), (_, low) = found(0.0, limit + step), found(0.0, limit - step)
+    np.testing.assert_allclose(by_limit, (high - low) / (2 * step), rtol=1e-2)
+
+
+@pytest.mark.parametrize("op", [CircularConv((6,)), ZeroPaddedConv((6,)), UnboundedConv()], ids=str)
+def test_raising_keeps_norm_and_target_to_first_order(op):
+    kernel, direction, step = gaussian((3, 2, 2)), gaussian((3, 2, 2), 5), 1e-4
+    target = 1.1 * float(jaxsrn.stable_rank(kernel, op))
+
+    def found(share, target):
+        moved = kernel + share * direction
+        result = jaxsrn.srnc(moved, op, target, raise_rank=True)
+        ratio = result.spectral_norm / jaxsrn.spectral_norm(moved, op)
+        return jnp.stack([result.stable_rank, ratio, result.distance, jnp.sum(direction * result.kernel)])
+
+    found = jax.jit(found)
+    by_kernel, by_target = jax.jacfwd(found, (0, 1))(0.0, target)
+    np.testing.assert_allclose(by_kernel[:2], (0, 0), atol=1e-9)
+    np.testing.assert_allclose(by_target[:2], (1, 0), atol=1e-9)
+    # The kernel is known to about the root of rounding, which is divided by the step.
+    expected = (found(step, target) - found(-step, target)) / (2 * step)
+    np.testing.assert_allclose(by_kernel[2:], expected[2:], rtol=5e-3, atol=1e-4)
+    expected = (found(0.0, target + step) - found(0.0, target - step)) / (2 * step)
+    np.testing.assert_allclose(by_target[2:], expected[2:], rtol=2e-2)
+
+
+def test_a_limit_that_is_out_of_range_has_a_derivative():
+    for op, shape in ((Dense(), (3, 4)), (CircularConv((6,)), (3, 2, 2))):
+        kernel = jnp.asarray(1e-30 * gaussian(shape), jnp.float32)
+
+        def total(kernel, limit, op=op):
+            return jnp.sum(jaxsrn.project_spectral_ball(kernel, op, limit).kernel)
+
+        by_kernel, by_limit = jax.grad(total, (0, 1))(kernel, jnp.float32(1e10))
+        np.testing.assert_array_equal(by_kernel, 1)
+        assert by_limit == 0
 
 
 def test_raising_has_the_derivative_of_the_projection():

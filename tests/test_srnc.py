@@ -531,3 +531,19 @@ def test_frobenius_norms_at_all_frequencies(taps):
     symbols = np.fft.rfft(weights, 400, axis=0)
     norms = frobenius_norms(jnp.asarray(weights), CircularConv((400,)))
     np.testing.assert_allclose(norms, np.linalg.norm(symbols, axis=(1, 2)), rtol=1e-9)
+
+
+@pytest.mark.parametrize("keep_norm", [True, False])
+def test_samples_that_no_tap_meets_prescribe_nothing(keep_norm):
+    """Their singular vectors have no functional. A target that no kernel meets is called infeasible beside them."""
+    op, kernel = ZeroPaddedConv((4,), padding=((0, 3),)), jnp.asarray(gaussian((3, 2, 1)), jnp.float32)
+    norm = float(jaxsrn.spectral_norm(kernel, op))
+    lowest = jaxsrn.srnc(kernel, op, 1.05, keep_norm=keep_norm)
+    assert not lowest.feasible
+    rank = float(jaxsrn.stable_rank(lowest.kernel, op))
+    np.testing.assert_allclose(lowest.stable_rank, rank, rtol=1e-5)
+    if keep_norm:
+        np.testing.assert_allclose(jaxsrn.spectral_norm(lowest.kernel, op), norm, rtol=1e-5)
+    met = jaxsrn.srnc(kernel, op, 1.02 * rank, keep_norm=keep_norm)
+    assert met.feasible
+    np.testing.assert_allclose(jaxsrn.stable_rank(met.kernel, op), 1.02 * rank, rtol=1e-4)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from jaxsrn._tools.linalg import matmul, unit
+from jaxsrn._tools.linalg import by_largest, matmul, unit
 from jaxsrn._tools.minres import minres
 from jaxsrn._tools.tolerances import kernel_tolerance, vector_tolerance
 
@@ -35,8 +35,8 @@ _FEW_UNKNOWNS = 512
 # A restart forgets what 40 Krylov vectors have found, and more of them take memory; 20 restarts guard the loop. The
 # method "incremental" stops in the midst of a restart, where "batched" always completes it.
 _GMRES = {"atol": 0.0, "restart": 40, "maxiter": 20, "solve_method": "incremental"}
-# A guard of the loop. The steps grow with the norm over the distance of the value from the next singular value; for the
-# largest value with the root of that.
+# A guard of the loop, and twice the number of unknowns where that is more. The steps grow with the norm over the
+# distance of the value from the next singular value; for the largest value with the root of that.
 _MINRES_STEPS = 1000
 # Relative residual up to which a solution is used. It is the error of the derivative where the system is well
 # posed; near a singular system, where two leading values meet, there is none.
@@ -164,33 +164,38 @@ def real_vector(tree) -> tuple[Float[Array, " n"], Callable]:
 
 def _symmetric_solve(matvec: Callable, rhs: Float[Array, " n"]):
     """`matvec^-1 rhs` of a symmetric system."""
-    solve = _by_eigenvectors if rhs.size <= _FEW_UNKNOWNS else _by_minres
+    solve = _by_pseudo_inverse if rhs.size <= _FEW_UNKNOWNS else _by_minres
     return lax.custom_linear_solve(matvec, rhs, solve, symmetric=True)
 
 
-def _by_eigenvectors(matvec: Callable, rhs: Float[Array, " n"]) -> Float[Array, " n"]:
+def _by_pseudo_inverse(matvec: Callable, rhs: Float[Array, " n"]) -> Float[Array, " n"]:
     """The solution without a part along eigenvectors whose values are 0 to rounding."""
     columns = jax.vmap(matvec)(jnp.eye(rhs.size, dtype=rhs.dtype))
-    values, vectors = jnp.linalg.eigh(columns, symmetrize_input=True)
-    size = jnp.abs(values)
-    vanishes = size <= vector_tolerance(rhs.dtype) * jnp.max(size)
-    inverse = jnp.where(vanishes, 0.0, 1 / jnp.where(vanishes, 1.0, values))
-    return matmul(vectors, inverse * matmul(vectors.T, rhs))
+    # By an SVD: batches of `eigh` crash some hosts (docs/troubleshooting.md).
+    return matmul(jnp.linalg.pinv(columns, rtol=vector_tolerance(rhs.dtype)), rhs)
 
 
 def _by_minres(matvec: Callable, rhs: Float[Array, " n"]) -> Float[Array, " n"]:
     """The solution in the range of the system; NaN where the steps do not lead to it."""
-    x, outside = minres(matvec, rhs, tolerance=kernel_tolerance(rhs.dtype), most_steps=_MINRES_STEPS)
-    return _accepted(matvec(x) + outside, rhs, x, jnp.nan)
+    # The squares of very small or large numbers are no numbers of the dtype.
+    direction, size = by_largest(rhs)
+    _, scale = by_largest(matvec(direction))
+    x, outside = minres(
+        lambda vector: matvec(vector) / scale,
+        direction,
+        tolerance=kernel_tolerance(rhs.dtype),
+        most_steps=max(_MINRES_STEPS, 2 * rhs.size),
+    )
+    return _accepted(matvec(x) / scale + outside, direction, x, jnp.nan) * (size / scale)
 
 
-def gmres(matvec: Callable, rhs: Float[Array, " n"], *, otherwise: float) -> Float[Array, " n"]:
+def gmres(matvec: Callable, rhs: Float[Array, " n"], *, otherwise) -> Float[Array, " n"]:
     """`matvec^-1 rhs` by GMRES, and `otherwise` where that does not converge."""
     x, _ = jax.scipy.sparse.linalg.gmres(matvec, rhs, tol=kernel_tolerance(rhs.dtype), **_GMRES)
     return _accepted(matvec(x), rhs, x, otherwise)
 
 
-def _accepted(reached: Float[Array, " n"], rhs: Float[Array, " n"], x: Float[Array, " n"], otherwise: float):
+def _accepted(reached: Float[Array, " n"], rhs: Float[Array, " n"], x: Float[Array, " n"], otherwise):
     """The solution `x` where what it reaches is close to the right-hand side, else `otherwise`."""
     error = jnp.linalg.norm(reached - rhs)
     return jnp.where(error <= _ACCEPTED_RESIDUAL * jnp.linalg.norm(rhs), x, otherwise)

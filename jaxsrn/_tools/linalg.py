@@ -15,6 +15,7 @@ from jax import lax
 from jaxtyping import Array, Float, Inexact
 
 __all__ = [
+    "by_largest",
     "divisor",
     "einsum",
     "end_pairs",
@@ -44,6 +45,16 @@ def unit(vector: Inexact[Array, "..."]) -> Inexact[Array, "..."]:
     # The derivative of a norm is 0/0 at zero; the one taken here is that of the constant first basis vector.
     norm = jnp.sqrt(jnp.where(is_zero, 1, squared)).astype(vector.dtype)
     return jnp.where(is_zero, first.reshape(vector.shape), vector / norm)
+
+
+def by_largest(z: Float[Array, "..."]) -> tuple[Float[Array, "..."], Float[Array, ""]]:
+    """`(z / scale, scale)`; the scale is the largest absolute entry (1 for zero), held constant in derivatives.
+
+    It stays below the numbers whose reciprocal, by which XLA multiplies, is denormal and therefore taken for 0.
+    """
+    largest = lax.stop_gradient(jnp.max(jnp.abs(z)))
+    scale = jnp.minimum(divisor(largest), 0.25 / jnp.finfo(z.dtype).tiny)
+    return z / scale, scale
 
 
 def moderate(z: Float[Array, "..."], axes):

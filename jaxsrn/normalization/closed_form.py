@@ -124,12 +124,14 @@ def closed_form(problem: Problem, direction: Float[Array, "..."]) -> Candidate:
     point would miss both constraints by more than rounding where `A` is nearly parallel to `E`. Where the target is
     infeasible the part along `A_perp` vanishes, which leaves the smallest stable rank that this pair allows.
     """
-    e = problem.inner(direction, direction)
-    e = divisor(e)
+    own = problem.inner(direction, direction)
+    e = divisor(own)
     m = problem.inner(problem.kernel, direction)
     rest = problem.kernel - (m / e) * direction
     rest_norm = safe_sqrt(problem.inner(rest, rest))
     radius = problem.norm * safe_sqrt(problem.target - 1 / e)
     kernel = (problem.norm / e) * direction + radius / divisor(rest_norm) * rest
     distance = (radius - rest_norm) ** 2 + (problem.norm - m) ** 2 / e
-    return Candidate(kernel, jnp.where(is_feasible(e, problem.target), distance, INFEASIBLE / e))
+    merit = jnp.where(is_feasible(e, problem.target), distance, INFEASIBLE / e)
+    # Singular vectors of samples that no tap meets have no functional, and prescribe nothing.
+    return Candidate(kernel, jnp.where(own == 0, jnp.inf, merit))

@@ -14,7 +14,7 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from jaxsrn._tools.held import gmres, held, is_inexact, real_vector
 from jaxsrn._tools.tolerances import kernel_tolerance
@@ -36,35 +36,41 @@ __all__ = [
 ]
 
 
-def frozen(a: Float[Array, "..."], op: Operator, target, pair: Pair) -> Float[Array, "..."]:
-    """`normalized`, with the derivative that holds the pair constant; its second derivative sees how the pair moves."""
+def frozen(a: Float[Array, "..."], op: Operator, target, pair: Pair, is_used: Bool[Array, ""]) -> Float[Array, "..."]:
+    """`normalized`, with the derivative that holds the pair constant; its second derivative sees how the pair moves.
+
+    Where the result is not used, the pair need not move.
+    """
     if target is None:
         return normalized(a, op, None, pair)
     pair = with_free_frequency(pair, op, a.dtype)
-    return held(functools.partial(_normalized, op), functools.partial(determined_pair, op), (a, target), pair)
+    problem = a, target, lax.stop_gradient(is_used.astype(a.dtype))
+    return held(functools.partial(_normalized, op), functools.partial(determined_pair, op), problem, pair)
 
 
 def _normalized(op: Operator, problem, pair: Pair) -> Float[Array, "..."]:
-    a, target = problem
+    a, target, _ = problem
     return normalized(a, op, target, pair)
 
 
 def determined_pair(op: Operator, problem, pair: Pair) -> Pair:
-    """The move (`held.py`) of a pair whose `problem` is `(a, target)`: NaN where the kernel does not determine it.
+    """The move (`held.py`) of a pair whose `problem` is `(a, target, is_used)`: NaN where it is not determined.
 
-    Such a kernel has the lowest stable rank that its pair allows, and is nothing but the functional of the pair.
+    The kernel of such a pair has the lowest stable rank that the pair allows, and is nothing but the functional of it.
+    Where `is_used` is 0, nothing depends on the pair, and it does not move instead: NaN times 0 would be NaN.
     """
-    a, target = problem
-    moved = moving_pair(a, op, target, pair, otherwise=jnp.nan)
+    a, target, is_used = problem
+    undetermined = jnp.where(is_used > 0, jnp.nan, 0.0)
+    moved = moving_pair(a, op, target, pair, otherwise=undetermined)
     if op._normalization_keeps_pairs:
         return moved
     gradient = value_gradient(pair, op, a.shape)
     is_lowest = jnp.sum(gradient * over_weights(gradient, op)) * target <= 1 + kernel_tolerance(a.dtype)
-    factor = jnp.where(is_lowest, jnp.nan, 1.0)
+    factor = jnp.where(is_lowest, 1 + undetermined, 1.0)
     return jax.tree.map(lambda leaf: leaf * factor.astype(leaf.dtype) if is_inexact(leaf) else leaf, moved)
 
 
-def moving_pair(a: Float[Array, "..."], op: Operator, target, pair: Pair, otherwise: float = 0.0) -> Pair:
+def moving_pair(a: Float[Array, "..."], op: Operator, target, pair: Pair, otherwise=0.0) -> Pair:
     """The pair as a function of the kernel: a fixed point of the step on the kernel normalized with the pair.
 
     Where its linear system is singular the derivative of the pair is `otherwise`; with 0 the gradient is the frozen
@@ -113,7 +119,7 @@ def _aligned(pair: Pair, reference: Pair) -> Pair:
     return Pair(pair.site, pair.input * phase, pair.output * phase)
 
 
-def _tangent_solve(matvec, transposed, rhs, otherwise: float):
+def _tangent_solve(matvec, transposed, rhs, otherwise):
     """`matvec^-1 rhs` by GMRES, and `otherwise` where that does not converge."""
     solve = functools.partial(gmres, otherwise=otherwise)
     return lax.custom_linear_solve(matvec, rhs, solve, transpose_solve=lambda _, rhs: solve(transposed, rhs))

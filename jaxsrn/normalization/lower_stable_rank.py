@@ -73,8 +73,8 @@ def srnc(
       max_steps: static. The most passes of the iteration; when raising, the most SVDs of all matrices in a projection.
       tolerance: the relative change of the kernel in a pass at which to stop, by default `eps ** 0.6`; traced. The
         constraints are met to about its square. When raising it is the relative error of the stable rank.
-      initial: where to start, in place of the scan: a singular triplet, such as that of the last result in training, or
-        the pair `state.normalized.pair` of `srnc_state`. Raising, and layers that are matrices, do not use it.
+      initial: where to start, in place of the scan: a singular triplet, such as that of `leading_triplet`, or the pair
+        `state.normalized.pair` of `srnc_state`. Raising, and layers that are matrices, do not use it.
 
     Returns:
       An `SRNResult`, whose `feasible` and `residual` say where the target is infeasible or the passes ran out.
@@ -123,10 +123,11 @@ def srnc(
 
 
 def _check_initial(initial, op: Operator, kernel_shape) -> None:
-    if not isinstance(initial, Pair):
-        return check_triplet(initial, op, kernel_shape)
-    shapes, expected = jax.tree.map(jnp.shape, initial), pair_shapes(op, kernel_shape)
-    return ensure(shapes == expected, f"initial: got {shapes}, expected {expected} for {op}; take it from srnc_state.")
+    if isinstance(initial, Pair):
+        shapes, expected = jax.tree.map(jnp.shape, initial), pair_shapes(op, kernel_shape)
+        ensure(shapes == expected, f"initial: got {shapes}, expected {expected} for {op}; take it from srnc_state.")
+    else:
+        check_triplet(initial, op, kernel_shape)
 
 
 @program
@@ -174,7 +175,9 @@ def _of_pair(op: Operator, problem: Problem, pair: Pair):
 
 
 def _moved_pair(op: Operator, problem: Problem, pair: Pair) -> Pair:
-    return determined_pair(op, (problem.kernel, problem.target), pair)
+    # A kernel whose stable rank is low enough is returned as it is.
+    is_used = lax.stop_gradient((problem.target < problem.stable_rank).astype(problem.kernel.dtype))
+    return determined_pair(op, (problem.kernel, problem.target, is_used), pair)
 
 
 @functools.partial(program, static_argnums=5)

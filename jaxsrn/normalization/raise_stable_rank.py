@@ -87,7 +87,7 @@ def raised(problem: Problem, op: Operator, own: Pair, max_steps: int, tolerance:
     """The projection of `tau A` whose stable rank is the target, to a relative error of `tolerance`.
 
     `own` is the leading pair of `A`. The derivative of the kernel is that of the projection, where `tau` moves so that
-    the stable rank stays.
+    the stable rank stays at the target.
     """
     frozen, tolerance = lax.stop_gradient((problem, tolerance))
     state = lax.stop_gradient(_search(frozen, op, own, max_steps, tolerance))
@@ -189,16 +189,16 @@ def _differentiable(problem: Problem, op: Operator, trial: _Trial) -> Float[Arra
     """The trial's kernel as a function of the problem."""
 
     def kernel_at(tau, problem):
-        return with_derivative(op, tau * problem.kernel, problem.norm, trial.kernel, trial.solution)
+        solution, leading = trial.solution, trial.found.leading
+        return with_derivative(op, tau * problem.kernel, problem.norm, trial.kernel, solution, leading)
 
-    def rank_at(tau, problem):
+    def miss_at(tau, problem):
         kernel = kernel_at(tau, problem)
-        return problem.inner(kernel, kernel) / problem.norm**2
+        return problem.inner(kernel, kernel) / problem.norm**2 - problem.target
 
-    rank, slope = jax.jvp(
-        functools.partial(rank_at, problem=lax.stop_gradient(problem)), (trial.tau,), (jnp.ones_like(trial.tau),)
-    )
+    fixed = lax.stop_gradient(problem)
+    miss, slope = jax.jvp(functools.partial(miss_at, problem=fixed), (trial.tau,), (jnp.ones_like(trial.tau),))
     # Close to the limit no change of `tau` moves the stable rank, and it cannot be held by one.
-    moves = slope * trial.tau > kernel_tolerance(slope.dtype) * rank
-    shift = (rank_at(trial.tau, problem) - rank) / jnp.where(moves, slope, 1.0)
+    moves = slope * trial.tau > kernel_tolerance(slope.dtype) * fixed.target
+    shift = (miss_at(trial.tau, problem) - miss) / jnp.where(moves, slope, 1.0)
     return kernel_at(trial.tau - jnp.where(moves, shift, 0.0), problem)

@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 from jaxsrn._tools.linalg import ratio, safe_sqrt
 from jaxsrn.normalization.closed_form import Problem
 from jaxsrn.operators.base import Operator
+from jaxsrn.spectra.singular_pair import idle_taps
 
 __all__ = [
     "SRNResult",
@@ -65,7 +66,7 @@ def deviation(value, wanted):
 
 def in_own_scale(result: SRNResult, scale, kernel: Shaped[Array, "..."], op: Operator, unchanged) -> SRNResult:
     """The result with the kernel in its own scale and dtype; what is unchanged stays so to the last bit."""
-    keep = unchanged | jnp.asarray(op._tap_counts(kernel.shape) == 0)
+    keep = unchanged | jnp.asarray(idle_taps(op, kernel.shape))
     own = jnp.where(keep, kernel, (result.kernel * scale).astype(kernel.dtype))
     return result._replace(kernel=own, spectral_norm=result.spectral_norm * scale)
 

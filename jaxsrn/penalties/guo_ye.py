@@ -25,7 +25,7 @@ from jaxsrn.operators.base import Operator
 from jaxsrn.operators.convolutions import CircularConv, UnboundedConv
 from jaxsrn.spectra.circular.fourier import half_symbol, site_symbol
 from jaxsrn.spectra.circular.grid_certificate import on_dividing_grid
-from jaxsrn.spectra.circular.sites import among, distinct_sites, on_grid, sites_at, without_constant_axes
+from jaxsrn.spectra.circular.sites import distinct_sites, sites_at, without_constant_axes
 from jaxsrn.spectra.image_pairs import flat_products, of_flat_vectors
 from jaxsrn.spectra.moving_pairs import frozen_value
 from jaxsrn.spectra.pairs_by_kind import leading_pair
@@ -105,7 +105,7 @@ def _extreme(kernel, op, alpha, gram):
     largest, smallest = _extreme_pairs(fixed, op)
     above = frozen_value(kernel, op, largest) ** 2 - alpha
     singular = gram == "input" and exceeds_output(op, kernel.shape)
-    below = alpha - (0.0 if singular else frozen_value(kernel, op, smallest) ** 2)
+    below = alpha - (0.0 if singular else frozen_value(kernel, _with_smallest(op, kernel.shape), smallest) ** 2)
     # NaN compares as false; in this order it is the result and not alpha.
     return jnp.where(below > above, below, above)
 
@@ -115,7 +115,7 @@ def _extreme_pairs(kernel: Float[Array, "..."], op: Operator) -> tuple[Pair, Pai
     if isinstance(op, CircularConv):
         return _extreme_at_sites(kernel, op)
     if isinstance(op, UnboundedConv):
-        return leading_pair(kernel, op), _smallest_on_coarse_grid(kernel, op)
+        return leading_pair(kernel, op), _extreme_at_sites(kernel, _with_smallest(op, kernel.shape))[1]
     if not op._needs_explicit_matrix or matrix_size(op, kernel.shape) <= BOTH_ENDS_SIZE:
         # `end_pairs` wants the inputs in the rows, as a symbol has them.
         matrix = op.to_dense(kernel).T[None]
@@ -138,11 +138,9 @@ def _extreme_at_sites(kernel, op: CircularConv):
     return tuple(pairs)
 
 
-def _smallest_on_coarse_grid(kernel, op: UnboundedConv) -> Pair:
-    """The pair of the smallest singular value among the frequencies of a coarse grid."""
-    coarse, fine = on_dividing_grid(op, kernel.shape, _ANGLES), on_grid(op, kernel.shape)
-    pair = _extreme_at_sites(kernel, coarse)[1]
-    return pair._replace(site=among(pair.site, coarse, fine))
+def _with_smallest(op: Operator, kernel_shape) -> Operator:
+    """The operator whose smallest singular value is taken: of an unbounded layer one on a coarse grid."""
+    return on_dividing_grid(op, kernel_shape, _ANGLES) if isinstance(op, UnboundedConv) else op
 
 
 def _smallest_matrix_free(kernel, op: Operator, norm) -> Pair:

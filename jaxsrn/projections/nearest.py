@@ -29,7 +29,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from jaxsrn._tools.held import moving, refusing
-from jaxsrn._tools.linalg import divisor, safe_sqrt
+from jaxsrn._tools.linalg import divisor, ratio, safe_sqrt
 from jaxsrn._tools.tolerances import SPLIT_SIZE
 from jaxsrn.bounds.covers import covers
 from jaxsrn.operators.base import Operator
@@ -37,7 +37,7 @@ from jaxsrn.operators.convolutions import ZeroPaddedConv
 from jaxsrn.projections.augmented_lagrangian import Iterate, begin, derivative, distance_and_excess, minimise
 from jaxsrn.projections.clipping import MatrixStack, matrix_stack
 from jaxsrn.spectra.moving_pairs import frozen_value
-from jaxsrn.spectra.pairs_by_kind import leading_pair
+from jaxsrn.spectra.pairs_by_kind import leading_pair, value_gradient
 from jaxsrn.spectra.singular_pair import Pair, matrix_size
 
 __all__ = [
@@ -207,18 +207,35 @@ def _widened(solve: Callable, begun: Iterate, op: Operator, limit: Float[Array, 
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def with_derivative(op: Operator, target, limit, kernel, solution: SolvedBall) -> Float[Array, "..."]:
-    """`kernel`, the solution for `target` and `limit`, with the derivative of the projection in these two."""
+def with_derivative(op: Operator, target, limit, kernel, solution: SolvedBall, leading: Pair) -> Float[Array, "..."]:
+    """`kernel`, the solution for `target` and `limit`, with the derivative of the projection in these two.
+
+    `leading` is the leading pair of the kernel, whose value stays at the limit.
+    """
     return kernel
 
 
 @with_derivative.defjvp
 def _with_derivative_jvp(op: Operator, primals, tangents):
-    target, limit, kernel, solution = primals
-    solution = moving(_NO_MOVE, (target, limit), solution)
-    blocks = inner_blocks(op, target.shape, target.dtype)
-    # The projection is homogeneous: scaling `A` and the radius by `t` scales the result by `t`.
-    rate = tangents[1] / limit
-    direction = tangents[0] - rate * target
-    inner = derivative(solution.iterate, blocks, solution.radius, direction)
-    return kernel, inner + rate * kernel
+    target, limit, kernel, solution, leading = primals
+    solution, leading = moving(_NO_MOVE, (target, limit), (solution, leading))
+    blocks, functional = inner_blocks(op, target.shape, target.dtype), value_gradient(leading, op, target.shape)
+    # The kernel is this multiple of the solution, which may be a little outside of the ball.
+    found = solution.iterate.best.kernel
+    factor = ratio(blocks.inner(kernel, found), blocks.inner(found, found))
+
+    def moved(direction):
+        return factor * derivative(solution.iterate, blocks, solution.radius, direction)
+
+    def rise(change):
+        return jnp.sum(functional * change)
+
+    if _is_split(op, target.shape):
+        # The projection is homogeneous: scaling `A` and the radius by `t` scales the result by `t`. What the derivative
+        # at a fixed radius adds to the norm, as between the frequencies of a grid, is scaled away.
+        rate = tangents[1] / limit
+        inner = moved(tangents[0] - rate * target)
+        return kernel, inner + (rate - rise(inner) / limit) * kernel
+    # The radius moves so that the norm is the limit.
+    inner, by_radius = moved(tangents[0]), kernel - moved(target)
+    return kernel, inner + (tangents[1] - rise(inner)) / divisor(rise(by_radius)) * by_radius

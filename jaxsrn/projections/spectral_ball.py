@@ -23,7 +23,7 @@ from jaxsrn.projections.clipping import matrix_stack, smooth_clipped
 from jaxsrn.projections.nearest import nearest, with_derivative
 from jaxsrn.spectra.moving_pairs import frozen_value
 from jaxsrn.spectra.pairs_by_kind import leading_pair
-from jaxsrn.spectra.singular_pair import matrix_size, rescaled
+from jaxsrn.spectra.singular_pair import idle_taps, matrix_size, rescaled
 
 __all__ = [
     "ProjectionResult",
@@ -98,7 +98,7 @@ def _clip_singular_values(kernel, op, max_norm):
     limit = max_norm / scale
     # The stack keeps inner products, so its adjoint is the transform back that keeps the taps.
     matrices, largest = smooth_clipped(blocks.stack(a), limit)
-    keep = (largest <= limit) | jnp.asarray(op._tap_counts(kernel.shape) == 0)
+    keep = (largest <= limit) | jnp.asarray(idle_taps(op, kernel.shape))
     return jnp.where(keep, kernel, (blocks.pull_back(matrices) * scale).astype(kernel.dtype))
 
 
@@ -159,8 +159,13 @@ def project_spectral_ball(
 
 
 def _within_range(limit, dtype):
-    """`(larger, limit / larger)`, where `larger` is the limit or machine epsilon."""
-    larger = jnp.maximum(limit, jnp.finfo(dtype).eps)
+    """`(larger, limit / larger)`, where `larger` is the limit or machine epsilon.
+
+    A limit that every kernel is far below is taken for a smaller one, whose square is a number of the dtype.
+    """
+    eps = float(jnp.finfo(dtype).eps)
+    limit = jnp.minimum(limit, eps**-2)
+    larger = jnp.maximum(limit, eps)
     return larger, limit / larger
 
 
@@ -182,13 +187,13 @@ def _project_spectral_ball(kernel, op, own, max_norm, tolerance, max_steps):
         # A kernel in the ball is asked for nothing, and takes no step.
         asked = jnp.where(inside, jnp.inf, tolerance * size)
         solution, nearby = nearest(fixed, op, fixed_limit, own, max_steps, asked)
-        found = with_derivative(op, a, limit, nearby.kernel, solution)
+        found = with_derivative(op, a, limit, nearby.kernel, solution, nearby.leading)
         change = lax.stop_gradient(shrinking) * nearby.kernel - fixed
         farther = jnp.where(shrinking < 1, safe_sqrt(jnp.sum(weights * change**2)) - nearby.distance, 0.0)
         excess = nearby.excess + jnp.maximum(farther, 0.0)
         gap, num_steps = excess / divisor(size), nearby.num_steps
     found = found * shrinking
-    keep = inside | jnp.asarray(op._tap_counts(kernel.shape) == 0)
+    keep = inside | jnp.asarray(idle_taps(op, kernel.shape))
     return ProjectionResult(
         kernel=jnp.where(keep, kernel, (found * scale).astype(kernel.dtype)),
         gap=jnp.where(inside, 0.0, gap),

@@ -141,17 +141,17 @@ def steepest(
 
 @functools.partial(program, static_argnums=(3, 4, 5))
 def _candidate(kernel, op, tolerance, method, max_passes, num_passes):
-    """A kernel of any scale along the gradient, and the proven bound of the dual norm of the gradient."""
-    gradient, scale = rescaled(kernel.astype(float_dtype(kernel.dtype)), op)
+    """A kernel of any scale along the gradient, and the proven bound of the dual norm of the rescaled gradient."""
+    gradient, _ = rescaled(kernel.astype(float_dtype(kernel.dtype)), op)
     if isinstance(op, Dense):
-        return polar(gradient[None])[0], scale * jnp.sum(jnp.linalg.svd(gradient, compute_uv=False))
+        return polar(gradient[None])[0], jnp.sum(jnp.linalg.svd(gradient, compute_uv=False))
     if method == "exact":
         found, bound = _exact(gradient, op, tolerance, max_passes)
     elif method == "frequency":
         found, bound = _by_frequency(gradient, op, num_passes)
     else:
         found, bound = flattened(gradient), _plain_bound(gradient, op)
-    return found, scale * bound
+    return found, bound
 
 
 @program
@@ -164,10 +164,10 @@ def _on_unit_sphere(kernel, op, found, bound, pair: Pair | None, excess):
     nothing = (norm == 0) | (size == 0)
     # NaN compares as false, and reaches every field.
     step = jnp.where(nothing, 0.0, without_idle_taps(found, op) / divisor(norm))
-    value = scale * jnp.sum(gradient * step)
+    value = jnp.sum(gradient * step)
     bound = jnp.where(size == 0, 0.0, jnp.maximum(bound, value))
     gap = jnp.where(bound == 0, 0.0, 1 - value / divisor(bound))
-    return SteepestResult(step.astype(kernel.dtype), bound, gap)
+    return SteepestResult(step.astype(kernel.dtype), scale * bound, gap)
 
 
 def flattened(gradient: Float[Array, "..."]) -> Float[Array, "..."]:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxsrn._tools.linalg import matmul, top_pairs
+from jaxsrn._tools.linalg import by_largest, matmul, top_pairs
 from jaxsrn._tools.programs import program
 from jaxsrn._tools.proofs import are_below, squared_limit
 from jaxsrn._tools.subspaces import fixed_start
@@ -18,7 +18,7 @@ from jaxsrn._tools.tolerances import svds_are_dear, vector_tolerance
 from jaxsrn.operators.base import Dense
 from jaxsrn.spectra.common_shapes import in_common_shape
 from jaxsrn.spectra.image_pairs import matrix_free
-from jaxsrn.spectra.singular_pair import Pair, by_largest
+from jaxsrn.spectra.singular_pair import Pair
 
 __all__ = ["leading_of_dense", "leading_of_matrix"]
 

@@ -6,15 +6,14 @@ import functools
 import math
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Inexact
 
-from jaxsrn._tools.linalg import divisor
+from jaxsrn._tools.linalg import by_largest
 from jaxsrn.operators.base import Operator
 
-__all__ = ["Found", "Pair", "by_largest", "matrix_size", "rescaled", "without_idle_taps"]
+__all__ = ["Found", "Pair", "idle_taps", "matrix_size", "rescaled", "without_idle_taps"]
 
 
 class Pair(NamedTuple):
@@ -57,22 +56,12 @@ def rescaled(kernel: Float[Array, "..."], op: Operator) -> tuple[Float[Array, ".
 
 def without_idle_taps(kernel: Float[Array, "..."], op: Operator) -> Float[Array, "..."]:
     """The kernel with 0 in place of taps that meet no sample, which have no part in the map; NaN stays NaN."""
-    meets = _meeting_taps(op, kernel.shape)
-    return kernel if meets.all() else kernel * jnp.asarray(meets, kernel.dtype)
+    idle = idle_taps(op, kernel.shape)
+    return kernel * jnp.asarray(~idle, kernel.dtype) if idle.any() else kernel
 
 
-# Up to 1 ms, which every eager call would pay.
+# It takes up to 1 ms, which every eager call would pay.
 @functools.lru_cache(maxsize=1024)
-def _meeting_taps(op: Operator, kernel_shape: tuple[int, ...]) -> np.ndarray:
-    """Which taps meet a sample (static)."""
-    return op._tap_counts(kernel_shape) > 0
-
-
-def by_largest(kernel: Float[Array, "..."]) -> tuple[Float[Array, "..."], Float[Array, ""]]:
-    """`(kernel / scale, scale)`; the scale is the largest absolute entry (1 for zero), held constant in derivatives.
-
-    It stays below the numbers whose reciprocal, by which XLA multiplies, is denormal and therefore taken for 0.
-    """
-    largest = jax.lax.stop_gradient(jnp.max(jnp.abs(kernel)))
-    scale = jnp.minimum(divisor(largest), 0.25 / jnp.finfo(kernel.dtype).tiny)
-    return kernel / scale, scale
+def idle_taps(op: Operator, kernel_shape: tuple[int, ...]) -> np.ndarray:
+    """Which taps meet no sample (static)."""
+    return op._tap_counts(kernel_shape) == 0

@@ -115,7 +115,7 @@ def follows_own(op: Operator, target, norm, cap) -> bool:
 
 @functools.partial(program, static_argnums=4, once=True)
 def _srnc_state(kernel, op, own, target, follows_own):
-    kernel = lax.stop_gradient(kernel.astype(float_dtype(kernel.dtype)))
+    kernel, target = lax.stop_gradient((kernel.astype(float_dtype(kernel.dtype)), target))
     a, _ = rescaled(kernel, op)
     return as_floats(_started(a, op, own, target, follows_own), op, a)
 

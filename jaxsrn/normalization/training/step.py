@@ -26,7 +26,7 @@ from jaxsrn.operators.base import Operator
 from jaxsrn.operators.convolutions import ZeroPaddedConv
 from jaxsrn.spectra.common_shapes import as_matrix
 from jaxsrn.spectra.moving_pairs import frozen_value
-from jaxsrn.spectra.singular_pair import rescaled
+from jaxsrn.spectra.singular_pair import idle_taps, rescaled
 
 __all__ = [
     "check_gradient",
@@ -98,11 +98,23 @@ def srnc_step(
 
     Returns:
       The kernel in its dtype, with taps that meet no sample as they were, and the new state. Derivatives go through the
-      kernel and through `norm`; the state is constant.
+      kernel, `target` and `norm`; the state is constant.
 
     Raises:
       ValueError: a kernel, target, norm, gradient or number of steps that does not fit; a state of another layer;
         aliased taps.
+
+    Examples:
+      A kernel that an optimizer moves, held at norm 1 and stable rank 50:
+
+      >>> import jax, jaxsrn
+      >>> kernel, op = jax.random.normal(jax.random.key(0), (3, 3, 4, 8)), jaxsrn.ZeroPaddedConv((8, 8))
+      >>> state = jaxsrn.srnc_state(kernel, op, 50.0)
+      >>> for key in jax.random.split(jax.random.key(1), 5):
+      ...     kernel += 0.01 * jax.random.normal(key, kernel.shape)
+      ...     normalized, state = jaxsrn.srnc_step(kernel, state, op, 50.0)
+      >>> print(f"{jaxsrn.spectral_norm(normalized, op):.2f} {jaxsrn.stable_rank(normalized, op):.1f}")
+      1.00 50.0
     """
     kernel, target, norm = checked(kernel, op, target, norm, cap)
     shape = kernel.shape
@@ -130,20 +142,23 @@ def check_gradient(gradient: str) -> None:
 @functools.partial(program, static_argnums=(5, 6, 7))
 def _srnc_step(kernel, state, op, target, norm, cap, gradient, steps):
     a, scale = rescaled(kernel.astype(float_dtype(kernel.dtype)), op)
-    fixed, state = lax.stop_gradient((a, of_floats(state, op, kernel.shape, a.dtype)))
+    fixed, known, state = lax.stop_gradient((a, target, of_floats(state, op, kernel.shape, a.dtype)))
 
     # The power step comes first, on this kernel: the stored pair is that of the kernel before the optimizer's step.
-    track, own = state = followed(fixed, op, target, state, steps)
+    track, own = state = followed(fixed, op, known, state, steps)
     # Where the norm alone is asked for, the frozen gradient is the true one.
     pair = track.pair if gradient == "frozen" or target is None else moving_pair(a, op, target, track.pair)
-    # The solution is proportional to the norm and does not depend on the scale of the kernel.
-    unit_kernel = (frozen if gradient == "frozen" else normalized)(a, op, target, pair)
-    unchanged = jnp.asarray(op._tap_counts(kernel.shape) == 0)
+    unchanged = jnp.asarray(idle_taps(op, kernel.shape))
+    is_identity = jnp.asarray(False)
     if norm is None or cap:
         own_norm = scale * frozen_value(a, op, (own or track).pair)
         norm = own_norm if norm is None else jnp.minimum(norm, own_norm)
         # The map is the identity here. The product below has the same value, but no derivative at a zero kernel, where
         # both of its factors vanish.
-        unchanged |= is_only_rescaled(a, op, target, pair) & (own_norm <= norm)
+        is_identity = is_only_rescaled(a, op, target, pair) & (own_norm <= norm)
+        unchanged |= is_identity
+    # The solution is proportional to the norm and does not depend on the scale of the kernel.
+    is_frozen = gradient == "frozen"
+    unit_kernel = frozen(a, op, target, pair, ~is_identity) if is_frozen else normalized(a, op, target, pair)
     normalized_kernel = jnp.where(unchanged, kernel, (norm * unit_kernel).astype(kernel.dtype))
     return normalized_kernel, as_floats(state, op, fixed)
