@@ -13,7 +13,7 @@ from cases import CASES, by_name, derivative, gaussian, kernel
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxsrn import CircularConv, Dense, ZeroPaddedConv, stable_rank, stable_rank_range
+from jaxsrn import CircularConv, Dense, UnboundedConv, ZeroPaddedConv, stable_rank, stable_rank_range
 from jaxsrn.spectra.ranks import target_of_fraction
 
 CIRCULAR = [case for case in CASES if isinstance(case.op, CircularConv)]
@@ -395,6 +395,14 @@ def test_targets_are_shares_of_the_largest_stable_rank(case):
     for fraction in (0.0, -0.5, 1.01, np.nan):
         with pytest.raises(ValueError, match=r"expected a static number in \(0, 1\]"):
             target_of_fraction(fraction, case.kernel_shape, case.op)
+
+
+def test_samples_that_strides_leave_out_do_not_count():
+    """The shortcuts of a ResNet read one sample of each four, so that their largest stable rank is that of a matrix."""
+    assert target_of_fraction(0.5, (1, 1, 64, 128), UnboundedConv(strides=2)) == 32
+    assert target_of_fraction(0.5, (3, 3, 64, 128), UnboundedConv(strides=2)) == 64
+    for op in (CircularConv((8, 8), strides=2), ZeroPaddedConv((8, 8), strides=2)):
+        assert target_of_fraction(0.5, (1, 1, 4, 8), op) == 0.5 * 16 * 4
 
 
 def test_a_fraction_where_all_kernels_have_the_same_stable_rank():

@@ -319,3 +319,15 @@ def test_angles_are_exact_to_rounding_on_large_grids(n, dtype):
     # A unit of the fixed point is multiplied by the factor.
     units = (1 + np.abs(factor)) * 2.0 ** -np.finfo(dtype).bits
     assert np.all(np.abs(missed) <= units + np.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize(("dtype", "room"), [(jnp.float64, 1e-12), (jnp.float32, 2e-5)], ids=str)
+def test_more_values_than_the_rank(dtype, room):
+    """A layer with one output channel that is not zero has a value for each sample, and then zeros."""
+    op, kernel = ZeroPaddedConv((16,)), np.asarray(gaussian((3, 8, 8)))
+    kernel = kernel * (np.arange(8) == 0)
+    expected = oracle(kernel, op)[:20]
+    assert expected[15] > 0.1 > 1e-9 > expected[16]
+    np.testing.assert_allclose(
+        top_singular_values(jnp.asarray(kernel, dtype), op, 20), expected, atol=room * expected[0]
+    )

@@ -159,21 +159,30 @@ def leading_singular_vectors(
 def top_singular_vectors(
     matvec: Callable, rmatvec: Callable, in_size: int, out_size: int, k: int, tolerance, dtype
 ) -> tuple[Float[Array, "k in"], Float[Array, "k out"]]:
-    """The `k` leading pairs of singular vectors, each found in the map less the pairs before it (deflation).
+    """The `k` leading pairs of singular vectors, each found at right angles to the pairs before it (deflation).
 
     The Krylov space of one vector holds each singular value once. Deflation leaves the other copies of a repeated one.
+    Where the pairs before leave nothing but rounding, which is where `k` exceeds the rank, the vectors are 0.
     """
 
     def find(i: Int[Array, ""], found):
-        values, inputs, outputs = found
+        first, inputs, outputs = found
+
+        def apart(vector, basis):
+            return projected_out(vector, basis)[0]
+
         new = leading_singular_vectors(
-            lambda x: matvec(x) - matmul(values * matmul(inputs, x), outputs),
-            lambda y: rmatvec(y) - matmul(values * matmul(outputs, y), inputs),
-            fixed_start((in_size,), dtype, seed=i),
+            lambda x: apart(matvec(apart(x, inputs)), outputs),
+            lambda y: apart(rmatvec(apart(y, outputs)), inputs),
+            apart(fixed_start((in_size,), dtype, seed=i), inputs),
             out_size,
             tolerance,
         )
-        return values.at[i].set(new.value), inputs.at[i].set(new.input), outputs.at[i].set(new.output)
+        # A second pass removes what rounding leaves of the first.
+        entry = direction_of(apart(new.input, inputs))[0]
+        result, value = direction_of(apart(apart(matvec(entry), outputs), outputs), first)
+        entry = jnp.where(value > 0, entry, 0)
+        return jnp.maximum(first, value), inputs.at[i].set(entry), outputs.at[i].set(result)
 
-    nothing = jnp.zeros(k, dtype), jnp.zeros((k, in_size), dtype), jnp.zeros((k, out_size), dtype)
+    nothing = jnp.zeros((), dtype), jnp.zeros((k, in_size), dtype), jnp.zeros((k, out_size), dtype)
     return lax.fori_loop(0, k, find, nothing)[1:]

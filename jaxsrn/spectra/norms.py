@@ -34,9 +34,9 @@ class SingularTriplet(NamedTuple):
 
     Attributes:
       value: the singular value.
-      left: the unit vector `u` among the outputs, of `out_shape`.
-      right: the unit vector `v` among the inputs, of `in_shape`.
-      residual: `max(||T v - value u||, ||T^T u - value v||) / value` as measured, 0 for a zero kernel.
+      left: the unit vector `v` among the outputs, of `out_shape`.
+      right: the unit vector `u` among the inputs, of `in_shape`.
+      residual: `max(||T u - value v||, ||T^T v - value u||) / value` as measured, 0 for a zero kernel.
     """
 
     value: Float[Array, "..."]

@@ -145,8 +145,9 @@ def stable_rank_range(kernel_shape: tuple[int, ...], op: Operator) -> StableRank
 def target_of_fraction(fraction: float, kernel_shape: tuple[int, ...], op: Operator) -> float:
     """A share of the largest stable rank, as a target for `srnc` and `srnc_step`.
 
-    The largest stable rank is that of an operator with equal singular values, `min(prod(in_shape), prod(out_shape))`,
-    and for an unbounded convolution, per output sample, `min(c_in * prod(strides), c_out)`.
+    The largest stable rank is the upper end of `stable_rank_range`. That of an operator with equal singular values is
+    `min(prod(in_shape), prod(out_shape))`, and for an unbounded convolution, per output sample,
+    `min(c_in * prod(strides), c_out)`; it is less where strides leave out samples that no tap meets.
     The share is `c` of Sanyal, Torr, Dokania 2020 and `beta` of Zheng et al. 2025. Where all kernels have the same
     stable rank, as matrices of one row or column have, that is the target.
 
@@ -163,14 +164,12 @@ def target_of_fraction(fraction: float, kernel_shape: tuple[int, ...], op: Opera
     """
     fraction = static_share(fraction, "fraction")
     low, high = stable_rank_range(kernel_shape, op)
-    # The stable rank of an operator with equal singular values.
-    largest = min(op._sizes(kernel_shape))
     if low == high:
         return low
     # The slack keeps the lower end itself allowed in spite of rounding.
     ensure(
-        fraction * largest >= low * (1 - 1e-6),
-        f"fraction: got {fraction}, expected at least {low / largest:.6g}: the stable rank of {op} with a kernel of "
-        f"shape {tuple(kernel_shape)} is at least {low:.6g} of {largest}.",
+        fraction * high >= low * (1 - 1e-6),
+        f"fraction: got {fraction}, expected at least {low / high:.6g}: the stable rank of {op} with a kernel of "
+        f"shape {tuple(kernel_shape)} is at least {low:.6g} of {high:.6g}.",
     )
-    return fraction * largest
+    return fraction * high
