@@ -9,6 +9,7 @@ import optax
 import pytest
 import scipy.optimize
 from cases import dense, gaussian, weights
+from events import COMPILATIONS, counted
 from flax import nnx
 from jax.extend.core import jaxprs_in_params
 
@@ -437,3 +438,17 @@ def test_each_layer_of_a_stack_is_kept_by_itself(kind):
     for path, kernel in apart(together).items():
         np.testing.assert_allclose(kernel, alone[path], rtol=1e-9, atol=1e-9)
         assert not np.allclose(kernel, apart(params)[path])
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_a_schedule_compiles_once(every, standard_promotion):
+    """`optax.inject_hyperparams` makes the transformation anew in every step, and eager steps share a program."""
+    scheduled = optax.inject_hyperparams(keep_spectral_norm, static_args=("layers", "every"))
+    optimizer = scheduled({("kernel",): Dense()}, max_norm=optax.linear_schedule(2.0, 1.0, 10), every=every)
+    params = {"kernel": jnp.asarray(gaussian((3, 4)), jnp.float32)}
+    state = optimizer.init(params)
+    for _ in range(2):
+        _, state = optimizer.update(params, state, params)
+    with counted(COMPILATIONS) as compiled:
+        _, state = optimizer.update(params, state, params)
+    assert not compiled

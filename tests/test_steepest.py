@@ -343,3 +343,57 @@ def test_eager_updates_compile_once(standard_promotion):
     with counted(COMPILATIONS) as compiled:
         optimizer.update(params(2), state, weights)
     assert not compiled
+
+
+def test_a_layer_whose_first_gradients_are_zero_starts_as_others_do(standard_promotion):
+    """The memory of a step without a gradient holds nothing to go on from."""
+    layers, weights, gradients = {("conv", "kernel"): UnboundedConv()}, params(0), params(1)
+    optimizer = spectral_descent(1.0, layers, momentum=0.0)
+    expected, _ = optimizer.update(gradients, optimizer.init(weights), weights)
+    state = optimizer.init(weights)
+    for _ in range(2):
+        nothing, state = optimizer.update(jax.tree.map(jnp.zeros_like, weights), state, weights)
+        assert not np.any(nothing["conv"]["kernel"])
+    found, _ = optimizer.update(gradients, state, weights)
+    np.testing.assert_allclose(found["conv"]["kernel"], expected["conv"]["kernel"], atol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["frequency", "flattened"])
+def test_descent_leaves_taps_that_meet_no_sample(method, standard_promotion):
+    op, weights = ZeroPaddedConv((2,)), {"kernel": jnp.asarray(gaussian((5, 3, 3)), jnp.float32)}
+    gradients = {"kernel": weights["kernel"].at[jnp.asarray([0, 4])].set(0)}
+    optimizer = spectral_descent(1.0, {("kernel",): op}, method=method)
+    step, _ = optimizer.update(gradients, optimizer.init(weights), weights)
+    assert not np.any(step["kernel"][::4])
+    # The scale of a layer with as many outputs as inputs is 1.
+    np.testing.assert_allclose(np.linalg.norm(dense(step["kernel"], op), 2), 1, rtol=1e-3)
+
+
+PADDED = {("conv", "kernel"): ZeroPaddedConv((5,)), ("dense", "kernel"): Dense()}
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "num_copies"),
+    [
+        # Adam's two moments of two biases, and the momenta of the two kernels.
+        pytest.param(spectral_descent(0.1, PADDED), 6, id="frequency"),
+        pytest.param(spectral_descent(0.1, PADDED, method="flattened"), 6, id="flattened"),
+        pytest.param(keep_spectral_norm(PADDED, 1.0), 0, id="norm"),
+        pytest.param(keep_stable_rank(PADDED, 0.6), 0, id="rank"),
+        pytest.param(keep_stable_rank(PADDED, 0.6, upward=True), 0, id="upward"),
+    ],
+)
+def test_states_can_be_mapped_by_optax(optimizer, num_copies):
+    """`optax.tree_map_params`, as for sharding, maps the copies of the parameters alone."""
+    state = optimizer.init(params(0))
+    mapped = optax.tree_map_params(optimizer, lambda leaf: leaf + 1, state)
+    assert jax.tree.structure(mapped) == jax.tree.structure(state)
+    pairs = zip(jax.tree.leaves(state), jax.tree.leaves(mapped), strict=True)
+    assert sum(bool(jnp.any(before != after)) for before, after in pairs) == num_copies
+
+
+def test_the_gap_does_not_overflow_with_the_dual_norm():
+    gradient = jnp.asarray(1e38 * gaussian((4, 4)), jnp.float32)
+    result = steepest(gradient, Dense())
+    assert result.gap <= 1e-6
+    assert np.isinf(result.dual_norm)

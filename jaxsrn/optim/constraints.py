@@ -24,7 +24,9 @@ def keep_spectral_norm(layers: Layers, max_norm, *, every: int = 1) -> optax.Gra
 
         optimizer = optax.chain(optax.adam(1e-3), keep_spectral_norm(layer_operators(model, x), 1.0))
 
-    After every projection `||T(K)||_2 <= max_norm` is guaranteed up to rounding. Kernels in the ball, and all other
+    After every projection `||T(K)||_2 <= max_norm` is guaranteed up to rounding. It is the rounding of the kernels
+    before the step, because updates are differences: kernels far above the limit land beside it, until the next
+    projection. Kernels in the ball, and all other
     parameters, are not touched. With `every > 1` the updates in between pass unchanged, at no cost; a norm then exceeds
     `max_norm` by at most the sum of `||T(step)||_2` since the last projection. The cost and this drift are measured by
     `python benchmarks/training.py --only keeping`.
@@ -53,7 +55,7 @@ def keep_spectral_norm(layers: Layers, max_norm, *, every: int = 1) -> optax.Gra
         `update`, missing `params` or updates of other shapes.
     """
     limit = positive_scalar(max_norm, "max_norm", jnp.result_type(float))
-    return keep(layers, every, in_the_ball(limit))
+    return keep(layers, every, in_the_ball(), limit)
 
 
 def keep_stable_rank(

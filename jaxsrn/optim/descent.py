@@ -16,7 +16,8 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from jaxsrn._tools.checks import ensure, errors_named, float_dtype, static_int
-from jaxsrn._tools.linalg import ratio
+from jaxsrn._tools.linalg import by_largest, ratio
+from jaxsrn._tools.programs import program
 from jaxsrn.operators.base import Dense, Operator
 from jaxsrn.operators.layers import (
     Layers,
@@ -32,7 +33,7 @@ from jaxsrn.projections.steepest_descent import METHODS, flattened, steepest
 from jaxsrn.spectra.common_shapes import is_matrix
 from jaxsrn.spectra.moving_pairs import frozen_value
 from jaxsrn.spectra.pairs_by_kind import leading_pair
-from jaxsrn.spectra.singular_pair import by_largest
+from jaxsrn.spectra.singular_pair import without_idle_taps
 
 __all__ = [
     "SpectralDescentState",
@@ -128,6 +129,9 @@ def spectral_descent(
         parts["convolutions"] = optax.chain(steps, *rest)
 
     def labels(params):
+        if not jax.tree.leaves(params):
+            # Of `optax.tree_map_params`, as in `_scale_by_steepest`.
+            return params
         kind = {
             place: "dense" if isinstance(layers[path], Dense) else "convolutions"
             for path, place in kernel_places(layers, params).items()
@@ -167,6 +171,10 @@ def _scale_by_steepest(layers, momentum, nesterov: bool, method: str, num_passes
     """Muon's momentum, and in its place the kernel of norm 1 along it times the scale of its shape."""
 
     def init(params):
+        if not jax.tree.leaves(params):
+            # `optax.tree_map_params` asks for the structure of the state with a tree that has no leaves.
+            memory = tuple(0 if method == "frequency" else () for _ in layers)
+            return SpectralDescentState(0, params, memory)
         memory = []
         for path, kernel in named_kernels(layers, params).items():
             outer, shape = split_shape(layers[path], kernel.shape)
@@ -176,9 +184,6 @@ def _scale_by_steepest(layers, momentum, nesterov: bool, method: str, num_passes
             memory.append(for_every_layer(none, outer))
         return SpectralDescentState(jnp.zeros((), jnp.int32), jax.tree.map(jnp.zeros_like, params), tuple(memory))
 
-    # The jit is here, so that an eager `update` compiles once.
-    all_steps = jax.jit(functools.partial(_all_steps, layers, method=method, num_passes=num_passes))
-
     def update(updates, state, params=None, **extra_args):
         del params, extra_args
         count = optax.safe_increment(state.count)
@@ -187,7 +192,8 @@ def _scale_by_steepest(layers, momentum, nesterov: bool, method: str, num_passes
         if nesterov:
             now = optax.tree.bias_correction(updates, momentum, count)
             ahead = jax.tree.map(lambda m, g: momentum * m + (1 - momentum) * g, ahead, now)
-        steps, memory = all_steps(list(named_kernels(layers, ahead).values()), state.memory, state.count)
+        momenta = tuple(named_kernels(layers, ahead).values())
+        steps, memory = _all_steps(momenta, state.memory, tuple(layers.items()), method, num_passes)
         leaves, tree = jax.tree.flatten(updates)
         for place, step in zip(kernel_places(layers, updates).values(), steps, strict=True):
             leaves[place] = step.astype(leaves[place].dtype)
@@ -204,21 +210,23 @@ def _no_memory(op: Operator, kernel, method: str):
     return jnp.zeros_like(few_frequencies(op, kernel.shape, dtype).stack(zeros))
 
 
-def _all_steps(layers, momenta: list, memory, count, method: str, num_passes: int):
-    """The steps and the new memories of all layers, in their order."""
-    by_path, memory, steps = dict(zip(layers, momenta, strict=True)), dict(zip(layers, memory, strict=True)), {}
-    one = functools.partial(_one_step, is_first=count == 0, method=method, num_passes=num_passes)
+@functools.partial(program, static_argnums=(2, 3, 4))
+def _all_steps(momenta: tuple, memory: tuple, layers: tuple, method: str, num_passes: int):
+    """The steps and the new memories of all layers, `((path, operator), ...)`, in their order."""
+    ops, steps = dict(layers), {}
+    by_path, memories = dict(zip(ops, momenta, strict=True)), dict(zip(ops, memory, strict=True))
+    one = functools.partial(_one_step, method=method, num_passes=num_passes)
 
     def of_stack(momenta, op: Operator, memories):
         wide = momenta.astype(float_dtype(momenta.dtype))
         return lax.map(lambda layer: one(*layer, op=op), (wide, memories))
 
-    for path, step, new in in_turn(of_stack, layers, by_path, memory):
-        steps[path], memory[path] = _scaled(layers[path], step), new
-    return [steps[path] for path in layers], tuple(memory[path] for path in layers)
+    for path, step, new in in_turn(of_stack, ops, by_path, memories):
+        steps[path], memories[path] = _scaled(ops[path], step), new
+    return tuple(steps[path] for path in ops), tuple(memories[path] for path in ops)
 
 
-def _one_step(momentum: Float[Array, "..."], memory, *, op: Operator, is_first, method: str, num_passes: int):
+def _one_step(momentum: Float[Array, "..."], memory, *, op: Operator, method: str, num_passes: int):
     """The kernel of norm 1 along the momentum, and the memory of the next step."""
     # The step does not depend on the scale, and squares of very small or large momenta are no numbers of the dtype.
     momentum, _ = by_largest(momentum)
@@ -229,9 +237,10 @@ def _one_step(momentum: Float[Array, "..."], memory, *, op: Operator, is_first, 
     else:
         blocks = few_frequencies(op, momentum.shape, momentum.dtype)
         direction, _ = unit_direction(momentum, blocks)
-        start = jnp.where(is_first, first_stack(direction, blocks), memory)
+        # There is nothing to go on from before the first momentum that is not zero.
+        start = jnp.where(jnp.any(memory != 0), memory, first_stack(direction, blocks))
         found, _, _, memory = passes(direction, blocks, num_passes, start)
     # An allowed excess of 1 is met by the highest peak that climbing finds.
     norm = frozen_value(found, op, leading_pair(found, op, excess=1.0))
     nothing = jnp.all(momentum == 0)
-    return jnp.where(nothing, 0.0, ratio(found, norm)), memory
+    return jnp.where(nothing, 0.0, ratio(without_idle_taps(found, op), norm)), memory

@@ -8,6 +8,7 @@ Layers of one shape are corrected in one call.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxsrn._tools.checks import ensure, errors_named, float_dtype, static_int
+from jaxsrn._tools.programs import program
 from jaxsrn._tools.tolerances import MAX_PASSES, kernel_tolerance, vector_tolerance
 from jaxsrn.normalization.lower_stable_rank import lowered, lowest, srnc
 from jaxsrn.normalization.result import SRNResult
@@ -62,16 +64,20 @@ class KeepState(NamedTuple):
 
 
 class Rule(NamedTuple):
-    """How kernels are corrected.
+    """How kernels are corrected; equal rules are corrected by one compiled function.
 
     Attributes:
-      begin: `(op, kernel_shape, dtype) -> memory`, the memory of a layer before its first correction. It raises
+      begin: `(op, kernel_shape, dtype, limit) -> memory`, the memory of a layer before its first correction. It raises
         `ValueError` where the layer cannot be corrected.
-      correct: `(kernels, op, memories) -> (kernels, memories)` for a stack of layers, in float32 or wider.
+      correct: `(kernels, op, memories, limit) -> (kernels, memories)` for a stack of layers, in float32 or wider.
+      remembers: `op -> bool`, whether the memory of a layer is a pair, and not empty.
+      limit: what the layers are held to, if that is static. A limit that is an array is an argument of `keep`.
     """
 
     begin: Callable
     correct: Callable
+    remembers: Callable
+    limit: float | None
 
 
 def require_params(params) -> None:
@@ -89,33 +95,25 @@ def displacement(target, leaf):
     return (target - leaf.astype(target.dtype)).astype(leaf.dtype)
 
 
-def keep(layers: Layers, every: int, rule: Rule) -> optax.GradientTransformationExtraArgs:
+def keep(
+    layers: Layers, every: int, rule: Rule, limit: Float[Array, ""] | None = None
+) -> optax.GradientTransformationExtraArgs:
     """The transformation that corrects the kernels to which the updates lead, every `every` steps."""
     check_layers(layers)
     layers, every = dict(layers), static_int(every, "every")
 
     def init(params):
+        if not jax.tree.leaves(params):
+            # `optax.tree_map_params` asks for the structure of the state with a tree that has no leaves.
+            return KeepState(0, tuple(Pair(None, 0, 0) if rule.remembers(op) else () for op in layers.values()))
         kernels = named_kernels(layers, params)
         memory = []
         for path, op in layers.items():
             outer, shape = split_shape(op, kernels[path].shape)
             with errors_named(f"layers: at {path!r}", " To exempt this layer, leave its path out of layers."):
-                first = rule.begin(op, shape, float_dtype(kernels[path].dtype))
+                first = rule.begin(op, shape, float_dtype(kernels[path].dtype), rule.limit)
             memory.append(for_every_layer(first, outer))
         return KeepState(jnp.zeros((), jnp.int32), tuple(memory))
-
-    # The jit is here, so that an eager `update` compiles once.
-    @jax.jit
-    def correct(kernels, steps, state: KeepState):
-        count = (state.count + 1) % every
-        given = {path: step for path, step in zip(layers, steps, strict=True) if step is not None}
-        memory = dict(zip(layers, state.memory, strict=True))
-
-        def corrected():
-            return _corrected(layers, rule, dict(zip(layers, kernels, strict=True)), given, memory)
-
-        due = corrected() if every == 1 else lax.cond(count == 0, corrected, lambda: _listed(layers, given, memory))
-        return due[0], KeepState(count, due[1])
 
     def update(updates, state, params=None, **extra_args):
         del extra_args
@@ -124,12 +122,28 @@ def keep(layers: Layers, every: int, rule: Rule) -> optax.GradientTransformation
         steps, places = tree.flatten_up_to(updates), kernel_places(layers, params)
         kernels = named_kernels(layers, params)
         ours = tuple(_checked_step(path, steps[places[path]], kernel.shape) for path, kernel in kernels.items())
-        ours, state = correct(tuple(kernels.values()), ours, state)
+        ours, state = _correct(tuple(kernels.values()), ours, state, limit, tuple(layers.items()), every, rule)
         for path, step in zip(layers, ours, strict=True):
             steps[places[path]] = step
         return tree.unflatten(steps), state
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+# A function of the module, as `optax.inject_hyperparams` makes the transformation anew in every step.
+@functools.partial(program, static_argnums=(4, 5, 6))
+def _correct(kernels: tuple, steps: tuple, state: KeepState, limit, layers: tuple, every: int, rule: Rule):
+    """The steps and the state after one step; `layers` is `((path, operator), ...)`."""
+    ops, count = dict(layers), (state.count + 1) % every
+    given = {path: step for path, step in zip(ops, steps, strict=True) if step is not None}
+    memory = dict(zip(ops, state.memory, strict=True))
+    correct = functools.partial(rule.correct, limit=rule.limit if limit is None else limit)
+
+    def corrected():
+        return _corrected(ops, correct, dict(zip(ops, kernels, strict=True)), given, memory)
+
+    due = corrected() if every == 1 else lax.cond(count == 0, corrected, lambda: _listed(ops, given, memory))
+    return due[0], KeepState(count, due[1])
 
 
 def _checked_step(path, step, shape: tuple[int, ...]):
@@ -148,13 +162,13 @@ def _listed(layers, steps: dict, memory: dict):
     return tuple(steps.get(path) for path in layers), tuple(memory[path] for path in layers)
 
 
-def _corrected(layers, rule: Rule, kernels: dict, steps: dict, memory: dict):
+def _corrected(layers, correct: Callable, kernels: dict, steps: dict, memory: dict):
     """The steps to the corrected kernels, and the new memories."""
     # The other branch of the `cond` reads these dictionaries too.
     steps, memory = dict(steps), dict(memory)
     wide = {path: float_dtype(kernels[path].dtype) for path in steps}
     points = {path: kernels[path].astype(dtype) + steps[path].astype(dtype) for path, dtype in wide.items()}
-    for path, target, new in in_turn(rule.correct, layers, points, memory):
+    for path, target, new in in_turn(correct, layers, points, memory):
         # A kernel that meets the constraint already keeps its step to the last bit.
         same, step = target == points[path], target - kernels[path].astype(target.dtype)
         steps[path] = jnp.where(same, steps[path], step.astype(steps[path].dtype))
@@ -162,19 +176,9 @@ def _corrected(layers, rule: Rule, kernels: dict, steps: dict, memory: dict):
     return _listed(layers, steps, memory)
 
 
-def in_the_ball(max_norm: Float[Array, ""]) -> Rule:
-    """The rule of the projection on the kernels with a spectral norm of at most `max_norm`; it has no memory."""
-
-    def begin(op: Operator, kernel_shape, dtype):
-        op._check_not_aliased(kernel_shape)
-        return ()
-
-    def correct(kernels, op: Operator, memories):
-        limit = max_norm.astype(kernels.dtype)
-        # Under `vmap` all kernels would take as many steps as the slowest.
-        return lax.map(lambda kernel: project_spectral_ball(kernel, op, limit).kernel, kernels), memories
-
-    return Rule(begin, correct)
+def in_the_ball() -> Rule:
+    """The rule of the projection on the kernels with a spectral norm of at most the limit; it has no memory."""
+    return Rule(_begin_in_the_ball, _in_the_ball, _remembers_nothing, None)
 
 
 def of_stable_rank(fraction: float) -> Rule:
@@ -183,45 +187,67 @@ def of_stable_rank(fraction: float) -> Rule:
     Its memory holds, for zero-padded layers, the pairs that the last correction ended with. Dense layers take one SVD,
     and the scan of circular layers costs little more than a pass from a known pair, so they remember nothing.
     """
+    return Rule(_begin_stable_rank, _of_stable_rank, _remembers_pairs, fraction)
 
-    def begin(op: Operator, kernel_shape, dtype):
-        _check_target(fraction, op, kernel_shape)
-        return no_pair(op, kernel_shape, dtype) if isinstance(op, ZeroPaddedConv) else ()
 
-    def correct(kernels, op: Operator, memories):
-        target = jnp.asarray(target_of_fraction(fraction, kernels.shape[1:], op), kernels.dtype)
-        if isinstance(op, ZeroPaddedConv):
-            return _followed(kernels, op, target, memories)
-        return jax.vmap(lambda kernel: srnc(kernel, op, target).kernel)(kernels), memories
+def of_least_stable_rank(fraction: float) -> Rule:
+    """The rule of the kernels of the same norm whose stable rank is raised to `fraction` of the largest if below it."""
+    return Rule(_begin_least_stable_rank, _of_least_stable_rank, _remembers_nothing, fraction)
 
-    return Rule(begin, correct)
+
+def _remembers_nothing(op: Operator) -> bool:
+    return False
+
+
+def _remembers_pairs(op: Operator) -> bool:
+    return isinstance(op, ZeroPaddedConv)
+
+
+def _begin_in_the_ball(op: Operator, kernel_shape, dtype, limit):
+    op._check_not_aliased(kernel_shape)
+    return ()
+
+
+def _in_the_ball(kernels, op: Operator, memories, limit):
+    limit = limit.astype(kernels.dtype)
+    # Under `vmap` all kernels would take as many steps as the slowest.
+    return lax.map(lambda kernel: project_spectral_ball(kernel, op, limit).kernel, kernels), memories
+
+
+def _begin_stable_rank(op: Operator, kernel_shape, dtype, limit):
+    _check_target(limit, op, kernel_shape)
+    return no_pair(op, kernel_shape, dtype) if _remembers_pairs(op) else ()
+
+
+def _of_stable_rank(kernels, op: Operator, memories, limit):
+    target = jnp.asarray(target_of_fraction(limit, kernels.shape[1:], op), kernels.dtype)
+    if _remembers_pairs(op):
+        return _followed(kernels, op, target, memories)
+    return jax.vmap(lambda kernel: srnc(kernel, op, target).kernel)(kernels), memories
+
+
+def _begin_least_stable_rank(op: Operator, kernel_shape, dtype, limit):
+    _check_target(limit, op, kernel_shape)
+    return ()
+
+
+def _of_least_stable_rank(kernels, op: Operator, memories, limit):
+    target = jnp.asarray(target_of_fraction(limit, kernels.shape[1:], op), kernels.dtype)
+
+    def raised(kernel):
+        # A kernel above the target is asked for its own stable rank, and stays.
+        own = stable_rank(kernel, op)
+        kernel_raised = srnc(kernel, op, jnp.maximum(own, target), raise_rank=True).kernel
+        return jnp.where(own < target, kernel_raised, kernel)
+
+    # Under `vmap` all kernels would take as many steps as the slowest.
+    return lax.map(raised, kernels), memories
 
 
 def _check_target(fraction: float, op: Operator, kernel_shape) -> None:
     """Raises `ValueError` where no kernel of this shape has the share of the largest stable rank."""
     op._check_not_aliased(kernel_shape)
     target_of_fraction(fraction, kernel_shape, op)
-
-
-def of_least_stable_rank(fraction: float) -> Rule:
-    """The rule of the kernels of the same norm whose stable rank is raised to `fraction` of the largest if below it."""
-
-    def begin(op: Operator, kernel_shape, dtype):
-        _check_target(fraction, op, kernel_shape)
-        return ()
-
-    def raised(kernel, op: Operator):
-        target = jnp.asarray(target_of_fraction(fraction, kernel.shape, op), kernel.dtype)
-        # A kernel above the target is asked for its own stable rank, and stays.
-        own = stable_rank(kernel, op)
-        kernel_raised = srnc(kernel, op, jnp.maximum(own, target), raise_rank=True).kernel
-        return jnp.where(own < target, kernel_raised, kernel)
-
-    def correct(kernels, op: Operator, memories):
-        # Under `vmap` all kernels would take as many steps as the slowest.
-        return lax.map(lambda kernel: raised(kernel, op), kernels), memories
-
-    return Rule(begin, correct)
 
 
 def _followed(kernels, op: Operator, target, pairs: Pair):

@@ -17,7 +17,7 @@ from jax.tree_util import Partial
 from jaxtyping import Array, Float, Int
 
 from jaxsrn._tools.checks import float_dtype, positive_scalar
-from jaxsrn._tools.linalg import unit
+from jaxsrn._tools.linalg import by_largest, unit
 from jaxsrn.sphere import random
 
 __all__ = [
@@ -48,7 +48,8 @@ def starting_points(keys, like: Float[Array, "..."], initial=None) -> Float[Arra
     # The points are drawn in float32, so that they are the same in every precision up to rounding.
     drawn = jax.vmap(lambda key: random(key, like.shape, axis=None, dtype=jnp.float32))(keys)
     points = jax.vmap(unit)(drawn.astype(like.dtype))
-    return points if initial is None else points.at[0].set(unit(initial.astype(like.dtype)))
+    # Squares of very small or large entries are no numbers of the dtype.
+    return points if initial is None else points.at[0].set(unit(by_largest(initial.astype(like.dtype))[0]))
 
 
 def advance(state: State, loss: Callable, optimizer: optax.GradientTransformationExtraArgs, num_steps: int) -> State:

@@ -9,9 +9,9 @@ from __future__ import annotations
 import functools
 import math
 
-import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jaxtyping import Array, Float
 
 from jaxsrn._tools.checks import Kernel, ensure, float_dtype, kernel_array, positive_scalar
@@ -66,7 +66,9 @@ def smoothed_maximum(kernel, op, alpha, smooth):
         squares = jnp.max(squares, axis=-1, keepdims=True)
     counts = multiplicity(op)[:: op.feature_group_count, None]
     counts = jnp.broadcast_to(jnp.asarray(counts, squares.dtype), squares.shape)
-    return jax.nn.logsumexp(alpha * squares, b=counts) / alpha
+    # The largest is subtracted before it is scaled: what rounding leaves of it would be scaled by a sharp alpha.
+    largest = lax.stop_gradient(jnp.max(squares))
+    return largest + jnp.log(jnp.sum(counts * jnp.exp(alpha * (squares - largest)))) / alpha
 
 
 def squared_values(kernel: Float[Array, "..."], op: CircularConv) -> Float[Array, "frequencies values"]:
