@@ -1,9 +1,9 @@
 """Singular values, norms and stable rank of layers, convolutions above all.
 
-Every function of a layer has the form `f(kernel, op, *, options)`: the kernel is in Flax's layout, and the operator
-says which linear map it stands for. The modules `bounds`, `lipschitz`, `optim`, `penalties`, `sphere` and `surrogate`
-are imported when they are first used; `jaxsrn.nnx` and `jaxsrn.linen`, the wrappers for Flax, and `jaxsrn.plots`, the
-pictures, are imported by name.
+A function of a layer has the form `f(kernel, op, *, options)`, with a target or a limit before the options: the kernel
+is in Flax's layout, and the operator says which linear map it stands for. The modules `bounds`, `lipschitz`, `optim`,
+`penalties`, `sphere` and `surrogate` are imported when they are first used; `jaxsrn.nnx` and `jaxsrn.linen`, the
+wrappers for Flax, and `jaxsrn.plots`, the pictures, are imported by name.
 """
 
 import importlib

@@ -55,7 +55,7 @@ def _how_files_are_read() -> argparse.ArgumentParser:
     for option, what in (("--groups", "feature groups"), ("--strides", "stride")):
         text = f"{what} of a kernel; may be repeated"
         reading.add_argument(option, action="append", default=[], type=_count, metavar="NAME=N", help=text)
-    stacked = "such names have an axis of layers first"
+    stacked = "arrays whose names begin so hold several layers along their first axis; may be repeated"
     reading.add_argument("--stacked", action="append", default=[], metavar="START", help=stacked)
     return reading
 
@@ -75,7 +75,8 @@ def _add_normalize(commands, reading) -> None:
     what = "bring every kernel to a share of its largest stable rank"
     normalize = commands.add_parser("normalize", parents=[reading], help=what)
     normalize.add_argument("file", type=Path, metavar="FILE", help=_FILE)
-    normalize.add_argument("--fraction", type=float, required=True, metavar="F", help="the share, in (0, 1]")
+    share = "the share of each kernel's largest stable rank, in (0, 1]"
+    normalize.add_argument("--fraction", type=float, required=True, metavar="F", help=share)
     normalize.add_argument("--norm", type=float, metavar="M", help="scale kernels down to this norm afterwards")
     names = "change kernels of such names alone, 'conv*'"
     normalize.add_argument("--only", action="append", metavar="PATTERN", help=names)
@@ -153,7 +154,7 @@ def _normalize(args) -> None:
     _check_outputs(args.out)
     options = {"norm": args.norm, "only": args.only or ("*",), **_how_to_read(args)}
     changes, skipped = normalize(args.file, args.out, args.fraction, **options)
-    header = ("layer", "target", "stable rank", "after", "norm", "after", "distance")
+    header = ("layer", "target", "stable rank", "new rank", "norm", "new norm", "distance")
     rows = [
         [
             change.name,
@@ -168,6 +169,14 @@ def _normalize(args) -> None:
     show_table(header, rows, moved, dispensable=("target",))
     kept = f" Of {counted(len(skipped), 'other array')} {args.out} has the same bits." if skipped else ""
     show_lines(["", f"{len(moved)} of {len(changes)} kernels changed.{kept}"])
+    lowest = [change.name for change in changes if change.is_lowest]
+    if lowest:
+        show_lines(
+            [
+                f"The shapes of these allow no stable rank of {args.fraction:g} of the largest, and the target is the "
+                f"lowest that they allow; --only leaves kernels out: {', '.join(lowest)}."
+            ]
+        )
 
 
 def _compare(args) -> None:
@@ -193,7 +202,8 @@ def _compare(args) -> None:
     moved = {pairing.first.name for pairing in found.layers if pairing.distance}
     show_table(header, rows, moved, left=2, dispensable=("kernel", "norm ratio", "rank ratio"))
     for path, names in ((args.first, found.only_first), (args.second, found.only_second)):
-        show_lines([f"In {path} alone: {', '.join(names)}."] if names else [])
+        if names:
+            show_lines([f"In {path} alone: {', '.join(names)}."])
 
 
 def _message(error: BaseException) -> str:

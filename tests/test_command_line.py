@@ -128,7 +128,10 @@ def test_normalize_reaches_the_lowest_that_taps_allow(weights, tmp_path, capsys)
     """A kernel of four outputs and one input has a stable rank from 1/3 to 1, and a twentieth of 1 is asked for."""
     out = tmp_path / "out.safetensors"
     assert main(["normalize", str(weights), "--fraction", "0.05", "--only", "conv*", "--out", str(out)]) == 0
-    assert "1 of 1 kernels changed" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "1 of 1 kernels changed" in printed
+    assert "no stable rank of 0.05 of the largest" in printed
+    assert "--only leaves kernels out: conv.weight." in printed
     kernel = safetensors.numpy.load_file(out)["conv.weight"].astype(np.float64)[:, 0]
     norms = np.linalg.norm(np.fft.fft(kernel, 4096), axis=0)
     assert np.sum(kernel**2) / norms.max() ** 2 == pytest.approx(1 / 3, rel=2e-3)

@@ -984,3 +984,37 @@ def test_what_matches_no_layer_is_named():
     model = jlinen.constrain(nn.LayerNorm(), lambda path, layer: jlinen.SpectralNorm(layer))
     with pytest.raises(ValueError, match="where: got Conv, ConvTranspose, Dense, DenseGeneral, which matches no layer"):
         model.init(jax.random.key(0), jnp.ones((2, 3), jnp.float32))
+
+
+def test_a_wrapper_whose_scope_is_shared():
+    """`nn.share_scope` puts the variables of the wrapper where its parent has its own."""
+
+    class Shared(nn.Module):
+        inner: nn.Module
+
+        def setup(self):
+            nn.share_scope(self, self.inner)
+
+        def __call__(self, x):
+            return self.inner(x)
+
+    model = Shared(jlinen.SpectralNorm(nn.Conv(3, (3, 3), **FLOAT)))
+    variables = model.init(KEY, IMAGES)
+    expected = model.apply(variables, IMAGES)
+    folded = jlinen.fold(model, variables)
+    assert folded["params"].keys() == {"kernel", "bias"}
+    np.testing.assert_allclose(nn.Conv(3, (3, 3), **FLOAT).apply(folded, IMAGES), expected, rtol=1e-12)
+    for again in (jlinen.refresh(model, variables), jlinen.restart(model, variables)):
+        np.testing.assert_allclose(model.apply(again, IMAGES), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_parameters_alone_are_no_variables():
+    model = jlinen.SpectralNorm(nn.Dense(3))
+    variables = model.init(KEY, jnp.ones((1, 4)))
+    for function in (jlinen.fold, jlinen.refresh):
+        with pytest.raises(ValueError, match="variables: got the collections"):
+            function(model, variables["params"])
+    with pytest.raises(
+        ValueError, match=r"variables: got the collections \['layer'\] for SpectralNorm, expected 'params'"
+    ):
+        jlinen.layer_operators(model, variables["params"], jnp.ones((1, 4)))

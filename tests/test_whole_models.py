@@ -248,6 +248,29 @@ def everything():
     )
 
 
+def test_a_sibling_of_a_kernel_is_listed():
+    """What stands beside a kernel may be part of the map, as the two factors of LoRA are; a bias is not."""
+
+    class WithFactors(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            layer = nn.DenseGeneral((2, 3), name="layer")
+            a = self.param("a", nn.initializers.ones, (4, 1))
+            return layer(x) + (x @ a)[..., None]
+
+    class Shared(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            layer = WithFactors()
+            nn.share_scope(self, layer)
+            return layer(x)
+
+    x = jnp.ones((2, 4))
+    model = Shared()
+    variables = model.init(jax.random.key(0), x)
+    assert jlinen.layer_operators(model, variables, x).left_out.keys() == {("a",)}
+
+
 def test_what_is_left_out_is_listed():
     layers = jnnx.layer_operators(everything())
     assert layers == {("head", "kernel"): Dense()}

@@ -47,15 +47,15 @@ def errors_named(name: str, advice: str = ""):
         raise ValueError(f"{name}: {error}{advice}") from error
 
 
-def int_tuple(value, length: int | None, name: str, minimum: int = 1) -> tuple[int, ...]:
-    """`value` as a tuple of ints of the given length; an int stands for all axes."""
+def int_tuple(value, length: int | None, name: str) -> tuple[int, ...]:
+    """`value` as a tuple of positive ints of the given length; an int stands for all axes."""
     values = (value,) * (length or 1) if np.ndim(value) == 0 else tuple(value)
     counted = {None: "one to three integers", 1: "an integer"}.get(length, f"an integer or {length} integers")
     ensure(
         all(map(is_integer, values))
         and (len(values) == length if length else 1 <= len(values) <= 3)
-        and all(v >= minimum for v in values),
-        f"{name}: got {value!r}, expected {counted} >= {minimum}{'' if length == 1 else ', one per spatial axis'}.",
+        and all(v >= 1 for v in values),
+        f"{name}: got {value!r}, expected {counted} >= 1{'' if length == 1 else ', one per spatial axis'}.",
     )
     return tuple(int(v) for v in values)
 
@@ -89,7 +89,11 @@ def kernel_array(kernel, op) -> jax.Array:
     # `Operator` is defined in a module that imports this one, so that a method of it identifies it.
     ensure(
         hasattr(op, "_check_kernel_shape") and not isinstance(op, type),
-        f"op: got {op!r}, expected an operator, such as Dense() or CircularConv((32, 32)).",
+        f"op: got {_briefly(op)}, expected an operator, such as Dense() or CircularConv((32, 32)).",
+    )
+    ensure(
+        hasattr(kernel, "shape") or np.ndim(kernel) > 0 or is_static_number(kernel),
+        f"kernel: got {_briefly(kernel)}, expected an array; of a layer of Flax it is layer.kernel[...].",
     )
     kernel = jnp.asarray(kernel)
     ensure_same_on_devices(kernel, "kernel")
@@ -103,6 +107,12 @@ def kernel_array(kernel, op) -> jax.Array:
     )
     op._check_kernel_shape(kernel.shape)
     return kernel
+
+
+def _briefly(value) -> str:
+    """A value for an error message: arrays and models by their type, for they fill pages."""
+    written = repr(value)
+    return written if len(written) <= 80 and "\n" not in written else f"an object of type {type(value).__name__}"
 
 
 def computed_form(kernel, op) -> tuple[jax.Array, Any]:
@@ -146,6 +156,11 @@ def float_dtype(*dtypes) -> jnp.dtype:
 def positive_scalar(value, name: str, dtype, *, or_zero: bool = False) -> jax.Array:
     """`value` as a scalar of `dtype`; a concrete one must be finite and positive (with `or_zero`: not negative)."""
     ensure(not callable(value), f"{name}: got a function, expected a number; optax.inject_hyperparams takes schedules.")
+    kind = value.dtype if hasattr(value, "dtype") else np.asarray(value).dtype
+    ensure(
+        jnp.issubdtype(kind, jnp.integer) or jnp.issubdtype(kind, jnp.floating),
+        f"{name}: got {_briefly(value)}, expected a real number.",
+    )
     ensure(jnp.ndim(value) == 0, f"{name}: got shape {jnp.shape(value)}, expected a scalar; use jax.vmap over several.")
     if not isinstance(value, jax.core.Tracer):
         # NumPy compares it, since a comparison of JAX arrays gives a tracer while anything is traced. The value is

@@ -19,6 +19,7 @@ from jaxsrn.linen.wrappers import (
     LEARNED,
     Normalized,
     nested,
+    params_of,
     started,
     stepped,
     trace_keys,
@@ -88,7 +89,7 @@ def fold(module: nn.Module, variables: Mapping) -> dict:
     Raises:
       ValueError: no collection `"stable_rank"`, a layer wrapped twice, or kernels that are stacked otherwise.
     """
-    params, places = dict(flatten_dict(variables["params"])), {}
+    params, places = dict(flatten_dict(params_of(variables, module))), {}
     for wrapper, (layer, kernel, state) in stepped(module, variables).items():
         ensure(layer not in places, f"{written(layer, module)}: it has several wrappers, expected one.")
         places[layer] = wrapper if state.layer[0] == 0 else layer
@@ -168,7 +169,8 @@ def layer_operators(
         f"inputs: got none, expected those of {type(module).__name__} or their shapes, as a module of Linen has no "
         "layers before it is called; unbounded=True gives the operators of no image size.",
     )
-    shapes = {path: jnp.shape(leaf) for path, leaf in flatten_dict(nn.meta.unbox(variables["params"])).items()}
+    params = flatten_dict(nn.meta.unbox(params_of(variables, module)))
+    shapes = {path: jnp.shape(leaf) for path, leaf in params.items()}
     return layer_calls(module, variables, *inputs, unbounded=unbounded, computes=computes, **options).operators(shapes)
 
 

@@ -31,6 +31,7 @@ __all__ = [
     "States",
     "check_collection",
     "nested",
+    "params_of",
     "started",
     "stepped",
     "trace_keys",
@@ -136,9 +137,17 @@ class Normalized(nn.Module):
             ensure(jnp.ndim(self.norm) == 0, f"norm: got shape {jnp.shape(self.norm)}, expected one number.")
         constraint = Constraint(seen, self._target(seen), bool(self.cap), self.gradient)
         norm = self.norm if self.norm is None else LEARNED if callable(self.norm) else float(self.norm)
+        return StableRankState(None, constraint, norm, self._way_to_layer())
+
+    @nn.nowrap
+    def _way_to_layer(self) -> tuple[int, tuple]:
+        """How many levels up from the wrapper, and which names down from there, the variables of the layer are."""
+        if self.layer.parent is self:
+            # Also where `nn.share_scope` has lent the wrapper a scope, which its path does not show.
+            return 0, (self.layer.name,)
         own, other = self.path, self.layer.path
         shared = sum(1 for n in range(1, min(map(len, (own, other))) + 1) if own[:n] == other[:n])
-        return StableRankState(None, constraint, norm, (len(own) - shared, other[shared:]))
+        return len(own) - shared, other[shared:]
 
     @nn.nowrap
     def _start(self, kernel, norm) -> StableRankState:
@@ -241,6 +250,16 @@ def _with_kernel(variables: Mapping, kernel: jax.Array) -> dict:
     return {**variables, "params": {**params, "kernel": nn.meta.replace_boxed(params["kernel"], kernel)}}
 
 
+def params_of(variables: Mapping, module: nn.Module) -> Mapping:
+    """The parameters among the variables; raises `ValueError` where parameters alone are given."""
+    ensure(
+        "params" in variables,
+        f"variables: got the collections {sorted(variables)} for {type(module).__name__}, expected 'params' among "
+        "them; pass all that init and apply return.",
+    )
+    return variables["params"]
+
+
 class WrappedLayer(NamedTuple):
     """A wrapped layer as the variables have it: its path, its kernel, the state of its wrapper, and its norm."""
 
@@ -253,7 +272,7 @@ class WrappedLayer(NamedTuple):
 def wrapped_layers(module: nn.Module, variables: Mapping) -> dict[tuple, WrappedLayer]:
     """All wrapped layers, by the paths of their wrappers."""
     states = cast(States, flatten_dict(variables.get(COLLECTION, {})))
-    params = flatten_dict(variables["params"])
+    params = flatten_dict(params_of(variables, module))
     ensure(
         bool(states),
         f"variables: got the collections {sorted(variables)} for {type(module).__name__}, expected {COLLECTION!r} "

@@ -65,6 +65,8 @@ def fold(model: nnx.Module) -> nnx.Module:
 
     The function is pure and differentiable: inside a loss, fold once and unroll a recurrence over the result.
 
+    A kernel that several wrapped layers share becomes one of each, since every wrapper has its own state.
+
     Args:
       model: any module; its wrappers become the layers that they wrap.
 
@@ -111,7 +113,7 @@ def constrain(model: nnx.Module, wrap: Callable[[tuple, nnx.Module], nnx.Module]
             ensure_own_kernel(node, CHANGING, ".".join(map(str, path)))
         if isinstance(node, Normalized) or not isinstance(node, nnx.Module) or not matches(path, node):
             return node
-        with errors_named(".".join(map(str, path))):
+        with errors_named(".".join(map(str, path)) or type(node).__name__):
             wrapper = wrap(path, node)
             ensure_wrapper(wrapper, Normalized)
         found.append(wrapper)

@@ -75,9 +75,9 @@ class CallRecord:
             for path, seen in self.found.items()
             if seen.is_stored_as_is
         }
-        # What else a layer has, as its bias, is no map, however many axes it has.
-        beside = {path for path in shapes if (*path[:-1], "kernel") in self.found and path not in self.found}
-        left_out = [path for path, shape in shapes.items() if len(shape) > 1 and path not in {*as_is, *beside}]
+        # A bias is no map, however many axes it has.
+        biases = {path for path in shapes if path[-1] == "bias" and (*path[:-1], "kernel") in self.found}
+        left_out = [path for path, shape in shapes.items() if len(shape) > 1 and path not in {*as_is, *biases}]
         return LayerOperators(as_is, {path: self._reason(path) for path in left_out})
 
     def _reason(self, path: Path) -> str:

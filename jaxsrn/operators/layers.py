@@ -118,7 +118,7 @@ def check_layers(layers: Layers) -> None:
     """Raises `ValueError` unless layers are given by path, and at least one, so that no constraint holds nothing."""
     ensure(
         isinstance(layers, Layers),
-        f"layers: got {layers!r}, expected {{path: operator}}, as layer_operators gives it.",
+        f"layers: got a {type(layers).__name__}, expected {{path: operator}}, as layer_operators gives it.",
     )
     left_out = getattr(layers, "left_out", {})
     reasons = "".join(f"\n  {path!r}: {reason}" for path, reason in left_out.items())

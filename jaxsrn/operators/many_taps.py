@@ -63,19 +63,10 @@ class Axis(NamedTuple):
 
         It repeats the image with this period. The repeated samples must lie in the padding, or beyond it.
         """
-        return _fast_length(max(self.image + max(self.padding), self.extent, self.outputs))
+        # Loading it takes a good part of the time of `import jaxsrn`.
+        from scipy.fft import next_fast_len
 
-
-def _fast_length(n: int) -> int:
-    """The smallest length of at least `n` without prime factors above 5, for which FFTs are fast."""
-    while True:
-        rest = n
-        for factor in (2, 3, 5):
-            while rest % factor == 0:
-                rest //= factor
-        if rest == 1:
-            return n
-        n += 1
+        return int(next_fast_len(max(self.image + max(self.padding), self.extent, self.outputs), real=True))
 
 
 def convolve_by_fft(

@@ -69,6 +69,7 @@ def every(length: int) -> int:
 
 def checked_curves(curves: Mapping[str, Any], name: str) -> dict[str, np.ndarray]:
     """`{name: 1-D array}`, none of them empty."""
+    ensure(isinstance(curves, Mapping), f"{name}: got a {type(curves).__name__}, expected {{label: 1-D array}}.")
     arrays = {key: np.asarray(curve) for key, curve in curves.items()}
     shapes = {key: array.shape for key, array in arrays.items()}
     ensure(bool(arrays), f"{name}: got none, expected at least one.")

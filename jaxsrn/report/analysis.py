@@ -79,8 +79,9 @@ def analyze(
       **options: keyword arguments of the model's call.
 
     Returns:
-      A `Report`. Its layers are in the order of the model's calls, those of bare weights in the natural order of their
-      names. Every array is among the layers or among the skipped, with the reason.
+      A `Report`. Its layers are in the order of the model's calls, or without inputs in the order in which Flax lists
+      them, those of bare weights in the natural order of their names. Every array is among the layers or among the
+      skipped, with the reason.
 
     Raises:
       ValueError: inputs without a model, options of bare weights beside a model, an unknown layout, a file that is not

@@ -37,17 +37,18 @@ class Model(NamedTuple):
 
 def is_model(source: Any) -> bool:
     """Whether something is a module of NNX or of Linen; neither is imported for that."""
-    kinds = (_class("flax.nnx", "Module"), _class("flax.linen", "Module"))
+    kinds = (_module_class("flax.nnx"), _module_class("flax.linen"))
     return any(kind is not None and isinstance(source, kind) for kind in kinds)
 
 
-def _class(module: str, name: str):
-    return getattr(sys.modules.get(module), name, None)
+def _module_class(library: str):
+    """The class of the modules of a library of Flax; `None` where it is not imported."""
+    return getattr(sys.modules.get(library), "Module", None)
 
 
 def model_of(model: Any, inputs: tuple, computes: Mapping, options: Mapping) -> Model:
     """The arrays and layers of a module of NNX, or of one of Linen with its variables as the first of the inputs."""
-    linen = _class("flax.linen", "Module")
+    linen = _module_class("flax.linen")
     is_linen = linen is not None and isinstance(model, linen)
     return (_of_linen if is_linen else _of_nnx)(model, inputs, computes, options)
 

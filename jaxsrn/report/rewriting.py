@@ -35,6 +35,8 @@ class Change(NamedTuple):
       norm_before, norm, stable_rank_before, stable_rank: the numbers of the kernels as they are stored, rounded to the
         dtype of the file.
       distance: `||K - A||_F / ||A||_F` of the kernels as they are stored; 0 where the kernel is the same bit by bit.
+      is_lowest: whether the fraction is below what the kernel's shape allows, so that the target is the lowest stable
+        rank that it does allow.
     """
 
     name: str
@@ -44,6 +46,7 @@ class Change(NamedTuple):
     stable_rank_before: float
     stable_rank: float
     distance: float
+    is_lowest: bool
 
 
 def normalize(
@@ -120,16 +123,17 @@ def _normalized_in(array: np.ndarray, kernel: NamedKernel, fraction: float, most
     view, op = kernel.view(array), kernel.op
     old = view.copy()
     wide = jnp.asarray(old.astype(float_dtype(old.dtype)))
-    target = max(fraction * target_of_fraction(1.0, kernel.shape, op), stable_rank_range(kernel.shape, op).low)
+    asked, low = fraction * target_of_fraction(1.0, kernel.shape, op), stable_rank_range(kernel.shape, op).low
+    target, is_lowest = max(asked, low), asked < low
     norm, rank = float(spectral_norm(wide, op)), float(stable_rank(wide, op))
     new = wide if not rank > target else srnc(wide, op, target).kernel
     if most is not None and norm > most:
         new = new * (most / norm)
     if new is wide:
-        return Change(kernel.name, target, norm, norm, rank, rank, 0.0)
+        return Change(kernel.name, target, norm, norm, rank, rank, 0.0, is_lowest)
     view[...] = np.asarray(new).astype(old.dtype)
     stored = view.astype(np.float64)
     size, moved = np.linalg.norm(old.astype(np.float64)), np.linalg.norm(stored - old.astype(np.float64))
     again = jnp.asarray(view.astype(float_dtype(old.dtype)))
     after = float(spectral_norm(again, op)), float(stable_rank(again, op))
-    return Change(kernel.name, target, norm, after[0], rank, after[1], float(moved / size))
+    return Change(kernel.name, target, norm, after[0], rank, after[1], float(moved / size), is_lowest)

@@ -77,7 +77,7 @@ def show_table(
         console.print(Text(note, style="dim"))
 
 
-def show_lines(lines: Sequence[str], style: str = "") -> None:
+def show_lines(lines: Sequence[str]) -> None:
     """Sentences on the standard output."""
     console = _console(sys.stdout)
     if console is None:
@@ -86,7 +86,7 @@ def show_lines(lines: Sequence[str], style: str = "") -> None:
     from rich.text import Text
 
     for line in lines:
-        console.print(Text(line, style=style))
+        console.print(Text(line))
 
 
 @contextlib.contextmanager
