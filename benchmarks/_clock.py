@@ -30,18 +30,22 @@ def timed(call: Callable, repeat: int = 1) -> Timed:
 def race(calls: dict[str, Callable], rounds: int, seconds: float) -> dict[str, Timed]:
     """The median time of each call, in at most so many rounds, and fewer where a call would take more seconds in all.
 
-    The first round warms up. It counts only for what is too slow to be called again.
+    A first round warms up, and counts for none: every call is timed at least once after it, however slow it is.
     """
-    first = {name: timed(call) for name, call in calls.items()}
-    own_rounds = {name: min(rounds, int(seconds / run.seconds)) for name, run in first.items()}
-    times = {name: [] if own_rounds[name] else [run.seconds] for name, run in first.items()}
+    first = {name: _alone(call) for name, call in calls.items()}
+    own_rounds = {name: max(1, min(rounds, int(seconds / run.seconds))) for name, run in first.items()}
+    times = {name: [] for name in calls}
     for i in range(rounds):
         for name, call in calls.items():
             if i < own_rounds[name]:
-                # Threads of the libraries (OpenBLAS above all) go on spinning for a while after their last call.
-                time.sleep(0.05)
-                times[name].append(timed(call, math.ceil(0.01 / first[name].seconds)).seconds)
+                times[name].append(_alone(call, math.ceil(0.01 / first[name].seconds)).seconds)
     return {name: Timed(float(np.median(times[name])), run.result) for name, run in first.items()}
+
+
+def _alone(call: Callable, repeat: int = 1) -> Timed:
+    """As `timed`, once the threads of other libraries (OpenBLAS above all) have stopped spinning after their call."""
+    time.sleep(0.05)
+    return timed(call, repeat)
 
 
 def interleaved(runs: dict[str, Callable], rounds: int) -> dict[str, np.ndarray]:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import jax
 import numpy as np
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def machine() -> str:
@@ -43,7 +47,27 @@ def table(header: Sequence[str], rows: Iterable[Sequence]) -> str:
     return "\n".join(map(line, [header, rule, *rows]))
 
 
-def document(title: str, command: str, sections: Iterable[tuple[str, str]]) -> str:
-    """The whole report: how it was made, then sections of `(heading, body)`."""
-    head = f"# {title}\n\nMade by `{command}` on {machine()}.\n"
+def made_by(part: str | None = None) -> str:
+    """The command of this run: its script, from the root of the repository, with the options that were given.
+
+    `--output` is left out, as where a report goes changes nothing in it. A report of one `part` names that part, in
+    place of all that `--only` was given.
+    """
+    script = Path(sys.argv[0]).resolve()
+    # A folder may be run by its own name or by that of the file in it.
+    script = script.parent if script.name == "__main__.py" else script
+    options, left_out = iter(sys.argv[1:]), ("--output", "--only") if part else ("--output",)
+    kept = ["--only", part] if part else []
+    for option in options:
+        name, equals, _ = option.partition("=")
+        if name not in left_out:
+            kept.append(option)
+        elif not equals:
+            next(options)  # its value
+    return shlex.join(["python", Path(os.path.relpath(script, ROOT)).as_posix(), *kept])
+
+
+def document(title: str, sections: Iterable[tuple[str, str]], part: str | None = None) -> str:
+    """The whole report: how it was made, then sections of `(heading, body)`; `part`: as of `made_by`."""
+    head = f"# {title}\n\nMade by `{made_by(part)}` on {machine()}.\n"
     return "\n".join([head, *(f"## {heading}\n\n{body}\n" for heading, body in sections)])

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from _markdown import document, table
 
-__all__ = ["RESULTS", "Checks", "document", "duration", "publish", "record", "table", "verdict"]
+__all__ = ["RESULTS", "Checks", "duration", "publish", "table"]
 
 Checks = list[tuple[bool, str]]
 RESULTS = Path(__file__).parent / "results"
@@ -33,11 +33,14 @@ def record(name: str, text: str) -> None:
 
 
 def publish(
-    name: str, title: str, command: str, sections: Iterable[tuple[str, str]], checks: Checks, keep: bool
+    name: str, title: str, sections: Iterable[tuple[str, str]], checks: Checks, keep: bool, part: str | None = None
 ) -> bool:
-    """Prints a report with its requirements, and records it where it is to be kept; returns whether all are met."""
+    """Prints a report with its requirements, and records it where it is to be kept; returns whether all are met.
+
+    `part` is that of a script which records each of its parts by itself.
+    """
     requirements = [("Requirements", "\n".join(itertools.starmap(verdict, checks)))] if checks else []
-    text = document(title, command, [*sections, *requirements])
+    text = document(title, [*sections, *requirements], part)
     print(text, flush=True)
     if keep:
         record(name, text)

@@ -38,7 +38,6 @@ from jaxsrn.spectra.circular import branch_and_bound, climbing, leading
 from jaxsrn.spectra.padded import few_channels
 from jaxsrn.spectra.padded import starts as padded_starts
 
-COMMAND = "python benchmarks/ablations.py"
 SETTING = """\
 float32. `operations`: StableHLO operations of the program, with the heuristic and without it. `time`: how many times
 longer the call takes without it, the median of interleaved rounds over all kernels, and the largest for one kernel.
@@ -251,7 +250,7 @@ def main(argv=None) -> int:
     header = ("search", "heuristic (in its place)", "operations", "without", "time", "largest", "worst",
               "worst without")  # fmt: skip
     body = f"{SETTING}\n\n{table(header, rows)}"
-    publish("ablations", "Ablations", COMMAND, [("What each heuristic buys", body)], [], keep=not fast)
+    publish("ablations", "Ablations", [("What each heuristic buys", body)], [], keep=not fast)
     return 0
 
 

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from _clock import timed
 from _processes import in_process
-from _report import document, record, table, verdict
+from _report import publish, table
 from tqdm import tqdm
 
 import jaxsrn
@@ -233,13 +233,8 @@ def main() -> None:
     sections = [
         ("Throughput", f"{ABOUT}\n\n{table(header, rows)}"),
         ("Memory", f"{MEMORY}\n\n{memory}"),
-        ("Requirements", "\n".join(verdict(*check) for check in checks + flat)),
     ]
-    text = document("Batches of kernels", " ".join(["python", "benchmarks/batch.py", *sys.argv[1:]]), sections)
-    print(text)
-    if not args.fast:
-        record("batch", text)
-    sys.exit(0 if all(met for met, _ in checks + flat) else 1)
+    sys.exit(0 if publish("batch", "Batches of kernels", sections, checks + flat, keep=not args.fast) else 1)
 
 
 if __name__ == "__main__":

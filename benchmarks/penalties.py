@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import functools
 import sys
-import time
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -27,7 +26,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import resnet50
-from _report import document, record, table, verdict
+from _clock import Timed, race
+from _report import publish, table
 
 import jaxsrn
 from jaxsrn import CircularConv, bounds, penalties
@@ -38,6 +38,7 @@ except ImportError as error:
     raise SystemExit(f"The peer needs PyTorch: pip install torch ({error})") from error
 
 STEPS = 10
+SECONDS = 60.0  # of all calls of one method
 # The exact norms must agree; estimates by few steps start from different random vectors.
 AGREEMENT = {"norm": 1e-4, "four": 0.05, "tensor": 0.05}
 
@@ -164,20 +165,13 @@ class Measured(NamedTuple):
     gradient: np.ndarray
 
 
-def measured(call: Callable, rounds: int) -> Measured:
-    """The first call warms up; it counts where it is too slow to be repeated."""
-    times = []
-    for _ in range(1 + rounds):
-        start = time.perf_counter()
-        value, gradients = jax.block_until_ready(call())
-        times.append(time.perf_counter() - start)
-        if times[-1] > 20:
-            break
-    gradient = np.concatenate([np.asarray(g).ravel() for g in gradients])
-    return Measured(float(np.median(times[1:] or times)), float(value), gradient)
+def measured(run: Timed) -> Measured:
+    value, gradients = run.result
+    return Measured(run.seconds, float(value), np.concatenate([np.asarray(g).ravel() for g in gradients]))
 
 
-def ours(penalty: Penalty, layers: dict[str, Layer], rounds: int) -> Measured:
+def ours(penalty: Penalty, layers: dict[str, Layer]) -> Callable:
+    """The compiled value and gradients."""
     params = {name: {"kernel": jnp.asarray(layer.kernel)} for name, layer in layers.items()}
     ops = {(name, "kernel"): layer.op for name, layer in layers.items()}
     compiled = jax.jit(jax.value_and_grad(lambda params: penalties.total(penalty.ours, ops, params)))
@@ -187,10 +181,11 @@ def ours(penalty: Penalty, layers: dict[str, Layer], rounds: int) -> Measured:
         value, gradient = compiled(params)
         return value, [gradient[name]["kernel"] for name in layers]
 
-    return measured(call, rounds)
+    return call
 
 
-def theirs(penalty: Penalty, layers: dict[str, Layer], rounds: int) -> Measured:
+def theirs(penalty: Penalty, layers: dict[str, Layer]) -> Callable:
+    """The same in PyTorch."""
     kernels = [torch.tensor(layer.kernel, requires_grad=True) for layer in layers.values()]
 
     def call():
@@ -201,13 +196,14 @@ def theirs(penalty: Penalty, layers: dict[str, Layer], rounds: int) -> Measured:
         )
         return value.item(), [gradient.numpy() for gradient in torch.autograd.grad(value, kernels)]
 
-    return measured(call, rounds)
+    return call
 
 
 def compare(name: str, layers: dict[str, Layer], rounds: int):
     """A row of the table and the requirements."""
     penalty = PENALTIES[name]
-    mine, peer = (method(penalty, layers, rounds) for method in (ours, theirs))
+    runs = race({"jaxsrn": ours(penalty, layers), "PyTorch": theirs(penalty, layers)}, rounds, SECONDS)
+    mine, peer = map(measured, runs.values())
     error = abs(mine.value / peer.value - 1)
     cosine = float(mine.gradient @ peer.gradient / np.linalg.norm(mine.gradient) / np.linalg.norm(peer.gradient))
     row = [penalty.title, f"{mine.seconds:.3f} s", f"{peer.seconds:.3f} s", f"{peer.seconds / mine.seconds:.1f}"]
@@ -233,23 +229,21 @@ def main() -> None:
 
 def run(name: str, layers: dict[str, Layer], fast: bool) -> bool:
     """Compares, prints and records one penalty; whether all that is required holds."""
-    row, checks = compare(name, layers, 2 if fast else 5)
+    rounds = 2 if fast else 5
+    row, checks = compare(name, layers, rounds)
     shapes = {(layer.op, layer.kernel.shape) for layer in layers.values()}
     about = (
         f"Value and gradient of the sum over {len(layers)} layers ({len(shapes)} distinct shapes, "
-        f"{sum(layer.kernel.size for layer in layers.values()):,} parameters), medians of 5 calls once compiled, one "
-        "call where it takes more than 20 s. `value`: relative difference of the two sums; `1 - cosine`: of the two "
-        f"gradients, all layers as one vector. torch {torch.__version__} with {torch.get_num_threads()} threads."
+        f"{sum(layer.kernel.size for layer in layers.values()):,} parameters), medians of at most {rounds} calls in "
+        f"turns, fewer where they would take more than {SECONDS:g} s, after one that warms up. `value`: relative "
+        "difference of the two sums; `1 - cosine`: of the two gradients, all layers as one vector. "
+        f"torch {torch.__version__} with {torch.get_num_threads()} threads."
     )
     if fast:  # times of tiny layers say nothing
         checks = [check for check in checks if "not slower" not in check[1]]
     body = table(("penalty", "jaxsrn", "PyTorch", "PyTorch / jaxsrn", "value", "1 - cosine"), [row])
-    sections = [("One gradient", f"{about}\n\n{body}"), ("Requirements", "\n".join(verdict(*c) for c in checks))]
-    text = document(f"Penalties over a network: {name}", f"python benchmarks/penalties.py --only {name}", sections)
-    print(text, flush=True)
-    if not fast:
-        record(f"penalties_{name}", text)
-    return all(met for met, _ in checks)
+    sections = [("One gradient", f"{about}\n\n{body}")]
+    return publish(f"penalties_{name}", f"Penalties over a network: {name}", sections, checks, not fast, name)
 
 
 if __name__ == "__main__":

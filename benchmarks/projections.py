@@ -23,7 +23,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import numpy as np
 import resnet50
-from _report import document, record, table, verdict
+from _report import publish, table
 from tqdm import tqdm
 
 import jaxsrn
@@ -232,15 +232,8 @@ def run(name: str, cases: list[Case], keep: bool) -> bool:
     for case in tqdm(cases, desc=name):
         some_rows, some_checks = compare(case)
         rows, checks = rows + some_rows, checks + some_checks
-    sections = [
-        ("Steps and distances", f"{ABOUT}\n\n{table(HEADER, rows)}"),
-        ("Requirements", "\n".join(verdict(*check) for check in checks)),
-    ]
-    text = document(f"Projections: {name}", f"python benchmarks/projections.py --only {name}", sections)
-    print(text, flush=True)
-    if keep:
-        record(f"projections_{name.replace('-', '_')}", text)
-    return all(met for met, _ in checks)
+    sections = [("Steps and distances", f"{ABOUT}\n\n{table(HEADER, rows)}")]
+    return publish(f"projections_{name.replace('-', '_')}", f"Projections: {name}", sections, checks, keep, name)
 
 
 def main() -> None:

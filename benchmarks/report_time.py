@@ -169,8 +169,8 @@ def main() -> None:
     off = max(abs(norm / exact[name] - 1) for name, norm in found[REPORT][1].items())
     checks.append((off <= MOST_DIFFERENCE, f"norms of the report off by {off:.1e}, at most {MOST_DIFFERENCE:g}"))
     body = f"{ABOUT}\n\n{table(('way', 'time', 'layers', 'norm / exact: least', 'median', 'most'), rows)}"
-    title, command = "A report of a ResNet-50", "python benchmarks/report_time.py"
-    if not publish("report_time", title, command, [("Time and norms", body)], checks, keep=not args.fast):
+    sections = [("Time and norms", body)]
+    if not publish("report_time", "A report of a ResNet-50", sections, checks, keep=not args.fast):
         sys.exit(1)
 
 

@@ -31,7 +31,6 @@ from tqdm import tqdm
 import jaxsrn
 from jaxsrn import CircularConv, UnboundedConv, ZeroPaddedConv, bounds
 
-COMMAND = "python benchmarks/scaling.py"
 ABOUT = """\
 Gaussian kernels, float32, after compilation; the median of five calls. `growth`: by how much the resident memory of the
 process grows at the peak of a call, with the kernel in place, at the largest size."""
@@ -173,7 +172,7 @@ def main(argv=None) -> int:
     if not args.fast:
         largest = [large_row(name, layer) for name, layer in tqdm(LARGE.items(), desc="largest")]
         sections.append(("Largest", f"{LARGEST}\n\n{table(('function', 'layer', 'time', 'growth'), largest)}"))
-    publish("scaling", "Growth of time and memory", COMMAND, sections, [], keep=not args.fast)
+    publish("scaling", "Growth of time and memory", sections, [], keep=not args.fast)
     return 0
 
 

@@ -32,7 +32,6 @@ from tqdm import tqdm
 import jaxsrn
 from jaxsrn import CircularConv, Dense, UnboundedConv, ZeroPaddedConv
 
-COMMAND = "python benchmarks/shared_machine.py"
 ABOUT = """\
 float32, 3x3 taps, Gaussian kernels whose channels decay as `exp(-i / 32)`, after compilation: the median of three
 calls, or of as many as take 20 s at most. `alone`: nothing else runs. `busy`: {neighbours} neighbours. `one thread`:
@@ -108,7 +107,7 @@ def main(argv=None) -> int:
     header = ("call", "alone", "one thread", "busy", "busy, one thread", "busy / alone", "with one thread")
     rows = [row_of(name, busy) for name in tqdm([*CALLS][:1] if args.fast else CALLS)]
     body = f"{ABOUT.format(neighbours=busy)}\n\n{table(header, rows)}"
-    publish("shared_machine", "A machine that is shared", COMMAND, [("Times", body)], [], keep=not args.fast)
+    publish("shared_machine", "A machine that is shared", [("Times", body)], [], keep=not args.fast)
     return 0
 
 

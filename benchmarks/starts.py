@@ -22,7 +22,6 @@ from tqdm import tqdm
 import jaxsrn
 from jaxsrn import CircularConv, Operator, UnboundedConv, ZeroPaddedConv
 
-COMMAND = "python benchmarks/starts.py"
 ABOUT = """\
 Gaussian kernels in float32, {seeds} of every shape, and targets of {fractions} of the largest stable rank where they
 are below the kernel's own. `farther`: by how much the kernel of the first step is farther from the given one than that
@@ -116,7 +115,7 @@ def main() -> None:
     heads = ("convolution", "asked", "kernels", "farther, worst", "share", "norm, worst", "share")
     about = ABOUT.format(seeds=seeds, fractions=", ".join(map(str, FRACTIONS)), enough=ENOUGH)
     sections = [("First steps", f"{about}\n\n{table(heads, rows)}")]
-    publish("starts", "Where training steps start", COMMAND, sections, [], keep=not fast)
+    publish("starts", "Where training steps start", sections, [], keep=not fast)
 
 
 if __name__ == "__main__":

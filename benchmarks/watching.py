@@ -27,7 +27,6 @@ from tqdm import tqdm
 import jaxsrn
 from jaxsrn.normalization.training import tracked_torus
 
-COMMAND = "python benchmarks/watching.py"
 ABOUT = """\
 The frequencies of a layer are cut into cells. A climber is a candidate for the leading singular pair in one cell, which
 takes over where it is larger. `cells per degree`: how many cells there are on an axis, for each degree of the symbol.
@@ -138,7 +137,7 @@ def main() -> None:
     drift = f"{about}\n\n{table(heads, rows)}"
     clock = table(("cells per degree", "parts", "time"), [(*watch, f"{relative[watch]:.2f}") for watch in WATCHES])
     sections = [("Norms under drift", drift), ("Time", f"{TIMES.format(width=width)}\n\n{clock}")]
-    publish("watching", "Climbers of a training step", COMMAND, sections, [], keep=not fast)
+    publish("watching", "Climbers of a training step", sections, [], keep=not fast)
 
 
 if __name__ == "__main__":

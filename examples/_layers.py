@@ -1,10 +1,15 @@
-"""What the studies measure of a layer."""
+"""What the studies measure of a layer, and its name."""
 
 import jax.numpy as jnp
 
 import jaxsrn
 
-__all__ = ["norm_and_rank"]
+__all__ = ["name_of", "norm_and_rank"]
+
+
+def name_of(path: tuple) -> str:
+    """The name of the layer that a parameter is of."""
+    return ".".join(map(str, path[:-1]))
 
 
 def norm_and_rank(kernel, op) -> tuple[float, float]:

@@ -5,14 +5,14 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 from _report import paragraphs, save, table
-from _studies import mean_and_spread, mean_difference, misses_target
+from _studies import UNCORRECTED, curve, mean_and_spread, mean_difference, misses_target, of_layers
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 __all__ = ["costs_section", "draw", "misses", "name_of", "sections_of"]
 
-# How far a norm or a stable rank may be from what was asked.
+# What the tables call each constraint.
 WORDS = {
     "plain": "nothing",
     "clip": "one pass of clipping",
@@ -36,19 +36,8 @@ def words_of(setting: dict) -> str:
     return WORDS[setting["constraint"]] + (f", {setting['strength']:g}" if setting["strength"] else "")
 
 
-def curve(runs: list[dict], name: str) -> np.ndarray:
-    """The values at every measurement, `(seeds, measurements)`."""
-    return np.array([[point[name] for point in run["points"]] for run in runs])
-
-
 def seconds(runs: list[dict]) -> np.ndarray:
     return curve(runs, "steps") + curve(runs, "corrections")
-
-
-def of_layers(runs: list[dict], name: str) -> np.ndarray:
-    """One number of every layer at every measurement, the mean over seeds, `(measurements, layers)`."""
-    points = [[[layer[name] for layer in point["layers"].values()] for point in run["points"]] for run in runs]
-    return np.mean(points, axis=0)
 
 
 def largest(runs: list[dict], name: str) -> list[float]:
@@ -134,10 +123,10 @@ def tightness_table(found: dict[str, list[dict]]) -> str:
     norms = of_layers(runs, "norm")
     rows = []
     for name in ("tensor norm", "fantastic four"):
+        # Of each run by itself: the least and the most are those of any seed.
         ratios = of_layers(runs, name) / norms
-        rows.append(
-            [name, *(f"{np.mean(ratios[i]):.3f}" for i in (0, -1)), f"{ratios.min():.3f}", f"{ratios.max():.3f}"]
-        )
+        means = ratios.mean((0, 2))[[0, -1]]
+        rows.append([name, *(f"{ratio:.3f}" for ratio in (*means, ratios.min(), ratios.max()))])
     steps = [runs[0]["points"][i]["step"] for i in (0, -1)]
     return table(("bound / norm", *(f"mean, step {step}" for step in steps), "least", "most"), rows)
 
@@ -148,7 +137,7 @@ def layers_table(settings: dict, found: dict[str, list[dict]]) -> str:
     layers = list(found[shown[0]][0]["points"][0]["layers"])
     rows = []
     for name in shown:
-        alone, folded = (of_layers(found[name], quantity)[-1] for quantity in ("norm", "folded"))
+        alone, folded = (of_layers(found[name], quantity).mean(0)[-1] for quantity in ("norm", "folded"))
         rows.append([words_of(settings[name]), *(f"{a:.2f} / {f:.2f}" for a, f in zip(alone, folded, strict=True))])
     return table(("norm / with the batch norm folded in", *layers), rows)
 
@@ -229,13 +218,13 @@ def draw_layers(settings: dict, found: dict, path: Path) -> None:
     shown = {n: s for n, s in shown.items() if s["constraint"] not in ("clip", "projection") or s["strength"] == 1}
     figure, axes = plt.subplots(3, len(layers), figsize=(3.3 * len(layers), 9), layout="constrained", sharex=True)
     for name, style in (("fantastic four", ":"), ("tensor norm", "--"), ("norm", "-")):
-        for ax, values in zip(axes[0], of_layers(plain, name).T, strict=True):
+        for ax, values in zip(axes[0], of_layers(plain, name).mean(0).T, strict=True):
             ax.plot(steps, values, style, color="k", marker="o", ms=3, label=name)
     for row, quantity in ((1, "norm"), (2, "folded")):
         for name, setting in shown.items():
             constraint = setting["constraint"]
             style = {"color": COLORS[constraint], "marker": "osD^v<>"[list(WORDS).index(constraint)], "ms": 3}
-            for ax, values in zip(axes[row], of_layers(found[name], quantity).T, strict=True):
+            for ax, values in zip(axes[row], of_layers(found[name], quantity).mean(0).T, strict=True):
                 ax.plot(steps, values, **style, lw=1.2, label=words_of(setting))
     for ax, layer in zip(axes[0], layers, strict=True):
         ax.set_title(layer)
@@ -265,9 +254,9 @@ def sections_of(settings: dict, found: dict, about: str) -> dict[str, str]:
     scores = {
         f"Scores {'with' if has_norms else 'without'} batch norm": paragraphs(
             "At the end, mean and standard deviation over seeds; `beside nothing` is the difference of the test errors "
-            "and its p-value by a paired t-test, not corrected for the number of rows. The training loss is that of "
-            f"the batches of the last {setting['measure_every']} steps, augmented and without a penalty. Norms are "
-            "those of the layers as they are, padding and strides included.",
+            f"and its p-value by a paired t-test. {UNCORRECTED} The training loss is that of the batches of the last "
+            f"{setting['measure_every']} steps, augmented and without a penalty. Norms are those of the layers as they "
+            "are, padding and strides included.",
             scores_table(settings, found, has_norms),
         )
         for has_norms in kinds
@@ -292,9 +281,9 @@ def sections_of(settings: dict, found: dict, about: str) -> dict[str, str]:
             passes_table(settings, found),
         ),
         "Norms over training (Grishina et al., Figures 1, 3 and 4)": paragraphs(
-            "Means over seeds, with batch norm. First row: the network without a constraint, its exact norms and the "
-            "two bounds. Second row: norms under each method. Third row: the same with the batch norm that follows "
-            "folded into the convolution.",
+            "With batch norm. Pictures and norms are means over seeds, ratios of the bounds those of every run. First "
+            "row: the network without a constraint, its exact norms and the two bounds. Second row: norms under each "
+            "method. Third row: the same with the batch norm that follows folded into the convolution.",
             "![Norms over training](layers.png)",
             tightness_table(found),
             f"At the end, after {setting['num_steps']} steps:",

@@ -6,7 +6,7 @@ import matplotlib
 import numpy as np
 from _optimizers import ABOUT
 from _report import paragraphs, save, table
-from _studies import mean_and_spread, mean_difference
+from _studies import UNCORRECTED, curve, mean_and_spread, mean_difference, of_layers
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -24,15 +24,9 @@ COLORS = ("#000000", "#E69F00", "#56B4E9", "#D55E00", "#009E73", "#0072B2", "#CC
 LINES = ("-", "-", "--", "-", "--", "-", ":", ":")
 
 
-def curve(runs: list[dict], name: str) -> np.ndarray:
-    """The values at every measurement, `(seeds, measurements)`."""
-    return np.array([[point[name] for point in run["points"]] for run in runs])
-
-
-def of_layers(runs: list[dict], entry: int) -> np.ndarray:
+def medians(runs: list[dict], entry: int) -> np.ndarray:
     """The median over layers of their norms (0) or stable ranks (1), `(seeds, measurements)`."""
-    points = [[[layer[entry] for layer in point["layers"].values()] for point in run["points"]] for run in runs]
-    return np.median(points, axis=-1)
+    return np.median(of_layers(runs, entry), axis=-1)
 
 
 def shares(runs: list[dict]) -> np.ndarray:
@@ -88,7 +82,7 @@ def share_table(found: dict[str, list[dict]]) -> str:
 
 def layer_table(found: dict[str, list[dict]]) -> str:
     rows = [
-        (WORDS[name], *(mean_and_spread(of_layers(runs, entry)[:, at], ".2f") for entry in (0, 1) for at in (0, -1)))
+        (WORDS[name], *(mean_and_spread(medians(runs, entry)[:, at], ".2f") for entry in (0, 1) for at in (0, -1)))
         for name, runs in found.items()
     ]
     return table(("optimizer", "norm, first", "norm, last", "stable rank, first", "stable rank, last"), rows)
@@ -108,7 +102,7 @@ def sections_of(found, pilots, tried, rates, costs, about: str) -> dict[str, str
         "Scores": paragraphs(
             f"At the end, over {len(runs)} seeds: mean and standard deviation. The training loss is the mean of the "
             f"last {first} steps, on augmented images. Differences are from flattened Muon, with the p-value of a "
-            "paired t-test.",
+            f"paired t-test. {UNCORRECTED}",
             score_table(found),
         ),
         "Time": paragraphs(
@@ -141,8 +135,8 @@ def draw(found: dict[str, list[dict]], costs: dict[str, np.ndarray], output: Pat
         # Longer runs would squeeze the rest.
         if name != LONGER:
             axes[0, 0].plot(steps, accuracy, **style)
-            axes[1, 0].plot(steps, of_layers(runs, 0).mean(0), **style)
-            axes[1, 1].plot(steps, of_layers(runs, 1).mean(0), **style)
+            axes[1, 0].plot(steps, medians(runs, 0).mean(0), **style)
+            axes[1, 1].plot(steps, medians(runs, 1).mean(0), **style)
     axes[0, 0].set(xlabel="step", ylabel="test accuracy, %")
     axes[0, 1].set(xlabel="seconds of training", ylabel="test accuracy, %", xscale="log")
     axes[1, 0].set(xlabel="step", ylabel="norm, median of the layers", yscale="log")

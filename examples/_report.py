@@ -41,11 +41,11 @@ def save(figure, path, dpi):
     Image.open(path).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
 
 
-def write(output: Path, title: str, command: str, sections: dict[str, str], name: str = "report.md") -> None:
-    """Prints the report and writes it to the file `name`."""
-    text = document(title, command, sections.items())
+def write(output: Path, title: str, sections: dict[str, str], part: str | None = None) -> None:
+    """Prints the report and writes it to `report.md`, or to the file of the part."""
+    text = document(title, sections.items(), part)
     print(text)
-    (output / name).write_text(text)
+    (output / f"{part or 'report'}.md").write_text(text)
     print(f"Figures and this report are in {output}.")
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 from _report import paragraphs, requirement, save, table, write
-from _studies import compared, cost_table, mean_and_spread
+from _studies import UNCORRECTED, compared, cost_table, mean_and_spread, p_value
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -137,7 +137,7 @@ def kind_table(study: Study) -> str:
         other = f"SRN {name.split(',')[0].split()[-1]}, matrix"
         pairs = [compared(values(name), values(other)) for values in (study.gaps, study.memorised)]
         (gap, p_gap), (memory, p_memory) = pairs
-        return f"{name}, against {other}", f"{gap:+.3f}", f"{p_gap:.1g}", f"{100 * memory:+.1f}", f"{p_memory:.1g}"
+        return f"{name}, against {other}", f"{gap:+.3f}", p_value(p_gap), f"{100 * memory:+.1f}", p_value(p_memory)
 
     return table(header, [row(name) for name in study.names if name.startswith("SRN") and name.endswith("exact")])
 
@@ -147,14 +147,14 @@ def _less(study: Study, name: str, other: str | None, values, factor: float, for
     if other is None or other == name:
         return "", ""
     difference, p = compared(values(other), values(name))
-    return f"{factor * difference:{form}}", f"{p:.1g}"
+    return f"{factor * difference:{form}}", p_value(p)
 
 
 def layer_table(study: Study) -> str:
-    """Means over seeds."""
+    """Means over seeds; of the norms the smallest and the largest of all seeds, over the convolutions."""
     layers = [layer["name"] for layer in study.runs["true"]["plain"][0]["layers"]]
     kept = layers if len(layers) <= 8 else [layers[i] for i in (0, len(layers) // 2, -1)]
-    header = ("network", *(f"{name.removesuffix('/kernel')}" for name in kept), "sum")
+    header = ("network", *(f"{name.removesuffix('/kernel')}" for name in kept), "sum", "norms of the convolutions")
 
     def row(name):
         runs = study.runs["true"][name]
@@ -163,7 +163,9 @@ def layer_table(study: Study) -> str:
             i = layers.index(layer)
             share, matrix = (np.mean([run["layers"][i][key] for run in runs]) for key in ("share", "matrix_share"))
             cells.append(f"{share:.3f} / {matrix:.2f}")
-        return name, *cells, f"{np.mean([sum(layer['rank'] for layer in run['layers']) for run in runs]):.0f}"
+        ranks = f"{np.mean([sum(layer['rank'] for layer in run['layers']) for run in runs]):.0f}"
+        norms = [layer["norm"] for run in runs for layer in run["layers"] if not layer["name"].startswith("head")]
+        return name, *cells, ranks, f"{min(norms):.2f} to {max(norms):.2f}"
 
     return table(header, map(row, study.names))
 
@@ -191,6 +193,8 @@ def measure_table(study: Study, labels: str) -> str:
 
 def verdict(study: Study) -> str:
     """For each constraint whether gap and memorisation are less than those of the plain network and of SN."""
+    if len(study.gaps("plain")) == 1:
+        return "One seed has no spread: nothing is tested."
     quantities = {
         "Gap": study.gaps,
         "Gap at equal train loss": study.gaps_at_loss,
@@ -320,8 +324,8 @@ def draw_constants(study: Study, path: Path) -> None:
     save(figure, path, dpi=90)
 
 
-def write_report(found: dict[str, list[dict]], seconds, data_name: str, size, command: str, output: Path) -> list[str]:
-    """Writes the report and the figures; what misses its constraint, by run."""
+def write_report(found: dict[str, list[dict]], seconds, data_name: str, size, scored: int, output: Path) -> list[str]:
+    """Writes the report and the figures; what misses its constraint, by run. `scored`: images of losses and scores."""
     study = Study(found)
     wrong = [
         f"{name}, seed {seed}: {text}"
@@ -332,20 +336,23 @@ def write_report(found: dict[str, list[dict]], seconds, data_name: str, size, co
     draw_scores(study, output / "figure1.png")
     draw_constants(study, output / "figure2.png")
     seeds = len(study.runs["true"]["plain"])
+    scores = [min(scored, number) for number in (size.num_train, size.num_test)]
     kind = f"Convolutions of {', '.join(map(str, size.widths))} channels" if size.widths else "DenseNet-40"
     sections = {
         "What was trained": paragraphs(
-            f"""{data_name}: {size.num_train} images for each seed, other ones for each, and {size.num_test} to test,
-            averaged to {size.image}x{size.image} pixels, not augmented. {kind}, batch normalization, ReLU and a dense
-            layer; gradient descent with momentum 0.9, first rate {size.rate}, {size.epochs} epochs of batches of
-            {size.batch}; {seeds} seeds, which fix images, random labels, first weights and batches.""",
+            f"""{data_name}: {size.num_train} images to train on for each seed, other ones for each, averaged to
+            {size.image}x{size.image} pixels, not augmented. {kind}, batch normalization, ReLU and a dense layer;
+            gradient descent with momentum 0.9, first rate {size.rate}, {size.epochs} epochs of batches of {size.batch};
+            {seeds} seeds, which fix images, random labels, first weights and batches. Losses and accuracies, that on
+            random labels too, are of the first {scores[0]} images of training and of {scores[1]} of the test set.""",
             """Plain: no constraint. SN: every layer has norm 1. SRN c: it also has at most the share c of the largest
             stable rank. `matrix`: of the kernel reshaped to a matrix, as Sanyal et al. do; `exact`: of the linear map.
             `SRN as c, exact`: each layer is held to the true stable rank that `SRN c, matrix` had at the end with seed
             0 (equal effect). ± is the
             standard deviation over seeds.""",
         ),
-        "What came out": f"{verdict(study)}\n\nPaired t-tests over seeds, two-sided; different: p < {SIGNIFICANT}.",
+        "What came out": f"{verdict(study)}\n\nPaired t-tests over seeds, two-sided; different: p < {SIGNIFICANT}. "
+        f"{UNCORRECTED}",
         "True labels: generalization": paragraphs(
             f"""Gap: test loss less train loss. At equal loss: where the train loss first falls to {study.loss:.2f},
             which all runs reach.""",
@@ -357,7 +364,8 @@ def write_report(found: dict[str, list[dict]], seconds, data_name: str, size, co
         "The matrix and the map": kind_table(study),
         "Stable ranks at the end": paragraphs(
             """Shares of the largest stable rank of the linear map / of the reshaped matrix; means over seeds, true
-            labels; sum: of the stable ranks of the linear maps.""",
+            labels; sum: of the stable ranks of the linear maps. Norms: of the linear maps, over convolutions and
+            seeds.""",
             layer_table(study),
         ),
         "Lipschitz constants and measures, true labels": paragraphs(
@@ -370,5 +378,5 @@ def write_report(found: dict[str, list[dict]], seconds, data_name: str, size, co
         "Time of a training step": cost_table(seconds, ("network", "a step", "times plain")),
         **requirement("norm and stable rank of every constrained layer are within 1% of what was asked", wrong),
     }
-    write(output, "Generalization and memorisation under stable rank constraints", command, sections)
+    write(output, "Generalization and memorisation under stable rank constraints", sections)
     return wrong

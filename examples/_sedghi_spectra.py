@@ -8,6 +8,7 @@ import matplotlib
 import numpy as np
 import optax
 from _classification import score, train_step
+from _layers import name_of
 from _report import paragraphs, resnet50, save, table
 from _resnet import ResNetV2
 from flax import nnx
@@ -90,7 +91,7 @@ class Training(NamedTuple):
 def resnet_v2(fast: bool) -> tuple[str, dict]:
     """A ResNet v2 that is trained here on CIFAR-10, and its convolutions in their order."""
     how = Training((4, 4), 1, 8, 64, 64, 2, 16) if fast else Training()
-    data = _cifar10.smaller(how.pixels, how.num_train, how.num_test, not fast)
+    data = _cifar10.smaller(how.pixels, how.num_train, how.num_test, stand_in=fast)
     model = ResNetV2(how.widths, how.blocks, nnx.Rngs(0))
     layers = jnnx.layer_operators(model, jax.ShapeDtypeStruct((1, how.pixels, how.pixels, 3), np.float32))
     schedule = optax.cosine_decay_schedule(how.rate, how.num_steps)
@@ -107,7 +108,7 @@ def resnet_v2(fast: bool) -> tuple[str, dict]:
     )
     kernels = dict(nnx.to_flat_state(nnx.state(model, nnx.Param)))
     found = {
-        ".".join(map(str, path[:-1])): Layer(np.asarray(kernels[path][...]), op.input_shape, op.strides)
+        name_of(path): Layer(np.asarray(kernels[path][...]), op.input_shape, op.strides)
         for path, op in layers.items()
         if hasattr(op, "input_shape")
     }

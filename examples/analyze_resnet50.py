@@ -48,7 +48,7 @@ def main() -> None:
         ("sized", f"On images of {size}x{size} samples", (image,)),
     ):
         sections[heading] = shown(analyze(model, *inputs), output, name)
-    write(output, "The layers of a ResNet-50", "python examples/analyze_resnet50.py", sections)
+    write(output, f"The layers of a {'small random network' if args.fast else 'ResNet-50'}", sections)
 
 
 if __name__ == "__main__":

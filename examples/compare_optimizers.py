@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from _classification import augmented, loss_and_hits, score, standardized
-from _layers import norm_and_rank
+from _layers import name_of, norm_and_rank
 from _report import command_line, interleaved, prepared, write
 from _resnet import ResNet
 from _studies import runs_of
@@ -149,9 +149,8 @@ class Trainer:
 # Training and measuring
 
 
-def run(seed: int, name: str, rate: float, first_seed: int, has_shares: bool, download: bool, **size) -> dict:
+def run(data: _cifar10.Data, *, seed: int, name: str, rate: float, first_seed: int, has_shares: bool, **size) -> dict:
     """What one training gives: losses; test scores and layers at every measurement; the shares of some updates."""
-    data = _cifar10.smaller(size["pixels"], size["num_train"], size["num_test"], download)
     trainer, points, losses, shares = Trainer(first_seed + seed, name, rate, data, size), [], [], []
     shapes = jnnx.layer_operators(trainer.model, jax.ShapeDtypeStruct((1, *data.x_train.shape[1:]), jnp.float32))
     for number in range(1, size["num_steps"] + 1):
@@ -184,10 +183,6 @@ def steps_of_shares(num_steps: int) -> tuple[int, ...]:
     return num_steps // 6, num_steps // 2, num_steps * 5 // 6
 
 
-def name_of(path) -> str:
-    return ".".join(map(str, path[:-1]))
-
-
 def shares_of(momenta: dict, before: dict, trainer: Trainer) -> dict[str, float]:
     """`<M, K>` over the dual norm of `M`, of each layer's own update scaled to norm 1."""
     found = {}
@@ -209,9 +204,9 @@ def dual_norm(momentum, op):
 # The study
 
 
-def pilots_of(size: dict, download: bool) -> dict[str, dict]:
+def pilots_of(size: dict) -> dict[str, dict]:
     """`{name: setting}` of every optimizer with every learning rate."""
-    common = {"first_seed": PILOT_SEED, "has_shares": False, "download": download, **size}
+    common = {"first_seed": PILOT_SEED, "has_shares": False, **size}
     return {
         f"{name}-at-{rate:g}": {"name": name, "rate": rate, **common} for name, rates in TRIED.items() for rate in rates
     }
@@ -223,9 +218,9 @@ def best_rates(pilots: dict[str, list[dict]]) -> dict[str, float]:
     return {name: TRIED[name][int(np.argmin(np.nan_to_num(losses, nan=np.inf)))] for name, losses in ends.items()}
 
 
-def settings_of(rates: dict[str, float], size: dict, download: bool) -> dict[str, dict]:
+def settings_of(rates: dict[str, float], size: dict) -> dict[str, dict]:
     """`{name: setting}` of every optimizer with its rate, and of the cheap one with more steps."""
-    common = {"first_seed": 0, "has_shares": True, "download": download, **size}
+    common = {"first_seed": 0, "has_shares": True, **size}
     found = {name: {"name": name, "rate": rate, **common} for name, rate in rates.items()}
     longer = {"num_steps": LONGER * size["num_steps"], "measure_every": LONGER * size["measure_every"]}
     found[_optimizers_report.LONGER] = found[CHEAP] | longer | {"has_shares": False}
@@ -249,10 +244,11 @@ def main():
         # Every optimizer compiles for several seconds.
         for name in set(TRIED) - {"sgd", CHEAP, "descent-frequency"}:
             del TRIED[name]
-    pilots = runs_of(pilots_of(size, not args.fast), 1, output / "pilots", run)
+    data = _cifar10.smaller(size["pixels"], size["num_train"], size["num_test"], stand_in=args.fast)
+    training, made_with = functools.partial(run, data), {"data": data.name}
+    pilots = runs_of(pilots_of(size), 1, output / "pilots", training, made_with)
     rates = best_rates(pilots)
-    found = runs_of(settings_of(rates, size, not args.fast), num_seeds, output / "runs", run)
-    data = _cifar10.smaller(size["pixels"], size["num_train"], size["num_test"], not args.fast)
+    found = runs_of(settings_of(rates, size), num_seeds, output / "runs", training, made_with)
     costs = costs_of(rates, size, data, ROUNDS[preset])
     about = (
         f"Data: {data.name}, {len(data.x_train)} and {len(data.x_test)} images of {size['pixels']}x{size['pixels']}. "
@@ -261,8 +257,7 @@ def main():
     )
     _optimizers_report.draw(found, costs, output)
     sections = _optimizers_report.sections_of(found, pilots, TRIED, rates, costs, about)
-    command = "python examples/compare_optimizers.py" + f" --{preset}" * (preset != "default")
-    write(output, "Optimizers on CIFAR-10", command, sections)
+    write(output, "Optimizers for convolutions", sections)
 
 
 if __name__ == "__main__":

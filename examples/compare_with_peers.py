@@ -198,8 +198,7 @@ def main() -> None:
     found = {
         peer.name: [verdict(peer, case) for case in tqdm(cases.values(), peer.name)] for peer in asked if peer.version()
     }
-    command = "python examples/compare_with_peers.py" + " --fast" * args.fast
-    text = document("Who computes the right norm?", command, report(asked, cases, found).items())
+    text = document("Who computes the right norm?", report(asked, cases, found).items())
     print(text)
     args.output.write_text(text)
     print(f"written to {args.output}")

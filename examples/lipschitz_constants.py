@@ -120,7 +120,7 @@ def main():
     picture = "![Bounds of the Lipschitz constants, and ratios of pairs of images](bounds.png)"
     parts = paragraphs(about, table(("", *models), rows))
     sections = {"Lipschitz constants and generalization measures": f"{parts}\n\n{picture}"}
-    write(output, "Lipschitz constants of two networks", "python examples/lipschitz_constants.py", sections)
+    write(output, "Lipschitz constants of two networks", sections)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from _classification import augmented, loss_and_hits, score, standardized
+from _layers import name_of
 from _report import command_line, interleaved, prepared, requirement, write
 from _resnet import ResNet
 from _studies import runs_of
@@ -225,9 +226,8 @@ def compile_all(trainer: Trainer) -> None:
     trainer.seconds = dict.fromkeys(trainer.seconds, 0.0)
 
 
-def run(seed: int, has_norms: bool, constraint: str, strength: float, download: bool, **size) -> dict:
+def run(data: _cifar10.Data, *, seed: int, has_norms: bool, constraint: str, strength: float, **size) -> dict:
     """What one training gives: losses, test scores, the layers at every measurement, and the report at the end."""
-    data = _cifar10.smaller(size["pixels"], size["num_train"], size["num_test"], download)
     trainer, points, losses = Trainer(seed, has_norms, constraint, strength, data, size), [], []
     compile_all(trainer)
     every, measure_every = size["correct_every"], size["measure_every"]
@@ -289,7 +289,7 @@ def measured(network, layers) -> dict[str, dict[str, float]]:
             scale, var = kernels[(*scope, "scale")][...], kernels[(*scope, "var")][...]
             folded = penalties.fold_batch_norm(kernels[path][...], scale, var)
             values = (*values, jaxsrn.spectral_norm(folded, op))
-        found[".".join(map(str, path[:-1]))] = dict(
+        found[name_of(path)] = dict(
             zip(("norm", "tensor norm", "fantastic four", "folded"), map(float, values), strict=False)
         )
     return found
@@ -320,12 +320,11 @@ def main():
     parser.add_argument("--seeds", type=int, help="(default: 3, with --fast 2)")
     args = parser.parse_args()
     preset = "fast" if args.fast else "full" if args.full else "default"
-    output, settings = prepared(args.output), settings_of(preset)
-    training = functools.partial(run, download=not args.fast)
-    found = runs_of(settings, args.seeds or SEEDS[preset], output / "runs", training)
+    output, settings, size = prepared(args.output), settings_of(preset), PRESETS[preset]
+    data = _cifar10.smaller(size["pixels"], size["num_train"], size["num_test"], stand_in=args.fast)
+    num_seeds, made_with = args.seeds or SEEDS[preset], {"data": data.name}
+    found = runs_of(settings, num_seeds, output / "runs", functools.partial(run, data), made_with)
     _norms_report.draw(settings, found, output)
-    size = PRESETS[preset]
-    data = _cifar10.smaller(size["pixels"], size["num_train"], size["num_test"], not args.fast)
     about = (
         f"Data: {data.name}, {len(data.x_train)} and {len(data.x_test)} images of {size['pixels']}x{size['pixels']}. "
         f"Network: a ResNet of widths {size['widths']}, {size['blocks']} block{'s' * (size['blocks'] > 1)} each."
@@ -335,8 +334,7 @@ def main():
         "Costs": _norms_report.costs_section(costs_of(preset, data), settings, found),
         **requirement("by `jaxsrn.report.analyze` every layer is within 1% of what was asked of it", wrong),
     }
-    command = "python examples/norms_in_training.py" + f" --{preset}" * (preset != "default")
-    write(output, "Norms held in training", command, sections)
+    write(output, "Norms held in training", sections)
     if wrong:
         sys.exit("; ".join(wrong))
 

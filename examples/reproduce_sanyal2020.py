@@ -240,12 +240,11 @@ def main():
     args = parser.parse_args()
     size = FAST if args.fast else FULL if args.full else SMALL
     output, num_seeds = prepared(args.output), args.seeds or (2 if args.fast else 5)
-    data = _cifar10.load(download=not args.fast, stand_in=args.fast)
-    folder = output / "runs"
-    found = runs_of(settings_of(args.fast), num_seeds, folder, functools.partial(run, data, size, folder))
+    data = _cifar10.load(stand_in=args.fast)
+    folder, made_with = output / "runs", {"data": data.name, "size": size._asdict()}
+    found = runs_of(settings_of(args.fast), num_seeds, folder, functools.partial(run, data, size, folder), made_with)
     seconds = seconds_of_step(size, args.fast)
-    command = "python examples/reproduce_sanyal2020.py" + " --fast" * args.fast + " --full" * args.full
-    wrong = _sanyal_report.write_report(found, seconds, data.name, size, command, output)
+    wrong = _sanyal_report.write_report(found, seconds, data.name, size, SCORED, output)
     if wrong:
         sys.exit("; ".join(wrong))
 

@@ -93,7 +93,7 @@ def theorem_part(fast: bool, output: Path) -> list[str]:
         "holds for the symbol of all phases, which the paper does not treat.",
         table(("kernel", "image", "stride", "matrix", "jaxsrn", "the paper's code"), rows),
     )
-    finish(output, "theorem", "Theorem 8", body, f"errors at most {EXACT:g}", bad, fast)
+    finish(output, "theorem", "Theorem 8", body, f"errors at most {EXACT:g}", bad)
     return bad
 
 
@@ -103,9 +103,7 @@ def theorem_part(fast: bool, output: Path) -> list[str]:
 def timing_part(fast: bool, output: Path) -> list[str]:
     curves = _sedghi_timing.curves_of(fast)
     _sedghi_timing.draw(curves, output / "timing.png")
-    finish(
-        output, "timing", "The time of all singular values (Figure 1)", _sedghi_timing.report(curves), None, [], fast
-    )
+    finish(output, "timing", "The time of all singular values (Figure 1)", _sedghi_timing.report(curves), None, [])
     return []
 
 
@@ -114,8 +112,8 @@ def spectra_part(name: str, network: Callable, fast: bool, output: Path) -> list
     spectra = [spectrum_of(name, layer) for name, layer in tqdm(layers.items(), desc=name)]
     draw_spectra(spectra, output / f"{name}.png")
     body = report_spectra(spectra, about, f"{name}.png")
-    title = f"The singular values of {about.split(':')[0]} (Figure 4)"
-    finish(output, name, title, body, None, [], fast)
+    title = f"The singular values of {about.split(':')[0].rstrip('.')} (Figure 4)"
+    finish(output, name, title, body, None, [])
     return []
 
 
@@ -199,13 +197,14 @@ def clip_part(channels: int, fast: bool, output: Path) -> list[str]:
         f"The layer {name}, {'x'.join(map(str, layer.kernel.shape))} on {'x'.join(map(str, op.input_shape))}, to at "
         f"most c = {SHARE:g} of its norm {own[0]:.3f}: {np.sum(own > limit)} of {len(own)} singular values are above "
         "it. Clipping changes all taps, also those outside of the kernel's support; cut back to it, the norm is above "
-        "c again. The distance is relative to the kernel; the residual is a proven bound on how much nearer any "
-        "kernel in the ball can be. A step of either is one SVD at all frequencies.",
+        "c again. The distance is relative to the kernel; the gap is a proven bound on how much nearer any kernel "
+        "in the ball can be. A step of either is one SVD at all frequencies.",
         table(("method", "steps", "norm / c", "values above c", "distance"), rows),
         f"![Singular values]({part}.png)",
     )
     required = "the projection is in the ball, and nearer than clips that end in it"
-    finish(output, part, f"One pass of clipping and the projection, {channels} channels", body, required, bad, fast)
+    title = f"One pass of clipping and the projection, {layer.kernel.shape[-1]} channels"
+    finish(output, part, title, body, required, bad)
     return bad
 
 
@@ -220,10 +219,9 @@ PARTS = {
 }
 
 
-def finish(output: Path, name: str, title: str, body: str, required: str | None, bad: list[str], fast: bool) -> None:
+def finish(output: Path, name: str, title: str, body: str, required: str | None, bad: list[str]) -> None:
     sections = {"Result": body} | (requirement(required, bad) if required else {})
-    command = f"python examples/reproduce_sedghi2019.py --only {name}" + " --fast" * fast
-    write(output, title, command, sections, f"{name}.md")
+    write(output, title, sections, part=name)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 from _classification import score, train_step
-from _layers import norm_and_rank
+from _layers import name_of, norm_and_rank
 from _report import paragraphs, save, table, write
 from _resnet import ResNet
 from flax import nnx
@@ -90,12 +90,8 @@ def layers_of(model, operators) -> dict[str, tuple[float, float]]:
     folded = dict(nnx.to_flat_state(nnx.state(jnnx.fold(model))))
     found = {}
     for path, op in operators.items():
-        found[layer_name(path)] = norm_and_rank(folded[path][...], op)
+        found[name_of(path)] = norm_and_rank(folded[path][...], op)
     return found
-
-
-def layer_name(path) -> str:
-    return ".".join(map(str, path[:-1]))
 
 
 def epoch_scores(model, data, operators, batch: int) -> dict:
@@ -135,9 +131,9 @@ def load_checkpoint(manager, model, optimizer) -> tuple[int, dict]:
     return step, restored.curve
 
 
-def begin(manager, model, optimizer, args) -> tuple[int, dict]:
+def begin(manager, model, optimizer, data, args) -> tuple[int, dict]:
     """The first step and the curve so far: new, or those of the last checkpoint."""
-    settings = {name: value for name, value in vars(args).items() if name not in FREE}
+    settings = {name: value for name, value in vars(args).items() if name not in FREE} | {"data": data.name}
     if manager.latest_step() is None:
         return 0, {"settings": settings, "loss": [], "accuracy": [], "epochs": []}
     if not args.resume:
@@ -157,7 +153,7 @@ def begin(manager, model, optimizer, args) -> tuple[int, dict]:
 def train(model, optimizer, data, operators, manager, args) -> dict:
     """All steps that are left; the curve."""
     per_epoch = len(data.x_train) // args.batch
-    total, (start, curve) = per_epoch * args.epochs, begin(manager, model, optimizer, args)
+    total, (start, curve) = per_epoch * args.epochs, begin(manager, model, optimizer, data, args)
     key, order, new = jax.random.key(args.seed), None, []
     seconds, begun = [], time.perf_counter()
     bar = tqdm(total=total, initial=start, desc=args.method, unit="step") if tqdm else None
@@ -202,11 +198,9 @@ def train(model, optimizer, data, operators, manager, args) -> dict:
 def layer_table(curve: dict, operators, shapes) -> str:
     rows = []
     for path, op in operators.items():
-        norm, rank = curve["epochs"][-1]["layers"][layer_name(path)]
+        norm, rank = curve["epochs"][-1]["layers"][name_of(path)]
         low, high = jaxsrn.stable_rank_range(shapes[path], op)
-        rows.append(
-            (layer_name(path), str(op), f"{norm:.4f}", f"{rank:.2f}", f"{rank / high:.4f}", f"{low / high:.4f}")
-        )
+        rows.append((name_of(path), str(op), f"{norm:.4f}", f"{rank:.2f}", f"{rank / high:.4f}", f"{low / high:.4f}"))
     return table(("layer", "operator", "norm", "stable rank", "of the largest", "least"), rows)
 
 
@@ -270,12 +264,7 @@ def report(curve: dict, model, data, operators, args) -> None:
             layer_table(curve, operators, shapes),
         ),
     }
-    options = (
-        " --fast" * args.fast
-        + f" --optimizer {args.optimizer}" * (args.optimizer != "sgd")
-        + (f" --by {args.by}" if args.method != "plain" else "")
-    )
-    write(output, "A ResNet on CIFAR-10", f"python examples/train_cifar10.py --method {args.method}{options}", sections)
+    write(output, f"A ResNet on {data.name}", sections)
 
 
 # All of it
@@ -300,7 +289,7 @@ def arguments():
     parser.add_argument("--output", default="cifar10", help="folder for checkpoints and report (default: %(default)s)")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --output")
     parser.add_argument("--stand-in", action="store_true", help="synthetic images in the place of CIFAR-10")
-    parser.add_argument("--fast", action="store_true", help="a small network, few images, no download")
+    parser.add_argument("--fast", action="store_true", help="a small network, few synthetic images, no download")
     args = parser.parse_args()
     usual = {"epochs": 30, "batch": 128, "widths": [16, 32, 64], "blocks": 3, "images": None}
     small = {"epochs": 2, "batch": 32, "widths": [8], "blocks": 1, "images": 256}
@@ -316,8 +305,10 @@ def arguments():
 
 def main():
     args = arguments()
-    data = _cifar10.load(download=not args.fast, stand_in=args.stand_in)
-    data = data.head(args.images, args.images)
+    data = _cifar10.load(stand_in=args.stand_in or args.fast).head(args.images, args.images)
+    fewest = min(len(data.x_train), len(data.x_test))
+    if fewest < args.batch:
+        sys.exit(f"{fewest} images are fewer than a batch of {args.batch}: give more --images or a smaller --batch.")
     model = ResNet(args.widths, args.blocks, nnx.Rngs(args.seed))
     # Which linear map each layer is, traced on one image.
     operators = jnnx.layer_operators(model, jax.ShapeDtypeStruct((1, SIZE, SIZE, 3), jnp.float32))

@@ -19,13 +19,13 @@ from flax import nnx
 from compilation.parts import ABSENT, Effort, Part, at_most, count, in_fresh_processes, memory_maps, seconds
 
 FIRST = """\
-ResNet-18: 21 layers of 16 to 128 channels, {size}x{size} images, batch {batch}, SGD, float32, StableRankNorm on every
-layer. The first step is traced, compiled and taken once. `maps` are those of wrapping and first step together. Each
-line is a process of its own (medians of {repeats}); the network is there before its clock starts."""
+{small}, {size}x{size} images, batch {batch}, SGD, float32, StableRankNorm on every layer. The first step is traced,
+compiled and taken once. `maps` are those of wrapping and first step together. Each line is a process of its own
+(medians of {repeats}); the network is there before its clock starts."""
 STEPS = """\
 Steps of the same networks as multiples of the plain step. Time: the median over {rounds} interleaved rounds of the
 ratio within a round, in one process a line (medians of {repeats}); FLOPs: XLA's cost analysis."""
-WRAPPED = "StableRankNorm on the 53 convolutions of a ResNet-50, on images of {images}x{images} samples:"
+WRAPPED = "StableRankNorm on {deep}, on images of {images}x{images} samples:"
 BATCHES = (32, 128)
 # At most: seconds to wrap, the first step and each step as a multiple of the plain one.
 MOST_WRAPPING = {UNBOUNDED: 10.0, SIZED: 25.0}
@@ -132,8 +132,12 @@ def larger_network(effort: Effort) -> tuple[str, Checks]:
 
 def measured(effort: Effort) -> Part:
     """The part: wrapping and first steps, then steps at each batch, then the convolutions of a larger network."""
-    small, images = (8, 56) if effort.fast else (32, 224)
-    about = {"size": small, "batch": BATCHES[0], "rounds": rounds(effort), "repeats": effort.repeats, "images": images}
+    size, images = (8, 56) if effort.fast else (32, 224)
+    small, deep = "ResNet-18: 21 layers of 16 to 128 channels", "the 53 convolutions of a ResNet-50"
+    if effort.fast:
+        small, deep = "Two small blocks in place of a ResNet-18", "two small blocks in place of a ResNet-50"
+    about = {"small": small, "deep": deep, "size": size, "images": images}
+    about |= {"batch": BATCHES[0], "rounds": rounds(effort), "repeats": effort.repeats}
     sections, checks = [], []
     for heading, text, report in (
         ("Wrapping and first step", FIRST, first_steps),

@@ -88,8 +88,7 @@ def run(name: str, effort: Effort, keep: bool) -> bool:
     pictures = [("Pictures", "\n\n".join(f"![{figure}]({figure}.png)" for figure in part.figures))]
     sections = [("Setting", setting), *part.sections, *(pictures if part.figures else [])]
     save(part.figures, keep)
-    file, command = f"norms_{name.replace('-', '_')}", f"python benchmarks/norms --only {name}"
-    return publish(file, f"Norms: {name}", command, sections, part.checks, keep)
+    return publish(f"norms_{name.replace('-', '_')}", f"Norms: {name}", sections, part.checks, keep, name)
 
 
 if __name__ == "__main__":

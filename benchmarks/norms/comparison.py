@@ -18,10 +18,10 @@ from norms.parts import TOLERANCE, Checks, Effort, Part
 
 EXACT = """\
 One spectral norm with circular padding at (n, c, k): an n x n image, c to c channels, k x k taps. Medians of
-{rounds} interleaved rounds, fewer where they would take more than {seconds:g} s, and one call where that does (many
-of NumPy's). NumPy works in complex128, JAX and PyTorch in complex64 on float32 kernels. Kernels with strides go to the
-peers split by phase, with the same singular values. Times of several kernels are sums; the ratios say how many times
-longer the peer takes."""
+{rounds} interleaved rounds, fewer where they would take more than {seconds:g} s (one for many of NumPy's), after one
+that warms up. NumPy works in complex128, JAX and PyTorch in complex64 on float32 kernels. Kernels with strides go to
+the peers split by phase, with the same singular values. Times of several kernels are sums; the ratios say how many
+times longer the peer takes."""
 ERRORS = """\
 Relative errors against NumPy's SVDs in float64, the largest of the row's kernels:"""
 APPROXIMATE = """\
