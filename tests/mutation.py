@@ -58,17 +58,18 @@ def proofs(of: str, which: str, *functions: str) -> Held:
 
 HELD_BY = {
     "jaxsrn/_tools/proofs.py": proofs("frequencies bounds", "below or rounding"),
+    "jaxsrn/bounds/banded.py": proofs("banded", "test"),
     "jaxsrn/bounds/covers.py": proofs("bounds", "cover or rounding or coefficients"),
     "jaxsrn/bounds/coefficients.py": proofs("bounds", "coefficients or matrix_norms"),
     "jaxsrn/bounds/entries.py": proofs("bounds", "coefficients or lip_bound", "_lip_bound", "_l1", "_channel_l1"),
     "jaxsrn/bounds/reshapings.py": proofs("bounds", "coefficients", "_fantastic_four", "_reshapings"),
     "jaxsrn/bounds/gram.py": proofs("bounds", "written_out or cancel", "_gram_iteration", "_squared_symbol"),
-    "jaxsrn/bounds/interval.py": proofs("bounds", "intervals or beyond or cancel"),
+    "jaxsrn/bounds/interval.py": proofs("bounds", "interval or beyond or cancel"),
     "jaxsrn/bounds/tensor.py": proofs("bounds", "power_method or tensor_norm"),
     "jaxsrn/normalization/closed_form.py": proofs("closed_form", "test"),
     "jaxsrn/spectra/circular/grid_certificate.py": proofs("frequencies bounds", "grid or overshoot"),
     "jaxsrn/spectra/circular/boxes.py": proofs("frequencies", "grid or boxes"),
-    "jaxsrn/spectra/circular/branch_and_bound.py": proofs("frequencies", "low or flat", "_are_low", "_is_flat"),
+    "jaxsrn/spectra/circular/branch_and_bound.py": proofs("frequencies", "low", "_are_low", "_lowest"),
     "jaxsrn/projections/augmented_lagrangian.py": proofs(
         "projections", "lagrangian or gap", "duality_gap", "distance_and_excess", "_evaluate"
     ),

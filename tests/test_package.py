@@ -59,7 +59,17 @@ HOUSE = {
         "norms",
         "ranks",
     ],
-    "bounds": ["covers", "coefficients", "tensor", "reshapings", "entries", "gram", "interval", "random_start"],
+    "bounds": [
+        "covers",
+        "coefficients",
+        "tensor",
+        "reshapings",
+        "entries",
+        "gram",
+        "banded",
+        "interval",
+        "random_start",
+    ],
     "projections": [
         "clipping",
         "augmented_lagrangian",
