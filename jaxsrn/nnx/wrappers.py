@@ -111,8 +111,9 @@ class StableRankNorm(Normalized):
       layer: `nnx.Conv`, `nnx.ConvTranspose`, `nnx.Linear` or `nnx.LinearGeneral`, or a subclass that changes neither
         the call nor the parameter.
       fraction: the share, in (0, 1], of the largest stable rank that the layer's shapes allow (Sanyal's `c`, Zheng's
-        `beta`): that of `min(prod(in), prod(out))`, and without an `input_shape`, per output sample, of
-        `min(c_in * prod(strides), c_out)` (per input sample, with the sides exchanged, where the input is dilated).
+        `beta`): the upper end of `jaxsrn.stable_rank_range`. For most layers that is `min(prod(in), prod(out))`, and
+        without an `input_shape`, per output sample, `min(c_in * prod(strides), c_out)` (per input sample, with the
+        sides exchanged, where the input is dilated).
       input_shape: the spatial shape of the layer's input for which norm and stable rank are held; for convolutions.
       norm: the spectral norm. `None` keeps the layer's own; an `nnx.Param` is a gain that is learned with the rest.
       cap: whether the norm is only reduced, to the smaller of `norm` and the layer's own.

@@ -63,7 +63,7 @@ def keep_stable_rank(
 ) -> optax.GradientTransformationExtraArgs:
     """Keeps the stable rank of layers at or below a fraction of the largest, or above it, under any optimizer.
 
-    It works as `keep_spectral_norm` does, with the closest kernels of stable rank `fraction * min(prod(in), prod(out))`
+    It works as `keep_spectral_norm` does, with the closest kernels of stable rank `target_of_fraction(fraction, ...)`
     that keep each layer's own norm: `srnc` (Zheng et al. 2025, eq. 7), and for matrices `srn` with one value preserved
     (Sanyal, Torr, Dokania 2020). Layers whose stable rank is below the target are not touched.
 
