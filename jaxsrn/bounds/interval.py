@@ -94,9 +94,9 @@ def certified(kernel: Kernel, op: Operator, *, resolution: float = 0.01) -> Norm
     )
     kernel, op, _ = in_common_shape(kernel.astype(float_dtype(kernel.dtype)), op)
     # The pairs are found by compiled functions that the norms share.
-    fixed = without_idle_taps(lax.stop_gradient(kernel), op)
     if _is_explicit(op, kernel.shape):
         return certified_by_pair(kernel, op, leading_pair(kernel, op))
+    fixed = without_idle_taps(lax.stop_gradient(kernel), op)
     # The width is the excess that the proof leaves open and the room for rounding together.
     excess = max(float(resolution) - 3 * slack_of(kernel, op), 0.0)
     if not isinstance(op, ZeroPaddedConv):

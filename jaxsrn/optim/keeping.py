@@ -67,17 +67,15 @@ class Rule(NamedTuple):
     """How kernels are corrected; equal rules are corrected by one compiled function.
 
     Attributes:
-      begin: `(op, kernel_shape, dtype, limit) -> memory`, the memory of a layer before its first correction. It raises
-        `ValueError` where the layer cannot be corrected.
       correct: `(kernels, op, memories, limit) -> (kernels, memories)` for a stack of layers, in float32 or wider.
       remembers: `op -> bool`, whether the memory of a layer is a pair, and not empty.
-      limit: what the layers are held to, if that is static. A limit that is an array is an argument of `keep`.
+      fraction: of the largest stable rank, to which the layers are held; `None` for a rule of the norm, whose limit is
+        an argument of `keep`.
     """
 
-    begin: Callable
     correct: Callable
     remembers: Callable
-    limit: float | None
+    fraction: float | None
 
 
 def require_params(params) -> None:
@@ -111,7 +109,10 @@ def keep(
         for path, op in layers.items():
             outer, shape = split_shape(op, kernels[path].shape)
             with errors_named(f"layers: at {path!r}", " To exempt this layer, leave its path out of layers."):
-                first = rule.begin(op, shape, float_dtype(kernels[path].dtype), rule.limit)
+                op._check_not_aliased(shape)
+                if rule.fraction is not None:
+                    target_of_fraction(rule.fraction, shape, op)
+            first = no_pair(op, shape, float_dtype(kernels[path].dtype)) if rule.remembers(op) else ()
             memory.append(for_every_layer(first, outer))
         return KeepState(jnp.zeros((), jnp.int32), tuple(memory))
 
@@ -137,7 +138,7 @@ def _correct(kernels: tuple, steps: tuple, state: KeepState, limit, layers: tupl
     ops, count = dict(layers), (state.count + 1) % every
     given = {path: step for path, step in zip(ops, steps, strict=True) if step is not None}
     memory = dict(zip(ops, state.memory, strict=True))
-    correct = functools.partial(rule.correct, limit=rule.limit if limit is None else limit)
+    correct = functools.partial(rule.correct, limit=rule.fraction if limit is None else limit)
 
     def corrected():
         return _corrected(ops, correct, dict(zip(ops, kernels, strict=True)), given, memory)
@@ -178,7 +179,7 @@ def _corrected(layers, correct: Callable, kernels: dict, steps: dict, memory: di
 
 def in_the_ball() -> Rule:
     """The rule of the projection on the kernels with a spectral norm of at most the limit; it has no memory."""
-    return Rule(_begin_in_the_ball, _in_the_ball, _remembers_nothing, None)
+    return Rule(_in_the_ball, _remembers_nothing, None)
 
 
 def of_stable_rank(fraction: float) -> Rule:
@@ -187,12 +188,12 @@ def of_stable_rank(fraction: float) -> Rule:
     Its memory holds, for zero-padded layers, the pairs that the last correction ended with. Dense layers take one SVD,
     and the scan of circular layers costs little more than a pass from a known pair, so they remember nothing.
     """
-    return Rule(_begin_stable_rank, _of_stable_rank, _remembers_pairs, fraction)
+    return Rule(_of_stable_rank, _remembers_pairs, fraction)
 
 
 def of_least_stable_rank(fraction: float) -> Rule:
     """The rule of the kernels of the same norm whose stable rank is raised to `fraction` of the largest if below it."""
-    return Rule(_begin_least_stable_rank, _of_least_stable_rank, _remembers_nothing, fraction)
+    return Rule(_of_least_stable_rank, _remembers_nothing, fraction)
 
 
 def _remembers_nothing(op: Operator) -> bool:
@@ -203,20 +204,10 @@ def _remembers_pairs(op: Operator) -> bool:
     return isinstance(op, ZeroPaddedConv)
 
 
-def _begin_in_the_ball(op: Operator, kernel_shape, dtype, limit):
-    op._check_not_aliased(kernel_shape)
-    return ()
-
-
 def _in_the_ball(kernels, op: Operator, memories, limit):
     limit = limit.astype(kernels.dtype)
     # Under `vmap` all kernels would take as many steps as the slowest.
     return lax.map(lambda kernel: project_spectral_ball(kernel, op, limit).kernel, kernels), memories
-
-
-def _begin_stable_rank(op: Operator, kernel_shape, dtype, limit):
-    _check_target(limit, op, kernel_shape)
-    return no_pair(op, kernel_shape, dtype) if _remembers_pairs(op) else ()
 
 
 def _of_stable_rank(kernels, op: Operator, memories, limit):
@@ -224,11 +215,6 @@ def _of_stable_rank(kernels, op: Operator, memories, limit):
     if _remembers_pairs(op):
         return _followed(kernels, op, target, memories)
     return jax.vmap(lambda kernel: srnc(kernel, op, target).kernel)(kernels), memories
-
-
-def _begin_least_stable_rank(op: Operator, kernel_shape, dtype, limit):
-    _check_target(limit, op, kernel_shape)
-    return ()
 
 
 def _of_least_stable_rank(kernels, op: Operator, memories, limit):
@@ -242,12 +228,6 @@ def _of_least_stable_rank(kernels, op: Operator, memories, limit):
 
     # Under `vmap` all kernels would take as many steps as the slowest.
     return lax.map(raised, kernels), memories
-
-
-def _check_target(fraction: float, op: Operator, kernel_shape) -> None:
-    """Raises `ValueError` where no kernel of this shape has the share of the largest stable rank."""
-    op._check_not_aliased(kernel_shape)
-    target_of_fraction(fraction, kernel_shape, op)
 
 
 def _followed(kernels, op: Operator, target, pairs: Pair):
