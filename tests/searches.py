@@ -65,6 +65,7 @@ LARGER = {
 }
 OF_WAVES = {
     "1-D, waves": (ZeroPaddedConv((600,)), (5, 48, 48)),
+    "1-D, waves, many taps": (ZeroPaddedConv((600,)), (31, 32, 32)),
     "2-D, waves": (ZeroPaddedConv((32, 32)), (3, 3, 16, 16)),
     "2-D, waves, wide": (ZeroPaddedConv((28, 28)), (3, 3, 32, 32)),
     "2-D, waves, wider": (ZeroPaddedConv((32, 32)), (3, 3, 64, 64)),
@@ -159,7 +160,7 @@ def delta_blocks(rng, shape):
 def _circular_norm(kernel, size=24) -> float:
     """The largest value over a fine grid of frequencies, without strides."""
     axes = tuple(range(kernel.ndim - 2))
-    symbol = np.fft.fftn(kernel, [size if n > 1 else 1 for n in kernel.shape[:-2]], axes=axes)
+    symbol = np.fft.fftn(kernel, [max(size, 4 * n) if n > 1 else 1 for n in kernel.shape[:-2]], axes=axes)
     return np.linalg.svd(symbol, compute_uv=False).max()
 
 
@@ -220,6 +221,20 @@ def low_and_high(rng, shape):
     count = _num_waves(shape)
     frequencies = np.pi * rng.integers(0, 2, (count, len(shape) - 2))
     return _modes(rng, shape, frequencies, _nearly_equal(rng, count))
+
+
+@of_waves
+def windowed(rng, shape):
+    """Waves at several frequencies that fade at the ends of the taps, with nearly equal norms without edges.
+
+    With many taps each of them is near 0 at the frequencies of the others.
+    """
+    modes = equal_peaks.modes(rng, shape)
+    window = functools.reduce(np.multiply.outer, [np.hanning(n + 2)[1:-1] for n in shape[:-2]])
+    filters = modes.filters * window
+    norms = np.array([_circular_norm(wave[..., None, None], 96) for wave in filters])
+    values = _nearly_equal(rng, len(norms)) / norms
+    return modes._replace(filters=filters * values.reshape((-1,) + (1,) * window.ndim))
 
 
 @of_waves
@@ -301,7 +316,7 @@ def rank_one(rng, shape):
 
 FAMILIES = (
     *(gaussian, trained, blocks, decaying_blocks, delta_blocks, connected_blocks, depthwise, equal_depthwise),
-    *(several_peaks, equal_peaks, low_and_high, one_frequency, checkerboard, one_sided, orthogonal_tap),
+    *(several_peaks, equal_peaks, windowed, low_and_high, one_frequency, checkerboard, one_sided, orthogonal_tap),
     *(near_orthogonal, every_other_tap, sparse, signs, positive, symmetric, uneven_channels, rank_one),
 )
 

@@ -43,7 +43,7 @@ class Counting(ZeroPaddedConv):
         return self.silent._kernel_gradient(kernel_shape, x, y, **options)
 
     def _count(self, kernel_shape, images):
-        # The factor is that of image and taps, which a layer of fewer channels shares: the kernel's size is enough.
+        # The factor is that of the image, and the same throughout.
         jax.debug.callback(self._add, math.prod(images.shape[: -self.num_axes - 1]) * math.prod(kernel_shape))
 
     @staticmethod

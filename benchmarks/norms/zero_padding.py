@@ -24,8 +24,7 @@ float32; Gaussian, peaked kernels and sums of three waves, against the SVD of th
 Small layers, whose norms are proven:"""
 LARGER = "Larger layers, whose norms are searched without a proof:"
 PRODUCTS = """\
-Products with the operator or its adjoint, counted as they run, with their share of power iteration's. Those
-with the layer of few channels, in which a wide one is searched first, count as far as they multiply. Power
+Products with the operator or its adjoint, counted as they run, with their share of power iteration's. Power
 iteration starts from a random image and stops 0.1% below the norm (or after 4000 products). Lanczos, the
 method of `leading_triplet`, stops at the largest `tolerance` of 1/2, 1/4, ... at which the norm is within
 1e-5. Both as only those can who know the norm; `spectral_norm` stops by itself, when the vectors are there,

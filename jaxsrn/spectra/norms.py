@@ -55,9 +55,7 @@ def leading_triplet(
     Lanczos method with a proof. Larger layers with zero padding: the Lanczos method with thick restarts (Wu, Simon
     2000) on the real operator, without a proof. It starts from a sum of the largest waves of the circular layer and
     noise, and is repeated once where the start may have missed the other phase of what is found, and from channels that
-    the found vectors leave idle where these may hold a larger value. Layers of 32 channels or more, on images of more
-    than 512 samples, are first searched in the few channels that they use most, if the symbol has one large singular
-    value at the frequencies of the waves and no second near to it.
+    the found vectors leave idle where these may hold a larger value.
 
     Args:
       kernel: `(c_in, c_out)` or `(*taps, c_in // groups, c_out)`.

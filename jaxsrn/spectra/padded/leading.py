@@ -14,7 +14,6 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxsrn._tools.indexing import chosen
-from jaxsrn._tools.lanczos import LONGEST_BASIS
 from jaxsrn._tools.linalg import unit
 from jaxsrn._tools.loops import one_by_one
 from jaxsrn._tools.programs import program
@@ -24,7 +23,6 @@ from jaxsrn.operators.convolutions import ZeroPaddedConv
 from jaxsrn.spectra.circular.peaks import Climbed
 from jaxsrn.spectra.dense import leading_of_matrix
 from jaxsrn.spectra.image_pairs import matrix_free, of_flat_vectors, shapes
-from jaxsrn.spectra.padded.few_channels import lead_alone, pays_in_few_channels, through_few_channels
 from jaxsrn.spectra.padded.idle_axes import at_first_contact, without_idle_axes
 from jaxsrn.spectra.padded.idle_channels import Channels, all_channels, may_hold_more, start_in, without_channels_of
 from jaxsrn.spectra.padded.starts import circular_peaks, circular_waves, cold_start, missed_phase
@@ -38,8 +36,6 @@ _WARM_NOISE = 1e-3
 # The search goes on to so small a share of the tolerance. It may end at a mixture of vectors of nearly equal values,
 # and the value of an even mixture of two is too low by half the residual, that of an uneven one by more.
 _SHARPER = 0.5
-# From what few channels have found, the residual is looked at after so many steps.
-_WARM_STEPS = 1
 # A search ends after so many attempts: the first, one for the other phase, and the others in idle channels.
 _MOST_ATTEMPTS = 4
 
@@ -102,7 +98,6 @@ class _Search(NamedTuple):
     Attributes:
       again: whether there is another attempt.
       start: the image that it starts from.
-      in_few: whether it starts in few channels.
       best: the best pair so far.
       channels: those that no pair has used.
       count: the attempts so far.
@@ -110,7 +105,6 @@ class _Search(NamedTuple):
 
     again: Bool[Array, ""]
     start: Float[Array, "..."]
-    in_few: Bool[Array, ""]
     best: Found
     channels: Channels
     count: Int[Array, ""]
@@ -123,15 +117,9 @@ def search(kernel: Float[Array, "..."], op: ZeroPaddedConv, tolerance, peaks: Cl
     found pairs leave idle, where these may hold a larger value.
     """
     waves, tolerance = circular_waves(peaks, kernel, op), _SHARPER * tolerance
-    wide = pays_in_few_channels(op, kernel.shape)
-    in_few = lead_alone(waves) if wide else jnp.asarray(False)
 
     def attempt(state: _Search) -> _Search:
-        start, options = state.start, {}
-        if wide:
-            start = through_few_channels(kernel, op, start, tolerance, state.in_few)
-            options = {"first_check": jnp.where(state.in_few, _WARM_STEPS, LONGEST_BASIS)}
-        found = matrix_free(kernel, op, start, tolerance, **options)
+        found = matrix_free(kernel, op, state.start, tolerance)
         # A comparison with NaN is false, so that NaN is kept.
         best = chosen(found.value <= state.best.value, state.best, found)
         has_missed, other = missed_phase(kernel, op, waves, state.start, found.pair.input)
@@ -139,10 +127,10 @@ def search(kernel: Float[Array, "..."], op: ZeroPaddedConv, tolerance, peaks: Cl
         channels = without_channels_of(found.pair, state.channels)
         start = jnp.where(has_missed, found.pair.input + other, start_in(channels, kernel, op))
         again = has_missed | may_hold_more(channels, kernel, op, best.value)
-        return _Search(again, start, state.in_few & has_missed, best, channels, state.count + 1)
+        return _Search(again, start, best, channels, state.count + 1)
 
     zeros = Pair(None, *(jnp.zeros(shape, kernel.dtype) for shape in shapes(op, kernel.shape)[1:]))
     nothing = Found(jnp.asarray(-1, kernel.dtype), zeros)
     channels = all_channels(op, kernel.shape)
-    state = _Search(jnp.asarray(True), cold_start(waves, in_few), in_few, nothing, channels, jnp.asarray(0))
+    state = _Search(jnp.asarray(True), cold_start(waves), nothing, channels, jnp.asarray(0))
     return lax.while_loop(lambda state: state.again & (state.count < _MOST_ATTEMPTS), attempt, state).best.pair

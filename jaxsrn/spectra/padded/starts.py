@@ -13,12 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool, Complex, Float
+from jaxtyping import Array, Bool, Float
 
 from jaxsrn._tools.linalg import einsum, unit
 from jaxsrn._tools.subspaces import fixed_start
 from jaxsrn.operators.convolutions import CircularConv, ZeroPaddedConv
-from jaxsrn.spectra.circular.grams import grams_at
 from jaxsrn.spectra.circular.leading import search_arguments
 from jaxsrn.spectra.circular.peaks import Climbed, climbed, several
 from jaxsrn.spectra.circular.sites import without_constant_axes
@@ -42,9 +41,6 @@ _SHARES = 1.0, 0.7, 0.5, 0.35
 # take part; more noise wastes the waves. Of 120 kernels of nearly equal peaks (`python -m tests.searches --layer
 # "2-D, waves" --kernels 120`) six norms were too low by more than 1e-5 with a fifth of this noise, and two are with it.
 _NOISE = 0.5
-# The same where one value of the symbol is far above the others, so that no vector but the waves can lead. Five times
-# as much took up to 2.2 times the products there (`python benchmarks/norms --only zero-padding`).
-_LESS_NOISE = 0.1
 # The share of the other phase in a start, relative to what is found from it, below which the search is repeated from
 # both. A larger share costs more second searches.
 _SHARE = 0.35
@@ -62,12 +58,10 @@ class Waves(NamedTuple):
     """Waves of the circular layer, faded out at the edges, with their singular values there, the largest first.
 
     Each has two phases, orthonormal images. The second is 0 where the wave has only one, as at frequency 0.
-    The Gram matrices are those of the symbol at the frequencies of the waves, for the first group of channels.
     """
 
     values: Float[Array, " waves"]
     phases: Float[Array, "waves 2 ..."]
-    grams: Complex[Array, "waves columns columns"]
 
 
 def circular_peaks(kernel: Float[Array, "..."], op: ZeroPaddedConv) -> Climbed:
@@ -88,19 +82,18 @@ def circular_waves(found: Climbed, kernel: Float[Array, "..."], op: ZeroPaddedCo
         norm = jnp.linalg.norm(rest.reshape(-1))
         return jnp.stack([first, rest / jnp.where(norm < _SAME, jnp.inf, norm)])
 
-    return Waves(values, jax.vmap(phases)(pairs), grams_at(found.poly, grid.angles, 2 * pairs.site.index)[:, 0])
+    return Waves(values, jax.vmap(phases)(pairs))
 
 
-def cold_start(waves: Waves, alone: Bool[Array, ""]) -> Float[Array, "..."]:
-    """A sum of all waves, the larger ones with more weight, and noise, of which `alone` takes less.
+def cold_start(waves: Waves) -> Float[Array, "..."]:
+    """A sum of all waves, the larger ones with more weight, and noise.
 
     The Krylov space of the sum holds every singular vector that has a part in it, so that its largest singular value is
     found whichever wave leads there.
     """
     shares = np.asarray(_SHARES[: len(waves.values)], waves.values.dtype)
     image = unit(einsum("k,k...->...", shares * waves.values, waves.phases[:, 0]))
-    noise = jnp.where(alone, _LESS_NOISE, _NOISE).astype(image.dtype)
-    return image + noise * unit(fixed_start(image.shape, image.dtype))
+    return image + _NOISE * unit(fixed_start(image.shape, image.dtype))
 
 
 def missed_phase(kernel, op: ZeroPaddedConv, waves: Waves, start, found) -> tuple[Bool[Array, ""], Float[Array, "..."]]:
