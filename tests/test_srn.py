@@ -218,3 +218,8 @@ def test_raising_to_the_rank_itself(n, dtype):
         expected = np.where(np.arange(n) < rank, largest, 0)
         np.testing.assert_allclose(found, expected, atol=1e-5 if dtype == np.float32 else 1e-12)
         assert np.all(raised.feasible)
+
+
+def test_a_target_of_nan_is_nan_in_every_number():
+    found = jax.jit(lambda target: jaxsrn.srn(jnp.eye(3), target))(jnp.nan)
+    assert np.isnan(found.gap)

@@ -547,3 +547,14 @@ def test_samples_that_no_tap_meets_prescribe_nothing(keep_norm):
     met = jaxsrn.srnc(kernel, op, 1.02 * rank, keep_norm=keep_norm)
     assert met.feasible
     np.testing.assert_allclose(jaxsrn.stable_rank(met.kernel, op), 1.02 * rank, rtol=1e-4)
+
+
+@pytest.mark.parametrize("target", [3.66, 3.8, 3.95])
+def test_targets_between_feasible_ones_are_feasible(target):
+    """On the way from a kernel of a lower stable rank to the given one every stable rank between is met."""
+    kernel, op = jnp.asarray([0.6908, 0.1276, -0.4484]).reshape(3, 1, 1), ZeroPaddedConv((8,))
+    found = jaxsrn.srnc(kernel, op, target)
+    s = np.linalg.svd(dense(found.kernel, op), compute_uv=False)
+    assert found.feasible
+    np.testing.assert_allclose(np.sum(s**2) / s[0] ** 2, target, rtol=1e-9)
+    np.testing.assert_allclose(s[0], np.linalg.norm(dense(kernel, op), 2), rtol=1e-9)

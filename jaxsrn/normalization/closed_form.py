@@ -29,6 +29,7 @@ __all__ = [
     "Candidate",
     "Problem",
     "closed_form",
+    "decomposed",
     "functional",
     "is_feasible",
     "over_weights",
@@ -117,21 +118,53 @@ def is_feasible(e, target):
     return e * target >= 1 - 16 * jnp.finfo(target.dtype).eps
 
 
+class Decomposition(NamedTuple):
+    """A kernel `A` as `(m / e) E + A_perp`, with `A_perp` orthogonal to the functional `E` in `<., .>_d`.
+
+    Of a pair, `(u, v)` and `(u, -v)` prescribe the same; the functional is that of the two that has `m >= 0`. It may be
+    0, as that of singular vectors of samples that no tap meets, and then all of the kernel is rest.
+
+    Attributes:
+      along: `E / e`, 0 where `E = 0`.
+      e: `<E, E>_d`.
+      inverse: `1 / e`, 0 where `e = 0`.
+      m: `<A, E>_d`.
+      rest: `A_perp`.
+      squared_rest: `||A_perp||_d^2`.
+    """
+
+    along: Float[Array, "..."]
+    e: Float[Array, ""]
+    inverse: Float[Array, ""]
+    m: Float[Array, ""]
+    rest: Float[Array, "..."]
+    squared_rest: Float[Array, ""]
+
+
+def decomposed(kernel: Float[Array, "..."], gradient: Float[Array, "..."], direction, weights) -> Decomposition:
+    """The kernel along a functional and at right angles to it.
+
+    The functional is given as `direction`, and as `gradient`, which is `d` times it; `weights` is `d`.
+    """
+    e, m = jnp.sum(gradient * direction), jnp.sum(gradient * kernel)
+    inverse = ratio(1.0, e)
+    rest = kernel - (m * inverse) * direction
+    along = jnp.where(m < 0, -inverse, inverse) * direction
+    return Decomposition(along, e, inverse, jnp.abs(m), rest, jnp.sum(weights * rest**2))
+
+
 def closed_form(problem: Problem, direction: Float[Array, "..."]) -> Candidate:
-    """The kernel closest to `A` with `||K||_d^2 = r M^2` and `<K, E>_d = M`, where `E = direction`.
+    """The kernel closest to `A` with `||K||_d^2 = r M^2` and `<K, E>_d = M`, where `E = direction` or its negative.
 
     It is `K = (M / e) E + rho A_perp / |A_perp|` with `rho = M sqrt(r - 1/e)`. The form `alpha A + beta E` of the same
     point would miss both constraints by more than rounding where `A` is nearly parallel to `E`. Where the target is
     infeasible the part along `A_perp` vanishes, which leaves the smallest stable rank that this pair allows.
     """
-    own = problem.inner(direction, direction)
-    e = divisor(own)
-    m = problem.inner(problem.kernel, direction)
-    rest = problem.kernel - (m / e) * direction
-    rest_norm = safe_sqrt(problem.inner(rest, rest))
-    radius = problem.norm * safe_sqrt(problem.target - 1 / e)
-    kernel = (problem.norm / e) * direction + radius / divisor(rest_norm) * rest
-    distance = (radius - rest_norm) ** 2 + (problem.norm - m) ** 2 / e
-    merit = jnp.where(is_feasible(e, problem.target), distance, INFEASIBLE / e)
-    # Singular vectors of samples that no tap meets have no functional, and prescribe nothing.
-    return Candidate(kernel, jnp.where(own == 0, jnp.inf, merit))
+    parts = decomposed(problem.kernel, problem.weights * direction, direction, problem.weights)
+    rest_norm = safe_sqrt(parts.squared_rest)
+    radius = problem.norm * safe_sqrt(problem.target - parts.inverse)
+    kernel = problem.norm * parts.along + radius / divisor(rest_norm) * parts.rest
+    distance = (radius - rest_norm) ** 2 + (problem.norm - parts.m) ** 2 * parts.inverse
+    merit = jnp.where(is_feasible(parts.e, problem.target), distance, INFEASIBLE * parts.inverse)
+    # A functional of 0 prescribes nothing.
+    return Candidate(kernel, jnp.where(parts.e == 0, jnp.inf, merit))

@@ -201,6 +201,9 @@ def minorise_maximise(
     frequency or one Krylov space. So each further round is given the kernel at their end. Where a pair of that kernel
     has a value above `M`, passes start from it; otherwise the rounds are finished.
 
+    Passes from an infeasible start may end at a local minimum of the stable rank that is above the target. So where the
+    first round ends infeasible, the second one starts from the pairs that allow the lowest stable ranks of all.
+
     The program holds the search for a leading pair once, and eager calls share it with all other functions.
     """
 
@@ -247,14 +250,20 @@ def _round(a, op, target, initial, max_steps, tolerance, state: Fixpoint, found:
     unchanged = target >= problem.stable_rank
     exceeds = reached > norm * (1 + vector_tolerance(a.dtype))
     steps_left = max_steps - state.num_steps
-    unfinished = ~unchanged & (first | (exceeds & (steps_left > 0) & (state.count < _MAX_ROUNDS)))
-    starts, bound = _starts(problem, op, initial, leading, first & unfinished, state.bound)
+    # An infinite bound proves that no kernel is feasible.
+    lower = (state.count == 1) & ~state.candidate.feasible & jnp.isfinite(state.bound) & (initial is None)
+    more = (exceeds | lower) & (steps_left > 0) & (state.count < _MAX_ROUNDS)
+    unfinished = ~unchanged & (first | more)
+    surveyed = problem._replace(target=jnp.where(lower, 0.0, target))
+    starts, bound = _starts(surveyed, op, initial, leading, (first | lower) & unfinished, state.bound)
+    bound = jnp.where(first, bound, state.bound)
     most = jnp.where(unfinished, steps_left, -1)
     # Where one pair is followed all starts are the same.
-    num_starts = jnp.where(first, len(starts.input), 1)
+    num_starts = jnp.where(first | lower, len(starts.input), 1)
     end = _best_end(problem, op, starts, num_starts, most, tolerance)
     made = chosen(first, leading, state.pair)
-    candidate, pair = chosen(unfinished, (end.best, end.pair), (state.candidate, made))
+    taken = unfinished & (~lower | (end.best.merit < state.candidate.merit))
+    candidate, pair = chosen(taken, (end.best, end.pair), (state.candidate, made))
     num_steps = state.num_steps + jnp.maximum(end.num_steps, 0)
     count = state.count + 1
     return Fixpoint(

@@ -92,7 +92,7 @@ def srn_of_matrix(matrix, target, num_preserved, raise_rank):
         spectral_norm=values[0],
         distance=ratio(safe_sqrt(jnp.sum((values - s) ** 2)), safe_sqrt(jnp.sum(s**2))),
         # Zero, or NaN where the matrix has one.
-        gap=0 * rank,
+        gap=jnp.where(jnp.isnan(target), target, 0 * rank),
         residual=jnp.where(rank == 0, 0.0, jnp.maximum(deviation(new_rank, target), deviation(values[0], wanted))),
         num_steps=jnp.asarray(0, jnp.int32),
         num_preserved=jnp.where(unchanged, min(num_preserved, len(s)), preserved),

@@ -1,9 +1,9 @@
 """The kernel normalized with a given pair: the closed form with norm 1, a function of the kernel and of the pair.
 
-With the functional `E` of the pair (`closed_form.py`), `e = <E, E>_d` and `m = <A, E>_d`, the kernel `A` is
-`(m / e) E + R` with a rest `R` orthogonal to `E`. Both results have the form `E / e + c R`. The kernel rescaled to
-`<K, E>_d = 1` has `c = 1 / m`. The closed form has `|c R| = sqrt(r - 1 / e)`, for the stable rank `r`. The smaller `c`
-holds: a kernel of a lower stable rank is only rescaled.
+With the functional `E` of the pair, `e = <E, E>_d` and `m = <A, E>_d`, the kernel `A` is `(m / e) E + R` with a rest
+`R` orthogonal to `E` (`decomposed` in `closed_form.py`). Both results have the form `E / e + c R`. The kernel rescaled
+to `<K, E>_d = 1` has `c = 1 / m`. The closed form has `|c R| = sqrt(r - 1 / e)`, for the stable rank `r`. The smaller
+`c` holds: a kernel of a lower stable rank is only rescaled.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float
 
 from jaxsrn._tools.linalg import divisor, safe_sqrt
 from jaxsrn._tools.programs import program
-from jaxsrn.normalization.closed_form import over_weights
+from jaxsrn.normalization.closed_form import decomposed, over_weights
 from jaxsrn.operators.base import Operator
 from jaxsrn.spectra.moving_pairs import frozen_value
 from jaxsrn.spectra.pairs_by_kind import value_gradient
@@ -45,17 +45,12 @@ def is_only_rescaled(a: Float[Array, "..."], op: Operator, target, pair: Pair) -
 def _parts(a: Float[Array, "..."], op: Operator, target, pair: Pair):
     """`(E / e, R, c)`, and whether `c = 1 / m`."""
     gradient = value_gradient(pair, op, a.shape)
-    direction = over_weights(gradient, op)
-    e, m = jnp.sum(gradient * direction), jnp.sum(gradient * a)
-    # A pair of zeros leaves the kernel as the rest.
-    inverse = 1 / divisor(e)
-    along = inverse * direction
-    rest = a - m * along
+    weights = op.frobenius_weights(a.shape, a.dtype)
+    along, _, inverse, m, rest, squared = decomposed(a, gradient, over_weights(gradient, op), weights)
     # Lengths are compared by their squares, of which one root is taken in the end.
-    squared = jnp.sum(op.frobenius_weights(a.shape, a.dtype) * rest * rest)
     wanted = jnp.maximum(target - inverse, 0.0)
     # A zero kernel counts as rescaled, and NaN does not.
-    is_rescaled = (m >= 0) & (squared <= m * m * wanted)
+    is_rescaled = squared <= m * m * wanted
     over = jnp.where(is_rescaled, m * m, squared)
     factor = safe_sqrt(jnp.where(is_rescaled, 1.0, wanted) / divisor(over))
     return along, rest, factor, is_rescaled

@@ -90,7 +90,10 @@ def raised(problem: Problem, op: Operator, own: Pair, max_steps: int, tolerance:
     the stable rank stays at the target.
     """
     frozen, tolerance = lax.stop_gradient((problem, tolerance))
-    state = lax.stop_gradient(_search(frozen, op, own, max_steps, tolerance))
+    # All trials are equally far from an infinite target.
+    rank_of_layer = min(op._sizes(problem.kernel.shape))
+    sought = frozen._replace(target=jnp.minimum(frozen.target, rank_of_layer))
+    state = lax.stop_gradient(_search(sought, op, own, max_steps, tolerance))
     best = state.best
     kernel = _differentiable(problem, op, best)
     miss = jnp.abs(best.rank / frozen.target - 1)

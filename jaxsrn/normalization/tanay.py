@@ -29,14 +29,22 @@ def srnc_tanay(kernel: Kernel, op: Operator, target) -> SRNResult:
     The result is `a1 + gamma (a - a1)` with `a1 = sigma grad_K <v, T(K) u>` of the leading pair `(u, v)` and
     `gamma = sqrt(target - 1) sigma / ||T(a - a1)||_F`, by analogy with the dense case, where `T(a1)` is the leading
     rank-one term. For a convolution the direction of `a1` is right and its length is wrong, so that both the stable
-    rank and the norm are missed; `residual` says by how much.
+    rank and the norm are missed; `residual` says by how much. The papers divide by the norm first, so that their
+    `sigma` is 1.
 
-    Args, errors: as `srnc`. A kernel with `stable_rank <= target` is returned unchanged.
+    Args:
+      kernel: `(c_in, c_out)` or `(*taps, c_in // groups, c_out)`.
+      op: the operator of the layer, with an image size.
+      target: the stable rank. A kernel with `stable_rank <= target` is returned unchanged.
 
     Returns:
       An `SRNResult`. Its `distance - gap` is the proven bound that `srnc` has for the true problem, so `gap` is
       negative where a kernel that misses the constraints is closer than any that meets them. `feasible` says whether
       the target is in `stable_rank_range`, not that it was met.
+
+    Raises:
+      ValueError: a kernel that does not fit, an `UnboundedConv`, aliased taps, or a target that is not a positive
+        number.
     """
     kernel = kernel_array(kernel, op)
     shape = kernel.shape

@@ -44,12 +44,13 @@ def followed(a: Float[Array, "..."], op: Operator, target, state: SRNCState, ste
         turn = passes.count if steps[1] > 1 else None
         track, step = follow(kernel, op, track, turn)
         # The closed form gives the value 1 to the pair with which it was made.
-        rise = _rise(step.before if keeps_pairs else 1.0, step.after)
+        rise, turned = _rise(step.before if keeps_pairs else 1.0, step.after), step.turned
         if own is not None:
             own, step_of_own = follow(a, op, own, turn)
             rise = jnp.maximum(rise, _rise(step_of_own.before, step_of_own.after))
+            turned |= step_of_own.turned
         far = rise > jnp.where(passes.far, _AT_REST, _FAR)
-        return _Passes(passes.count + 1, step.turned, far, SRNCState(track, own))
+        return _Passes(passes.count + 1, turned, far, SRNCState(track, own))
 
     def unfinished(passes: _Passes):
         # Where another pair takes over, the kernel normalized with that pair is another one, which no step has seen.

@@ -19,7 +19,7 @@ __all__ = ["SRNCState", "as_floats", "of_floats", "without_pair_of_zero"]
 
 
 class SRNCState(NamedTuple):
-    """What `srnc_step` carries: a pytree of small arrays (with zero padding four images, or eight where `own` is kept).
+    """What `srnc_step` carries: a pytree of small arrays (with zero padding five images, or ten where `own` is kept).
 
     All of them are real floats: frequencies as shares of a full turn, amplitudes as real and imaginary parts. So a
     state may be averaged, cast to any floating dtype, or stored in any file, with the rest of a model. The next step

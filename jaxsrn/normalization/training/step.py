@@ -92,9 +92,9 @@ def srnc_step(
         target, it is the true one; with `"frozen"` and a target it is not symmetric, and NaN where that system is
         singular.
       num_steps: static. Power steps of the pair before the kernel is normalized with it. The default is one with zero
-        padding and a target, where each takes products with images, and otherwise two, and more where the state is far
-        from the kernel. A number that is given is kept to, except that one step is followed by a second one where
-        another pair takes over.
+        padding, a target and a given norm, where each takes products with images, and otherwise two, and more where the
+        state is far from the kernel. A number that is given is kept to, except that one step is followed by a second
+        one where another pair takes over.
 
     Returns:
       The kernel in its dtype, with taps that meet no sample as they were, and the new state. Derivatives go through the
@@ -120,10 +120,11 @@ def srnc_step(
     shape = kernel.shape
     kernel, op = as_matrix(kernel, op)
     check_gradient(gradient)
-    few = target is not None and isinstance(op, ZeroPaddedConv)
+    needs_own = follows_own(op, target, norm, cap)
+    few = target is not None and not needs_own and isinstance(op, ZeroPaddedConv)
     least, most = (1 if few else _SEVERAL_STEPS, MAX_PASSES) if num_steps is None else (num_steps, num_steps)
     steps = static_int(least, "num_steps"), static_int(most, "num_steps")
-    own = track_shapes(op, kernel.shape, True) if follows_own(op, target, norm, cap) else None
+    own = track_shapes(op, kernel.shape, True) if needs_own else None
     expected = SRNCState(track_shapes(op, kernel.shape, target is None), own)
     ensure(
         jax.tree.map(jnp.shape, state) == expected,

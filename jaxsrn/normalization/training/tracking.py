@@ -36,7 +36,8 @@ class Track(NamedTuple):
     Attributes:
       pair: the leading pair.
       watch: what may overtake it. Circular and unbounded layers have pairs that climb in other parts of the torus,
-        other layers the inputs of the runners-up, `(2, *in_shape)`. `None` has the pair take power steps alone.
+        other layers the inputs of the leading pair and of two runners-up, `(3, *in_shape)`. `None` has the pair take
+        power steps alone.
     """
 
     pair: Pair
