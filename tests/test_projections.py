@@ -353,6 +353,21 @@ def test_derivatives_equal_finite_differences(name, which):
     np.testing.assert_allclose(slope, expected, atol=1e-3)
 
 
+@pytest.mark.parametrize("seed", [0, 1, 3])
+def test_derivatives_without_edges_equal_finite_differences(seed):
+    """A peak between two angles of the grid is held by both of them, and these are nearly the same constraint."""
+    a, direction = jnp.asarray(gaussian((2, 3, 2, 2), seed))
+    limit, step = 0.6 * jaxsrn.spectral_norm(a, UnboundedConv()), 1e-4
+
+    @jax.jit
+    def function(a, limit):
+        return jaxsrn.project_spectral_ball(a, UnboundedConv(), limit, tolerance=1e-14).kernel
+
+    slope = jax.jvp(function, (a, limit), (direction, 0.0))[1]
+    expected = (function(a + step * direction, limit) - function(a - step * direction, limit)) / (2 * step)
+    np.testing.assert_allclose(slope, expected, atol=3e-5)
+
+
 # Raising the stable rank
 
 

@@ -397,3 +397,9 @@ def test_the_gap_does_not_overflow_with_the_dual_norm():
     result = steepest(gradient, Dense())
     assert result.gap <= 1e-6
     assert np.isinf(result.dual_norm)
+
+
+def test_a_tolerance_that_asks_for_nothing_gives_a_kernel_of_norm_one():
+    found = steepest(jnp.asarray(gaussian((3, 2, 2))), CIRCULAR, tolerance=10.0)
+    np.testing.assert_allclose(np.linalg.norm(dense(found.kernel, CIRCULAR), 2), 1, rtol=1e-4)
+    assert np.isfinite(found.dual_norm)

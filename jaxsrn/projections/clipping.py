@@ -29,7 +29,9 @@ __all__ = [
     "Clipping",
     "MatrixStack",
     "clipped",
+    "curvature",
     "excess_derivative",
+    "held_part",
     "matrix_stack",
     "overshooting",
     "smooth_clipped",
@@ -154,14 +156,44 @@ def excess_derivative(clipping: Clipping, direction: Inexact[Array, "..."]) -> I
     singular vectors, which a rectangular matrix has on its longer side, is scaled by `g_i / s_i`. Where singular values
     coincide the result is one of the generalised derivatives, and finite.
     """
-    u, s, vh, limit = clipping
+    s, limit = clipping.values, clipping.limit
+    gains = jnp.maximum(s - limit, 0.0)
+    high, low = _ordered(s)
+    across = (high - limit) / jnp.where(high > low, high - low, 1.0)
+    even = jnp.where(low > limit, 1.0, jnp.where(high > limit, across, 0.0))
+    return _weighted(clipping, direction, even, _sums(gains) / divisor(_sums(s)), gains / divisor(s))
+
+
+def held_part(clipping: Clipping, direction: Inexact[Array, "..."]) -> Inexact[Array, "..."]:
+    """The part of a direction that would move the singular values above the limit, or turn them into one another."""
+    _, low = _ordered(clipping.values)
+    above = (low > clipping.limit).astype(low.dtype)
+    return _weighted(clipping, direction, above, jnp.zeros_like(above), jnp.zeros_like(clipping.values))
+
+
+def curvature(clipping: Clipping, penalty, hold, direction: Inexact[Array, "..."]) -> Inexact[Array, "..."]:
+    """How a multiplier bends the constraint, and `hold` times `held_part`.
+
+    Without the latter it is `rho` times `excess_derivative` as `rho` grows, where the multiplier `Y = rho (s - c)`
+    stays as it is while `s` approaches `c` from above. Singular values below the limit but nearer to it than `c / hold`
+    are taken to be that far away.
+    """
+    s, limit = clipping.values, clipping.limit
+    multiplier, inside = penalty * jnp.maximum(s - limit, 0.0), jnp.minimum(s, limit)
+    high, low = _ordered(s)
+    gap = jnp.maximum(limit - low, limit / hold)
+    even = jnp.where(low > limit, hold, penalty * jnp.maximum(high - limit, 0.0) / gap)
+    return _weighted(clipping, direction, even, _sums(multiplier) / divisor(_sums(inside)), multiplier / limit)
+
+
+def _weighted(clipping: Clipping, direction, even, odd, beyond):
+    """`U (even o sym(M) + odd o skew(M)) V^H` for `M = U^H H V`, and the rest of `H` scaled by `beyond`."""
+    u, _, vh, _ = clipping
     uh, v = _adjoint(u), _adjoint(vh)
     inside = matmul(matmul(uh, direction), v)
-    gains = jnp.maximum(s - limit, 0.0)
-    shares = (gains / divisor(s))[:, None, :].astype(u.dtype)
-    even, odd = (inside + _adjoint(inside)) / 2, (inside - _adjoint(inside)) / 2
-    a, b = (factor.astype(u.dtype) for factor in _divided_differences(s, gains, limit))
-    out = matmul(matmul(u, a * even + b * odd), vh)
+    symmetric, skew = (inside + _adjoint(inside)) / 2, (inside - _adjoint(inside)) / 2
+    out = matmul(matmul(u, even.astype(u.dtype) * symmetric + odd.astype(u.dtype) * skew), vh)
+    shares = beyond[:, None, :].astype(u.dtype)
     if direction.shape[-2] > direction.shape[-1]:
         out = out + matmul((matmul(direction, v) - matmul(u, inside)) * shares, vh)
     if direction.shape[-2] < direction.shape[-1]:
@@ -169,13 +201,14 @@ def excess_derivative(clipping: Clipping, direction: Inexact[Array, "..."]) -> I
     return out
 
 
-def _divided_differences(s, gains, limit):
-    """`(g_i - g_j) / (s_i - s_j)` and `(g_i + g_j) / (s_i + s_j)`, each without a division by zero."""
-    high, low = jnp.maximum(s[:, :, None], s[:, None, :]), jnp.minimum(s[:, :, None], s[:, None, :])
-    across = (high - limit) / jnp.where(high > low, high - low, 1.0)
-    differences = jnp.where(low > limit, 1.0, jnp.where(high > limit, across, 0.0))
-    total = jnp.where(high == 0, 1.0, high + low)
-    return differences, (gains[:, :, None] + gains[:, None, :]) / total
+def _ordered(values):
+    """The larger and the smaller one of every two values of a matrix."""
+    return jnp.maximum(values[:, :, None], values[:, None, :]), jnp.minimum(values[:, :, None], values[:, None, :])
+
+
+def _sums(values):
+    """The sum of every two values of a matrix."""
+    return values[:, :, None] + values[:, None, :]
 
 
 def _adjoint(matrices):

@@ -79,7 +79,7 @@ class SteepestResult(NamedTuple):
 
 
 def steepest(
-    kernel: Kernel, op: Operator, *, method: str = "exact", max_passes: int = 2000, num_passes: int = 30, tolerance=None
+    kernel: Kernel, op: Operator, *, method: str = "exact", max_passes: int = 2000, num_passes: int = 30, tolerance=1e-3
 ) -> SteepestResult:
     """The kernel of the same support and of norm 1 along which a linear function grows fastest.
 
@@ -110,7 +110,7 @@ def steepest(
       method: static; one of the three.
       max_passes: static; the most passes of `"exact"`, one SVD of all matrices each.
       num_passes: static; the passes of `"frequency"`.
-      tolerance: the gap at which `"exact"` stops, 1e-3 by default; traced. Of unbounded convolutions of several axes a
+      tolerance: the gap at which `"exact"` stops; traced. Of unbounded convolutions of several axes a
         smaller one than the default is not reached, because the grid of frequencies gives that much away. `gap` says
         what was reached.
 
@@ -126,7 +126,8 @@ def steepest(
     kernel, op = as_matrix(kernel, op)
     op._check_not_aliased(kernel.shape)
     dtype = float_dtype(kernel.dtype)
-    tolerance = positive_scalar(1e-3 if tolerance is None else tolerance, "tolerance", dtype)
+    # A gap is at most 1, so that no larger tolerance would ask for a pass.
+    tolerance = jnp.minimum(positive_scalar(tolerance, "tolerance", dtype), 1.0)
     max_passes, num_passes = static_int(max_passes, "max_passes"), static_int(num_passes, "num_passes")
     found, bound = _candidate(lax.stop_gradient(kernel), op, tolerance, method, max_passes, num_passes)
     pair, excess = None, 0.0
