@@ -98,21 +98,37 @@ def _count(text: str) -> tuple[str, int]:
     return name, int(count)
 
 
-def _check_outputs(*paths: Path | None) -> None:
-    """Nothing is computed for a file that cannot be written."""
+def _check_outputs(*paths: Path | None, replaced: bool = False) -> None:
+    """Nothing is computed for a file that cannot be written.
+
+    What is `replaced` may be a folder, and is moved into its place when it is complete.
+    """
     from jaxsrn.report.files import BrokenFile
 
     for path in filter(None, paths):
         if not path.parent.is_dir():
             raise BrokenFile(f"{path}: cannot be written, as there is no folder {path.parent}.")
+        if path.is_dir() and not replaced:
+            raise BrokenFile(f"{path}: cannot be written, as it is a folder.")
+        if not os.access(path if path.exists() and not replaced else path.parent, os.W_OK):
+            raise BrokenFile(f"{path}: cannot be written, as its permissions do not allow that.")
+
+
+def _once(counts: list[tuple[str, int]], option: str) -> dict[str, int]:
+    """The counts by name; raises `ValueError` for a name that has two."""
+    names = [name for name, _ in counts]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"{option}: got {name!r} twice, expected once.")
+    return dict(counts)
 
 
 def _how_to_read(args) -> dict:
     return {
         "layout": args.layout,
         "input_shape": args.input_shape,
-        "groups": dict(args.groups),
-        "strides": dict(args.strides),
+        "groups": _once(args.groups, "--groups"),
+        "strides": _once(args.strides, "--strides"),
         "stacked": tuple(args.stacked),
     }
 
@@ -151,7 +167,7 @@ def _normalize(args) -> None:
     from jaxsrn.report.table import counted, digits
     from jaxsrn.report.terminal import show_lines, show_table
 
-    _check_outputs(args.out)
+    _check_outputs(args.out, replaced=True)
     options = {"norm": args.norm, "only": args.only or ("*",), **_how_to_read(args)}
     changes, skipped = normalize(args.file, args.out, args.fraction, **options)
     header = ("layer", "target", "stable rank", "new rank", "norm", "new norm", "distance")

@@ -166,6 +166,9 @@ def wrong(tmp_path):
         (["normalize", vectors, "--fraction", "1.5", *out], 2, "fraction: got 1.5"),
         (["normalize", vectors, "--fraction", "0.5", "--out", tmp_path / "out.safetensors"], 2, "ends in .npz"),
         (["report", kernels, "--input-shape", "8"], 2, "expected 2 integers"),
+        (["report", kernels, "--json", tmp_path], 4, "it is a folder"),
+        (["report", kernels, "--strides", "kernel=2", "--strides", "kernel=3"], 2, "--strides: got 'kernel' twice"),
+        (["report", kernels, "--groups", "kernel=1", "--groups", "kernel=1"], 2, "--groups: got 'kernel' twice"),
         (["report", kernels, "--stacked", "layers"], 2, "stacked: got 'layers'"),
         (["report", kernels, "--plot", tmp_path / "plot.xyz"], 2, "a name that ends in .png"),
         (["report", kernels, "--json", tmp_path / "none" / "report.json"], 4, "there is no folder"),
@@ -180,10 +183,19 @@ def test_errors_are_one_line_and_an_exit_code(tmp_path, capsys):
             got = main([str(argument) for argument in arguments])
         except SystemExit as exit:
             got = exit.code
-        error = capsys.readouterr().err
-        assert (got, error.count("\n")) == (code, 1), (arguments, error)
+        output, error = capsys.readouterr()
+        # Nothing is computed for a file that cannot be written.
+        assert (got, output, error.count("\n")) == (code, "", 1), (arguments, output, error)
         assert message in error, (message, error)
     assert not (tmp_path / "out.npz").exists()
+
+
+def test_nothing_is_computed_for_a_file_without_permission(weights, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    assert main(["report", str(weights), "--csv", str(tmp_path / "report.csv")]) == 4
+    output, error = capsys.readouterr()
+    assert output == ""
+    assert "as its permissions do not allow that" in error
 
 
 def test_a_missing_library_is_named(weights, monkeypatch, capsys):

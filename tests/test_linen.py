@@ -1,5 +1,6 @@
 """The Linen wrappers: the numbers of NNX, Flax's transformations, and the explicit matrix of the folded layers."""
 
+import copy
 import functools
 import math
 
@@ -785,6 +786,72 @@ def test_constraints_around_trained_weights():
     assert own > 1.2
     np.testing.assert_allclose(norm_and_rank(folded["kernel"]), (1, 1.2), rtol=1e-8)
     np.testing.assert_array_equal(folded["bias"], params["bias"])
+
+
+class Counting(nn.Module):
+    """It counts its calls, starts a variable at random, and has a second method."""
+
+    features: int = 3
+
+    def setup(self):
+        self.layer = nn.Dense(self.features, **FLOAT)
+        self.calls = self.variable("calls", "count", lambda: jnp.zeros(()))
+        self.noise = self.variable("noise", "start", lambda: jax.random.normal(self.make_rng("params")))
+
+    def __call__(self, inputs):
+        self.calls.value += 1
+        return self.layer(inputs)
+
+    def encode(self, inputs):
+        return self.layer(inputs)
+
+
+class CountingDense(nn.Dense):
+    """A layer that counts its calls."""
+
+    @nn.compact
+    def __call__(self, inputs):
+        calls = self.variable("calls", "count", lambda: jnp.zeros(()))
+        calls.value += 1
+        return super().__call__(inputs)
+
+
+@pytest.mark.parametrize("make", [Counting, functools.partial(CountingDense, 3, **FLOAT)], ids=["model", "layer"])
+def test_init_of_a_constrained_model_leaves_the_variables_of_the_plain_one(make):
+    """Parameters are made by one pass and used by another, which writes nothing."""
+
+    def wrap(path, layer):
+        return jlinen.SpectralNorm(layer, computes=nn.Dense)
+
+    plain = make()
+    model, x = jlinen.constrain(plain, wrap, nn.Dense), jnp.ones((2, 4))
+    expected = plain.init(KEY, x)
+    outputs, variables = model.init_with_output(KEY, x)
+    assert expected["calls"]["count"] == 1
+    jax.tree.map(np.testing.assert_array_equal, {name: variables[name] for name in expected}, expected)
+    np.testing.assert_allclose(outputs, model.apply(variables, x, mutable=["calls"])[0], rtol=1e-10)
+    _, changed = model.apply(variables, x, mutable=["calls", "stable_rank"])
+    assert changed["calls"]["count"] == 2
+    if make is not Counting:
+        wrapped = jlinen.SpectralNorm(plain, computes=nn.Dense).init(KEY, x)
+        assert jax.tree.leaves(wrapped["calls"]) == [1]
+
+
+def test_calls_by_keyword_and_other_methods():
+    x, model = jnp.ones((2, 4)), jlinen.constrain(Counting(), lambda path, layer: jlinen.SpectralNorm(layer))
+    variables = model.init(KEY, inputs=x)
+    layer = jlinen.SpectralNorm(nn.Dense(3, **FLOAT))
+    weights = layer.init(KEY, inputs=x)
+    np.testing.assert_array_equal(layer.apply(weights, inputs=x), layer.apply(weights, x))
+    assert jlinen.layer_operators(model, variables, inputs=x) == {("layer", "kernel"): jaxsrn.Dense()}
+    with pytest.raises(AttributeError, match=r"encode: got it of a constrained Counting, expected __call__.*fold"):
+        model.apply(variables, x, method="encode")
+    with pytest.raises(AttributeError, match='no attribute "other"'):
+        model.apply(variables, x, method="other")
+    assert type(copy.deepcopy(model)) is type(model)
+    folded = jlinen.fold(model, variables)
+    expected, _ = model.apply(variables, x, mutable=["calls"])
+    np.testing.assert_allclose(Counting().apply(folded, x, method="encode"), expected, rtol=1e-10)
 
 
 @pytest.mark.parametrize(

@@ -573,6 +573,36 @@ def test_layer_operators_without_inputs():
         jnnx.layer_operators(nnx.List([conv(2, 3, (3, 3), padding="REFLECT")]))
 
 
+class Routed(nnx.Module):
+    """A model that asks its parts for their classes, calls them by keyword, and has a flag."""
+
+    def __init__(self):
+        self.parts = nnx.List([nnx.Linear(4, 4, rngs=nnx.Rngs(0)), nnx.Dropout(0.5), conv(4, 3, (3,))])
+
+    def __call__(self, x, train):
+        for part in self.parts:
+            if isinstance(part, (nnx.Linear, nnx.Conv)):
+                x = part(inputs=x)
+            elif train:
+                x = part(x, deterministic=True)
+        return x
+
+
+@pytest.mark.parametrize("flag", [False, np.bool_(False), np.int64(0)], ids=["python", "numpy", "integer"])
+def test_layers_that_are_asked_for_their_class_and_called_by_keyword(flag):
+    x = jnp.ones((2, 5, 4))
+    expected = {(0, "kernel"): jaxsrn.Dense(), (2, "kernel"): jaxsrn.ZeroPaddedConv((5,))}
+    found = jnnx.layer_operators(Routed(), x, train=flag)
+    assert {path[1:]: operator for path, operator in found.items()} == expected
+
+
+def test_a_wrapper_is_called_by_the_names_of_flax():
+    wrapped = jnnx.SpectralNorm(nnx.Linear(3, 4, rngs=nnx.Rngs(0)))
+    wrapped.eval()
+    x = jnp.ones((1, 3))
+    np.testing.assert_array_equal(wrapped(inputs=x), wrapped(x))
+
+
 class Frozen(nnx.Variable):
     """A variable that no optimizer of parameters sees."""
 
@@ -641,6 +671,10 @@ NAME = r"Conv\(in_features=2, out_features=3, kernel_size=\(3, 3\)\): "
     ("make", "message"),
     [
         (lambda: jnnx.SpectralNorm(nnx.BatchNorm(3, rngs=nnx.Rngs(0))), r"BatchNorm\(.*it has no kernel"),
+        (
+            lambda: jnnx.constrain(nnx.eval_shape(CNN), lambda path, layer: jnnx.SpectralNorm(layer)),
+            r"conv1: Conv\(.*a kernel without values.*nnx.eval_shape\(lambda: constrain\(make\(\), \.\.\.\)\)",
+        ),
         (
             lambda: jnnx.SpectralNorm(conv(2, 3, (3, 3), strides=2, input_dilation=(1, 2), padding=2)),
             NAME + r"input_dilation: got \(1, 2\) with strides=\(2, 2\) and .*give input_shape=",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import json
 import math
 import shutil
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 import matplotlib.figure
 import ml_dtypes
 import numpy as np
+import optax
 import pytest
 import safetensors.numpy
 from cases import dense, gaussian
@@ -587,6 +589,40 @@ READINGS = {
         {"params/Conv_0/kernel": (3, 3, 2, 4), "opt_state/0/mu/Conv_0/kernel": (3, 3, 2, 4), "step": ()},
         {"params/Conv_0/kernel": (UNBOUNDED, (3, 3, 2, 4))},
     ),
+    # Each of these arrays was a convolution, or tore one into layers.
+    "scales of every kind": (
+        {
+            "block.conv.weight": (8, 4, 3, 3),
+            "block.norm.weight": (8, 5, 5),
+            "block.norm.bias": (8, 5, 5),
+            "block.actnorm.scale": (1, 8, 1, 1),
+            "block.rows.weight": (9, 8),
+            "block.rows.bias": (9, 8),
+            "block.layer_scale": (8, 1, 1),
+            "block.attn.logit_scale": (2, 1, 1),
+            "block.mask": (1, 1, 9, 9),
+            "block.conv.weight_mask": (8, 4, 3, 3),
+            "block.alpha": (8, 1, 1),
+            "haiku/bn/offset": (1, 8),
+            "haiku/bn/~/mean_ema/average": (1, 8),
+            "haiku/bn/~/mean_ema/hidden": (1, 8),
+            "hidden": (3, 4),
+            "narrow.weight": (8, 1, 1, 1),
+        },
+        {
+            "block.conv.weight": (UNBOUNDED, (3, 3, 4, 8)),
+            "hidden": (Dense(), (3, 4)),
+            "narrow.weight": (UNBOUNDED, (1, 1, 1, 8)),
+        },
+    ),
+    "a scanned layer without a bias beside a stacked norm": (
+        {"l/dense/kernel": (2, 4, 5), "l/norm/scale": (2, 4), "l/norm/bias": (2, 4)},
+        {f"l/dense/kernel[{i}]": (Dense(), (4, 5)) for i in range(2)},
+    ),
+    "a convolution beside a scale of each of its outputs": (
+        {"weight": (8, 4, 3, 3), "scale": (8, 1, 1)},
+        {"weight": (UNBOUNDED, (3, 3, 4, 8))},
+    ),
     "empty arrays": ({"a.weight": (0, 4), "b.weight": (3, 4), "c": (0,)}, {"b.weight": (Dense(), (4, 3))}),
     "no arrays": ({}, {}),
 }  # fmt: skip
@@ -605,6 +641,18 @@ def test_checkpoints_are_read_by_names_and_shapes(tmp_path, shapes, expected):
         name: shape for name, (_, shape) in expected.items()
     }
     assert {kernel.array for kernel in kernels} | {entry.name for entry in skipped} == set(shapes)
+
+
+def test_moments_of_an_optimizer_are_no_layers():
+    params = {"Dense_0": {"kernel": array(3, 4), "bias": array(4)}}
+    for make in (optax.adam, optax.lion, functools.partial(optax.sgd, momentum=0.9)):
+        report = analyze({"params": params, "updates": make(1e-3).init(params)})
+        assert [layer.name for layer in report.layers] == ["params/Dense_0/kernel"]
+
+
+def test_a_model_says_what_its_layers_are_by_any_name():
+    model = nnx.List([nnx.Dict(mu=nnx.Linear(3, 4, rngs=nnx.Rngs(0)), opt=nnx.Linear(3, 2, rngs=nnx.Rngs(1)))])
+    assert [layer.name for layer in analyze(model).layers] == ["0/mu/kernel", "0/opt/kernel"]
 
 
 def test_options_say_what_names_and_shapes_do_not():
@@ -684,6 +732,13 @@ def test_what_is_skipped_has_its_reason():
         "norm.running_var": ((4,), "statistic"),
         "attn/relative_bias": ((4, 4), "several axes"),
         "opt_state/0/mu/conv/kernel": ((3, 3, 2, 4), "optimizer"),
+        "opt/1/trace/conv/kernel": ((3, 3, 2, 4), "optimizer"),
+        "updates/0/nu/conv/kernel": ((3, 3, 2, 4), "optimizer"),
+        "norm.image.weight": ((4, 5, 5), "whose bias has as many"),
+        "norm.image.bias": ((4, 5, 5), "several axes"),
+        "layer_scale": ((8, 1, 1), "several axes"),
+        "alpha": ((8, 1, 1), "a vector along one of its axes"),
+        "var_ema/average": ((1, 1, 1, 8), "statistic"),
         "batch_stats/sn/kernel/u": ((1, 4), "statistic"),
         "conv.weight_v": ((4, 2, 3), "weight normalization"),
         "pos_embedding": ((1, 9, 4), "added to the input"),

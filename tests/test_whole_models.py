@@ -118,6 +118,68 @@ def test_a_stack_is_not_taken_for_a_kernel_of_more_axes(make):
     np.testing.assert_allclose(penalties.total(jaxsrn.spectral_norm, layers, params), total, rtol=1e-5)
 
 
+def along(axis, make):
+    """Layers stacked along an axis of their kernels."""
+    return nnx.vmap(lambda key: make(nnx.Rngs(key)), in_axes=0, out_axes=axis)(KEYS)
+
+
+@pytest.mark.parametrize("axis", [1, 2])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda rngs: nnx.Linear(4, 5, use_bias=False, rngs=rngs),
+        lambda rngs: nnx.Conv(4, 6, (4, 4), feature_group_count=2, use_bias=False, rngs=rngs),
+        lambda rngs: nnx.ConvTranspose(4, 5, (2,), transpose_kernel=True, use_bias=False, rngs=rngs),
+        lambda rngs: nnx.LinearGeneral(4, (2, 5), use_bias=False, rngs=rngs),
+    ],
+    ids=["dense", "conv", "transpose", "general"],
+)
+def test_a_stack_along_another_axis_is_not_taken_for_other_layers(make, axis):
+    """The last axes of its kernel are no layer: those of `(4, 3, 5)` were four of `3 x 5`, and are three of `4 x 5`."""
+    first, other = (nnx.List([along(number, make)]) for number in (0, axis))
+    assert jnnx.layer_operators(first).keys() == {(0, "kernel")}
+    found = jnnx.layer_operators(other)
+    assert found == {}
+    assert "stacked along another axis than the first ones" in found.left_out[0, "kernel"]
+    with pytest.raises(ValueError, match=r"got kernels of shape .*, stacked along axis 0"):
+        jnnx.constrain(other, lambda path, layer: jnnx.SpectralNorm(layer))
+
+
+class Rectangular(nn.Module):
+    wrapped: bool = False
+
+    @nn.compact
+    def __call__(self, x, _=None):
+        layer = nn.Dense(x.shape[-1], use_bias=False)
+        return (jlinen.SpectralNorm(layer) if self.wrapped else layer)(x), None
+
+
+@pytest.mark.parametrize("axis", [1, -1])
+def test_a_scan_along_another_axis_is_left_out(axis):
+    x = jnp.ones((2, 4))
+    model = nn.scan(Rectangular, variable_axes={"params": axis}, split_rngs={"params": True}, length=3)()
+    variables = model.init(jax.random.key(0), x, None)
+    found = jlinen.layer_operators(model, variables, x, None)
+    assert found == {}
+    assert "the layer has a kernel of (4, 4)" in found.left_out["Dense_0", "kernel"]
+
+
+def test_a_state_that_is_stacked_along_another_axis_than_the_kernels():
+    """Three maps from 3 to 2 channels along axis 1: the kernels' shape `(3, 3, 2)` alone would do, the states' not."""
+    lift = {"variable_axes": {"params": 1, "stable_rank": 1}, "split_rngs": {"params": True}, "in_axes": None}
+
+    class Narrow(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return jlinen.SpectralNorm(nn.Dense(2, use_bias=False))(x)
+
+    model = nn.vmap(Narrow, **lift, axis_size=3)()
+    variables = model.init(jax.random.key(0), jnp.ones((1, 3)))
+    assert variables["params"]["Dense_0"]["kernel"].shape == (3, 3, 2)
+    with pytest.raises(ValueError, match="a state that is not stacked along axis 0"):
+        jlinen.fold(model, variables)
+
+
 # Matrices of several axes
 
 
@@ -332,6 +394,16 @@ def test_a_complex_kernel_is_a_real_one():
         jaxsrn.sphere.retract(kernel, kernel)
 
 
+class Twice(nnx.Module):
+    """A head that sees two sizes, as those of feature pyramids do."""
+
+    def __init__(self):
+        self.conv = nnx.Conv(2, 2, (3,), rngs=nnx.Rngs(0))
+
+    def __call__(self, x):
+        return self.conv(x).sum() + self.conv(x[:, ::2]).sum()
+
+
 MESSAGES = {
     "embed": (
         lambda: jnnx.SpectralNorm(nnx.Embed(5, 3, rngs=nnx.Rngs(0))),
@@ -365,6 +437,15 @@ MESSAGES = {
         lambda: optim.keep_stable_rank({("head", "kernel"): Dense()}, 0.3).init({"head": {"kernel": jnp.ones((8, 2))}}),
         r"layers: at \('head', 'kernel'\): fraction: got 0.3.*To exempt this layer, leave its path out of layers",
     ),
+    "two image sizes": (
+        lambda: jnnx.layer_operators(Twice(), jnp.ones((1, 6, 2))),
+        r"conv: called as .*one image size.*are those of jaxsrn.nnx.layer_operators\(model\) without inputs, .*"
+        r"To leave the layer out, .*class Other\(Conv\)",
+    ),
+    "a subclass of Flax's": (
+        lambda: jnnx.layer_operators(nnx.List([nnx.LoRALinear(3, 4, lora_rank=2, rngs=nnx.Rngs(0))])),
+        r"To leave all layers of this class out, say computes={LoRALinear: None}\.",
+    ),
     "recurrence in linen": (
         lambda: nn.RNN(Cell()).init(jax.random.key(0), jnp.ones((2, 5, 3))),
         r"Dense\(features=4\): it has no state.*nn.RNN\(cell, variable_broadcast=\('params', 'stable_rank'\)\)",
@@ -377,6 +458,12 @@ def test_messages_that_lead_on(name):
     make, message = MESSAGES[name]
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_what_the_messages_say_is_so():
+    assert jnnx.layer_operators(Twice()) == {("conv", "kernel"): UnboundedConv()}
+    lora = nnx.List([nnx.LoRALinear(3, 4, lora_rank=2, rngs=nnx.Rngs(0)), nnx.Linear(4, 2, rngs=nnx.Rngs(0))])
+    assert jnnx.layer_operators(lora, computes={nnx.LoRALinear: None}) == {(1, "kernel"): Dense()}
 
 
 # Recurrences

@@ -1,7 +1,7 @@
 """`Constrained`, the module that `jaxsrn.linen.constrain` makes: it hands another one parameters of normalized kernels.
 
 Modules of Linen are descriptions, and most have no layers before they are called. So nothing in a model can be replaced
-by a wrapper beforehand, as `jaxsrn.nnx.constrain` does; the layers are found in a trace of a call (`Survey`).
+by a wrapper beforehand, as `jaxsrn.nnx.constrain` does; the layers are found in a trace of a call (`Trace`).
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from jaxsrn.linen.wrappers import (
     Normalized,
     StableRankState,
     States,
+    call_changed,
     check_collection,
     nested,
     stepped,
@@ -35,28 +36,28 @@ from jaxsrn.operators.flax_calls import trace
 from jaxsrn.operators.flax_kinds import ensure_own_kernel, layer_name, shown
 from jaxsrn.operators.flax_layers import LayerMap
 
-__all__ = ["Constrained", "Rule", "Survey"]
+__all__ = ["Constrained", "Trace", "Wrapping"]
 
 # The name of the states in their collection, and of the learned norms among the parameters.
 _CONSTRAINED = "constrained"
 
 
 @dataclasses.dataclass(frozen=True)
-class Rule:
+class Wrapping:
     """The arguments of one `constrain`: which layers are wrapped, and in what."""
 
     wrap: Callable[[tuple, nn.Module], nn.Module]
     where: Any
 
     def matches(self, path: tuple, layer: nn.Module) -> bool:
-        """Whether the rule wraps a layer at a path."""
+        """Whether a layer at a path is wrapped."""
         return nnx.filterlib.to_predicate(self.where)(path, layer)
 
 
 class _Wrapped(NamedTuple):
-    """What a rule says about a layer: its state without arrays and its norm; the layer itself is for messages."""
+    """What a wrapping makes of a layer: its state without arrays and its norm; the layer itself is for messages."""
 
-    rule: Rule
+    wrapping: Wrapping
     layer: nn.Module
     blank: StableRankState
     norm: Any
@@ -76,10 +77,24 @@ class Constrained(nn.Module):
     """A module around another one, whose call sees normalized kernels. They share a scope, so that paths stay."""
 
     module: nn.Module
-    rules: tuple[Rule, ...]
+    wrappings: tuple[Wrapping, ...]
 
     def setup(self):
         nn.share_scope(self, self.module)
+
+    def __getattr__(self, name: str) -> Any:
+        # Python calls this for what the object has not. `hasattr`, which Flax calls too, expects an `AttributeError`.
+        try:
+            return super().__getattr__(name)
+        except AttributeError as error:
+            kind = type(vars(self).get("module"))
+            if not hasattr(kind, name):
+                raise
+            raise AttributeError(
+                f"{name}: got it of a constrained {kind.__name__}, expected __call__ alone; the weights for other "
+                f"methods are those of fold: module.apply(jaxsrn.linen.fold(constrained, variables), ..., "
+                f"method={name!r})."
+            ) from error
 
     @nn.compact
     def __call__(self, *args, **options):
@@ -100,7 +115,9 @@ class Constrained(nn.Module):
         def with_kernels(own: Mapping) -> dict:
             return {**own, "params": unflatten_dict({**flatten_dict(own["params"]), **kernels})}
 
-        return nn.map_variables(lambda module: module(*args, **options), "params", with_kernels)(self.module)
+        return call_changed(
+            self.module, with_kernels, lambda module: module(*args, **options), stores=not self.is_initializing()
+        )
 
     @nn.nowrap
     def layer_maps(self) -> dict[tuple, LayerMap]:
@@ -113,18 +130,18 @@ class Constrained(nn.Module):
 
     @nn.nowrap
     def _wrapped(self, args, options) -> dict[tuple, _Wrapped]:
-        """What the rules say about each layer, found by tracing a copy of the module."""
+        """What the wrappings make of each layer, found by tracing a copy of the module."""
         found: dict[tuple, _Wrapped] = {}
         copy, _ = self.module.unbind()
 
         def run(args, options):
-            Survey(copy, self.rules, found.__setitem__).init(trace_keys(), *args, **options)
+            Trace(copy, self.wrappings, found.__setitem__).init(trace_keys(), *args, **options)
 
         trace(run, args, options)
-        for rule in self.rules:
+        for wrapping in self.wrappings:
             ensure(
-                any(one.rule is rule for one in found.values()),
-                f"where: got {shown(rule.where)}, which matches no layer of {type(copy).__name__}; expected some.",
+                any(one.wrapping is wrapping for one in found.values()),
+                f"where: got {shown(wrapping.where)}, which matches no layer of {type(copy).__name__}; expected some.",
             )
         return found
 
@@ -156,11 +173,11 @@ class Constrained(nn.Module):
         return jnp.asarray(nn.meta.unbox(flatten_dict(self.variables["params"])[(*layer, "kernel")]))
 
 
-class Survey(nn.Module):
-    """Calls a module and notes what the rules say about its layers. It is traced once and thrown away."""
+class Trace(nn.Module):
+    """Calls a module and notes what the wrappings make of its layers. It is traced once and thrown away."""
 
     module: nn.Module
-    rules: tuple[Rule, ...]
+    wrappings: tuple[Wrapping, ...]
     note: Callable[[tuple, _Wrapped], None]
 
     @nn.compact
@@ -173,24 +190,24 @@ class Survey(nn.Module):
                 return call(*args, **options)
             ensure_own_kernel(layer, CHANGING, ".".join(path))
             is_held = isinstance(layer, (Normalized, Constrained))
-            rule = None if is_held else next((rule for rule in self.rules if rule.matches(path, layer)), None)
-            if rule is None and not is_held:
+            fitting = [] if is_held else [wrapping for wrapping in self.wrappings if wrapping.matches(path, layer)]
+            if not fitting and not is_held:
                 return call(*args, **options)
             inside.append(layer)
             outputs = call(*args, **options)
             inside.pop()
-            if rule is not None:
-                matched[path] = rule, layer.clone(parent=None, name=None), layer.get_variable("params", "kernel")
+            if fitting:
+                matched[path] = fitting[0], layer.clone(parent=None, name=None), layer.get_variable("params", "kernel")
             return outputs
 
         with nn.intercept_methods(record):
             self.module(*args, **options)
-        for path, (rule, layer, kernel) in matched.items():
+        for path, (wrapping, layer, kernel) in matched.items():
             with errors_named(".".join(path) or type(layer).__name__):
-                wrapper = rule.wrap(path, layer)
+                wrapper = wrapping.wrap(path, layer)
                 ensure_wrapper(wrapper, Normalized)
                 wrapper.kind()
                 ensure(kernel is not None, "it has no parameter 'kernel'.")
                 blank = wrapper.described(jnp.shape(nn.meta.unbox(kernel)))
             # The path of the state is that of the layer with one more name in front.
-            self.note(path, _Wrapped(rule, layer, blank.replace(layer=(len(path) + 1, path)), wrapper.norm))
+            self.note(path, _Wrapped(wrapping, layer, blank.replace(layer=(len(path) + 1, path)), wrapper.norm))

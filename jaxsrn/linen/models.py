@@ -11,7 +11,7 @@ from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jaxsrn._tools.checks import ensure
-from jaxsrn.linen.constrained import Constrained, Rule, Survey
+from jaxsrn.linen.constrained import Constrained, Trace, Wrapping
 from jaxsrn.linen.wrappers import (
     CHANGING,
     COLLECTION,
@@ -25,7 +25,7 @@ from jaxsrn.linen.wrappers import (
     trace_keys,
     written,
 )
-from jaxsrn.operators.flax_calls import CallRecord, trace
+from jaxsrn.operators.flax_calls import CallRecord, first_input, trace
 from jaxsrn.operators.flax_kinds import ensure_own_kernel
 from jaxsrn.operators.layers import LayerOperators
 
@@ -64,8 +64,8 @@ def constrain(module: nn.Module, wrap: Callable[[tuple, nn.Module], nn.Module], 
       ValueError: when called: nothing matches, or what `wrap` raises, with the path.
     """
     if isinstance(module, Constrained):
-        return Constrained(module.module, (*module.rules, Rule(wrap, where)))
-    return Constrained(module, (Rule(wrap, where),))
+        return Constrained(module.module, (*module.wrappings, Wrapping(wrap, where)))
+    return Constrained(module, (Wrapping(wrap, where),))
 
 
 def fold(module: nn.Module, variables: Mapping) -> dict:
@@ -105,7 +105,15 @@ def refresh(module: nn.Module, variables: Mapping) -> dict:
 
     The function is pure: it returns the new variables, where `jaxsrn.nnx.refresh` changes the model.
 
-    Args, errors: as for `fold`, except that a layer may have several wrappers.
+    Args:
+      module: a model with wrappers; a layer may have several.
+      variables: its variables.
+
+    Returns:
+      The variables with new states.
+
+    Raises:
+      ValueError: what `fold` raises it for, but for several wrappers of a layer.
     """
     states = {wrapper: state for wrapper, (_, _, state) in stepped(module, variables).items()}
     return {**variables, COLLECTION: nested(states, "state")}
@@ -119,7 +127,15 @@ def restart(module: nn.Module, variables: Mapping) -> dict:
     stores nothing, so that every forward takes them again. And with a target it keeps to a local solution, which a new
     start would improve. The function is pure, as `refresh` is.
 
-    Args, errors: as for `refresh`.
+    Args:
+      module: a model with wrappers; a layer may have several.
+      variables: its variables.
+
+    Returns:
+      The variables with new states.
+
+    Raises:
+      ValueError: what `refresh` raises it for.
     """
     return {**variables, COLLECTION: nested(started(module, variables), "state")}
 
@@ -154,11 +170,13 @@ def layer_operators(
 
     Returns:
       `{path to the kernel: operator}`, the paths as `flax.traverse_util.flatten_dict(variables["params"])` names them.
-      Layers stacked by `nn.vmap` or `nn.scan` have the operator of one of them. It leaves out layers that the inputs do
-      not reach, and layers that store the channels of their kernel the other way round than the operator: with strides
-      and `transpose_kernel=False`, an `nn.ConvTranspose` that is circular or without image size; without image size, an
-      `nn.Conv` with input dilation. The attribute `left_out` of the result lists these, and all other parameters of two
-      axes or more, `{path: reason}`.
+      Layers stacked by `nn.vmap` or `nn.scan` along the first axes (`variable_axes={"params": 0}`) have the operator of
+      one of them. It leaves out layers stacked along another axis, as far as the shape of the kernel shows it (where
+      there are as many layers as channels, it does not), layers that the inputs do not reach, and layers that store the
+      channels of their kernel the other way round than the operator: with strides and `transpose_kernel=False`, an
+      `nn.ConvTranspose` that is circular or without image size; without image size, an `nn.Conv` with input dilation.
+      The attribute `left_out` of the result lists these, and all other parameters of two axes or more,
+      `{path: reason}`.
 
     Raises:
       ValueError: no inputs, a layer called with images of different sizes, one that is no operator, or one whose map
@@ -194,7 +212,7 @@ def layer_calls(
         ensure_own_kernel(layer, CHANGING, ".".join(layer.path))
         if isinstance(layer, Constrained):
             return called(constrained, layer, call, args, kwargs)
-        if isinstance(layer, Survey):
+        if isinstance(layer, Trace):
             return called(inside, layer, call, args, kwargs)
         if isinstance(layer, Normalized):
             outputs = called(inside, layer, call, args, kwargs)
@@ -208,7 +226,7 @@ def layer_calls(
             calls.found[path] = held[path]
         elif calls.concerns(layer):
             kernel = nn.meta.unbox(layer.get_variable("params", "kernel"))
-            calls.note(path, layer, kernel.shape, next(iter((*args, *kwargs.values()))))
+            calls.note(path, layer, kernel.shape, first_input(args, kwargs))
         return outputs
 
     def run(variables, inputs, options):

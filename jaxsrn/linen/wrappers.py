@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -29,6 +29,7 @@ __all__ = [
     "StableRankNorm",
     "StableRankState",
     "States",
+    "call_changed",
     "check_collection",
     "nested",
     "params_of",
@@ -92,19 +93,20 @@ class Normalized(nn.Module):
     computes: type | None = dataclasses.field(default=None, kw_only=True)
 
     @nn.compact
-    def __call__(self, x, update_stats: bool = True, **options):
+    def __call__(self, inputs, update_stats: bool = True, **options):
         """The layer with its normalized kernel.
 
         Args:
-          x: the layer's input, of any spatial shape; the weights do not depend on it.
+          inputs: the layer's input, of any spatial shape; the weights do not depend on it.
           update_stats: whether to store the stepped state afterwards, where the collection `"stable_rank"` is mutable.
             Without it a forward only reads, so that any number of forwards see the same weights.
           **options: options of the layer itself.
         """
         self.kind()
-        if not self.layer.has_variable("params", "kernel"):
+        is_made = self.layer.has_variable("params", "kernel")
+        if not is_made:
             # This is `init`, and only the layer itself can initialise its parameters.
-            self.layer(x, **options)
+            self.layer(inputs, **options)
         raw = _raw_kernel(self.layer)
         norm = self._norm(float_dtype(raw.dtype))
         check_collection(self, "state", layer_name(self.layer))
@@ -113,9 +115,8 @@ class Normalized(nn.Module):
         kernel, state = stored.value.step(raw, norm)
         if update_stats and self.is_mutable_collection(COLLECTION) and not self.is_initializing():
             stored.value = state
-        return nn.map_variables(lambda layer: layer(x, **options), "params", lambda own: _with_kernel(own, kernel))(
-            self.layer
-        )
+        change = functools.partial(_with_kernel, kernel=kernel)
+        return call_changed(self.layer, change, lambda layer: layer(inputs, **options), stores=is_made)
 
     @nn.nowrap
     def kind(self) -> str | None:
@@ -212,8 +213,23 @@ class SpectralNorm(Normalized):
     `jaxsrn.srnc_step`. The raw kernel stays the parameter and is never overwritten. The state is converged from `init`
     on, and follows the layer by frequency power iteration (unbounded, circular) or by power steps of a few images.
 
-    Args, errors: as for `StableRankNorm`. The gradient is exact with either choice.
+    The arguments and errors are those of `StableRankNorm`. The gradient is exact with either choice.
     """
+
+
+def call_changed(module: nn.Module, change: Callable[[Mapping], dict], call: Callable, *, stores: bool):
+    """`call(module)`, for which the module has changed parameters.
+
+    Args:
+      module: the module.
+      change: `variables -> variables`.
+      call: the call, a function of the module.
+      stores: whether what the call writes stays. It does not in `init`, where the call that made the parameters has
+        written the other collections already, and a counter would be at two.
+    """
+    if stores:
+        return nn.map_variables(call, "params", change)(module)
+    return nn.map_variables(call, True, change, lambda _: {}, mutable=True)(module)
 
 
 def _raw_kernel(layer: nn.Module) -> jax.Array:
@@ -301,8 +317,14 @@ def stepped(module: nn.Module, variables: Mapping) -> dict[tuple, tuple[tuple, A
 
 def _stepped_kernel(kernel, state: StableRankState, norm) -> tuple[Any, StableRankState]:
     """The kernel of a reading forward, boxed as it was, and the next state; a stack of layers is stepped at once."""
+    raw = jnp.asarray(nn.meta.unbox(kernel))
+    axes = state.constraint.stacked_axes(raw)
+    ensure(
+        all(jnp.shape(leaf)[:axes] == raw.shape[:axes] for leaf in jax.tree.leaves(state)),
+        f"got kernels of shape {raw.shape} and a state that is not stacked along axis 0.",
+    )
     # A norm has no sign, so that of a learned gain is dropped.
-    normalized, state = state.step(jnp.asarray(nn.meta.unbox(kernel)), jnp.abs(norm) if state.norm == LEARNED else norm)
+    normalized, state = state.step(raw, jnp.abs(norm) if state.norm == LEARNED else norm)
     return nn.meta.replace_boxed(kernel, normalized), state
 
 

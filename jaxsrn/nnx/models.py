@@ -13,7 +13,7 @@ from flax import nnx
 from jaxsrn._tools.checks import ensure, errors_named
 from jaxsrn.nnx.wrappers import CHANGING, LAYERS, Normalized
 from jaxsrn.normalization.training.flax_constraint import each_kind_once, ensure_wrapper
-from jaxsrn.operators.flax_calls import CallRecord, trace
+from jaxsrn.operators.flax_calls import CallRecord, first_input, trace
 from jaxsrn.operators.flax_kinds import ensure_own_kernel, shown
 from jaxsrn.operators.layers import LayerOperators
 
@@ -92,6 +92,8 @@ def constrain(model: nnx.Module, wrap: Callable[[tuple, nnx.Module], nnx.Module]
         shape = lambda path: getattr(ops[(*path, "kernel")], "input_shape", None)
         model = constrain(model, lambda path, layer: SpectralNorm(layer, input_shape=shape(path)))
 
+    A wrapper is no layer of Flax: a model that asks `isinstance(layer, nnx.Conv)` in its call gets `False` afterwards.
+
     Args:
       model: any module; layers inside wrappers are left alone.
       wrap: `(path, layer) -> wrapper`, the path as `nnx.iter_graph` names it.
@@ -163,12 +165,13 @@ def layer_operators(
       **options: keyword arguments of `model`, passed on as the inputs are.
 
     Returns:
-      `{path to the kernel: operator}`, the paths as `nnx.to_flat_state` names them. Layers stacked by `nnx.vmap` have
-      the operator of one of them. It leaves out layers that the inputs, if there are any, do not reach, and layers that
-      store the channels of their kernel the other way round than the operator: with strides and
-      `transpose_kernel=False`, an `nnx.ConvTranspose` that is circular or without image size; without image size, an
-      `nnx.Conv` with input dilation. The attribute `left_out` of the result lists these, and all other parameters of
-      two axes or more, `{path: reason}`.
+      `{path to the kernel: operator}`, the paths as `nnx.to_flat_state` names them. Layers stacked by `nnx.vmap` along
+      the first axes (`out_axes=0`) have the operator of one of them. It leaves out layers stacked along another axis,
+      as far as the shape of the kernel shows it (where there are as many layers as channels, it does not), layers that
+      the inputs, if there are any, do not reach, and layers that store the channels of their kernel the other way round
+      than the operator: with strides and `transpose_kernel=False`, an `nnx.ConvTranspose` that is circular or without
+      image size; without image size, an `nnx.Conv` with input dilation. The attribute `left_out` of the result lists
+      these, and all other parameters of two axes or more, `{path: reason}`.
 
     Raises:
       ValueError: a layer called with images of different sizes, one that is no operator, or one whose map may be
@@ -228,15 +231,20 @@ class _Recorder(nnx.Module):
     def __init__(self, layer: Any, path: tuple, calls: CallRecord):
         self.layer, self.path, self.calls = layer, nnx.static(path), nnx.static(calls)
 
+    @property
+    def __class__(self):
+        # Models that ask `isinstance(part, nnx.Conv)` call the stand-in as they call the layer.
+        return type(self.layer)
+
     def __getattr__(self, name: str):
         # Python calls this only for what the stand-in does not have: the layer's own attributes.
         if name.startswith("_") or name == "layer":
             raise AttributeError(name)
         return getattr(self.layer, name)
 
-    def __call__(self, x, *args, **kwargs):
-        self.calls.note(self.path, self.layer, self.layer.kernel.shape, x)
-        return self.layer(x, *args, **kwargs)
+    def __call__(self, *args, **options):
+        self.calls.note(self.path, self.layer, self.layer.kernel.shape, first_input(args, options))
+        return self.layer(*args, **options)
 
 
 def _rewritten(node, change: Callable[[tuple, Any], Any], path: tuple = (), memo: dict | None = None) -> Any:

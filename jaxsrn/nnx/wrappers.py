@@ -71,11 +71,11 @@ class Normalized(nnx.Module):
         if use_running_average is not None:
             self.use_running_average = use_running_average
 
-    def __call__(self, x, update_stats: bool = True, **options):
+    def __call__(self, inputs, update_stats: bool = True, **options):
         """The layer with its normalized kernel.
 
         Args:
-          x: the layer's input, of any spatial shape; the weights do not depend on it.
+          inputs: the layer's input, of any spatial shape; the weights do not depend on it.
           update_stats: whether to store the stepped state afterwards. Without it, and after `model.eval()`, a forward
             only reads, so that any number of forwards see the same weights.
           **options: options of the layer itself, such as `out_sharding`.
@@ -83,7 +83,7 @@ class Normalized(nnx.Module):
         kernel, state = self._step()
         if update_stats and not self.use_running_average:
             self.state.set_value(state)
-        return _with_kernel(self.layer, kernel)(x, **options)
+        return _with_kernel(self.layer, kernel)(inputs, **options)
 
     def refresh(self) -> None:
         """One step of the state without a forward."""
@@ -124,9 +124,10 @@ class StableRankNorm(Normalized):
       rngs: not needed, as the start is not random; taken so that the wrapper can be written like every Flax layer.
 
     Raises:
-      ValueError: no kernel, a layer whose map may be another (`nnx.LoRALinear`), a fraction outside (0, 1] or below
-        what the layer's taps allow, REFLECT, a mask, circular strides that do not divide the `input_shape`, strides
-        beside input dilation without one; the message names the layer.
+      ValueError: no kernel or one without values (`nnx.eval_shape`), a layer whose map may be another
+        (`nnx.LoRALinear`), a stack along another axis than the first ones, a fraction outside (0, 1] or below what the
+        layer's taps allow, REFLECT, a mask, circular strides that do not divide the `input_shape`, strides beside input
+        dilation without one; the message names the layer.
     """
 
     def __init__(
@@ -152,7 +153,7 @@ class SpectralNorm(Normalized):
     `jaxsrn.srnc_step`. The raw kernel stays the parameter and is never overwritten. The state is converged from the
     start, and follows the layer by frequency power iteration (unbounded, circular) or by power steps of a few images.
 
-    Args, errors: as for `StableRankNorm`. The gradient is exact with either choice.
+    The arguments and errors are those of `StableRankNorm`. The gradient is exact with either choice.
     """
 
     def __init__(
@@ -177,6 +178,11 @@ def _map_of(layer, input_shape, computes) -> LayerMap:
         has_kernel or hasattr(layer, "num_embeddings"),
         f"{layer_name(layer)}: it has no kernel; expected nnx.Conv, nnx.ConvTranspose, nnx.Linear or "
         f"nnx.LinearGeneral. {advice}",
+    )
+    ensure(
+        not (has_kernel and isinstance(layer.kernel.get_value(), jax.ShapeDtypeStruct)),
+        f"{layer_name(layer)}: got a kernel without values, as nnx.eval_shape makes it, expected an array, from which "
+        "the state starts; make the wrapped model inside, nnx.eval_shape(lambda: constrain(make(), ...)).",
     )
     kind = kind_of(layer, LAYERS, {} if computes is None else {type(layer): computes})
     return layer_map(layer, own_shape(layer, layer.kernel.shape, kind), input_shape, kind)

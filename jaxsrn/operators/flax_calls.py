@@ -6,17 +6,18 @@ it does not.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
 from jaxsrn._tools.checks import ensure, errors_named
 from jaxsrn.operators.flax_kinds import FlaxLayers, kind_of
 from jaxsrn.operators.flax_layers import LayerMap, layer_map, own_shape
 from jaxsrn.operators.layers import LayerOperators, Path
 
-__all__ = ["CallRecord", "trace"]
+__all__ = ["CallRecord", "first_input", "trace"]
 
 
 class CallRecord:
@@ -42,11 +43,7 @@ class CallRecord:
         Raises:
           ValueError: a layer that is no operator, or that was called with another image size; the message names it.
         """
-        advice = (
-            f" To leave the layer out, make it of a class of its own, class Other({type(layer).__name__}): pass, and "
-            "say computes={Other: None}."
-        )
-        with errors_named(".".join(map(str, path[:-1])) or type(layer).__name__, advice):
+        with errors_named(".".join(map(str, path[:-1])) or type(layer).__name__, self._way_to_leave_out(layer)):
             kind = kind_of(layer, self.classes, self.computes)
             if kind is None:
                 return
@@ -62,7 +59,25 @@ class CallRecord:
           ValueError: a kernel that has another map already.
         """
         known = self.found.setdefault(path, seen)
-        ensure(known == seen, f"called as {known.op} and as {seen.op}, expected one image size and one map.")
+        advice = (
+            " The operators that hold at every image size are those of jaxsrn.nnx.layer_operators(model) without "
+            "inputs, or of jaxsrn.linen.layer_operators with unbounded=True."
+        )
+        ensure(
+            known == seen,
+            f"called as {known.op} and as {seen.op}, expected one image size and one map."
+            f"{'' if self.unbounded else advice}",
+        )
+
+    def _way_to_leave_out(self, layer) -> str:
+        """What an error says about leaving a layer out; a class of Flax is also that of the layers that stay."""
+        name = type(layer).__name__
+        if type(layer) not in self.classes:
+            return f" To leave all layers of this class out, say computes={{{name}: None}}."
+        return (
+            f" To leave the layer out, make it of a class of its own, class Other({name}): pass, and say "
+            "computes={Other: None}."
+        )
 
     def operators(self, shapes: Mapping[Path, tuple[int, ...]]) -> LayerOperators:
         """The operators of the layers that store their kernel in the operator's shape, and what was left out.
@@ -71,17 +86,22 @@ class CallRecord:
           shapes: those of all parameters of the model, by path.
         """
         as_is = {
-            path: seen.op if len(shapes[path]) == len(seen.stored_shape) else seen.op_of_stack
+            path: seen.op if shapes[path] == seen.stored_shape else seen.op_of_stack
             for path, seen in self.found.items()
-            if seen.is_stored_as_is
+            if seen.is_stored_as_is and _ends_in(shapes[path], seen.stored_shape)
         }
         # A bias is no map, however many axes it has.
         biases = {path for path in shapes if path[-1] == "bias" and (*path[:-1], "kernel") in self.found}
         left_out = [path for path, shape in shapes.items() if len(shape) > 1 and path not in {*as_is, *biases}]
-        return LayerOperators(as_is, {path: self._reason(path) for path in left_out})
+        return LayerOperators(as_is, {path: self._reason(path, shapes[path]) for path in left_out})
 
-    def _reason(self, path: Path) -> str:
+    def _reason(self, path: Path, shape: tuple[int, ...]) -> str:
         """Why a parameter is the kernel of no operator."""
+        if path in self.found and not _ends_in(shape, self.found[path].stored_shape):
+            return (
+                f"stacked along another axis than the first ones: its shape is {shape}, and the layer has a kernel of "
+                f"{self.found[path].stored_shape}"
+            )
         if path in self.found:
             return (
                 f"its channels are stored the other way round than those of {self.found[path].op}, which is that of "
@@ -95,10 +115,23 @@ class CallRecord:
         return f"of no layer in reach: of a module that is none of {names}, or the inputs miss it"
 
 
+def _ends_in(shape: tuple[int, ...], stored: tuple[int, ...]) -> bool:
+    """Whether an array of this shape is a kernel that is stored so, or a stack of such kernels along the first axes."""
+    return shape[-len(stored) :] == stored
+
+
+def first_input(args: Sequence[Any], options: Mapping[str, Any]) -> Any:
+    """The input of a call of a layer, which Flax's layers name `inputs`."""
+    return args[0] if args else options.get("inputs", next(iter(options.values()), None))
+
+
 def trace(function: Callable[..., Any], *args, **options) -> None:
-    """Calls a function on the shapes of its arguments; an argument without a shape, as a flag, is passed as it is."""
+    """Calls a function on the shapes of its arguments.
+
+    An argument without a shape, as a flag, is passed as it is, and so is a scalar of NumPy, which may be a flag too.
+    """
     leaves, treedef = jax.tree.flatten((args, options))
-    is_array = [hasattr(leaf, "shape") for leaf in leaves]
+    is_array = [hasattr(leaf, "shape") and not isinstance(leaf, np.generic) for leaf in leaves]
 
     def on_arrays(arrays):
         arrays = iter(arrays)

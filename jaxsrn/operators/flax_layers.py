@@ -11,6 +11,7 @@ that jaxsrn does to a kernel is the same for both.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 
@@ -79,21 +80,40 @@ class LayerMap:
 
 
 def own_shape(layer, kernel_shape: tuple[int, ...], kind: str) -> tuple[int, ...]:
-    """The shape of the kernel of one layer, without the first axes where the layer is a stack (`nnx.vmap` makes them).
+    """The shape of the kernel of one layer, as its fields say it, where the layer is a stack (`nnx.vmap` makes them).
 
-    Layers that do not say how many axes their kernel has are taken for single ones.
+    Layers that do not say how many axes their kernel has are taken for single ones. Those that say that, but not how
+    many channels they have, are taken for stacks along the first axes. For all others the caller has to compare: a
+    stack along another axis has a kernel whose shape does not end in the one returned.
     """
     names = {
         "dense": (),
-        "dense_general": ("in_features", "out_features", "batch_axis"),
+        "dense_general": ("in_features", "out_features"),
         "conv": ("kernel_size",),
         "conv_transpose": ("kernel_size",),
     }[kind]
     if not all(hasattr(layer, name) for name in names):
         return tuple(kernel_shape)
-    sizes = [getattr(layer, name) for name in names]
-    axes = sum(1 if isinstance(size, int) else len(size) for size in sizes) + (0 if kind == "dense_general" else 2)
-    return tuple(kernel_shape)[-axes:]
+    sizes = tuple(size for name in names for size in _sizes(getattr(layer, name)))
+    axes = len(sizes) + (0 if kind == "dense_general" else 2)
+    if len(kernel_shape) <= axes:
+        return tuple(kernel_shape)
+    return sizes if kind == "dense_general" else (*sizes, *(_channels(layer) or kernel_shape[-2:]))
+
+
+def _sizes(field: int | Sequence[int]) -> tuple[int, ...]:
+    """The entries of a field that Flax takes as an int or as a sequence of ints."""
+    return (field,) if isinstance(field, int) else tuple(field)
+
+
+def _channels(layer) -> tuple[int, int] | None:
+    """The last two axes of the kernel of a layer of two features; `None` where its fields do not say them."""
+    inputs, outputs = getattr(layer, "in_features", None), getattr(layer, "out_features", None)
+    if not (isinstance(inputs, int) and isinstance(outputs, int)):
+        return None
+    if getattr(layer, "transpose_kernel", False):
+        return outputs, inputs
+    return inputs // getattr(layer, "feature_group_count", 1), outputs
 
 
 def layer_map(layer, kernel_shape: tuple[int, ...], input_shape, kind: str) -> LayerMap:

@@ -6,12 +6,11 @@ import functools
 import os
 from typing import NamedTuple
 
-import numpy as np
-
 from jaxsrn.report.analysis import analyze
 from jaxsrn.report.files import open_arrays
 from jaxsrn.report.kernels import find_kernels
 from jaxsrn.report.layers import LayerReport
+from jaxsrn.report.matrices import relative_distance
 from jaxsrn.report.terminal import Progress, progress_bar
 
 __all__ = ["Comparison", "Pairing", "compare"]
@@ -73,11 +72,7 @@ def compare(
     read = [functools.lru_cache(maxsize=1)(file.read) for file in files]
 
     def distance(name: str) -> float:
-        a, b = (k[name].view(of(k[name].array)).astype(np.float64) for k, of in zip(kernels, read, strict=True))
-        if a.shape != b.shape:
-            return float("nan")
-        size, moved = np.linalg.norm(a), np.linalg.norm(b - a)
-        return float(moved / size) if size else float("inf") if moved else 0.0
+        return relative_distance(*(k[name].view(of(k[name].array)) for k, of in zip(kernels, read, strict=True)))
 
     return Comparison(
         [Pairing(records[0][name], records[1][name], distance(name)) for name in common],

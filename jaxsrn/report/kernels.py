@@ -12,17 +12,19 @@ import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxsrn._tools.checks import ensure, errors_named
 from jaxsrn.operators import Dense, Operator, UnboundedConv, ZeroPaddedConv
+from jaxsrn.operators.flax_layers import LayerMap
 from jaxsrn.report.files import ArrayInfo
-from jaxsrn.report.layouts import axes_of, check_layout, leaf_of, likely_layout, parts_of
+from jaxsrn.report.layouts import axes_of, check_layout, layout_by_name, leaf_of, likely_layout, parts_of
 from jaxsrn.report.recurrent import gates_of
 from jaxsrn.report.stacks_and_heads import Scopes, heads_of
 
-__all__ = ["GUESSED", "OF_MODEL", "OF_WRAPPER", "KnownLayer", "NamedKernel", "Skipped", "find_kernels"]
+__all__ = ["GUESSED", "OF_MODEL", "OF_WRAPPER", "NamedKernel", "Skipped", "find_kernels"]
 
 # The rule of layers that a model knows; strides and groups of all others are assumed where they are not told.
 OF_MODEL = "the layer of the model"
@@ -33,10 +35,14 @@ GUESSED = "depthwise, as several kernels read one channel and others have as man
 OF_WRAPPER = "the state of a wrapper"
 _STATE = re.compile(r"(^|/)state/(value/|raw_value/)?(normalized|own)/(pair|watch)(/|$)")
 # Longer axes of taps are taken for something else unless the layout is told.
-_MOST_TAPS = 1024
+_MOST_TAPS_UNTOLD = 1024
 _STATISTICS = ("mean", "var", "moving_mean", "moving_variance", "running_mean", "running_var", "num_batches_tracked")
-_VECTORS = re.compile(r"b|bias.*|.*_bias|scale|gamma|beta")
-_OPTIMIZERS = ("opt_state", "optimizer", "optimizer_state", "exp_avg", "exp_avg_sq", "momentum_buffer")
+# Haiku has the statistics of its batch normalization in averages of these names.
+_AVERAGES = re.compile(r"(.*_ema|exponential_moving_average(_\d+)?)/(average|hidden)")
+_VECTORS = re.compile(r"b|bias.*|(.*_)?(bias|scale|gamma|beta|offset|mask)")
+_OPTIMIZERS = ("opt", "opt_state", "optimizer", "optimizer_state", "exp_avg", "exp_avg_sq", "momentum_buffer")
+# The state of an optax transformation is a tuple, in which the moments of one member have the names of the parameters.
+_MOMENTS = re.compile(r"(^|/)\d+/(mu|nu|trace)/")
 _DEPTHWISE = re.compile(r"depthwise|(^|[^a-z])dw_?(conv)?([^a-z]|$)")
 
 
@@ -71,19 +77,6 @@ class NamedKernel(NamedTuple):
     to_operator: Callable[[np.ndarray], np.ndarray]
 
 
-class KnownLayer(NamedTuple):
-    """A layer of a model: its operator, and how its kernel is made of the stored array.
-
-    `output_axis` is the axis of the stored array that has the output channels of the layer.
-    """
-
-    op: Operator
-    shape: tuple[int, ...]
-    stored_shape: tuple[int, ...]
-    to_operator: Callable
-    output_axis: int
-
-
 class _NoKernel(Exception):
     """The array is no kernel; the message is the reason."""
 
@@ -104,7 +97,7 @@ def find_kernels(
     groups: Mapping[str, int] | None = None,
     strides: Mapping[str, int] | None = None,
     stacked: Sequence[str] = (),
-    known: Mapping[str, KnownLayer] | None = None,
+    known: Mapping[str, LayerMap] | None = None,
 ) -> tuple[list[NamedKernel], list[Skipped]]:
     """The kernels among named arrays, and the arrays that are none, each with the reason.
 
@@ -178,9 +171,10 @@ class _Reader:
     def kernels(self, name: str) -> list[NamedKernel]:
         """The kernels in an array; raises `_NoKernel` where there is none."""
         info = self.infos[name]
-        _check_is_weight(name, info)
+        _check_is_read(info)
         if self.known is not None and name in self.known:
             return list(self._of_known(name, self.known[name]))
+        self._check_is_weight(name)
         if self.known is not None:
             # A matrix is a dense layer wherever it stands, as the kernels within Linen's recurrent cells are.
             is_matrix = leaf_of(name) in ("embedding", "embeddings") or (
@@ -191,9 +185,21 @@ class _Reader:
             )
         return [kernel for part in self._layers(name) for kernel in self._of_part(name, part)]
 
+    def _check_is_weight(self, name: str) -> None:
+        """Raises `_NoKernel` for arrays that no layer multiplies with, by themselves or by what stands beside them."""
+        info, named = self.infos[name], layout_by_name(leaf_of(name))
+        _check_is_read(info)
+        _check_is_weight(name, info.shape)
+        # PyTorch alone gives one name to kernels and to scales.
+        is_kernel = named is not None and named[0] == "HWIO"
+        _require(
+            is_kernel or self.scopes.bias.get(tuple(parts_of(name)[:-1])) != info.shape,
+            "a scale of several axes, whose bias has as many",
+        )
+
     # Models
 
-    def _of_known(self, name: str, layer: KnownLayer) -> Iterable[NamedKernel]:
+    def _of_known(self, name: str, layer: LayerMap) -> Iterable[NamedKernel]:
         shape = self.infos[name].shape
         stack = len(shape) - len(layer.stored_shape)
         _require(
@@ -202,15 +208,16 @@ class _Reader:
         )
         gates, axis = gates_of(name, self.infos), layer.output_axis
         outputs_last = functools.partial(np.moveaxis, source=axis, destination=-1)
-        to_operator = _then(functools.partial(np.moveaxis, source=-1, destination=axis), layer.to_operator)
+        op, operator_shape, of_stored = _flattened(layer)
+        to_operator = _then(functools.partial(np.moveaxis, source=-1, destination=axis), of_stored)
         for index in np.ndindex(shape[:stack]):
             ending = f"[{','.join(map(str, index))}]" if stack else ""
             if gates:
-                whole = _Part(ending, layer.shape, _then(_at(index), layer.to_operator))
-                yield from (_named(name, part, layer.op, OF_MODEL) for part in _split(whole, gates, -1))
+                whole = _Part(ending, operator_shape, _then(_at(index), of_stored))
+                yield from (_named(name, part, op, OF_MODEL) for part in _split(whole, gates, -1))
             else:
                 view, outputs = _then(_at(index), outputs_last), layer.stored_shape[axis]
-                yield NamedKernel(f"{name}{ending}", name, layer.op, layer.shape, OF_MODEL, view, outputs, to_operator)
+                yield NamedKernel(f"{name}{ending}", name, op, operator_shape, OF_MODEL, view, outputs, to_operator)
 
     # Bare weights
 
@@ -243,7 +250,7 @@ class _Reader:
         """The kernel of an array whose axes are `(*taps, inputs, outputs)` already."""
         *taps, inputs, outputs = moved.shape
         _require(
-            self.layout is not None or max(taps) <= _MOST_TAPS,
+            self.layout is not None or max(taps) <= _MOST_TAPS_UNTOLD,
             f"{max(taps)} taps on an axis if it were a convolution; say what it is by layout= or stacked=",
         )
         if layout == "HWIO" and _has_multipliers(name, outputs):
@@ -290,7 +297,7 @@ class _Reader:
     def _channels_of(self, name: str) -> tuple[int, int] | None:
         """The input and output channels of a group of a convolution, as stored; `None` for other arrays."""
         try:
-            _check_is_weight(name, self.infos[name])
+            self._check_is_weight(name)
             shape = self._layers(name)[0].shape
             axes = axes_of(self._layout_of(name, shape)[0], len(shape)) if 3 <= len(shape) <= 5 else None
         except _NoKernel:
@@ -333,9 +340,8 @@ def _has_multipliers(name: str, outputs: int) -> bool:
     return leaf == "depthwise_kernel" or (leaf == "kernel" and "depthwise" in scope and outputs == 1)
 
 
-def _check_is_weight(name: str, info: ArrayInfo) -> None:
-    """Raises `_NoKernel` for arrays that no layer multiplies with."""
-    leaf, parts = leaf_of(name), [part.lower() for part in parts_of(name)]
+def _check_is_read(info: ArrayInfo) -> None:
+    """Raises `_NoKernel` for arrays that are no numbers, or none that JAX computes with."""
     _require(not isinstance(info.dtype, str), f"of type {info.dtype}, which is not read")
     _require(
         jnp.issubdtype(info.dtype, jnp.floating),
@@ -343,11 +349,22 @@ def _check_is_weight(name: str, info: ArrayInfo) -> None:
     )
     _require(np.dtype(info.dtype).itemsize <= 8, f"of type {info.dtype}, which JAX does not have")
     _require(0 not in info.shape, "no entries")
-    _require(not set(parts) & set(_OPTIMIZERS), "the state of an optimizer")
+
+
+def _check_is_weight(name: str, shape: tuple[int, ...]) -> None:
+    """Raises `_NoKernel` for arrays that by their name or their shape are no kernels."""
+    leaf, parts = leaf_of(name), [part.lower() for part in parts_of(name)]
+    _require(not set(parts) & set(_OPTIMIZERS) and not _MOMENTS.search("/".join(parts)), "the state of an optimizer")
     _require("stable_rank" not in parts and not _STATE.search("/".join(parts)), OF_WRAPPER)
-    _require("batch_stats" not in parts and leaf not in _STATISTICS, "a running statistic")
-    _require(len(info.shape) > 1, "a bias, a scale or another vector" if info.shape else "a number")
+    is_statistic = "batch_stats" in parts or leaf in _STATISTICS or _AVERAGES.fullmatch("/".join(parts[-2:]))
+    _require(not is_statistic, "a running statistic")
+    _require(len(shape) > 1, "a bias, a scale or another vector" if shape else "a number")
     _require(not _VECTORS.fullmatch(leaf), "a bias or a scale of several axes")
+    is_long = [size > 1 for size in shape]
+    _require(
+        len(is_long) < 3 or sum(is_long) > 1 or layout_by_name(leaf) is not None,
+        "a vector along one of its axes",
+    )
     halves = ("weight_v", "weight_g", "original0", "original1")
     _require(leaf not in halves, "one half of a weight normalization; save the weights with it removed")
     _require(
@@ -355,12 +372,25 @@ def _check_is_weight(name: str, info: ArrayInfo) -> None:
         "a weight before a normalization or a mask of PyTorch; save the weights with it removed",
     )
     _require(
-        not re.search("pos_?emb|position|token|cls", leaf) or leaf.endswith("weight") or len(info.shape) == 2,
+        not re.search("pos_?emb|position|token|cls", leaf) or leaf.endswith("weight") or len(shape) == 2,
         "positions or tokens, which are added to the input",
     )
 
 
 # Views
+
+
+def _flattened(layer: LayerMap) -> tuple[Operator, tuple[int, ...], Callable[[np.ndarray], np.ndarray]]:
+    """The operator of a layer as of a matrix of two axes or of a convolution, its kernel's shape, and its kernel."""
+
+    def flattened(stored: jax.Array):
+        return layer.op._flattened(layer.to_operator(stored))
+
+    def to_operator(stored: np.ndarray) -> np.ndarray:
+        return np.asarray(flattened(jnp.asarray(stored))[0])
+
+    kernel, op = jax.eval_shape(flattened, jax.ShapeDtypeStruct(layer.stored_shape, jnp.float32))
+    return op, kernel.shape, to_operator
 
 
 def _same(array):

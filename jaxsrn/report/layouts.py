@@ -14,14 +14,24 @@ from typing import NamedTuple
 
 from jaxsrn._tools.checks import ensure
 
-__all__ = ["LAYOUTS", "Axes", "axes_of", "check_layout", "leaf_of", "likely_layout", "parts_of", "split_name"]
+__all__ = [
+    "LAYOUTS",
+    "Axes",
+    "axes_of",
+    "check_layout",
+    "layout_by_name",
+    "leaf_of",
+    "likely_layout",
+    "parts_of",
+    "split_name",
+]
 
 LAYOUTS = ("HWIO", "OIHW", "OHWI")
 # The names that Flax, Haiku and Keras give to kernels, and that PyTorch and Equinox give to them.
 _JAX_LEAVES = ("kernel", "embedding", "embeddings", "recurrent_kernel", "depthwise_kernel", "pointwise_kernel", "w")
 _TORCH_LEAVES = re.compile(r"(.*_)?weight(_(ih|hh|hr)(_l\d+)?(_reverse)?)?")
 # An axis of more samples than this is one of channels, where nothing else is known.
-_MOST_TAPS = 32
+_MOST_TAPS_BY_SHAPE = 32
 
 
 class Axes(NamedTuple):
@@ -77,18 +87,19 @@ def likely_layout(name: str, shape: tuple[int, ...]) -> tuple[str, str] | None:
     most 32 taps on each, the shape decides. Without a known name it does so too, then by equal numbers of taps, and
     then by fewer taps.
     """
-    named = _layout_by_name(leaf_of(name))
+    named = layout_by_name(leaf_of(name))
     if len(shape) == 2:
         return named or ("HWIO", "a matrix, whose singular values are those of its transpose")
     few = {layout: _has_few_taps(layout, shape) for layout in LAYOUTS[:2]}
     if named and (len(shape) == 3 or few[named[0]] or not any(few.values())):
         return named
     if sum(few.values()) == 1:
-        return next(layout for layout in few if few[layout]), f"at most {_MOST_TAPS} taps an axis"
+        return next(layout for layout in few if few[layout]), f"at most {_MOST_TAPS_BY_SHAPE} taps an axis"
     return None if named else _layout_by_shape(shape)
 
 
-def _layout_by_name(leaf: str) -> tuple[str, str] | None:
+def layout_by_name(leaf: str) -> tuple[str, str] | None:
+    """The layout of kernels of this name, with the rule; `None` for a name that no library gives to kernels."""
     if leaf in _JAX_LEAVES:
         return "HWIO", f"named {leaf}, as in Flax and Keras"
     if _TORCH_LEAVES.fullmatch(leaf):
@@ -101,7 +112,7 @@ def _taps(layout: str, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _has_few_taps(layout: str, shape: tuple[int, ...]) -> bool:
-    return max(_taps(layout, shape)) <= _MOST_TAPS
+    return max(_taps(layout, shape)) <= _MOST_TAPS_BY_SHAPE
 
 
 def _layout_by_shape(shape: tuple[int, ...]) -> tuple[str, str] | None:

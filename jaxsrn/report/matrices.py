@@ -14,7 +14,7 @@ import scipy.linalg
 
 from jaxsrn.bounds import NormInterval
 
-__all__ = ["Numbers", "numbers_of_matrix", "singular_values_of_matrix"]
+__all__ = ["Numbers", "numbers_of_matrix", "relative_distance", "singular_values_of_matrix"]
 
 # The Gram matrix is a sum over blocks of rows of at most so many entries, so that only these are held in float64.
 _BLOCK = 2**22
@@ -56,6 +56,15 @@ def _gram(tall: np.ndarray, scale: float) -> np.ndarray:
         block = tall[start : start + rows].astype(np.float64) / scale
         gram += block.T @ block
     return gram
+
+
+def relative_distance(first: np.ndarray, second: np.ndarray) -> float:
+    """`||B - A||_F / ||A||_F` in float64: infinite from zeros to anything else, NaN where the shapes differ."""
+    if first.shape != second.shape:
+        return math.nan
+    a, b = first.astype(np.float64), second.astype(np.float64)
+    size, moved = np.linalg.norm(a), np.linalg.norm(b - a)
+    return float(moved / size) if size else math.inf if moved else 0.0
 
 
 def singular_values_of_matrix(matrix: np.ndarray) -> np.ndarray:

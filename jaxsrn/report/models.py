@@ -9,14 +9,9 @@ import sys
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-
 from jaxsrn._tools.checks import ensure
 from jaxsrn.operators.flax_layers import LayerMap
 from jaxsrn.report.files import NamedArrays, Tree
-from jaxsrn.report.kernels import KnownLayer
 
 __all__ = ["Model", "is_model", "model_of"]
 
@@ -31,7 +26,7 @@ class Model(NamedTuple):
     """
 
     arrays: NamedArrays
-    layers: dict[str, KnownLayer]
+    layers: dict[str, LayerMap]
     epsilons: dict[str, float]
 
 
@@ -63,7 +58,7 @@ def _of_nnx(model, inputs, computes, options) -> Model:
     maps = layer_calls(plain, *inputs, computes=computes, **options).found
     arrays = {_joined(path): variable[...] for path, variable in nnx.to_flat_state(nnx.state(plain))}
     norms = {_joined(path): node for path, node in nnx.iter_graph(plain) if isinstance(node, nnx.BatchNorm)}
-    layers = {_joined(path): _known(seen) for path, seen in maps.items()}
+    layers = {_joined(path): seen for path, seen in maps.items()}
     return Model(
         Tree(arrays, type(model).__name__), layers, {scope: float(norm.epsilon) for scope, norm in norms.items()}
     )
@@ -93,19 +88,8 @@ def _of_linen(module, inputs, computes, options) -> Model:
             params[(*path, "kernel")] = kernel
     held = {name: value for name, value in variables.items() if name != COLLECTION}
     arrays = nn.meta.unbox({**held, "params": unflatten_dict(params)})
-    layers = {_joined(("params", *path)): _known(seen) for path, seen in maps.items()}
+    layers = {_joined(("params", *path)): seen for path, seen in maps.items()}
     return Model(Tree(arrays, type(module).__name__), layers, {})
-
-
-def _known(seen: LayerMap) -> KnownLayer:
-    def flattened(kernel):
-        return seen.op._flattened(seen.to_operator(kernel))
-
-    def to_operator(kernel: np.ndarray) -> np.ndarray:
-        return np.asarray(flattened(jnp.asarray(kernel))[0])
-
-    known, op = jax.eval_shape(flattened, jax.ShapeDtypeStruct(seen.stored_shape, jnp.float32))
-    return KnownLayer(op, known.shape, seen.stored_shape, to_operator, seen.output_axis)
 
 
 def _joined(path: tuple) -> str:

@@ -16,6 +16,7 @@ from jaxsrn._tools.checks import ensure, float_dtype, static_share
 from jaxsrn.normalization import srnc
 from jaxsrn.report.files import open_arrays
 from jaxsrn.report.kernels import NamedKernel, Skipped, find_kernels
+from jaxsrn.report.matrices import relative_distance
 from jaxsrn.report.terminal import Progress, progress_bar
 from jaxsrn.spectra import spectral_norm, stable_rank, stable_rank_range, target_of_fraction
 
@@ -132,8 +133,6 @@ def _normalized_in(array: np.ndarray, kernel: NamedKernel, fraction: float, most
     if new is wide:
         return Change(kernel.name, target, norm, norm, rank, rank, 0.0, is_lowest)
     view[...] = np.asarray(new).astype(old.dtype)
-    stored = view.astype(np.float64)
-    size, moved = np.linalg.norm(old.astype(np.float64)), np.linalg.norm(stored - old.astype(np.float64))
     again = jnp.asarray(view.astype(float_dtype(old.dtype)))
     after = float(spectral_norm(again, op)), float(stable_rank(again, op))
-    return Change(kernel.name, target, norm, after[0], rank, after[1], float(moved / size), is_lowest)
+    return Change(kernel.name, target, norm, after[0], rank, after[1], relative_distance(old, view), is_lowest)

@@ -29,13 +29,21 @@ class Scopes:
         self._stacked = tuple(stacked)
         self._vectors: dict[tuple[str, ...], list[tuple[int, ...]]] = {}
         self.bias: dict[tuple[str, ...], tuple[int, ...]] = {}
+        vectors, others = [], {}
         for name, info in infos.items():
             *scope, leaf = parts_of(name)
+            if leaf.lower() == "bias":
+                self.bias[tuple(scope)] = info.shape
             if leaf.lower() in _VECTORS:
+                vectors.append((tuple(scope), leaf.lower(), info.shape))
+            else:
+                others.setdefault(tuple(scope), []).append(info.shape)
+        for scope, leaf, shape in vectors:
+            # Scales of three axes or more are of elements, as that of an image, and show nothing of layers.
+            of_heads = leaf == "bias" and any(_is_bias_of_stack(shape, other) for other in others.get(scope, ()))
+            if len(shape) < 3 or of_heads:
                 for depth in range(len(scope) + 1):
-                    self._vectors.setdefault(tuple(scope[:depth]), []).append(info.shape)
-                if leaf.lower() == "bias":
-                    self.bias[tuple(scope)] = info.shape
+                    self._vectors.setdefault(scope[:depth], []).append(shape)
 
     def is_stack(self, name: str, shape: tuple[int, ...]) -> bool:
         """Whether the first axis is one of layers.
@@ -48,12 +56,18 @@ class Scopes:
         scope = tuple(parts_of(name)[:-1])
         bias = self.bias.get(scope)
         if bias is not None:
-            return len(bias) >= 2 and bias[0] == shape[0] and bias[1:] == shape[len(shape) - len(bias) + 1 :]
+            return _is_bias_of_stack(bias, shape)
         for depth in range(len(scope), -1, -1):
             vectors = self._vectors.get(scope[:depth])
             if vectors:
                 return all(len(vector) >= 2 and vector[0] == shape[0] for vector in vectors)
         return False
+
+
+def _is_bias_of_stack(bias: tuple[int, ...], shape: tuple[int, ...]) -> bool:
+    """Whether a bias is that of a stack of kernels of this shape: `(layers, outputs)` or `(layers, heads, size)`."""
+    is_bias = len(bias) == 2 or (len(bias) == 3 and len(shape) == 4)
+    return is_bias and bias[0] == shape[0] and bias[1:] == shape[len(shape) - len(bias) + 1 :]
 
 
 def heads_of(name: str, shape: tuple[int, ...], bias: tuple[int, ...] | None) -> tuple[int, int] | None:
