@@ -176,6 +176,12 @@ def test_stacks_of_kernels(case):
         (ZeroPaddedConv((224, 224), strides=2), (7, 7, 3, 64), False),
         (ZeroPaddedConv((56, 56)), (1, 1, 256, 64), False),
         (ZeroPaddedConv((16,)), (3, 1, 1), False),
+        (ZeroPaddedConv((1024,)), (16, 64, 64), False),
+        # With three axes convolutions are dearer, but no transform is as cheap as the product of a tiny layer.
+        (ZeroPaddedConv((16, 16, 16)), (5, 5, 5, 8, 8), True),
+        (ZeroPaddedConv((10, 10, 10)), (7, 7, 7, 8, 16), True),
+        (ZeroPaddedConv((16, 16, 16)), (3, 3, 3, 32, 32), False),
+        (ZeroPaddedConv((2, 3, 2)), (3, 2, 1, 1, 2), False),
         # Many taps, few of which are computed: one output only.
         (ZeroPaddedConv((31, 31), padding="VALID", feature_group_count=16), (31, 31, 1, 16), False),
     ],
@@ -198,9 +204,10 @@ def test_precision_and_dtype_decide_too():
     ) == {"convolution"}
 
 
+@pytest.mark.parametrize("case", by_name("same-2d-stride-groups", "circular-2d-strides", "pairs-2d"), ids=str)
 @pytest.mark.usefixtures("by_fft")
-def test_explicit_matrices_are_exact():
-    case = cases.BY_NAME["same-2d-stride-groups"]
+def test_explicit_matrices_are_exact(case):
+    """With more outputs than inputs, and with fewer."""
     assert uses(case.op.to_dense, kernel(case)) == {"convolution"}
     np.testing.assert_array_equal(case.op.to_dense(kernel(case)), cases.dense(kernel(case), case.op))
 

@@ -238,6 +238,63 @@ def test_apply_equals_nnx_linear_and_linen_dense():
     np.testing.assert_allclose(Dense().apply(weights, x), module.apply({"params": {"kernel": weights}}, x), rtol=1e-14)
 
 
+@pytest.mark.parametrize(
+    ("op", "shape"),
+    [
+        (ZeroPaddedConv((16, 16), padding="VALID"), (16, 16, 3, 2)),
+        (ZeroPaddedConv((2, 1), padding=((15, 15), (7, 7))), (16, 8, 2, 3)),
+    ],
+    ids=["few-outputs", "few-inputs"],
+)
+def test_explicit_matrices_take_no_array_of_the_square_of_the_larger_side(op, shape):
+    weights, numbers = jnp.asarray(gaussian(shape)), 0
+    expected = cases.dense(weights, op)
+    for equation in jax.make_jaxpr(op.to_dense)(weights).eqns:
+        numbers = max(numbers, *(variable.aval.size for variable in equation.outvars))
+    # Products with padding are a few times the matrix.
+    assert numbers <= 4 * expected.size
+    assert numbers < max(expected.shape) ** 2 / 8
+    np.testing.assert_array_equal(op.to_dense(weights), expected)
+
+
+@pytest.mark.parametrize("case", by_name("valid-1d", "circular-2d-strides"), ids=str)
+def test_derivatives_of_matrices_with_fewer_outputs_than_inputs(case):
+    """The map is linear in the kernel, so that its derivative is the matrix of the direction."""
+    weights, other = kernel(case), kernel(case, seed=5)
+    matrix = cases.dense(other, case.op)
+    assert matrix.shape[0] < matrix.shape[1]
+    tangent = jax.jvp(case.op.to_dense, (weights,), (other,))[1]
+    np.testing.assert_allclose(tangent, matrix, atol=1e-14)
+    cotangent = gaussian(matrix.shape, 6)
+    found = jax.vjp(case.op.to_dense, weights)[1](jnp.asarray(cotangent))[0]
+    np.testing.assert_allclose(found, cases.pull_back(cotangent, case.op, case.kernel_shape), atol=1e-12)
+
+
+@settings(derandomize=True, deadline=None, max_examples=300)
+@given(geometry=one_dimensional_geometries(-4, 9))
+def test_contacts_of_any_one_dimensional_geometry(geometry):
+    """Plain numbers: no compilation, so many geometries."""
+    op, shape, has_output = cases.one_dimensional(*geometry)
+    if not has_output:
+        return
+    expected = [[] for _ in range(shape[0])]
+    for (output,), (tap,), (sample,) in cases.meetings(op, shape[:1]):
+        expected[tap].append((output, sample))
+    found = op._axis_contacts(shape)[0]
+    assert [list(zip(tap.outputs, tap.inputs, strict=True)) for tap in found] == expected
+
+
+@pytest.mark.parametrize("case", [case for case in CONVOLUTIONS if isinstance(case.op, CircularConv)], ids=str)
+def test_contacts_of_circular_layers(case):
+    found = case.op._axis_contacts(case.kernel_shape)
+    expected = [[(set(), set()) for _ in axis] for axis in found]
+    for output, tap, sample in cases.meetings(case.op, case.kernel_shape[:-2]):
+        for axis, (o, t, i) in enumerate(zip(output, tap, sample, strict=True)):
+            expected[axis][t][0].add(o)
+            expected[axis][t][1].add(i)
+    assert [[(set(tap.outputs), set(tap.inputs)) for tap in axis] for axis in found] == expected
+
+
 @jax.jit
 def dense_and_wrapped(kernel, op):
     return op.to_dense(kernel), op.wrap(kernel)

@@ -88,6 +88,11 @@ def test_the_least_work_is_chosen():
         assert banded.is_affordable(ZeroPaddedConv((size, size)), (3, 3, most, most))
         assert not banded.is_affordable(ZeroPaddedConv((size, size)), (3, 3, most + 1, most + 1))
     assert not banded.is_affordable(ZeroPaddedConv((2**18,)), (3, 4, 4))
+    # The blocks of few channels come from images of many.
+    for channels in ((64, 1), (1, 64)):
+        assert banded.is_affordable(ZeroPaddedConv((64, 64)), (3, 3, *channels))
+    for channels in ((65, 1), (1, 512)):
+        assert not banded.is_affordable(ZeroPaddedConv((64, 64)), (3, 3, *channels))
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64], ids=str)

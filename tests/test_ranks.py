@@ -3,6 +3,7 @@
 import functools
 import itertools
 import math
+import tracemalloc
 
 import cases
 import jax
@@ -327,6 +328,29 @@ def test_range_of_five_taps_on_two_samples():
 )
 def test_known_low_ends_with_zero_padding(op, kernel_shape, low):
     np.testing.assert_allclose(stable_rank_range(kernel_shape, op)[0], low, rtol=1e-14)
+
+
+@pytest.mark.parametrize("case", PADDED, ids=str)
+def test_high_ends_count_the_samples_that_any_tap_meets(case):
+    met = [(output, sample) for output, _, sample in cases.meetings(case.op, case.kernel_shape[:-2])]
+    outputs, inputs = (len(set(samples)) for samples in zip(*met, strict=True))
+    channels_in, channels_out = case.kernel_shape[-2] * case.op.feature_group_count, case.kernel_shape[-1]
+    assert stable_rank_range(case.kernel_shape, case.op).high == min(outputs * channels_out, inputs * channels_in)
+
+
+def test_long_convolutions_are_counted_by_little_more_than_their_taps():
+    """A causal layer over a whole sequence: tap `t` meets `t + 1` samples."""
+    n = 2**15
+    op, shape = ZeroPaddedConv((n,), padding="CAUSAL"), (n, 1, 1)
+    tracemalloc.start()
+    low, high = stable_rank_range(shape, op)
+    counts = op._tap_counts(shape)
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    # Lists of all samples that each tap meets would take 8 GB.
+    assert most < 1000 * n
+    np.testing.assert_array_equal(counts[:, 0, 0], np.arange(1, n + 1))
+    assert (low, high) == (1.0, n)
 
 
 def test_range_of_a_map_that_is_always_zero():

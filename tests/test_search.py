@@ -1,5 +1,7 @@
 """Branch and bound over frequencies against NumPy's SVD at all of them, with good starts and with bad ones."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,7 @@ from cases import CASES, dense, fft_norms, gaussian, spectral_kinds
 
 import jaxsrn
 from jaxsrn import CircularConv, spectral_norm
-from jaxsrn._tools.lanczos import leading_singular_vectors
+from jaxsrn._tools.lanczos import LONGEST_BASIS, leading_singular_vectors
 from jaxsrn._tools.linalg import matmul
 from jaxsrn._tools.subspaces import fixed_start
 from jaxsrn._tools.tolerances import search_tolerance
@@ -201,8 +203,28 @@ def test_wide_kernels_start_a_state_at_a_pair_that_is_exact():
     np.testing.assert_allclose(fft_norms(result[0][None], (8,)), 1, rtol=1e-9)
 
 
+@pytest.mark.parametrize("shape", [(40, 900), (900, 40)], ids=str)
+def test_lanczos_keeps_its_basis_on_the_smaller_side(shape):
+    matrix = gaussian(shape)
+    start = fixed_start((shape[1],), matrix.dtype)
+
+    def search(matrix):
+        return leading_singular_vectors(
+            lambda x: matmul(matrix, x), lambda y: matmul(y, matrix), start, shape[0], search_tolerance(matrix.dtype)
+        )
+
+    value, (entry, output) = np.linalg.norm(matrix, 2), (search(jnp.asarray(matrix))[i] for i in (1, 2))
+    np.testing.assert_allclose([np.linalg.norm(entry), np.linalg.norm(output), output @ matrix @ entry], [1, 1, value])
+    residuals = np.linalg.norm(matrix.T @ output - value * entry), np.linalg.norm(matrix @ entry - value * output)
+    assert max(residuals) <= 10 * search_tolerance(matrix.dtype) * value
+    # A basis of the larger side would have rows of 900 numbers.
+    text = jax.jit(search).lower(jnp.asarray(matrix)).as_text()
+    assert set(re.findall(r"tensor<(\d+)x900xf64>", text)) <= {"40"}
+    assert f"tensor<{LONGEST_BASIS + 1}x40xf64>" in text
+
+
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-@pytest.mark.parametrize("shape", [(20, 20), (60, 30)], ids=str)
+@pytest.mark.parametrize("shape", [(20, 20), (60, 30), (30, 60)], ids=str)
 def test_lanczos_finds_the_leading_value_of_steep_spectra(shape, dtype):
     """In nearly null directions a product with `T^T T` is the rounding of the largest ones."""
     rng, size = np.random.default_rng(0), min(shape)

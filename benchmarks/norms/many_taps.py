@@ -65,7 +65,11 @@ _LAYERS = (
     Layer((56, 56), (7, 7), (3, 64), 1),
     Layer((14, 14), (7, 7), (64, 64), 1),
     Layer((1024,), (64,), (16, 16), 1),
+    Layer((1024,), (16,), (64, 64), 1),
+    Layer((4096,), (256,), (16, 16), 1),
     Layer((16, 16, 16), (5, 5, 5), (8, 8), 1),
+    Layer((16, 16, 16), (3, 3, 3), (32, 32), 1),
+    Layer((16, 16, 16), (3, 3, 3), (1, 32), 32),
 )
 _TINY = (Layer((16, 16), (9, 9), (1, 4), 4), Layer((256,), (256,), (1, 1), 1, "CAUSAL"))
 
@@ -97,7 +101,8 @@ def product_rows(layers, effort: Effort) -> tuple[list[list], Checks]:
     """A row for each layer, and whether the FFT is faster where it is chosen."""
     rows, checks = [], []
     for layer in tqdm(layers, desc="products", leave=False):
-        times = race({name: compiled_steps(layer, name == "FFT") for name in ("direct", "FFT")}, effort)
+        calls = {name: compiled_steps(layer, name == "FFT") for name in ("direct", "FFT")}
+        times = race(calls, effort.rounds, effort.seconds)
         direct, fft = (times[name].seconds / (2 * _STEPS) for name in ("direct", "FFT"))
         chosen = layer.op._is_cheaper_by_fft(layer.shape)
         rows.append([layer.name, duration(direct), duration(fft), f"{direct / fft:.1f}", "FFT" if chosen else "direct"])
@@ -137,7 +142,8 @@ def norm_rows(layers, effort: Effort) -> tuple[list[list], Checks]:
     rows, checks = [], []
     for layer in tqdm(layers, desc="norms", leave=False):
         kernel = kernel_of(layer)
-        run = race({"norm": jax_call(jaxsrn.spectral_norm, kernel, layer.op)}, effort)["norm"]
+        calls = {"norm": jax_call(jaxsrn.spectral_norm, kernel, layer.op)}
+        run = race(calls, effort.rounds, effort.seconds)["norm"]
         error = abs(float(run.result) / scipy_norm(layer, kernel) - 1)
         rows.append([layer.name, duration(run.seconds), f"{error:.1e}"])
         checks.append((error <= TOLERANCE, f"{layer.name}: the norm is off by {error:.1e}, at most {TOLERANCE:.0e}"))

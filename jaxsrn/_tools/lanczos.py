@@ -1,8 +1,8 @@
 """The Lanczos method with thick restarts, for the leading singular vectors of a map that is known by its products.
 
 The method builds an orthonormal basis of the Krylov space of `T^T T`, with full reorthogonalisation. This is the side
-of the inputs in the bidiagonalization of Golub and Kahan 1965. A full basis is restarted from its leading Ritz vectors
-(thick restart, Wu and Simon 2000).
+of the inputs in the bidiagonalization of Golub and Kahan 1965. Where there are fewer outputs than inputs, the basis is
+that of `T T^T`. A full basis is restarted from its leading Ritz vectors (thick restart, Wu and Simon 2000).
 
 It differs from `jax.experimental.sparse.linalg.lobpcg_standard` in two ways. That function asks for more than five
 rows for each vector; this one takes maps of any size. That one remembers only the current and the last block of
@@ -40,7 +40,8 @@ _MAX_RESTARTS, _MAX_RESTARTS_IN_FLOAT64 = 200, 1000
 class SingularVectors(NamedTuple):
     """A singular value of a map, its unit vectors, and the relative residual `||T^T output - value input|| / value`.
 
-    The output is 0 where the map is zero.
+    Of a map with fewer outputs than inputs the residual is `||T input - value output|| / value`. The output is 0 where
+    the map is zero.
     """
 
     value: Float[Array, ""]
@@ -113,14 +114,19 @@ def leading_singular_vectors(
 
     Args:
       matvec, rmatvec: the map and its transpose on flat vectors.
-      start: the first vector of the Krylov space; any non-zero one that is not orthogonal to the answer.
+      start: any non-zero input that is not orthogonal to the answer. It is the first vector of the Krylov space, or its
+        image is, where there are fewer outputs than inputs.
       out_size: length of an output.
       tolerance: the relative residual at which the search stops.
       first_check: steps before the first look at the residual. The default is a whole basis, as a start near another
         singular vector could pass for the leading one earlier.
     """
-    # A basis of one vector more than the smaller side exhausts the space, and the last coupling is exactly zero.
-    size = min(LONGEST_BASIS, min(start.size, out_size) + 1)
+    if out_size < start.size:
+        # Reorthogonalisation takes most of the time and the memory where the basis is on the larger side.
+        found = leading_singular_vectors(rmatvec, matvec, matvec(start), start.size, tolerance, first_check)
+        return found._replace(input=found.output, output=found.input)
+    # A basis of one vector more than the inputs exhausts the space, and the last coupling is exactly zero.
+    size = min(LONGEST_BASIS, start.size + 1)
     most = _MAX_RESTARTS_IN_FLOAT64 if start.dtype == jnp.float64 else _MAX_RESTARTS
     kept, places = min(_KEPT, size // 2), np.arange(size + 1, dtype=np.int32)
     extend = functools.partial(_extend, lambda x: rmatvec(matvec(x)))

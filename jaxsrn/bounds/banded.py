@@ -31,6 +31,9 @@ __all__ = ["is_affordable", "is_below", "room"]
 
 # The most rows of a block, and the most entries of all blocks on the diagonal: about a second on two cores.
 _MOST_ROWS, _MOST_ENTRIES = 2**10, 2**23
+# The most entries of the images on the other side from which the blocks of one phase come, an image for each row. They
+# are 128 MiB in float32, and products of so many take about a second too.
+_MOST_IMAGE_ENTRIES = 2**25
 # Blocks of fewer rows take as long, so that they hold more samples than they must.
 _LEAST_ROWS = 64
 
@@ -57,8 +60,9 @@ class _Blocks(NamedTuple):
 
 def is_affordable(op: ZeroPaddedConv, kernel_shape: tuple[int, ...]) -> bool:
     """Whether a proof takes about a second at most (static)."""
-    blocks = _blocks(op, kernel_shape)
-    return blocks.rows <= _MOST_ROWS and blocks.groups * blocks.count * blocks.rows**2 <= _MOST_ENTRIES
+    blocks, (in_size, out_size) = _blocks(op, kernel_shape), op._sizes(kernel_shape)
+    entries, across = blocks.groups * blocks.count * blocks.rows**2, in_size if blocks.between_outputs else out_size
+    return blocks.rows <= _MOST_ROWS and entries <= _MOST_ENTRIES and blocks.rows * across <= _MOST_IMAGE_ENTRIES
 
 
 def room(op: ZeroPaddedConv, kernel_shape: tuple[int, ...], dtype) -> float:

@@ -78,7 +78,7 @@ def certified(kernel: Kernel, op: Operator, *, resolution: float = 0.01) -> Norm
       lower end of zero-padded layers may have a search that stops early.
 
     Raises:
-      ValueError: a kernel that does not fit, or a resolution that is not between 0 and 1.
+      ValueError: a kernel that does not fit, or a resolution that is not at least 0 and below 1.
 
     Examples:
       >>> import jax, jaxsrn
@@ -90,7 +90,7 @@ def certified(kernel: Kernel, op: Operator, *, resolution: float = 0.01) -> Norm
     kernel, op = computed_form(kernel, op)
     ensure(
         is_static_number(resolution) and 0 <= float(resolution) < 1,
-        f"resolution: got {resolution!r}, expected a static number from 0 to 1, such as 0.01.",
+        f"resolution: got {resolution!r}, expected a static number, at least 0 and below 1, such as 0.01.",
     )
     kernel, op, _ = in_common_shape(kernel.astype(float_dtype(kernel.dtype)), op)
     # The pairs are found by compiled functions that the norms share.

@@ -137,14 +137,10 @@ def _products(f: Callable, params, point: Float[Array, "..."]):
 
 
 def _leading_vectors(f: Callable, params, point: Float[Array, "..."], tolerance):
-    """The leading singular vectors of the Jacobian, `(left, right, residual)`, searched for on the smaller side."""
+    """The leading singular vectors of the Jacobian, `(left, right, residual)`."""
     matvec, rmatvec, in_size, out_size, _ = _products(f, params, point)
-    swapped = in_size > out_size
-    if swapped:
-        matvec, rmatvec, in_size, out_size = rmatvec, matvec, out_size, in_size
     found = leading_singular_vectors(matvec, rmatvec, fixed_start((in_size,), point.dtype), out_size, tolerance)
-    ends = unit(found.output), unit(found.input)
-    return (*(ends[::-1] if swapped else ends), found.residual)
+    return unit(found.output), unit(found.input), found.residual
 
 
 def local_frobenius(f: Callable, params, x, *, key=None, num_probes: int | None = None) -> LocalFrobeniusNorm:

@@ -35,10 +35,14 @@ _FULL = (lax.Precision.HIGHEST, "highest", "float32")
 
 
 class Contacts(NamedTuple):
-    """The output positions along one axis at which a tap meets a real input sample (no padding), and those samples."""
+    """The output positions along one axis at which a tap meets a real input sample (no padding), and those samples.
 
-    outputs: np.ndarray
-    inputs: np.ndarray
+    Both are arithmetic progressions, with the same steps for all taps of an axis. With zero padding they are in the
+    same order. With circular padding both are sets, since what an output reads may lie around the image.
+    """
+
+    outputs: range
+    inputs: range
 
 
 class Operator(abc.ABC):
@@ -224,12 +228,21 @@ class Operator(abc.ABC):
     def to_dense(self, kernel: Kernel) -> Shaped[Array, "out in"]:
         """The explicit matrix, for tests and small shapes: `to_dense(K) @ x.ravel() == apply(K, x).ravel()`."""
         kernel = kernel_array(kernel, self)
-        in_shape = self.in_shape(kernel.shape)
-        size = math.prod(in_shape)
-        basis = jnp.eye(size, dtype=kernel.dtype).reshape((size, *in_shape))
-        # Direct products with basis vectors are exact.
-        columns = self._apply_batch(kernel, basis, lax.Precision.HIGHEST, PLAIN, by_fft=False)
-        return columns.reshape((size, -1)).T
+        in_shape, out_shape = self.in_shape(kernel.shape), self.out_shape(kernel.shape)
+        # The basis of the larger side alone could be many times the matrix.
+        by_rows = math.prod(out_shape) < math.prod(in_shape)
+        shape, layout = (out_shape, TO_TRANSPOSE_IN_IMAGES) if by_rows else (in_shape, PLAIN)
+        size = math.prod(shape)
+        basis = jnp.eye(size, dtype=kernel.dtype).reshape((size, *shape))
+
+        def apply(x):
+            # Direct products with basis vectors are exact.
+            return self._apply_batch(kernel, x, lax.Precision.HIGHEST, layout, by_fft=False)
+
+        if not by_rows:
+            return apply(basis).reshape((size, -1)).T
+        images = jax.ShapeDtypeStruct((size, *in_shape), kernel.dtype)
+        return jax.linear_transpose(apply, images)(basis)[0].reshape((size, -1))
 
 
 @jax.tree_util.register_static

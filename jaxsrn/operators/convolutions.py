@@ -149,8 +149,8 @@ class UnboundedConv(_Conv):
         # One output sample stands for all; its inputs are known by their phase.
         dilations = self._per_axis("kernel_dilation", kernel_shape)
         axes = zip(kernel_shape, self._axis_strides(kernel_shape), dilations, strict=False)
-        one = np.zeros(1, int)
-        return [[Contacts(one, one + tap * dilation % s) for tap in range(k)] for k, s, dilation in axes]
+        phases = [[tap * dilation % s for tap in range(k)] for k, s, dilation in axes]
+        return [[Contacts(range(1), range(phase, phase + 1)) for phase in axis] for axis in phases]
 
     def _apply_batch(self, kernel, x, precision, layout, by_fft):
         return self.in_shape(kernel.shape)
@@ -238,6 +238,20 @@ def _padded(x: Shaped[Array, "..."], axes: list[Axis]) -> tuple[Shaped[Array, ".
     return x, [axis._replace(samples=n, padding=(0, 0), input_dilation=1) for axis, n in zip(axes, sizes, strict=True)]
 
 
+def _contacts(axis: Axis, tap: int, outputs: int) -> Contacts:
+    """Where a tap meets samples of an axis with zero padding: the outputs whose place in the image holds a sample."""
+    stride, dilation = axis.stride, axis.input_dilation
+    place = tap * axis.kernel_dilation - axis.padding[0]
+    common = math.gcd(stride, dilation)
+    lowest, end = max(0, -(place // stride)), min(outputs, (axis.image - 1 - place) // stride + 1)
+    # Whether a place holds a sample repeats with a period that divides the dilation.
+    period = range(lowest, min(lowest + dilation // common, end))
+    first = next((output for output in period if (place + stride * output) % dilation == 0), end)
+    met = range(first, end, dilation // common)
+    sample, step = (place + stride * first) // dilation, stride // common
+    return Contacts(met, range(sample, sample + len(met) * step, step))
+
+
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True, init=False, repr=False)
 class CircularConv(_SizedConv):
@@ -292,13 +306,13 @@ class CircularConv(_SizedConv):
         return tuple((extent - 1) // 2 for extent in self._extents(kernel_shape))
 
     def _axis_contacts(self, kernel_shape):
-        contacts = []
-        for j, n in enumerate(self.input_shape):
-            outputs = np.arange(self.grid[j])
-            first = outputs * self.strides[j] - self._centre(kernel_shape)[j]
-            offsets = np.arange(kernel_shape[j]) * self.kernel_dilation[j]
-            contacts.append([Contacts(outputs, (first + offset) % n) for offset in offsets])
-        return contacts
+        centre, geometry = self._centre(kernel_shape), (self.input_shape, self.strides, self.kernel_dilation)
+        axes = zip(kernel_shape, centre, *geometry, strict=False)
+        # The stride divides the image, so that a tap reads all samples of one phase.
+        return [
+            [Contacts(range(n // s), range((tap * dilation - low) % s, n, s)) for tap in range(k)]
+            for k, low, n, s, dilation in axes
+        ]
 
     def _distinct_shape(self, kernel_shape):
         # The dilated offsets return to 0 modulo the image after this many taps.
@@ -410,17 +424,8 @@ class ZeroPaddedConv(_SizedConv):
         return (*spatial, kernel_shape[-1])
 
     def _axis_contacts(self, kernel_shape):
-        contacts = []
-        for j, n in enumerate(self._dilated_shape):
-            outputs = np.arange(self.out_shape(kernel_shape)[j])
-            first = outputs * self.strides[j] - self._pads(kernel_shape)[j][0]
-            axis = []
-            for tap in range(kernel_shape[j]):
-                sample = first + tap * self.kernel_dilation[j]
-                real = (sample >= 0) & (sample < n) & (sample % self.input_dilation[j] == 0)
-                axis.append(Contacts(outputs[real], sample[real] // self.input_dilation[j]))
-            contacts.append(axis)
-        return contacts
+        axes = zip(self._axes(kernel_shape), self.out_shape(kernel_shape), strict=False)
+        return [[_contacts(axis, tap, outputs) for tap in range(axis.taps)] for axis, outputs in axes]
 
     def _axes(self, kernel_shape):
         pads, geometry = self._pads(kernel_shape), (self.strides, self.input_dilation, self.kernel_dilation)

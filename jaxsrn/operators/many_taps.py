@@ -22,12 +22,15 @@ __all__ = [
     "is_cheaper_by_fft",
 ]
 
-# Times in units of one multiply-add of a convolution of many channels, 0.035 ns. They are measured in the steps
-# `T^T T x` of a loop, float32, jaxlib 0.10.2, on two CPU cores (`benchmarks/norms --only many-taps`). A convolution
-# takes `_TAP` more for each output, tap and group, which is nearly all of its time where it is depthwise. A transform
-# takes `_TRANSFORM` times its length and the binary logarithm of it, and the products take `_PRODUCT` for each pair of
-# channels and each entry of a real transform, the pair's share of the transform of the taps included.
-_TAP, _TRANSFORM, _PRODUCT = 70, 14, 40
+# Times in units of one multiply-add of a convolution of two axes and many channels, 0.035 ns. They are measured in the
+# steps `T^T T x` of a loop, float32, jaxlib 0.10.2, on two CPU cores (`benchmarks/norms --only many-taps`). A
+# convolution takes `_PAIR` for each output, tap and pair of channels, by its number of axes. It takes `_TAP` more for
+# each output, tap and group, which is nearly all of its time where it is depthwise. One axis takes as long as two.
+_TAP, _PAIR = {1: 70, 2: 70, 3: 500}, {1: 1, 2: 1, 3: 2.5}
+# A transform takes `_TRANSFORM` times its length and the binary logarithm of it, and the products take `_PRODUCT` for
+# each pair of channels and each entry of a real transform, the pair's share of the transform of the taps included. All
+# of it takes `_OVERHEAD` at least, 7 us, which is more than the direct product of a tiny layer.
+_TRANSFORM, _PRODUCT, _OVERHEAD = 14, 40, 200_000
 # The FFT has to be so many times as fast: the times differ by half from shape to shape and more between machines.
 _MARGIN = 4
 
@@ -125,7 +128,7 @@ def is_cheaper_by_fft(kernel_shape: tuple[int, ...], axes: list[Axis], feature_g
     channels_in, pairs = width_in * feature_group_count, width_in * channels_out
     taps = math.prod(axis.taps for axis in axes)
     outputs = math.prod(-(-axis.outputs // axis.stride) for axis in axes)
-    direct = outputs * taps * (_TAP * feature_group_count + pairs)
+    direct = outputs * taps * (_TAP[len(axes)] * feature_group_count + _PAIR[len(axes)] * pairs)
     points = math.prod(axis.period for axis in axes)
     transforms = _TRANSFORM * (channels_in + channels_out) * points * math.log2(points)
-    return _MARGIN * (transforms + _PRODUCT * pairs * points) < direct
+    return _MARGIN * (_OVERHEAD + transforms + _PRODUCT * pairs * points) < direct

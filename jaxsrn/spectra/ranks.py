@@ -10,6 +10,7 @@ import math
 from typing import NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Shaped
 
 from jaxsrn._tools.checks import Kernel, computed_form, ensure, float_dtype, static_share
@@ -132,14 +133,25 @@ def stable_rank_range(kernel_shape: tuple[int, ...], op: Operator) -> StableRank
     """
     op._check_kernel_shape(kernel_shape)
     contacts = op._axis_contacts(kernel_shape)
-    samples_in = math.prod(len(set().union(*(tap.inputs.tolist() for tap in axis))) for axis in contacts)
-    samples_out = math.prod(len(set().union(*(tap.outputs.tolist() for tap in axis))) for axis in contacts)
+    samples_in = math.prod(_number_in_any([tap.inputs for tap in axis]) for axis in contacts)
+    samples_out = math.prod(_number_in_any([tap.outputs for tap in axis]) for axis in contacts)
     channels_in, channels_out = op._channels(kernel_shape)
     bound = largest_functional(kernel_shape, op)
     high = float(min(samples_in * channels_in, samples_out * channels_out))
     # The stable rank of a whole layer is at least 1, that per output sample can be less.
     lowest = 0.0 if isinstance(op, UnboundedConv) else 1.0
     return StableRankRange(max(lowest, 1 / bound) if bound else 0.0, high)
+
+
+def _number_in_any(progressions: list[range]) -> int:
+    """How many numbers are in at least one of some arithmetic progressions with the same step (static)."""
+    step, some = progressions[0].step, [progression for progression in progressions if progression]
+    begins, ends = [one[0] for one in some], [one[-1] + step for one in some]
+    # The progressions that hold a number are those that begin up to it less those that end, counted along the step.
+    changes = np.zeros((max(ends, default=0) // step + 1, step), int)
+    np.add.at(changes.reshape(-1), begins, 1)
+    np.subtract.at(changes.reshape(-1), ends, 1)
+    return int(np.count_nonzero(np.cumsum(changes, axis=0)))
 
 
 def target_of_fraction(fraction: float, kernel_shape: tuple[int, ...], op: Operator) -> float:
