@@ -452,3 +452,23 @@ def test_a_schedule_compiles_once(every, standard_promotion):
     with counted(COMPILATIONS) as compiled:
         _, state = optimizer.update(params, state, params)
     assert not compiled
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_narrow_updates_of_wide_kernels(every):
+    """A displacement that is rounded to bfloat16 leads beside the ball, by 1.1% here."""
+    path = ("fc", "kernel")
+    params = {"fc": {"kernel": jnp.asarray(gaussian((30, 40)), jnp.float32)}}
+    optimizer = keep_spectral_norm({path: Dense()}, 1.0, every=every)
+    state = optimizer.init(params)
+    for _ in range(every):
+        updates, state = optimizer.update({"fc": {"kernel": jnp.zeros((30, 40), jnp.bfloat16)}}, state, params)
+    found = optax.apply_updates(params, updates)["fc"]["kernel"]
+    np.testing.assert_allclose(np.linalg.norm(found, 2), 1, rtol=1e-5)
+
+
+@pytest.mark.usefixtures("no_type_checks")
+def test_static_options_that_became_arrays_are_explained():
+    layers = {("fc", "kernel"): Dense()}
+    with pytest.raises(ValueError, match=r"every: got Array\(1, .*inject_hyperparams name 'every' in static_args"):
+        optax.inject_hyperparams(keep_spectral_norm)(layers, 1.0).init({"fc": {"kernel": jnp.ones((2, 2))}})

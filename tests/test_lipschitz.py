@@ -417,6 +417,32 @@ def test_nan_that_the_jacobian_does_not_show():
         assert np.all(np.isnan(leaf))
 
 
+def test_nan_that_a_difference_does_not_show():
+    params, (x, y) = {"matrix": gaussian((4, 2)), "unused": np.array(np.nan)}, gaussian((2, 3, 4))
+
+    def linear(params, x):
+        return x @ params["matrix"]
+
+    assert np.all(np.isnan(lipschitz.pairwise(linear, params, x, y)))
+    assert np.all(np.isnan(lipschitz.ascent(linear, params, x, y, num_steps=2).ratio))
+    # The points are equal, and the ratio would be 0.
+    assert np.all(np.isnan(lipschitz.pairwise(lambda _, x: x * jnp.nan, 0.0, x, x)))
+
+
+def test_networks_without_outputs_and_hidden_layers_that_are_none():
+    x = jnp.ones((3, 2))
+    with pytest.raises(ValueError, match="at least one output"):
+        lipschitz.local(lambda _, x: x[:, :0], 0.0, x)
+    for hidden in (lambda x: (x, x), lambda x: jnp.ones((3, 2), jnp.int32)):
+
+        def network(params, x, tap, hidden=hidden):
+            tap(hidden(x))
+            return x
+
+        with pytest.raises(ValueError, match="pass every hidden layer through tap"):
+            lipschitz.jac_norm(network, 0.0, x, jnp.zeros(3, jnp.int32))
+
+
 @pytest.mark.parametrize("margin", [None, 1.0])
 def test_a_label_that_names_no_class(margin):
     def network(params, x, tap):

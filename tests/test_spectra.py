@@ -251,6 +251,14 @@ def test_top_singular_values_of_multiples_of_the_identity(scale, dtype):
         np.testing.assert_allclose(gradient[1, 0, 0], 3, rtol=1e-5)
 
 
+def test_top_singular_values_of_tiny_kernels():
+    """Products of entries of the kernel and of vectors are below the smallest normal number."""
+    op, weights = ZeroPaddedConv((20, 20)), gaussian((3, 3, 1, 1))
+    expected = np.linalg.svd(cases.dense(weights, op), compute_uv=False)[:3]
+    values = top_singular_values(jnp.asarray(1e-36 * weights, jnp.float32), op, 3)
+    np.testing.assert_allclose(np.float64(values) * 1e36, expected, rtol=1e-5)
+
+
 def test_top_singular_values_in_single_precision():
     case = cases.BY_NAME["same-2d"]
     for seed in range(5):

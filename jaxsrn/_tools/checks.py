@@ -67,15 +67,24 @@ def is_integer(value) -> bool:
 
 def static_int(value, name: str, minimum: int = 1) -> int:
     """`value` as an int; raises `ValueError` unless it is an integer of at least `minimum`."""
-    ensure(is_integer(value) and value >= minimum, f"{name}: got {value!r}, expected a static integer >= {minimum}.")
+    ensure(
+        is_integer(value) and value >= minimum,
+        f"{name}: got {value!r}, expected a static integer >= {minimum}{_if_injected(value, name)}.",
+    )
     return int(value)
 
 
 def static_share(value, name: str) -> float:
     """`value` as a float; raises `ValueError` unless it is a number in (0, 1] that is known while tracing."""
     is_share = is_static_number(value) and 0 < float(value) <= 1
-    ensure(is_share, f"{name}: got {value}, expected a static number in (0, 1].")
+    ensure(is_share, f"{name}: got {value}, expected a static number in (0, 1]{_if_injected(value, name)}.")
     return float(value)
+
+
+def _if_injected(value, name: str) -> str:
+    """What helps where a static option became an array."""
+    is_array = isinstance(value, jax.Array)
+    return f"; with optax.inject_hyperparams name {name!r} in static_args" if is_array else ""
 
 
 def is_static_number(value) -> bool:

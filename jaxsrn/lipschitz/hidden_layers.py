@@ -71,11 +71,11 @@ def _jac_norm(f, params, x, labels, margin):
         return jnp.sum(found), (found, hidden)
 
     shapes = jax.eval_shape(lambda: total_margin(None)[1][1])
-    got = [leaf.shape for leaf in jax.tree.leaves(shapes)]
+    got = [getattr(leaf, "shape", type(leaf).__name__) for leaf in shapes]
     ensure(
-        len(got) > 0 and all(shape[:1] == x.shape[:1] for shape in got),
-        f"f: got hidden layers of shapes {got} for an input of shape {x.shape}, expected at least one array with the "
-        "samples along its first axis; pass every hidden layer through tap.",
+        len(shapes) > 0 and all(_is_hidden_layer(leaf, x) for leaf in shapes),
+        f"f: got hidden layers of shapes {got} for an input of shape {x.shape}, expected at least one floating-point "
+        "array with the samples along its first axis; pass every hidden layer through tap, one at a time.",
     )
     shifts = [jnp.zeros(leaf.shape, leaf.dtype) for leaf in shapes]
     # Samples do not depend on each other, so that the gradient of the sum holds that of each margin.
@@ -91,3 +91,9 @@ def _jac_norm(f, params, x, labels, margin):
     )
     # The margin of a label that names no class is NaN, and so is what belongs to it.
     return over_margin(jnp.where(jnp.isnan(own), jnp.nan, sum(terms)), margin, 1)
+
+
+def _is_hidden_layer(leaf, x) -> bool:
+    """Whether what went through `tap` is one floating-point array with the samples along its first axis."""
+    is_array = isinstance(leaf, jax.ShapeDtypeStruct) and jnp.issubdtype(leaf.dtype, jnp.floating)
+    return is_array and leaf.shape[:1] == x.shape[:1]

@@ -16,7 +16,7 @@ from jaxsrn._tools.checks import ensure, static_int
 from jaxsrn._tools.held import held, refusing
 from jaxsrn._tools.linalg import ratio
 from jaxsrn._tools.programs import program
-from jaxsrn.lipschitz.samples import check_network, checked_batches, norms_of_samples, rows
+from jaxsrn.lipschitz.samples import check_network, checked_batches, has_nan, norms_of_samples, rows
 
 __all__ = ["Ascent", "ascent", "pairwise"]
 
@@ -62,8 +62,9 @@ def pairwise(f: Callable, params, x, y) -> Float[Array, "..."]:
 def _pairwise(f, params, x, y):
     x, y = checked_batches(f, params, x, y)
     # One call of the network for both points, so that its program is there once.
-    outputs = rows(f, params, jnp.concatenate([x, y]))
-    return ratio(norms_of_samples(outputs[: len(x)] - outputs[len(x) :]), norms_of_samples(x - y))
+    first, second = jnp.split(rows(f, params, jnp.concatenate([x, y])), 2)
+    found = ratio(norms_of_samples(first - second), norms_of_samples(x - y))
+    return jnp.where(has_nan(params, x, y, first, second), jnp.nan, found)
 
 
 def ascent(f: Callable, params, x, y, *, num_steps: int = 100, box=None) -> Ascent:

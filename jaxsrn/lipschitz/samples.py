@@ -10,7 +10,7 @@ from collections.abc import Callable, Hashable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from jaxsrn._tools.checks import ensure, ensure_same_on_devices, float_dtype
 from jaxsrn._tools.linalg import norm_along
@@ -19,6 +19,7 @@ __all__ = [
     "check_network",
     "checked_batches",
     "full_precision",
+    "has_nan",
     "nan_where_nan",
     "norms_of_samples",
     "output_of",
@@ -45,9 +46,12 @@ def output_of(f: Callable, params, x) -> jax.ShapeDtypeStruct:
     leaves = jax.tree.leaves(output)
     got = ", ".join(f"{leaf.dtype}{list(leaf.shape)}" for leaf in leaves) or "nothing"
     ensure(
-        len(leaves) == 1 and leaves[0].shape[:1] == x.shape[:1] and jnp.issubdtype(leaves[0].dtype, jnp.floating),
+        len(leaves) == 1
+        and leaves[0].shape[:1] == x.shape[:1]
+        and leaves[0].size > 0
+        and jnp.issubdtype(leaves[0].dtype, jnp.floating),
         f"f: got {got} for an input of shape {x.shape}, expected one real floating-point array with the same first "
-        "axis, that of the samples.",
+        "axis, that of the samples, and at least one output.",
     )
     return leaves[0]
 
@@ -96,11 +100,16 @@ def nan_where_nan(f: Callable, params, x, values):
 
     A Jacobian need not show it: that of a linear network does not depend on the sample.
     """
+    void = has_nan(params, x, rows(f, params, x))
+    return jax.tree.map(lambda own: jnp.where(void, jnp.nan, own), values)
+
+
+def has_nan(params, *batches: Float[Array, "samples ..."]) -> Bool[Array, "..."]:
+    """Whether a parameter is NaN, or a number of the sample in one of the batches."""
     numbers = [leaf for leaf in jax.tree.leaves(params) if jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)]
     is_nan = [jnp.any(jnp.isnan(leaf)) for leaf in numbers]
-    is_nan += [jnp.any(jnp.isnan(array.reshape((len(x), -1))), axis=1) for array in (x, rows(f, params, x))]
-    void = functools.reduce(jnp.logical_or, is_nan)
-    return jax.tree.map(lambda own: jnp.where(void, jnp.nan, own), values)
+    is_nan += [jnp.any(jnp.isnan(batch.reshape((len(batch), -1))), axis=1) for batch in batches]
+    return functools.reduce(jnp.logical_or, is_nan)
 
 
 def norms_of_samples(x: Float[Array, "samples ..."]) -> Float[Array, " samples"]:

@@ -24,12 +24,12 @@ def keep_spectral_norm(layers: Layers, max_norm, *, every: int = 1) -> optax.Gra
 
         optimizer = optax.chain(optax.adam(1e-3), keep_spectral_norm(layer_operators(model, x), 1.0))
 
-    After every projection `||T(K)||_2 <= max_norm` is guaranteed up to rounding. It is the rounding of the kernels
-    before the step, because updates are differences: kernels far above the limit land beside it, until the next
-    projection. Kernels in the ball, and all other
-    parameters, are not touched. With `every > 1` the updates in between pass unchanged, at no cost; a norm then exceeds
-    `max_norm` by at most the sum of `||T(step)||_2` since the last projection. The cost and this drift are measured by
-    `python benchmarks/training.py --only keeping`.
+    After every projection `||T(K)||_2 <= max_norm` holds up to rounding, as far as `spectral_norm` is proven for the
+    layer. It is the rounding of the kernels before the step, because updates are differences: kernels far above the
+    limit land beside it, until the next projection. Kernels in the ball, and all other parameters, are not touched.
+    With `every > 1` the updates in between pass unchanged, at no cost; a norm then exceeds `max_norm` by at most the
+    sum of `||T(step)||_2` since the last projection. The cost and this drift are measured by `python
+    benchmarks/training.py --only keeping`.
 
     Layers of equal operator and shape are projected in one call. Zero-padded layers too large for an explicit matrix
     take several convex problems and are an inner approximation (see `project_spectral_ball`): use a large `every`.
@@ -47,7 +47,7 @@ def keep_spectral_norm(layers: Layers, max_norm, *, every: int = 1) -> optax.Gra
 
     Returns:
       The transformation; its state is a `KeepState`. `update` needs `params`. A missing update (`None`) stays missing.
-      Updates keep their dtype; narrow kernels meet the constraint to their rounding.
+      An update that is narrower than its kernel becomes as wide. Narrow kernels meet the constraint to their rounding.
 
     Raises:
       ValueError: no layers, a `max_norm` that is not positive, a bad `every`; in `init` and `update`, naming the layer:
@@ -89,8 +89,12 @@ def keep_stable_rank(
       fraction: static, in (0, 1] (Sanyal's `c`, Zheng's `beta`), as in `jaxsrn.nnx.StableRankNorm`.
       upward: static; whether the target is the least stable rank and not the largest.
 
-    Returns, errors: as `keep_spectral_norm`; also a fraction outside (0, 1], and in `init`, naming the layer, a
-      fraction below the least that its taps allow.
+    Returns:
+      The transformation, as `keep_spectral_norm` returns it.
+
+    Raises:
+      ValueError: what `keep_spectral_norm` raises it for; also a fraction outside (0, 1], and in `init`, naming the
+        layer, a fraction below the least that its taps allow.
     """
     of_fraction = of_least_stable_rank if upward else of_stable_rank
     return keep(layers, every, of_fraction(static_share(fraction, "fraction")))

@@ -109,7 +109,9 @@ def spectral_descent(
         `optax.adamw(learning_rate, weight_decay=0, nesterov=nesterov)`, as in `optax.contrib.muon`.
 
     Returns:
-      The transformation. `update` needs `params`, as optax's weight decay does.
+      The transformation. `update` needs `params`, as optax's weight decay does, and an update for every layer.
+      For a schedule of an option beside the learning rate, `optax.inject_hyperparams` needs `static_args=("layers",
+      "nesterov", "num_passes")`.
 
     Raises:
       ValueError: no layers, an unknown method, a bad number of passes; in `init`, naming the layer: a path that names
@@ -196,7 +198,7 @@ def _scale_by_steepest(layers, momentum, nesterov: bool, method: str, num_passes
         steps, memory = _all_steps(momenta, state.memory, tuple(layers.items()), method, num_passes)
         leaves, tree = jax.tree.flatten(updates)
         for place, step in zip(kernel_places(layers, updates).values(), steps, strict=True):
-            leaves[place] = step.astype(leaves[place].dtype)
+            leaves[place] = step
         return tree.unflatten(leaves), SpectralDescentState(count, average, memory)
 
     return optax.GradientTransformationExtraArgs(init, update)

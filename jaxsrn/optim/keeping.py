@@ -122,7 +122,7 @@ def keep(
         tree = jax.tree.structure(params)
         steps, places = tree.flatten_up_to(updates), kernel_places(layers, params)
         kernels = named_kernels(layers, params)
-        ours = tuple(_checked_step(path, steps[places[path]], kernel.shape) for path, kernel in kernels.items())
+        ours = tuple(_checked_step(path, steps[places[path]], kernel) for path, kernel in kernels.items())
         ours, state = _correct(tuple(kernels.values()), ours, state, limit, tuple(layers.items()), every, rule)
         for path, step in zip(layers, ours, strict=True):
             steps[places[path]] = step
@@ -147,15 +147,20 @@ def _correct(kernels: tuple, steps: tuple, state: KeepState, limit, layers: tupl
     return due[0], KeepState(count, due[1])
 
 
-def _checked_step(path, step, shape: tuple[int, ...]):
-    """The update of a kernel as an array of its shape, or `None` where it is missing."""
+def _checked_step(path, step, kernel):
+    """The update of a kernel as an array of its shape, or `None` where it is missing.
+
+    It is as wide as the kernel at least: rounded to a narrower dtype it would not lead to the corrected kernel.
+    """
     if step is None:
         return None
     ensure(
-        jnp.shape(step) == shape,
-        f"updates: got shape {jnp.shape(step)} at {path!r}, expected that of the kernel, {shape}.",
+        jnp.shape(step) == kernel.shape,
+        f"updates: got shape {jnp.shape(step)} at {path!r}, expected that of the kernel, {kernel.shape}.",
     )
-    return jnp.asarray(step)
+    step = jnp.asarray(step)
+    is_narrower = jnp.finfo(step.dtype).bits < jnp.finfo(kernel.dtype).bits
+    return step.astype(kernel.dtype) if is_narrower else step
 
 
 def _listed(layers, steps: dict, memory: dict):

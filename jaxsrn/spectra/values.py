@@ -153,12 +153,13 @@ def top_singular_values(kernel: Kernel, op: Operator, k: int) -> Float[Array, " 
 
 @functools.partial(program, static_argnums=2)
 def _top_matrix_free(kernel, op, k):
-    kernel = kernel.astype(float_dtype(kernel.dtype))
-    fixed, _ = rescaled(lax.stop_gradient(kernel), op)
-    found = top_singular_vectors(*flat_products(fixed, op), k, vector_tolerance(kernel.dtype), kernel.dtype)
+    # Products of small entries and of small kernels would be denormal numbers.
+    kernel, scale = rescaled(kernel.astype(float_dtype(kernel.dtype)), op)
+    products = flat_products(lax.stop_gradient(kernel), op)
+    found = top_singular_vectors(*products, k, vector_tolerance(kernel.dtype), kernel.dtype)
     values = functools.partial(_values_of_vectors, op)
     move = stationary(lambda kernel, vectors: values(kernel, stack_of_one(vectors))[0])
-    return jnp.sort(held(values, jax.vmap(move, (None, 0)), kernel, found))[::-1]
+    return scale * jnp.sort(held(values, jax.vmap(move, (None, 0)), kernel, found))[::-1]
 
 
 def _values_of_vectors(op: Operator, kernel, vectors) -> Float[Array, " k"]:

@@ -46,7 +46,8 @@ def log_sum_exp(kernel: Kernel, op: Operator, *, alpha, smooth: bool = False) ->
       smooth: static; `True` for the trace, which is smooth everywhere.
 
     Returns:
-      A scalar in float32 or wider. Its gradient is always finite, and exact where the value is differentiable.
+      A scalar in float32 or wider. Its gradient is always finite, and exact where the value is differentiable. Second
+      derivatives are exact where the singular values of every frequency are distinct, and may be NaN elsewhere.
 
     Raises:
       ValueError: a kernel that does not fit, an operator that is not circular, a bad `alpha`.
@@ -116,7 +117,15 @@ def form_eigenvalues(kernel_shape: tuple[int, ...], op: Operator) -> Float[np.nd
     taps. The largest over all `l` is `q`, at the real frequencies. It implies the feasible interval
     `N / q <= srank <= N`, which `jaxsrn.stable_rank_range` gives for every operator.
 
-    Args, errors: as `forms`.
+    Args:
+      kernel_shape: that of a kernel of one channel, `(*taps, 1, 1)`.
+      op: a `CircularConv` without strides.
+
+    Returns:
+      `(frequencies, 2)`, a row for each `B_l`.
+
+    Raises:
+      ValueError: what `forms` raises it for.
     """
     waves = _waves(kernel_shape, op)
     spread = np.abs(np.sum(waves**2, axis=-1))
