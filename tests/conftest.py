@@ -1,16 +1,21 @@
 """Strict numerics for every test: float64 where it is meant, no silent promotion of dtypes or ranks."""
 
+import gc
 import os
 from pathlib import Path
 
 import jaxlib.version
 
-# Nearly all of the time of these tests is compilation. Without most of XLA's optimizations, and with its former code
-# generator, it takes less than half as long. `JAX_DISABLE_MOST_OPTIMIZATIONS=0` compiles as users do. JAX reads both
-# when it is imported; XLA aborts at a flag that it does not know, and later versions may not know this one.
+# Nearly all of the time of these tests is tracing, lowering and compilation. Without most of XLA's optimizations, with
+# its former code generator and with one LLVM module for a program, compilation takes less than half as long.
+# `JAX_DISABLE_MOST_OPTIMIZATIONS=0` compiles as users do. JAX reads all of these when it is imported; XLA aborts at a
+# flag that it does not know, and later versions may not know these.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 if os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1" and jaxlib.version.__version__.startswith("0.10."):
-    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_use_fusion_emitters=false"
+    flags = " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + flags
+# Lowering writes no stack of Python calls beside each operation.
+os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
 
 # jaxlib's batched SVDs hold a thread of XLA's pool each while they wait for others to work (0.10.2): where one program
 # runs as many at once as there are threads, on two cores two, all wait for ever. XLA takes the size of its pool here.
@@ -23,6 +28,10 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 import jax
 import jaxtyping
 import pytest
+
+# JAX keeps hundreds of thousands of objects, which the collector need not walk at every few hundred new ones.
+gc.freeze()
+gc.set_threshold(200_000, 20, 100)
 
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
