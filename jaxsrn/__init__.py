@@ -2,11 +2,13 @@
 
 A function of a layer has the form `f(kernel, op, *, options)`, with a target or a limit before the options: the kernel
 is in Flax's layout, and the operator says which linear map it stands for. The modules `bounds`, `lipschitz`, `optim`,
-`penalties`, `sphere` and `surrogate` are imported when they are first used; `jaxsrn.nnx` and `jaxsrn.linen`, the
-wrappers for Flax, and `jaxsrn.plots`, the pictures, are imported by name.
+`penalties`, `projections`, `sphere` and `surrogate` are imported when they are first used; `jaxsrn.nnx` and
+`jaxsrn.linen`, the wrappers for Flax, `jaxsrn.report`, the tables, and `jaxsrn.plots`, the pictures, are imported by
+name.
 """
 
 import importlib
+import importlib.metadata
 from typing import TYPE_CHECKING
 
 from jaxsrn.normalization import SRNResult, srn, srnc, srnc_tanay
@@ -27,7 +29,7 @@ from jaxsrn.spectra import (
 )
 
 if TYPE_CHECKING:
-    from jaxsrn import bounds, lipschitz, optim, penalties, sphere, surrogate
+    from jaxsrn import bounds, lipschitz, optim, penalties, projections, sphere, surrogate
 
 __all__ = [
     "CircularConv",
@@ -47,6 +49,7 @@ __all__ = [
     "optim",
     "penalties",
     "project_spectral_ball",
+    "projections",
     "singular_values",
     "spectral_norm",
     "sphere",
@@ -63,11 +66,18 @@ __all__ = [
     "top_singular_values",
 ]
 
-_MODULES = ("bounds", "lipschitz", "optim", "penalties", "sphere", "surrogate")
+_MODULES = ("bounds", "lipschitz", "optim", "penalties", "projections", "sphere", "surrogate")
 
 
 def __getattr__(name: str):
     # `import jaxsrn` stays light: optim and surrogate need optax.
     if name in _MODULES:
         return importlib.import_module(f"jaxsrn.{name}")
+    if name == "__version__":
+        return importlib.metadata.version("jaxsrn")
     raise AttributeError(f"module 'jaxsrn' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """All names, those of modules that are not imported yet among them, as interactive shells complete them."""
+    return sorted({*globals(), *__all__})

@@ -51,7 +51,6 @@ HOUSE = {
         "padded.idle_channels",
         "padded.circular_model",
         "padded.starts",
-        "padded.few_channels",
         "padded.leading",
         "pairs_by_kind",
         "moving_pairs",
@@ -247,3 +246,11 @@ for op in (jaxsrn.CircularConv((6, 6)), jaxsrn.ZeroPaddedConv((6, 6), strides=2)
 print("fine")
 """
     assert run(code) == "fine"
+
+
+def test_all_names_are_completed():
+    """Interactive shells take names from `dir`, and modules are imported when they are first used."""
+    assert set(jaxsrn.__all__) <= set(dir(jaxsrn))
+    assert re.match(r"\d+\.\d+", jaxsrn.__version__)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = jaxsrn.nothing
