@@ -33,7 +33,7 @@ from tqdm import tqdm
 import jaxsrn
 from jaxsrn import CircularConv, UnboundedConv, ZeroPaddedConv
 from jaxsrn._tools import lanczos
-from jaxsrn.normalization import iteration, starts
+from jaxsrn.normalization import iteration, scan
 from jaxsrn.spectra.circular import branch_and_bound, climbing, leading
 from jaxsrn.spectra.padded import starts as padded_starts
 
@@ -156,7 +156,7 @@ PADDED = (
 )
 DISTANCES = (
     Without("Anderson's acceleration", ((iteration, "_anderson", lambda memory, _, x, r: (memory, x + r)),)),
-    Without("four starts (one)", ((starts, "_NUM_STARTS", 1),)),
+    Without("four starts (one)", ((scan, "_NUM_STARTS", 1),)),
     Without("rounds, each from where a larger value was found (one)", ((iteration, "_MAX_ROUNDS", 1),)),
 )
 

@@ -318,7 +318,7 @@ def test_errors():
     for (bad, message), function in itertools.product(BAD_KERNELS, (bounds.certified, bounds.gram_iteration)):
         with pytest.raises(ValueError, match=message):
             function(bad, op)
-    with pytest.raises(ValueError, match=r"resolution: got 1\.5, expected a static number from 0 to 1"):
+    with pytest.raises(ValueError, match=r"resolution: got 1\.5, expected a static number, at least 0 and below 1"):
         bounds.certified(kernel, op, resolution=1.5)
     with pytest.raises(ValueError, match="num_steps: got 0, expected a static integer >= 1"):
         bounds.gram_iteration(kernel, op, num_steps=0)

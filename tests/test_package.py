@@ -79,6 +79,7 @@ HOUSE = {
     ],
     "normalization": [
         "closed_form",
+        "scan",
         "starts",
         "iteration",
         "result",
@@ -117,6 +118,7 @@ HOUSE = {
     "nnx": ["wrappers", "models"],
     "linen": ["wrappers", "constrained", "models"],
     "report": [
+        "named_arrays",
         "files",
         "layouts",
         "recurrent",

@@ -115,7 +115,7 @@ def test_a_call_with_constants_is_part_of_the_function_that_makes_it(once):
 
 @linux
 def test_maps_stay_bounded(monkeypatch):
-    """The maps of six shapes and their derivatives, which exceed the limit without a bound, stay below it."""
+    """The maps of twelve shapes and their derivatives, which exceed the limit without a bound, stay below it."""
 
     def function(x):
         return jnp.sum(jnp.tanh(jnp.outer(x, x)) @ x)
@@ -125,10 +125,10 @@ def test_maps_stay_bounded(monkeypatch):
     limit = num_maps() + ALLOWED
     monkeypatch.setattr(programs, "_programs", Programs(limit))
     bounded, unbounded, most = program(function), jax.jit(function), 0
-    for n in range(3, 9):
+    for n in range(3, 15):
         called_in_all_ways(bounded, n)
         most = max(most, num_maps())
-    for n in range(9, 15):
+    for n in range(15, 27):
         called_in_all_ways(unbounded, n)
     # The program that was just compiled is not counted yet.
     assert most < limit + ALLOWED

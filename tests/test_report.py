@@ -26,9 +26,10 @@ import jaxsrn.nnx as jnnx
 from jaxsrn import CircularConv, Dense, UnboundedConv, ZeroPaddedConv
 from jaxsrn.report import analyze
 from jaxsrn.report.comparing import compare
-from jaxsrn.report.files import ArrayInfo, BrokenFile, open_arrays
+from jaxsrn.report.files import BrokenFile, open_arrays
 from jaxsrn.report.kernels import find_kernels
 from jaxsrn.report.matrices import numbers_of_matrix
+from jaxsrn.report.named_arrays import ArrayInfo
 from jaxsrn.report.rewriting import normalize
 from jaxsrn.report.table import digits
 

@@ -9,7 +9,7 @@ from scipy.optimize import minimize
 
 import jaxsrn
 from jaxsrn import CircularConv, Dense, ZeroPaddedConv
-from jaxsrn.normalization.starts import _frobenius_norms as frobenius_norms
+from jaxsrn.normalization.scan import _frobenius_norms as frobenius_norms
 
 SOLVED = by_name(
     "dense-wide",

@@ -25,7 +25,8 @@ from jaxsrn._tools.loops import one_by_one, while_loop
 from jaxsrn._tools.programs import program
 from jaxsrn._tools.tolerances import vector_tolerance
 from jaxsrn.normalization.closed_form import INFEASIBLE, Candidate, Problem, closed_form, functional, problem_of
-from jaxsrn.normalization.starts import Survey, survey
+from jaxsrn.normalization.scan import Survey
+from jaxsrn.normalization.starts import survey
 from jaxsrn.operators.base import Operator
 from jaxsrn.spectra.moving_pairs import frozen_value
 from jaxsrn.spectra.pairs_by_kind import leading_pair, nearby, no_pair

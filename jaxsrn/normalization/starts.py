@@ -1,318 +1,79 @@
-"""The pairs that the iteration starts from, and a distance that provably no kernel beats.
+"""The pairs that the iteration starts from, and a distance that provably no kernel beats, for each kind of layer.
 
-The distance of a pair's closed form decreases in `e = <E, E>_d` and in `m = <A, E>_d`, for targets below the stable
-rank of `A`. Upper bounds of both give a lower bound of the distance of every feasible kernel. The pairs that come
-closest to it are the starts. For circular convolutions this is branch and bound over the sites (frequency, group; see
-`spectra/circular/sites.py`) and the phase of a pair: the sites are sorted by a bound that needs no SVD, and the scan
-ends where that bound exceeds the best distance found. Unbounded convolutions are scanned on a coarse grid, and each of
-its frequencies stands for the box of frequencies around it. `spectra/circular/branch_and_bound.py` bounds the norm
-instead. Zheng et al. 2025 take random starts on the sphere.
+Circular convolutions are scanned at all of their sites (`scan.py`), unbounded ones on a coarse grid, where each
+frequency stands for the box of frequencies around it. With zero padding the starts are waves of a model without edges.
+Zheng et al. 2025 take random starts on the sphere.
 """
 
 from __future__ import annotations
 
-import functools
 import math
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
 from jaxsrn._tools.indexing import joined, picked, stack_of_one
-from jaxsrn._tools.linalg import divisor, einsum, safe_sqrt, top_pairs, top_values
+from jaxsrn._tools.linalg import divisor, top_values
 from jaxsrn._tools.tolerances import svds_are_dear
 from jaxsrn.normalization.closed_form import (
-    INFEASIBLE,
     INFEASIBLE_FROM,
     Problem,
-    is_feasible,
     problem_of,
-    squared_distance,
+)
+from jaxsrn.normalization.scan import (
+    SCAN_CHUNK,
+    Reach,
+    Survey,
+    all_sites,
+    at_best_phases,
+    lower_bounds,
+    reach_of,
+    scanned,
 )
 from jaxsrn.operators.base import Operator
 from jaxsrn.operators.convolutions import CircularConv, UnboundedConv, ZeroPaddedConv
 from jaxsrn.spectra.circular.fourier import (
-    axis_waves,
-    complex_dtype,
-    half_symbol,
-    lags_of,
-    polynomial,
-    polyphase,
-    site_shape,
     site_symbol,
-    site_waves,
-    squared_phase_sums,
-    taps_by_phase,
-    terms_of,
 )
-from jaxsrn.spectra.circular.grid_certificate import degrees, on_dividing_grid
-from jaxsrn.spectra.circular.site_pairs import pairs_at
-from jaxsrn.spectra.circular.sites import Site, among, half_grid, on_grid, sites_at, without_edges
+from jaxsrn.spectra.circular.grid_certificate import on_dividing_grid
+from jaxsrn.spectra.circular.sites import among, on_grid, without_edges
 from jaxsrn.spectra.image_pairs import of_flat_vectors
 from jaxsrn.spectra.padded.circular_model import windowed
-from jaxsrn.spectra.ranks import largest_functional
+from jaxsrn.spectra.ranks import largest_squared_functional
 from jaxsrn.spectra.singular_pair import Pair
 
 __all__ = [
-    "Survey",
     "best_of",
     "image_waves",
     "survey",
     "with_own",
 ]
 
-# Pairs that are followed to the end: more are surer to lead to the best stationary point, and each takes its time.
-_NUM_STARTS = 4
 # Climbers are at peaks of the singular values, which are not those of the distance, so that more of them are tried.
 _NUM_CLIMBERS = 8
 # Singular values after the largest whose pairs are tried too, of small layers with zero padding.
 _NUM_NEXT = 4
-# Sites whose vectors are computed at a time: many share the overhead of an SVD, few stop the scan earlier. With one
-# channel per site there is no SVD.
-_SCAN_CHUNK = 16
-_CHEAP_CHUNK = 4
-# Phases that are compared, and how often the search zooms in on the interval between the neighbours of the best one.
-# The last interval is (2 / 15)^7 = 7e-7 of the first.
-_NUM_PHASES = 16
-_PHASE_ZOOMS = 7
 # Angles per degree of the coarse grid of an unbounded convolution, whose boxes have to be small for a close bound, and
 # of the model of a zero-padded one, which only says where to start: the best few sites of a finer grid would be
 # neighbours of one another.
 _TORUS_ANGLES, _MODEL_ANGLES = 16, 4
 # Coarse grids have at most two to the power of this many frequencies.
 _MOST_SITES = 13
-# Of kernels of more terms the symbols take less than the products of all pairs of terms.
-_MANY_TERMS = 256
-
-
-class Survey(NamedTuple):
-    """A stack of pairs to start from, and a squared distance that no feasible kernel beats.
-
-    The bound is infinite where provably no kernel is feasible.
-    """
-
-    starts: Pair
-    bound: Float[Array, ""]
-
-
-class _Reach(NamedTuple):
-    """What is known of the sites of a layer without an SVD.
-
-    Attributes:
-      e: the largest `e` of the pairs in the box of a site, static.
-      phase: the stride phase that allows the largest `e`, static; `None` where all are alike.
-      sizes: the Frobenius norm of the symbol, which bounds its singular values.
-      phi: how far apart the frequencies of a box are (`branch_and_bound.py`), static; 0 where a box is one frequency.
-      samples: the number of output samples that the Frobenius norm counts, static.
-    """
-
-    e: Float[np.ndarray, " sites"]
-    phase: int | None
-    sizes: Float[Array, " sites"]
-    phi: float
-    samples: int
-
-
-def _reach(
-    kernel: Float[Array, "..."], op: CircularConv, samples: int, has_boxes: bool, layer: Operator | None = None
-) -> _Reach:
-    """The reach of all sites, each for itself or for the box around it; `layer` is what `op` is a model of, if any."""
-    counts, sums = squared_phase_sums(op, kernel.shape)
-    e = np.max(counts + np.abs(sums), axis=-1) / 2
-    phi = 0.0
-    if has_boxes:
-        half_steps = np.pi / np.array(op.grid)
-        phi = float(np.sum(half_steps * np.array(degrees(op, kernel.shape)) / 2))
-        # The sum of exp(2i <w, t>) over the terms changes at most as fast as its terms turn around their middle.
-        terms = terms_of(op, kernel.shape)
-        turning = 2 * np.abs(terms - (terms.max(axis=0) + terms.min(axis=0)) / 2).sum(axis=0)
-        e = np.minimum(e + np.sum(turning * half_steps) / 2, counts.max())
-    phase = _richest_phase(op if layer is None else layer, op, kernel.shape)
-    return _Reach(e / samples, phase, _frobenius_norms(kernel, op), phi, samples)
-
-
-def _richest_phase(layer: Operator, op: CircularConv, kernel_shape: tuple[int, ...]) -> int | None:
-    """The stride phase of the circular layer whose taps allow the largest `e` in `layer`; `None` where all are alike.
-
-    A tap adds at most one over the number of samples that it meets (`largest_functional` in `spectra/ranks.py`).
-    """
-    contacts = layer._axis_contacts(kernel_shape)
-    axes = [
-        in_phase @ [1 / len(tap.outputs) if len(tap.outputs) else 0.0 for tap in taps]
-        for taps, (_, in_phase) in zip(contacts, polyphase(op, kernel_shape), strict=True)
-    ]
-    sums = functools.reduce(np.multiply.outer, axes).reshape(-1)
-    return None if np.ptp(sums) <= 1e-9 * sums.max() else int(np.argmax(sums))
-
-
-def _all_sites(op: CircularConv, reach: _Reach) -> Site:
-    """The sites that the reach is of."""
-    return jax.tree.map(jnp.asarray, sites_at(op, np.arange(len(reach.e))))
-
-
-def _frobenius_norms(kernel: Float[Array, "..."], op: CircularConv) -> Float[Array, " sites"]:
-    """`||S(w)||_F` at every site, from the inner products of the terms, without the symbol where these are few."""
-    coefficients, terms = polynomial(kernel, op)
-    if len(terms) > _MANY_TERMS:
-        return jnp.linalg.norm(half_symbol(kernel, op), axis=(-2, -1))
-    flat = coefficients.reshape((*coefficients.shape[:2], -1))
-    products = einsum("gtc,gsc->gts", flat, flat).reshape((len(flat), -1))
-    lags, places = lags_of(terms)
-    which = (len(lags) // 2 + places[:, None] - places[None]).reshape(-1)
-    sums = jnp.zeros((len(flat), len(lags)), products.dtype).at[:, which].add(products)
-    rows = [axis_waves(n, lags[:, j])[:m] for j, (n, m) in enumerate(zip(op.grid, half_grid(op), strict=True))]
-    cosines = np.real(functools.reduce(lambda a, b: (a[:, None] * b[None]).reshape((-1, len(lags))), rows))
-    return safe_sqrt(einsum("gl,fl->fg", sums, jnp.asarray(cosines, sums.dtype)).reshape(-1))
-
-
-def _bounds(problem: Problem, e, values, phi: float):
-    """Squared distances that no pair in the boxes beats, by bounds of `e` and by singular values at the centres."""
-    m = jnp.minimum(values, problem.norm)
-    if phi:
-        # A singular value can be larger elsewhere in the box, by the inequality of Bernstein and Szegoe.
-        angle = jnp.arccos(m / divisor(problem.norm))
-        m = problem.norm * jnp.cos(jnp.maximum(angle - phi, 0))
-    distance = squared_distance(e, m, problem)
-    return jnp.where(is_feasible(e, problem.target), distance, INFEASIBLE / e)
-
-
-def _best_phases(problem: Problem, q, c, values):
-    """The best phase `theta` of each pair `(u, e^{i theta} v)`: `(scores, theta)`, the scores as `Candidate.merit`.
-
-    A pair has `m = sigma cos(theta)` and `e = q + Re(e^{2 i theta} c)`. The distance decreases in both, `m` is largest
-    at 0, and so the best phase lies between 0 and the maximiser of `e`. That interval is searched on a grid of phases,
-    again and again around its best one.
-    """
-    size, angle = jnp.abs(c), jnp.angle(c)
-    norm = divisor(problem.norm)
-    shares = jnp.asarray(np.linspace(0, 1, _NUM_PHASES), q.dtype)
-
-    def zoom(_, state):
-        _, _, low, high = state
-        theta = low[:, None] + (high - low)[:, None] * shares[None]
-        e = q[:, None] + size[:, None] * jnp.cos(2 * theta + angle[:, None])
-        m = values[:, None] * jnp.cos(theta)
-        feasible = is_feasible(e, problem.target)
-        distance = squared_distance(jnp.where(feasible, e, 1.0), m, problem)
-        # Among pairs of equal infeasible `e` the one with the largest value is closest.
-        scores = jnp.where(feasible, distance, INFEASIBLE / e * (1 - 1e-3 * m / norm))
-        best, step = lax.argmin(scores, 1, jnp.int32).astype(q.dtype), (high - low) / (_NUM_PHASES - 1)
-        middle = low + best * step
-        around = jnp.where(best == 0, low, middle - step), jnp.where(best == _NUM_PHASES - 1, high, middle + step)
-        return jnp.min(scores, axis=-1), middle, *around
-
-    nothing = jnp.zeros_like(q), jnp.zeros_like(q), jnp.zeros_like(q), -angle / 2
-    return lax.fori_loop(0, _PHASE_ZOOMS, zoom, nothing)[:2]
-
-
-def _at_best_phases(problem: Problem, op: CircularConv, values, pairs: Pair, samples: int):
-    """The scores of pairs at their best phases, and the pairs turned to them.
-
-    The amplitudes of a pair give its `q` and `c` of `_best_phases`, with the number of taps in each stride phase and
-    the sum of their squared phase factors at the site of the pair.
-    """
-    shape, dtype = problem.kernel.shape, problem.kernel.dtype
-    taps = taps_by_phase(op, shape)
-    by_phase = pairs.input.reshape((len(values), taps.shape[1], -1))
-    factors = einsum("kt,tp->kp", site_waves(op, shape, pairs.site, dtype) ** 2, jnp.asarray(taps, by_phase.dtype))
-    squares = jnp.sum(by_phase.conj() ** 2, axis=-1) * factors
-    counts = jnp.asarray(taps.sum(axis=0), dtype)
-    q = einsum("kpi,p->k", jnp.abs(by_phase) ** 2, counts) / (2 * samples)
-    c = jnp.sum(pairs.output**2, axis=-1) * jnp.sum(squares, axis=-1) / (2 * samples)
-    scores, theta = _best_phases(problem, q, c, values)
-    turn = lax.complex(jnp.cos(theta), jnp.sin(theta))[:, None]
-    return scores, pairs._replace(output=pairs.output * turn)
-
-
-class _Scan(NamedTuple):
-    """The best pairs so far with their scores, the lowest bound of the sites seen, and how many chunks these are."""
-
-    scores: Float[Array, " starts"]
-    pairs: Pair
-    bound: Float[Array, ""]
-    position: Int[Array, ""]
-
-
-def _scanned(problem: Problem, op: CircularConv, reach: _Reach, wanted: Bool[Array, ""] | bool) -> Survey:
-    """The best few sites with their best phases, by the closed form for the leading pair of `A` at each site.
-
-    Sites are taken in the order of a bound that needs no SVD, until it exceeds the best distance found: all others
-    are provably worse. With one channel per site a pair is a site and a phase, so what the scan finds is the global
-    solution and its own lower bound. If no pair is feasible, the starts are those that allow the smallest stable rank:
-    at the real frequencies, the largest singular values first.
-    """
-    kernel = problem.kernel
-    e, count = jnp.asarray(reach.e, problem.norm.dtype), len(reach.e)
-    sites = _all_sites(op, reach)
-    one_channel = site_shape(op, kernel.shape) == (1, 1)
-    chunk, kept = (_CHEAP_CHUNK, 1) if one_channel else (_SCAN_CHUNK, _NUM_STARTS)
-    chunk, kept = min(chunk, count), min(kept, count)
-    # A box may hold more than its centre, so that boxes are taken in the order of their centres' bounds.
-    lowest = _bounds(problem, e, reach.sizes, 0.0)
-    order, num_chunks = jnp.argsort(lowest).astype(jnp.int32), -(-count // chunk)
-    order = jnp.concatenate([order, order[: num_chunks * chunk - count]]).reshape((num_chunks, chunk))
-
-    def look(state: _Scan) -> _Scan:
-        places = picked(order, state.position)
-        values, pairs = pairs_at(kernel, op, picked(sites, places))
-        bound = jnp.min(_bounds(problem, picked(e, places), values, reach.phi))
-        if reach.phase is not None:
-            values, pairs = _with_phase(kernel, op, values, pairs, reach.phase)
-        scores, pairs = _at_best_phases(problem, op, values, pairs, reach.samples)
-        scores, pairs = joined(state[:2], (scores, pairs))
-        best = lax.top_k(-scores, kept)[1]
-        scores, pairs = picked((scores, pairs), best)
-        return _Scan(scores, pairs, jnp.minimum(state.bound, bound), state.position + 1)
-
-    def unfinished(state: _Scan):
-        following = picked(lowest, picked(order, jnp.minimum(state.position, num_chunks - 1))[0])
-        return wanted & (state.position < num_chunks) & (following < state.scores[0])
-
-    rows, columns = site_shape(op, kernel.shape)
-    complex_type = complex_dtype(kernel.dtype)
-    nothing = Pair(
-        Site(jnp.zeros((kept, op.num_axes), jnp.int32), jnp.zeros(kept, jnp.int32)),
-        jnp.zeros((kept, rows), complex_type),
-        jnp.zeros((kept, columns), complex_type),
-    )
-    infinite = jnp.full(kept, jnp.inf, kernel.dtype)
-    scan = lax.while_loop(unfinished, look, _Scan(infinite, nothing, infinite[0], jnp.zeros((), jnp.int32)))
-    if one_channel and not reach.phi:
-        bound = scan.scores[0]
-    else:
-        unseen = (jnp.arange(num_chunks, dtype=jnp.int32) >= scan.position)[:, None]
-        beyond = _bounds(problem, e, reach.sizes, reach.phi) if reach.phi else lowest
-        bound = jnp.minimum(scan.bound, jnp.min(jnp.where(unseen, picked(beyond, order), jnp.inf)))
-    return Survey(scan.pairs, jnp.where(bound < INFEASIBLE_FROM, bound, jnp.inf))
-
-
-def _with_phase(kernel, op: CircularConv, values, pairs: Pair, phase: int):
-    """The leading values and pairs of some sites, followed by the leading ones of inputs in one stride phase.
-
-    Taps that are zero in the kernel have no part in its leading pairs where they alone are in a phase, and a target
-    below what the other taps allow would then look infeasible.
-    """
-    symbols = jax.vmap(site_symbol, (None, None, 0))(kernel, op, pairs.site)
-    by_phase = symbols.reshape((len(values), math.prod(op.strides), -1, symbols.shape[-1]))
-    further, rows, outputs = top_pairs(by_phase[:, phase])
-    inputs = jnp.zeros(by_phase.shape[:-1], rows.dtype).at[:, phase].set(rows).reshape(pairs.input.shape)
-    return joined((values, pairs), (further, Pair(pairs.site, inputs, outputs)))
 
 
 def _scanned_torus(problem: Problem, op: UnboundedConv, wanted: Bool[Array, ""] | bool) -> Survey:
     """The survey of an unbounded convolution: the frequencies of a coarse grid, each for the box around it."""
     kernel = problem.kernel
     coarse, fine = _coarse(op, kernel.shape, _TORUS_ANGLES), on_grid(op, kernel.shape)
-    found = _scanned(problem, coarse, _reach(kernel, coarse, 1, has_boxes=True), wanted)
+    found = scanned(problem, coarse, reach_of(kernel, coarse, 1, has_boxes=True), wanted)
     return found._replace(starts=found.starts._replace(site=among(found.starts.site, coarse, fine)))
 
 
 def best_of(problem: Problem, op: UnboundedConv, values: Float[Array, " n"], pairs: Pair) -> Pair:
     """The best few of pairs of known values, at their best phases, for an unbounded convolution."""
-    scores, pairs = _at_best_phases(problem, on_grid(op, problem.kernel.shape), values, pairs, 1)
+    scores, pairs = at_best_phases(problem, on_grid(op, problem.kernel.shape), values, pairs, 1)
     return picked(pairs, lax.top_k(-scores, min(_NUM_CLIMBERS, len(scores)))[1])
 
 
@@ -329,22 +90,22 @@ def image_waves(kernel: Float[Array, "..."], op: ZeroPaddedConv, target, wanted:
     """
     shape = kernel.shape
     model = _coarse(op, shape, _MODEL_ANGLES)
-    reach = _reach(kernel, model, 1, has_boxes=False, layer=op)
+    reach = reach_of(kernel, model, 1, has_boxes=False, layer=op)
     norm, squared = _norm_of_model(kernel, model, reach), jnp.sum(kernel**2)
-    target = target * largest_functional(shape, op) / largest_functional(shape, without_edges(op))
+    target = target * largest_squared_functional(shape, op) / largest_squared_functional(shape, without_edges(op))
     # A target at the model's own stable rank or above it would leave nothing to lower.
     target = jnp.minimum(target, 0.95 * squared / divisor(norm) ** 2)
-    waves = _scanned(problem_of(kernel, without_edges(op), target, norm), model, reach, wanted).starts
+    waves = scanned(problem_of(kernel, without_edges(op), target, norm), model, reach, wanted).starts
     return jax.vmap(lambda pair: windowed(pair, model, op, shape))(waves)
 
 
-def _norm_of_model(kernel: Float[Array, "..."], model: CircularConv, reach: _Reach) -> Float[Array, ""]:
+def _norm_of_model(kernel: Float[Array, "..."], model: CircularConv, reach: Reach) -> Float[Array, ""]:
     """The largest singular value at the sites whose symbols have the largest Frobenius norms, an estimate from below.
 
     It only says where to start.
     """
-    places = lax.top_k(reach.sizes, min(_SCAN_CHUNK, reach.sizes.size))[1]
-    sites = picked(_all_sites(model, reach), places)
+    places = lax.top_k(reach.sizes, min(SCAN_CHUNK, reach.sizes.size))[1]
+    sites = picked(all_sites(model, reach), places)
     return jnp.max(top_values(jax.vmap(site_symbol, (None, None, 0))(kernel, model, sites)))
 
 
@@ -355,11 +116,11 @@ def survey(problem: Problem, op: Operator, own: Pair, wanted: Bool[Array, ""] | 
     is not `wanted`, as for some kernels of a batch, the scan ends at once, and what it returns says nothing.
     """
     if isinstance(op, CircularConv):
-        return _scanned(problem, op, _reach(problem.kernel, op, math.prod(op.grid), has_boxes=False), wanted)
+        return scanned(problem, op, reach_of(problem.kernel, op, math.prod(op.grid), has_boxes=False), wanted)
     if isinstance(op, UnboundedConv):
         return _scanned_torus(problem, op, wanted)
-    e = jnp.asarray(largest_functional(problem.kernel.shape, op), problem.norm.dtype)
-    bound = _bounds(problem, e, problem.norm, 0.0)
+    e = jnp.asarray(largest_squared_functional(problem.kernel.shape, op), problem.norm.dtype)
+    bound = lower_bounds(problem, e, problem.norm, 0.0)
     bound = jnp.where(bound < INFEASIBLE_FROM, bound, jnp.inf)
     if isinstance(op, ZeroPaddedConv):
         starts = with_own(own, image_waves(problem.kernel, op, problem.target, wanted))

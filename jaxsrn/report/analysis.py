@@ -12,10 +12,11 @@ import numpy as np
 
 from jaxsrn._tools.checks import ensure, float_dtype
 from jaxsrn.report.batch_norms import BatchNorm, folded, pair_batch_norms
-from jaxsrn.report.files import NamedArrays, Tree, open_arrays
+from jaxsrn.report.files import open_arrays
 from jaxsrn.report.kernels import NamedKernel, Skipped, find_kernels
 from jaxsrn.report.layers import LayerReport, layer_report
 from jaxsrn.report.models import is_model, model_of
+from jaxsrn.report.named_arrays import NamedArrays, Tree
 from jaxsrn.report.table import Report
 from jaxsrn.report.terminal import Progress, progress_bar
 

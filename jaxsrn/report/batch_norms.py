@@ -15,9 +15,9 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxsrn.penalties import fold_batch_norm
-from jaxsrn.report.files import ArrayInfo, NamedArrays
 from jaxsrn.report.kernels import NamedKernel
 from jaxsrn.report.layouts import leaf_of, parts_of, split_name
+from jaxsrn.report.named_arrays import ArrayInfo, NamedArrays
 
 __all__ = ["BatchNorm", "folded", "pair_batch_norms"]
 

@@ -1,34 +1,28 @@
-"""Named arrays, read one at a time: trees of parameters, `.safetensors` in one file or several, `.npz`, and Orbax.
-
-Names, shapes and dtypes are known at once, and an array is read when it is asked for, so that the memory that a report
-takes does not grow with its file.
-"""
+"""The named arrays of files: `.safetensors` in one file or several, `.npz`, and Orbax checkpoints."""
 
 from __future__ import annotations
 
-import abc
-import collections
 import contextlib
 import json
 import math
 import os
-import re
 import shutil
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import ml_dtypes
 import numpy as np
 
-from jaxsrn._tools.checks import ensure, errors_named
+from jaxsrn._tools.checks import ensure
 from jaxsrn.operators.layers import plain
+from jaxsrn.report.named_arrays import ArrayInfo, NamedArrays, names_of, natural, sorted_infos
 
-__all__ = ["ArrayInfo", "BrokenFile", "MissingExtra", "NamedArrays", "Tree", "open_arrays"]
+__all__ = ["BrokenFile", "MissingExtra", "open_arrays"]
 
 _INDEX = ".safetensors.index.json"
 _FORMATS = f"a .safetensors file, an index *{_INDEX} or its folder, an .npz file, or the folder of an Orbax checkpoint"
@@ -40,37 +34,6 @@ class BrokenFile(ValueError):
 
 class MissingExtra(ImportError):
     """A library that a file format needs is not installed."""
-
-
-class ArrayInfo(NamedTuple):
-    """What is known of an array before it is read; a dtype that NumPy does not know has its name alone."""
-
-    shape: tuple[int, ...]
-    dtype: np.dtype | str
-
-
-class NamedArrays(abc.ABC):
-    """Arrays by name.
-
-    Attributes:
-      infos: `{name: ArrayInfo}`, names in natural order, `layer2` before `layer10`, or in the order of an `.npz`.
-      source: what they are read from, as a report names it.
-    """
-
-    infos: dict[str, ArrayInfo]
-    source: str
-
-    @abc.abstractmethod
-    def read(self, name: str) -> np.ndarray:
-        """One array; no other is read."""
-
-    def copy(self, path: Path, change: Callable[[str], np.ndarray | None]) -> None:
-        """Writes all arrays to `path` in the same format; `None` as a change leaves an array as it is, bit by bit.
-
-        The file appears when it is complete, so that what an interrupted run leaves is no file. A change has the shape
-        and the dtype of its array.
-        """
-        raise NotImplementedError
 
 
 def open_arrays(path: str | os.PathLike) -> NamedArrays:
@@ -96,15 +59,6 @@ def open_arrays(path: str | os.PathLike) -> NamedArrays:
     return kinds[path.suffix](path)
 
 
-def natural(name: str) -> list[tuple[int, int, str]]:
-    """The key that sorts names as people do, numbers by their value."""
-    return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in re.split(r"(\d+)", name) if part]
-
-
-def _sorted(infos: Mapping[str, ArrayInfo]) -> dict[str, ArrayInfo]:
-    return {name: infos[name] for name in sorted(infos, key=natural)}
-
-
 @contextlib.contextmanager
 def _complete(path: Path) -> Iterator[Path]:
     """A file beside `path` that takes its place when the body is done."""
@@ -119,62 +73,6 @@ def _complete(path: Path) -> Iterator[Path]:
         os.replace(name, path)
     finally:
         Path(name).unlink(missing_ok=True)
-
-
-class Tree(NamedArrays):
-    """The leaves of a pytree, named by their paths, `params/Conv_0/kernel`."""
-
-    def __init__(self, tree: Any, source: str = "parameters"):
-        leaves = jax.tree_util.tree_leaves_with_path(tree)
-        names = _names_of([plain(path) for path, _ in leaves])
-        self._leaves = {name: leaf for name, (_, leaf) in zip(names, leaves, strict=True)}
-        self.source = source
-        infos = {}
-        for name, leaf in self._leaves.items():
-            with errors_named(name):
-                infos[name] = _info_of(leaf)
-        self.infos = _sorted(infos)
-
-    def read(self, name):
-        return np.asarray(self._leaves[name])
-
-
-# The attributes in which variables of NNX and boxes of Linen hold their array.
-_HOLDERS = ("value", "raw_value")
-
-
-def _names_of(paths: Sequence[tuple]) -> list[str]:
-    """The names of leaves by their paths; the attribute in which a Flax variable holds its array is left out.
-
-    Raises:
-      ValueError: two leaves of the same name.
-    """
-    inside = collections.Counter(path[:-1] for path in paths)
-    is_variable = [len(path) > 1 and path[-1] in _HOLDERS and inside[path[:-1]] == 1 for path in paths]
-    held = [path[:-1] if variable else path for path, variable in zip(paths, is_variable, strict=True)]
-    names = ["/".join(map(str, path)) for path in held]
-    twice = [name for name, count in collections.Counter(names).items() if count > 1]
-    ensure(not twice, f"{', '.join(twice)}: two arrays have this name, expected names that differ.")
-    return names
-
-
-def _info_of(leaf) -> ArrayInfo:
-    if not hasattr(leaf, "shape") or isinstance(leaf, jax.ShapeDtypeStruct):
-        return ArrayInfo(np.shape(leaf) if np.isscalar(leaf) else (), type(leaf).__name__)
-    dtype = leaf.dtype
-    is_key = isinstance(leaf, jax.Array) and jax.numpy.issubdtype(dtype, jax.dtypes.prng_key)
-    try:
-        return ArrayInfo(tuple(leaf.shape), str(dtype) if is_key else np.dtype(dtype))
-    except TypeError:
-        # Tensors of other libraries have types of their own.
-        return ArrayInfo(tuple(leaf.shape), _array_of(leaf).dtype)
-
-
-def _array_of(tensor) -> np.ndarray:
-    try:
-        return np.asarray(tensor)
-    except (TypeError, RuntimeError) as error:
-        raise ValueError(f"got a {type(tensor).__name__} that is no array of NumPy ({error}).") from error
 
 
 class _Safetensors(NamedArrays):
@@ -202,7 +100,7 @@ class _Safetensors(NamedArrays):
             length = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(length))
         header.pop("__metadata__", None)
-        self.infos = _sorted(
+        self.infos = sorted_infos(
             {name: ArrayInfo(tuple(entry["shape"]), self._dtype(entry["dtype"])) for name, entry in header.items()}
         )
         self._offsets = {name: 8 + length + entry["data_offsets"][0] for name, entry in header.items()}
@@ -258,7 +156,7 @@ class _Shards(NamedArrays):
             if missing:
                 raise BrokenFile(f"{missing[0]}: there is no such file, which an index names.")
             files = {place: _Safetensors(path) for place, path in paths.items()}
-            self.infos = _sorted({name: files[place].infos[name] for name, place in places.items()})
+            self.infos = sorted_infos({name: files[place].infos[name] for name, place in places.items()})
         except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, TypeError, KeyError) as error:
             raise BrokenFile(f"{index}: no index of .safetensors files ({error!r}).") from error
         self._files = files
@@ -361,9 +259,11 @@ class _Orbax(NamedArrays):
         except (ValueError, OSError, KeyError, AttributeError, TypeError) as error:
             raise BrokenFile(f"{path}: no Orbax checkpoint that can be read ({error}).") from error
         leaves = jax.tree_util.tree_leaves_with_path(self._tree)
-        names = _names_of([plain(key) for key, _ in leaves])
+        names = names_of([plain(key) for key, _ in leaves])
         self._paths = {name: key for name, (key, _) in zip(names, leaves, strict=True)}
-        self.infos = _sorted({name: _info_of_metadata(leaf) for name, (_, leaf) in zip(names, leaves, strict=True)})
+        self.infos = sorted_infos(
+            {name: _info_of_metadata(leaf) for name, (_, leaf) in zip(names, leaves, strict=True)}
+        )
 
     @staticmethod
     def _item(path: Path) -> Path:

@@ -19,8 +19,8 @@ import numpy as np
 from jaxsrn._tools.checks import ensure, errors_named
 from jaxsrn.operators import Dense, Operator, UnboundedConv, ZeroPaddedConv
 from jaxsrn.operators.flax_layers import LayerMap
-from jaxsrn.report.files import ArrayInfo
 from jaxsrn.report.layouts import axes_of, check_layout, layout_by_name, leaf_of, likely_layout, parts_of
+from jaxsrn.report.named_arrays import ArrayInfo
 from jaxsrn.report.recurrent import gates_of
 from jaxsrn.report.stacks_and_heads import Scopes, heads_of
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from jaxsrn._tools.checks import ensure
 from jaxsrn.operators.flax_layers import LayerMap
-from jaxsrn.report.files import NamedArrays, Tree
+from jaxsrn.report.named_arrays import NamedArrays, Tree
 
 __all__ = ["Model", "is_model", "model_of"]
 

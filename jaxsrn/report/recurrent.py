@@ -10,8 +10,8 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from jaxsrn.report.files import ArrayInfo
 from jaxsrn.report.layouts import split_name
+from jaxsrn.report.named_arrays import ArrayInfo
 
 __all__ = ["gates_of"]
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from jaxsrn.report.files import ArrayInfo
 from jaxsrn.report.layouts import parts_of
+from jaxsrn.report.named_arrays import ArrayInfo
 
 __all__ = ["Scopes", "heads_of"]
 

@@ -25,7 +25,7 @@ from jaxsrn.spectra.singular_pair import rescaled
 
 __all__ = [
     "StableRankRange",
-    "largest_functional",
+    "largest_squared_functional",
     "norm_and_rank",
     "squared_frobenius_norm",
     "stable_rank",
@@ -78,7 +78,7 @@ def squared_frobenius_norm(kernel: Kernel, op: Operator) -> Shaped[Array, ""]:
     return jnp.sum(op.frobenius_weights(kernel.shape, kernel.dtype) * kernel**2)
 
 
-def largest_functional(kernel_shape: tuple[int, ...], op: Operator) -> float:
+def largest_squared_functional(kernel_shape: tuple[int, ...], op: Operator) -> float:
     """An upper bound `e*` of `<E, E>_d` over unit `u` and `v`, where `E = grad_K <v, T(K) u> / d` tap by tap (static).
 
     Here `d_p` is the weight of tap `p` in the Frobenius norm, and `<A, B>_d = sum_p d_p <A_p, B_p>`. By Cauchy and
@@ -136,7 +136,7 @@ def stable_rank_range(kernel_shape: tuple[int, ...], op: Operator) -> StableRank
     samples_in = math.prod(_number_in_any([tap.inputs for tap in axis]) for axis in contacts)
     samples_out = math.prod(_number_in_any([tap.outputs for tap in axis]) for axis in contacts)
     channels_in, channels_out = op._channels(kernel_shape)
-    bound = largest_functional(kernel_shape, op)
+    bound = largest_squared_functional(kernel_shape, op)
     high = float(min(samples_in * channels_in, samples_out * channels_out))
     # The stable rank of a whole layer is at least 1, that per output sample can be less.
     lowest = 0.0 if isinstance(op, UnboundedConv) else 1.0

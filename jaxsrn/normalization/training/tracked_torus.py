@@ -137,8 +137,8 @@ def pairs_of(kernel: Float[Array, "..."], op: UnboundedConv, watch: Climbers):
     """The pairs of all climbers, and pairs at the frequencies that are their own opposites: `(values, pairs)`.
 
     A real kernel has real singular vectors at those frequencies. Stable ranks can be lower there than at any frequency
-    nearby (`largest_functional` in `spectra/ranks.py`), so that climbers do not lead to them. The vectors are those of
-    the climber in whose cell such a frequency lies.
+    nearby (`largest_squared_functional` in `spectra/ranks.py`), so that climbers do not lead to them. The vectors are
+    those of the climber in whose cell such a frequency lies.
     """
     layer = on_grid(op, kernel.shape)
     coefficients, exponents = polynomial(kernel, layer)
