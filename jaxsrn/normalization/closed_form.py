@@ -148,9 +148,10 @@ def decomposed(kernel: Float[Array, "..."], gradient: Float[Array, "..."], direc
     """
     e, m = jnp.sum(gradient * direction), jnp.sum(gradient * kernel)
     inverse = ratio(1.0, e)
-    rest = kernel - (m * inverse) * direction
-    along = jnp.where(m < 0, -inverse, inverse) * direction
-    return Decomposition(along, e, inverse, jnp.abs(m), rest, jnp.sum(weights * rest**2))
+    along = inverse * direction
+    rest = kernel - m * along
+    turned = jnp.where(m < 0, -along, along)
+    return Decomposition(turned, e, inverse, jnp.abs(m), rest, jnp.sum(weights * rest**2))
 
 
 def closed_form(problem: Problem, direction: Float[Array, "..."]) -> Candidate:

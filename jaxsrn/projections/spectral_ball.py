@@ -141,7 +141,8 @@ def project_spectral_ball(
     Returns:
       A `ProjectionResult`. Derivatives of the kernel, also in `max_norm`, are those of the projection by its optimality
       conditions. They are exact up to rounding and the tolerance where the projection is differentiable (the active
-      singular values stay the active ones), and finite and not expanding everywhere. `gap` has derivative 0.
+      singular values stay the active ones), and finite and not expanding everywhere. In float32 some are off by
+      percents, where the kernel is not known well enough to tell which values are active. `gap` has derivative 0.
 
     Raises:
       ValueError: a kernel that does not fit, aliased taps, a `max_norm` or `tolerance` that is not positive, or a
