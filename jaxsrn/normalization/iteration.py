@@ -254,13 +254,13 @@ def _round(a, op, target, initial, max_steps, tolerance, state: Fixpoint, found:
     # An infinite bound proves that no kernel is feasible.
     lower = (state.count == 1) & ~state.candidate.feasible & jnp.isfinite(state.bound) & (initial is None)
     more = (exceeds | lower) & (steps_left > 0) & (state.count < _MAX_ROUNDS)
-    unfinished = ~unchanged & (first | more)
+    unfinished, has_survey = ~unchanged & (first | more), first | lower
     surveyed = problem._replace(target=jnp.where(lower, 0.0, target))
-    starts, bound = _starts(surveyed, op, initial, leading, (first | lower) & unfinished, state.bound)
+    starts, bound = _starts(surveyed, op, initial, leading, has_survey & unfinished, state.bound)
     bound = jnp.where(first, bound, state.bound)
     most = jnp.where(unfinished, steps_left, -1)
     # Where one pair is followed all starts are the same.
-    num_starts = jnp.where(first | lower, len(starts.input), 1)
+    num_starts = jnp.where(has_survey, len(starts.input), 1)
     end = _best_end(problem, op, starts, num_starts, most, tolerance)
     made = chosen(first, leading, state.pair)
     taken = unfinished & (~lower | (end.best.merit < state.candidate.merit))

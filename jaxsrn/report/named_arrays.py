@@ -59,6 +59,7 @@ def natural(name: str) -> list[tuple[int, int, str]]:
 
 
 def sorted_infos(infos: Mapping[str, ArrayInfo]) -> dict[str, ArrayInfo]:
+    """The same in natural order."""
     return {name: infos[name] for name in sorted(infos, key=natural)}
 
 
@@ -112,6 +113,7 @@ def _info_of(leaf) -> ArrayInfo:
 
 
 def array_of(tensor) -> np.ndarray:
+    """The array of NumPy that a tensor of any library is; raises `ValueError` where it is none."""
     try:
         return np.asarray(tensor)
     except (TypeError, RuntimeError) as error:
