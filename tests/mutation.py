@@ -69,7 +69,7 @@ HELD_BY = {
     "jaxsrn/normalization/closed_form.py": proofs("closed_form", "test"),
     "jaxsrn/spectra/circular/grid_certificate.py": proofs("frequencies bounds", "grid or overshoot"),
     "jaxsrn/spectra/circular/boxes.py": proofs("frequencies", "grid or boxes"),
-    "jaxsrn/spectra/circular/branch_and_bound.py": proofs("frequencies", "low", "_are_low", "_lowest"),
+    "jaxsrn/spectra/circular/branch_and_bound.py": proofs("frequencies", "low or spread", "_are_low", "_spread"),
     "jaxsrn/projections/augmented_lagrangian.py": proofs(
         "projections", "lagrangian or gap", "duality_gap", "distance_and_excess", "_evaluate"
     ),

@@ -25,10 +25,10 @@ __all__ = [
     "Grid",
     "centres",
     "coarse_boxes",
-    "edges",
     "grid_of",
     "num_boxes",
     "on_half_grid",
+    "spans",
     "split",
 ]
 
@@ -113,15 +113,14 @@ def coarse_boxes(grid: Grid, counts: tuple[int, ...]) -> tuple[Int[Array, "boxes
     return jnp.minimum(corners, jnp.asarray(grid.ends - grid.sizes)[None]), exists
 
 
-def edges(grid: Grid, levels: Int[Array, " boxes"]) -> Int[Array, "boxes axes"]:
-    """The edges of boxes of the given levels."""
-    # A shift to the right rounds down, so that of the negative rounds up.
-    return -jnp.right_shift(-jnp.asarray(grid.sizes)[None], levels[:, None])
+def spans(grid: Grid, levels: Int[Array, " boxes"]) -> Int[Array, "boxes axes"]:
+    """How far the last index of a box of the given level is from its corner, on each axis."""
+    return jnp.right_shift(jnp.asarray(grid.sizes - 1)[None], levels[:, None])
 
 
-def centres(corners: Int[Array, "boxes axes"], sizes: Int[Array, "#boxes axes"]) -> Int[Array, "boxes axes"]:
+def centres(corners: Int[Array, "boxes axes"], spans: Int[Array, "#boxes axes"]) -> Int[Array, "boxes axes"]:
     """Twice the central indices of boxes."""
-    return 2 * corners + (sizes - 1)
+    return 2 * corners + spans
 
 
 def split(grid: Grid, corners, levels):
@@ -129,9 +128,8 @@ def split(grid: Grid, corners, levels):
 
     A single frequency is its own and only half.
     """
-    own, halved = edges(grid, levels), edges(grid, levels + 1)
     upper = np.array(list(itertools.product((0, 1), repeat=corners.shape[-1])), np.int32)
-    steps = (own - halved)[:, None]
+    steps = (spans(grid, levels) - spans(grid, levels + 1))[:, None]
     exists = jnp.all((upper[None] == 0) | (steps > 0), axis=-1)
     return corners[:, None] + upper[None] * steps, exists
 

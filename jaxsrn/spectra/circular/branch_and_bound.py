@@ -1,24 +1,25 @@
 """Branch and bound: the largest singular value of a symbol over its grid, guaranteed, without an SVD at each frequency.
 
 For a unit vector `x`, `||S(w) x||^2` is a trigonometric polynomial of degree `d_j` in the angle of axis `j`. Let its
-values be between `a` and `U^2`, for all `x`. By the inequality of Bernstein and Szegoe the arc cosine of the root of
+values be between `a` and `U^2`. By the inequality of Bernstein and Szegoe the arc cosine of the root of
 `(||S(w) x||^2 - a) / (U^2 - a)` then changes by at most `phi = 1/2 sum_j d_j |dw_j|`. If the grid's maximum `L` is in a
-box of frequencies, the box's centre is at most `phi` away from it in that measure, so that
+box of frequencies, the box's centre is at most `phi` away from it in that measure. With `x` the leading vector there
 
     sigma_max(S(centre))^2 >= a + (sqrt(L^2 - a) cos(phi) - sqrt(U^2 - L^2) sin(phi))^2.
 
-By the grid certificate (`grid_certificate.py`) `U` is at most `L / prod_j cos(pi d_j / (2 n_j))`, and `a` is 0, or
-larger for kernels that are nearly orthogonal. A box (`boxes.py`) whose centre is below this bound for the best value
-known cannot hold a larger one, and one Cholesky factorization of the centre's Gram matrix proves that. The other boxes
-are split, down to single frequencies. One that is higher than all known ones may lie on a slope, where very many others
-are, so that the search climbs from it. How many boxes are looked at depends on the taps and on the peaks of the
-spectrum, not on the size of the image. SVDs at all frequencies (Sedghi, Gupta, Long 2019) give the same number at a
-cost that does.
+By the grid certificate (`grid_certificate.py`) `U` is at most `L / prod_j cos(pi d_j / (2 n_j))`, and `a` is `L^2` less
+a bound of how much any `||S(w) x||^2` varies with `w` (`_spread`). A box (`boxes.py`) whose centre is below this bound
+for the best value known cannot hold a larger one, and one Cholesky factorization of the centre's Gram matrix proves
+that. The other boxes are split, down to single frequencies. One that is higher than all known ones may lie on a slope,
+where very many others are, so that the search climbs from it. How many boxes are looked at depends on the taps and on
+the peaks of the spectrum, not on the size of the image. SVDs at all frequencies (Sedghi, Gupta, Long 2019) give the
+same number at a cost that does.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -32,7 +33,7 @@ from jaxsrn._tools.programs import program
 from jaxsrn._tools.proofs import are_below, rounding, squared_limit, with_room
 from jaxsrn._tools.tolerances import vector_tolerance
 from jaxsrn.spectra.circular.angles import waves
-from jaxsrn.spectra.circular.boxes import Grid, centres, edges, on_half_grid, split
+from jaxsrn.spectra.circular.boxes import Grid, centres, on_half_grid, spans, split
 from jaxsrn.spectra.circular.climbing import Peak, best_frequency, chunk_of, climbs_from, filter_of
 from jaxsrn.spectra.circular.fourier import of_group, symbol_of
 from jaxsrn.spectra.circular.grams import GramPolynomial, grams_at, whole_grams
@@ -77,13 +78,14 @@ def highest_peak(poly: GramPolynomial, grid: Grid, corners, exists, peaks: Peak,
     # The pair of a wide kernel is at a peak up to the precision of climbing.
     best, is_new = (_highest_of(peaks), True) if _is_wide(poly) else (best_peak(poly, grid, peaks), False)
     proof = _push(_Proof(*nothing, best, jnp.asarray(is_new)), boxes, exists)
-    lowest, allowed = _lowest(poly), 1 + excess
+    spread, allowed = _spread(poly), 1 + excess
 
     def step(proof: _Proof) -> _Proof:
-        return _look(poly, grid, lowest, chunk, allowed, _raised(poly, grid, len(peaks.value), proof))
+        return _look(poly, grid, spread, chunk, allowed, _raised(poly, grid, len(peaks.value), proof))
 
-    # NaN needs no proof. Climbing may end at 0 although the kernel is not 0, at right angles to all of it.
-    return lax.while_loop(lambda proof: (proof.size > 0) & (proof.best.value >= 0), step, proof).best
+    # NaN needs no proof, nor does a kernel of zeros. Another may have the value 0, at right angles to all that climbed.
+    known = -jnp.max(jnp.abs(poly.coefficients))
+    return lax.while_loop(lambda proof: (proof.size > 0) & (proof.best.value > known), step, proof).best
 
 
 def best_peak(poly: GramPolynomial, grid: Grid, peaks: Peak) -> Peak:
@@ -107,19 +109,18 @@ def _whole_symbol(poly: GramPolynomial, grid: Grid, index: Int[Array, " axes"]):
     return symbol_of(waves(grid.angles, 2 * index, poly.exponents), poly.coefficients)
 
 
-def _lowest(poly: GramPolynomial) -> Float[Array, ""] | float:
-    """A number, 0 or larger, that no eigenvalue of a Gram matrix is below, at any angle: by Gershgorin's discs.
+def _spread(poly: GramPolynomial) -> Float[Array, ""] | float:
+    """A bound of how much `||S(w) x||^2` varies with the angle for any unit vector `x`: twice the largest row sum.
 
-    With 0 for it, branch and bound would look at very many frequencies of a nearly flat spectrum.
+    Without it, branch and bound would look at very many frequencies where a spectrum is flat.
     """
     if poly.basis is not None:
         # A reduced polynomial says nothing of the other directions, and its boxes are single frequencies.
-        return 0.0
+        return math.inf
     # An entry's even and odd part have weights whose squares have the sum 1, and lie at right angles.
-    rows = jnp.sum(jnp.maximum(jnp.abs(poly.even), jnp.abs(poly.odd)), axis=(0, 3))
-    diagonal = jnp.sum(poly.coefficients**2, axis=(1, 2))
-    slack = 2 * rounding(poly.coefficients.shape[-2], rows.dtype)
-    return jnp.maximum(jnp.min((2 - slack) * diagonal - rows), 0)
+    varying = jnp.maximum(jnp.abs(poly.even[1:]), jnp.abs(poly.odd[1:]))
+    slack = 2 * rounding(poly.coefficients.shape[-2], varying.dtype)
+    return (2 + slack) * jnp.max(jnp.sum(varying, axis=(0, 3)))
 
 
 def _push(proof: _Proof, boxes, keep) -> _Proof:
@@ -129,7 +130,7 @@ def _push(proof: _Proof, boxes, keep) -> _Proof:
     return proof._replace(boxes=put(proof.boxes, place, boxes), size=proof.size + order[-1])
 
 
-def _look(poly: GramPolynomial, grid: Grid, lowest, chunk: int, allowed, proof: _Proof) -> _Proof:
+def _look(poly: GramPolynomial, grid: Grid, spread, chunk: int, allowed, proof: _Proof) -> _Proof:
     """Takes a chunk of boxes from the stack, discards those proven low, and puts back the halves of the others.
 
     A box is low if nothing in it exceeds the best value times `allowed`.
@@ -138,7 +139,7 @@ def _look(poly: GramPolynomial, grid: Grid, lowest, chunk: int, allowed, proof: 
     boxes = lax.dynamic_slice_in_dim(proof.boxes, bottom, chunk, allow_negative_indices=False)
     corners, levels = boxes[:, :-1], boxes[:, -1]
     places = jnp.arange(chunk, dtype=jnp.int32)
-    low = _are_low(poly, grid, lowest, corners, levels, allowed * proof.best.value)
+    low = _are_low(poly, grid, spread, corners, levels, allowed * proof.best.value)
     high = ~low & (bottom + places < proof.size)
     single = high & (levels == grid.last_level)
     best = _examined(poly, grid, allowed, corners, single, proof.best)
@@ -195,14 +196,16 @@ def _once(condition, step, state):
     return lax.while_loop(lambda s: s[0], lambda s: (jnp.asarray(False), step(s[1])), (condition, state))[1]
 
 
-def _are_low(poly: GramPolynomial, grid: Grid, lowest, corners, levels, limit):
-    """Whether each box is proven to hold nothing above the limit, up to rounding; no eigenvalue is below `lowest`."""
-    sizes = edges(grid, levels)
-    phi = jnp.sum((sizes - 1).astype(grid.rates.dtype) * jnp.asarray(grid.rates)[None], axis=-1)
-    # A limit below all eigenvalues is NaN here, and then no box is low.
-    root = jnp.sqrt(limit**2 - lowest) * jnp.cos(phi) - limit * grid.tangent * jnp.sin(phi)
-    squares = lowest + jnp.maximum(root, 0) ** 2
-    grams = grams_at(poly, grid.angles, centres(corners, sizes))
+def _are_low(poly: GramPolynomial, grid: Grid, spread, corners, levels, limit):
+    """Whether each box is proven to hold nothing above the limit, up to rounding."""
+    reach = spans(grid, levels)
+    phi = jnp.sum(reach.astype(grid.rates.dtype) * jnp.asarray(grid.rates)[None], axis=-1)
+    # A vector that reaches the limit has no value below `square - fall`, at any angle.
+    square = limit**2
+    fall = jnp.minimum(spread, square)
+    root = jnp.sqrt(fall) * jnp.cos(phi) - limit * grid.tangent * jnp.sin(phi)
+    squares = square - fall + jnp.maximum(root, 0) ** 2
+    grams = grams_at(poly, grid.angles, centres(corners, reach))
     return are_below(grams, with_room(poly.coefficients.shape[-2], squares) - poly.loss)
 
 

@@ -102,7 +102,7 @@ def estimates(poly: GramPolynomial, grid: Grid, corners, exists: Bool[Array, " b
     """The estimates, by power steps from one start; they are 0 for boxes that do not exist."""
     chunk = chunk_of(poly)
     axes = corners.shape[-1]
-    doubled = centres(corners, jnp.asarray(grid.sizes)[None])
+    doubled = centres(corners, jnp.asarray(grid.sizes - 1)[None])
     own_opposites = 2**axes if poly.basis is None else 0
     if own_opposites:
         ends = np.array(list(itertools.product((0, 1), repeat=axes)), np.int32)
