@@ -145,7 +145,7 @@ WIDE_ON_TORUS = (
 )
 WIDE = (
     *ON_GRID[:1],
-    Without("the best pair polished by the Lanczos method (an SVD)", ((branch_and_bound, "_WIDE", math.inf),)),
+    Without("the best pair polished by the Lanczos method (an SVD)", ((branch_and_bound, "_LANCZOS_FROM", math.inf),)),
 )
 REDUCED = (*WIDE, Without("reduced Gram matrices (whole ones)", ((leading, "is_reduced", lambda *_: False),)))
 PADDED = (

@@ -59,7 +59,7 @@ def test_peaks_are_singular_values_at_frequencies_far_apart(size, shape):
 
 def test_wide_kernels_have_several_peaks(monkeypatch):
     """Where every frequency is estimated, the largest estimates of all are neighbours of one peak."""
-    monkeypatch.setattr(grams, "_WIDE", 40)
+    monkeypatch.setattr(grams, "_REDUCED_FROM", 40)
     kernel, op = 0.01 * gaussian((5, 40, 40)), CircularConv((16,))
     kernel[1:4, 0, 0], kernel[1:4, 1, 1] = [1, 2, 1], [-1, 1.8, -1]
     kernel = jnp.asarray(kernel) / np.max(np.abs(kernel))

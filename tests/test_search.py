@@ -82,7 +82,7 @@ def test_the_proof_alone_finds_the_largest(size, taps, wide, monkeypatch):
         return first._replace(index=jnp.zeros_like(first.index), value=1e-3 * first.value)
 
     monkeypatch.setattr(proof, "_highest_of", poor)
-    monkeypatch.setattr(proof, "_WIDE", 3 if wide else 128)
+    monkeypatch.setattr(proof, "_LANCZOS_FROM", 3 if wide else 128)
     op = CircularConv(size)
     # A new function: nothing compiled with the climb is used again.
     search = jax.jit(lambda kernels: jax.vmap(lambda kernel: branch_and_bound(kernel, op))(kernels))
@@ -107,7 +107,7 @@ def test_climbing_looks_at_frequencies_that_are_their_own_opposites(size):
 
 
 def reduce_to(kept: int, columns: int, monkeypatch):
-    monkeypatch.setattr(grams, "_WIDE", columns)
+    monkeypatch.setattr(grams, "_REDUCED_FROM", columns)
     monkeypatch.setattr(grams, "_BASIS_ENTRIES", kept * columns)
 
 

@@ -78,9 +78,9 @@ def srnc_state(kernel: Kernel, op: Operator, target, *, norm=1.0, cap: bool = Fa
     return _srnc_state(kernel, op, own, target, needs_own)
 
 
-def _own_pair_may_be_rough(target, follows_own: bool) -> bool:
+def _own_pair_may_be_rough(target, needs_own: bool) -> bool:
     """Whether the kernel's own pair is only a start on the way to the target, and not what the state is to hold."""
-    return target is not None and not follows_own
+    return target is not None and not needs_own
 
 
 def _is_found_by_steps(op: Operator, kernel_shape: tuple[int, ...], roughly: bool) -> bool:
@@ -114,17 +114,17 @@ def follows_own(op: Operator, target, norm, cap) -> bool:
 
 
 @functools.partial(program, static_argnums=4, once=True)
-def _srnc_state(kernel, op, own, target, follows_own):
+def _srnc_state(kernel, op, own, target, needs_own):
     kernel, target = lax.stop_gradient((kernel.astype(float_dtype(kernel.dtype)), target))
     a, _ = rescaled(kernel, op)
-    return as_floats(_started(a, op, own, target, follows_own), op, a)
+    return as_floats(_started(a, op, own, target, needs_own), op, a)
 
 
-def _started(a: Float[Array, "..."], op: Operator, pair: Pair | None, target, follows_own: bool) -> SRNCState:
+def _started(a: Float[Array, "..."], op: Operator, pair: Pair | None, target, needs_own: bool) -> SRNCState:
     """The state of a kernel, with its own leading pair where that was searched."""
     waves = image_waves(a, op, target) if isinstance(op, ZeroPaddedConv) and target is not None else None
     if pair is None:
-        own = _found(a, op, waves, _own_pair_may_be_rough(target, follows_own))
+        own = _found(a, op, waves, _own_pair_may_be_rough(target, needs_own))
     else:
         own = start_track(a, op, pair, target is None)
     if target is None or op._normalization_keeps_pairs:
@@ -134,7 +134,7 @@ def _started(a: Float[Array, "..."], op: Operator, pair: Pair | None, target, fo
     alone = stack_of_one(own.pair)
     starts = chosen(unchanged, alone, _starts(problem, op, own, waves))
     settled = without_pair_of_zero(a, _settled(problem, op, starts, own))
-    return SRNCState(settled, own if follows_own else None)
+    return SRNCState(settled, own if needs_own else None)
 
 
 def _found(a: Float[Array, "..."], op: Operator, waves: Pair | None, roughly: bool) -> Track:

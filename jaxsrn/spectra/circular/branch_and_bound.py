@@ -45,7 +45,7 @@ __all__ = [
 ]
 
 # From so many columns an SVD takes longer than the Lanczos method and a proof.
-_WIDE = 128
+_LANCZOS_FROM = 128
 # The most levels of boxes on any grid: the finest grid has `2**24` frequencies per axis (`sites.py`).
 _MOST_LEVELS = 25
 # The search for the best frequency of given vectors takes so many steps. The first are as long as half a box, and they
@@ -75,8 +75,8 @@ def highest_peak(poly: GramPolynomial, grid: Grid, corners, exists, peaks: Peak,
     capacity = count + chunk * (_MOST_LEVELS * 2**axes + 1)
     nothing = jnp.zeros((capacity, axes + 1), jnp.int32), jnp.asarray(0, jnp.int32)
     boxes = jnp.concatenate([corners, jnp.zeros((count, 1), jnp.int32)], axis=-1)
-    # The pair of a wide kernel is at a peak up to the precision of climbing.
-    best, is_new = (_highest_of(peaks), True) if _is_wide(poly) else (best_peak(poly, grid, peaks), False)
+    # A pair by the Lanczos method is at a peak up to the precision of climbing.
+    best, is_new = (_highest_of(peaks), True) if _takes_lanczos(poly) else (best_peak(poly, grid, peaks), False)
     proof = _push(_Proof(*nothing, best, jnp.asarray(is_new)), boxes, exists)
     spread, allowed = _spread(poly), 1 + excess
 
@@ -91,7 +91,7 @@ def highest_peak(poly: GramPolynomial, grid: Grid, corners, exists, peaks: Peak,
 def best_peak(poly: GramPolynomial, grid: Grid, peaks: Peak) -> Peak:
     """The best of a stack of peaks with a pair that is exact to rounding, without a proof that no other is higher."""
     best = _highest_of(peaks)
-    if _is_wide(poly):
+    if _takes_lanczos(poly):
         return _polished(poly, grid, best)
     return _with_larger(poly, grid, best.index, best._replace(value=jnp.full_like(best.value, -1)))
 
@@ -100,8 +100,8 @@ def _highest_of(peaks: Peak) -> Peak:
     return picked(peaks, lax.argmax(peaks.value, 0, jnp.int32))
 
 
-def _is_wide(poly: GramPolynomial) -> bool:
-    return min(poly.coefficients.shape[-2:]) >= _WIDE
+def _takes_lanczos(poly: GramPolynomial) -> bool:
+    return min(poly.coefficients.shape[-2:]) >= _LANCZOS_FROM
 
 
 def _whole_symbol(poly: GramPolynomial, grid: Grid, index: Int[Array, " axes"]):
@@ -148,7 +148,7 @@ def _look(poly: GramPolynomial, grid: Grid, spread, chunk: int, allowed, proof: 
     below = jnp.minimum(levels + 1, grid.last_level)[:, None, None]
     halves = jnp.concatenate([halves, jnp.broadcast_to(below, (*halves.shape[:-1], 1))], axis=-1)
     found = best.value > proof.best.value
-    is_new = proof.is_new | found if _is_wide(poly) else found
+    is_new = proof.is_new | found if _takes_lanczos(poly) else found
     # The chunk's order is kept, so the finest stay on top.
     return _push(_Proof(proof.boxes, bottom, best, is_new), halves.reshape((-1, halves.shape[-1])), keep.reshape(-1))
 
@@ -156,9 +156,9 @@ def _look(poly: GramPolynomial, grid: Grid, spread, chunk: int, allowed, proof: 
 def _raised(poly: GramPolynomial, grid: Grid, count: int, proof: _Proof) -> _Proof:
     """The proof with a new best pair moved uphill from its frequency, and there to the leading pair.
 
-    Of wide kernels it is new again where a move has raised its value. The others climb with `count` climbers.
+    By the Lanczos method it is new again where a move has raised its value. Other kernels climb with `count` climbers.
     """
-    if _is_wide(poly):
+    if _takes_lanczos(poly):
         move = functools.partial(_moved_on, poly, grid)
         best, is_new = _once(proof.is_new, move, (proof.best, proof.is_new))
         return proof._replace(best=best, is_new=is_new)

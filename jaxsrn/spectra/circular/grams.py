@@ -45,7 +45,7 @@ __all__ = [
 CHUNK = 2**18
 # Kernels of at least so many columns are reduced, to bases of so many entries. More directions make the Gram matrices
 # larger, fewer make the loss larger; the wider the kernel, the fewer directions are enough.
-_WIDE, _BASIS_ENTRIES = 256, 3 * 2**14
+_REDUCED_FROM, _BASIS_ENTRIES = 256, 3 * 2**14
 # Subspace iteration takes so many steps for the basis: they tell leading directions from others. Any basis is valid.
 _BASIS_STEPS = 3
 
@@ -98,7 +98,7 @@ def is_reduced(op: CircularConv, kernel_shape: tuple[int, ...]) -> bool:
     """
     terms = math.prod(kernel_shape[: op.num_axes])
     few = math.prod(half_grid(op)) <= 3 * terms * (terms + 1) // 2
-    return few and min(site_shape(op, kernel_shape)) >= _WIDE
+    return few and min(site_shape(op, kernel_shape)) >= _REDUCED_FROM
 
 
 def gram_polynomial(kernel: Float[Array, "..."], op: CircularConv, is_reduced: bool) -> GramPolynomial:
