@@ -271,8 +271,7 @@ def run(name: str, cases: dict, keep: bool) -> bool:
 {ABOUT[name]}
 float32. Each step `K` is divided by its norm without edges (the column "norm": a proven upper bound, {WIDTH:.2%} above
 it at most). The bound is one of the dual norm, so that the share of the dual norm itself is at least the one given.
-Newton-Schulz steps are not quite `U V^T`. Times were taken while other work ran on the same cores; those of one
-gradient took turns.
+Newton-Schulz steps are not quite `U V^T`. The steps of one gradient were timed in turns.
 
 {table(HEADER, rows)}"""
     checks = []
@@ -320,7 +319,7 @@ def run_exact(keep: bool) -> bool:
             rows.append([name, dtype, f"{float(found.result.dual_norm):.5f}", f"{gap:.1e}", duration(found.seconds)])
     body = f"""\
 `projections.steepest(gradient, op)` with its default tolerance. The bound is proven up to rounding, and the gap is the
-share of it that the kernel misses at most. Times leave out compilation; other work ran on the same cores.
+share of it that the kernel misses at most. Times leave out compilation.
 
 {table(("layer and gradient", "dtype", "bound of the dual norm", "gap", "time"), rows)}"""
     small, large = (max(gap for (name, _), gap in gaps.items() if (name == LARGE) == is_large) for is_large in (0, 1))
