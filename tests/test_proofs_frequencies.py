@@ -272,6 +272,7 @@ def test_no_vector_varies_by_more_than_the_spread(shape, groups):
     for noise in (1.0, 1e-3, 0.0):
         kernel = 3 * noise * gaussian(shape)
         kernel[(1,) * op.num_axes] += gaussian(shape[-2:], 1)
+        kernel = kernel.astype(np.float32).astype(np.float64)
         expected, seen = [], []
         for part in np.split(kernel, groups, axis=-1):
             # The columns of the symbol are its shorter side, the inputs if both are equal.
@@ -292,9 +293,12 @@ def test_no_vector_varies_by_more_than_the_spread(shape, groups):
                 there, back = products[lag], products[tuple(-step for step in lag)]
                 rows += np.sum(np.maximum(np.abs(there + back), np.abs(there - back)), axis=1)
             expected.append(2 * rows.max())
-        spread = float(branch_and_bound._spread(gram_polynomial(jnp.asarray(kernel), op, False)))
+        polynomials = (gram_polynomial(jnp.asarray(kernel, dtype), op, False) for dtype in (np.float64, np.float32))
+        spread, single = (float(branch_and_bound._spread(poly)) for poly in polynomials)
         assert max(seen) <= spread + 1e-12
         np.testing.assert_allclose(spread, max(expected), rtol=1e-12)
+        # With room for rounding.
+        assert (1 + 1e-7) * max(expected) <= single <= (1 + 1e-5) * max(expected)
 
 
 @pytest.fixture
