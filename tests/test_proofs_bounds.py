@@ -12,7 +12,7 @@ from cases import dense, gaussian
 from jaxsrn import CircularConv, Dense, UnboundedConv, ZeroPaddedConv
 from jaxsrn._tools.subspaces import fixed_start
 from jaxsrn._tools.tolerances import torus_excess
-from jaxsrn.bounds import coefficients, entries, gram, interval, reshapings
+from jaxsrn.bounds import banded, coefficients, entries, gram, interval, reshapings
 from jaxsrn.bounds import tensor as power_method
 from jaxsrn.bounds.covers import NormInterval, covers, slack_of, widened
 from jaxsrn.spectra.pairs_by_kind import leading_pair
@@ -393,3 +393,35 @@ def test_the_interval_of_a_proven_pair_holds_the_norm(op):
         assert low <= norm
     assert low * (1 + open_share) < high <= low * (1 + 1.01 * open_share + 1e-13)
     assert norm <= high
+
+
+def test_the_banded_proof_of_an_interval():
+    """A norm above the limit is not proven, nor is one tried whose upper end is as low already."""
+    op, kernel = ZeroPaddedConv((6,)), jnp.asarray(gaussian((3, 2, 2)), jnp.float32)
+    norm = np.linalg.norm(dense(kernel, op), 2)
+    for share, upper, expected in ((1.0, 2 * norm, True), (0.98, 2 * norm, False), (1.0, 1.009 * norm, False)):
+        lower, upper = (jnp.asarray(end, jnp.float32) for end in (share * norm, upper))
+        proven, limit = interval._banded_proof(kernel, op, lower, upper, 0.01)
+        assert proven == expected
+        room = banded.room(op, kernel.shape, kernel.dtype)
+        np.testing.assert_allclose(limit, share * norm * 1.01 * (1 + room), rtol=2e-7)
+    assert room > 1e-6
+
+
+@pytest.mark.parametrize("affordable", [True, False])
+def test_the_interval_of_layers_above_explicit_matrices(affordable, monkeypatch):
+    """Both ends lie as far apart as was asked for where the banded proof is affordable, else as the cover has it."""
+    monkeypatch.setattr(interval, "is_proven", lambda *_: False)
+    monkeypatch.setattr(banded, "is_affordable", lambda *_: affordable)
+    op, kernel = ZeroPaddedConv((6,)), jnp.asarray(gaussian((3, 2, 2), 3))
+    norm, cover = (np.linalg.norm(dense(kernel, layer), 2) for layer in (op, CircularConv((8,))))
+    assert cover > 1.02 * norm
+    low, high = interval.certified(kernel, op, resolution=0.01)
+    assert low <= norm <= high
+    np.testing.assert_allclose(low, norm, rtol=1e-9)
+    np.testing.assert_allclose(high, 1.01 * norm if affordable else cover, rtol=1e-9)
+    # The room for rounding is a part of the width.
+    low, high = (float(end) for end in interval.certified(kernel.astype(jnp.float32), op, resolution=0.01))
+    assert low <= norm <= high
+    if affordable:
+        assert 1.01 * (1 - 2e-6) <= high / low <= 1.01 * (1 + 2e-7)

@@ -129,3 +129,23 @@ def test_closed_form_of_nothing():
     np.testing.assert_allclose(found.kernel, problem.norm / 4 * single, rtol=1e-12)
     for kernel in (problem.kernel, 0 * problem.kernel):
         assert np.all(np.isfinite(closed.closed_form(problem._replace(kernel=kernel), jnp.zeros((4, 3))).kernel))
+
+
+@pytest.mark.parametrize("size", [0.1, 10.0])
+def test_the_negative_of_a_functional_gives_the_same_kernel(size):
+    """`(u, v)` and `(u, -v)` are one pair; kernels of both sizes have an `m` on either side of 1."""
+    problem, direction, *_ = problem_and_direction(Dense(), (4, 3), 0.7)
+    problem = problem._replace(
+        kernel=size * problem.kernel, norm=size * problem.norm, squared=size**2 * problem.squared
+    )
+    kernels = [closed.closed_form(problem, sign * jnp.asarray(direction)).kernel for sign in (1, -1)]
+    np.testing.assert_allclose(*kernels, rtol=1e-12)
+    np.testing.assert_allclose(np.sum(np.asarray(kernels[0]) * direction), problem.norm, rtol=1e-12)
+
+
+def test_a_functional_of_zero_prescribes_nothing():
+    problem, direction, *_ = problem_and_direction(Dense(), (4, 3), 0.7)
+    found = closed.closed_form(problem, jnp.zeros_like(jnp.asarray(direction)))
+    assert found.merit == np.inf
+    assert not found.feasible
+    assert np.all(np.isfinite(found.kernel))
