@@ -118,9 +118,9 @@ def spans(grid: Grid, levels: Int[Array, " boxes"]) -> Int[Array, "boxes axes"]:
     return jnp.right_shift(jnp.asarray(grid.sizes - 1)[None], levels[:, None])
 
 
-def centres(corners: Int[Array, "boxes axes"], spans: Int[Array, "#boxes axes"]) -> Int[Array, "boxes axes"]:
-    """Twice the central indices of boxes."""
-    return 2 * corners + spans
+def centres(corners: Int[Array, "boxes axes"], reach: Int[Array, "#boxes axes"]) -> Int[Array, "boxes axes"]:
+    """Twice the central indices of boxes of the given `spans`."""
+    return 2 * corners + reach
 
 
 def split(grid: Grid, corners, levels):

@@ -84,8 +84,8 @@ def highest_peak(poly: GramPolynomial, grid: Grid, corners, exists, peaks: Peak,
         return _look(poly, grid, spread, chunk, allowed, _raised(poly, grid, len(peaks.value), proof))
 
     # NaN needs no proof, nor does a kernel of zeros. Another may have the value 0, at right angles to all that climbed.
-    known = -jnp.max(jnp.abs(poly.coefficients))
-    return lax.while_loop(lambda proof: (proof.size > 0) & (proof.best.value > known), step, proof).best
+    needless = -jnp.max(jnp.abs(poly.coefficients))
+    return lax.while_loop(lambda proof: (proof.size > 0) & (proof.best.value > needless), step, proof).best
 
 
 def best_peak(poly: GramPolynomial, grid: Grid, peaks: Peak) -> Peak:
