@@ -89,7 +89,7 @@ def test_boxes_cover_the_half_grid_on_every_level(op, shape):
         assert set.union(*places) == everything
         middles = np.asarray(boxes.centres(jnp.asarray(corners), jnp.asarray(sizes - 1)))
         np.testing.assert_array_equal(middles, 2 * corners + sizes - 1)
-        halves, exist = (np.asarray(part) for part in boxes.split(grid, jnp.asarray(corners), levels))
+        halves, exist = (np.asarray(part) for part in boxes.split(grid, jnp.asarray(corners), sizes - 1, levels))
         below = np.asarray(boxes.spans(grid, levels + 1)) + 1
         for k, whole in enumerate(places):
             parts = [frequencies_of(half, below[k]) for half in halves[k][exist[k]]]
@@ -226,6 +226,7 @@ def test_boxes_are_low_by_bernstein_and_szegoe(op, shape, spread, loss):
     poly = dataclasses.replace(gram_polynomial(jnp.asarray(kernel), op, False), loss=jnp.asarray(loss))
     corners, levels = boxes_of_all_levels(op, grid)
     sizes = np.ceil(np.asarray(grid.sizes) / 2.0 ** np.asarray(levels)[:, None])
+    reach = jnp.asarray(sizes - 1, jnp.int32)
     phi = (sizes - 1) @ [d * np.pi / (2 * n) for d, n in zip(degrees_of(op, shape), op.grid, strict=True)]
     values = np.linalg.norm(symbol_at(kernel, op, 2 * np.asarray(corners) + sizes - 1), 2, axis=(1, 2))
     squares = symbol_at(kernel, op, 2 * np.indices(op.grid).reshape((op.num_axes, -1)).T)
@@ -236,7 +237,7 @@ def test_boxes_are_low_by_bernstein_and_szegoe(op, shape, spread, loss):
         least = max(limit**2 - spread, 0)
         root = np.sqrt(limit**2 - least) * np.cos(phi) - limit * tangent * np.sin(phi)
         bound = least + np.maximum(root, 0) ** 2
-        found = np.asarray(branch_and_bound._are_low(poly, grid, spread, corners, levels, jnp.asarray(limit)))
+        found = np.asarray(branch_and_bound._are_low(poly, grid, spread, corners, reach, jnp.asarray(limit)))
         sure = np.abs(values**2 + loss - bound) > 1e-9
         np.testing.assert_array_equal(found[sure], (values**2 + loss < bound)[sure])
 
@@ -251,12 +252,13 @@ def test_no_box_with_the_maximum_is_low(op, shape):
     grid = boxes.grid_of(op, shape, np.float64)
     corners, levels = boxes_of_all_levels(op, grid)
     sizes = np.ceil(np.asarray(grid.sizes) / 2.0 ** np.asarray(levels)[:, None])
+    reach = jnp.asarray(sizes - 1, jnp.int32)
     for kernel in (ends, gaussian(shape), near, flat):
         poly = gram_polynomial(jnp.asarray(kernel), op, False)
         everywhere = np.indices(half_grid(op)).reshape((op.num_axes, -1)).T
         values = np.linalg.norm(symbol_at(kernel, op, 2 * everywhere), 2, axis=(1, 2))
         limit = jnp.asarray(values.max() * (1 - 1e-10))
-        low = np.asarray(branch_and_bound._are_low(poly, grid, branch_and_bound._spread(poly), corners, levels, limit))
+        low = np.asarray(branch_and_bound._are_low(poly, grid, branch_and_bound._spread(poly), corners, reach, limit))
         for place in everywhere[values > limit]:
             held = np.all((place >= np.asarray(corners)) & (place < np.asarray(corners) + sizes), axis=1)
             assert np.any(held)

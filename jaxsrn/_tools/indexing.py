@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax import lax
 from jaxtyping import Array, Bool, Int
 
-__all__ = ["chosen", "first_of", "joined", "picked", "put", "stack_of_one"]
+__all__ = ["chosen", "first_of", "joined", "picked", "put", "put_from", "slice_from", "stack_of_one"]
 
 _VALID = {"mode": "promise_in_bounds", "wrap_negative_indices": False}
 
@@ -42,3 +44,14 @@ def first_of(stack):
 def put(array, index: Int[Array, " n"], rows):
     """The array with `rows` in the places of the indices; indices beyond the end are dropped."""
     return array.at[index].set(rows, mode="drop", wrap_negative_indices=False)
+
+
+def slice_from(array, start: Int[Array, ""] | int, count: int, axis: int = 0):
+    """`array[start : start + count]` along an axis."""
+    return lax.dynamic_slice_in_dim(array, start, count, axis, allow_negative_indices=False)
+
+
+def put_from(array, start: Int[Array, ""] | int, rows):
+    """The array with `rows` in the places from `start` on along the first axis."""
+    corner = (np.int32(0),) * (array.ndim - 1)
+    return lax.dynamic_update_slice(array, rows, (jnp.int32(start), *corner), allow_negative_indices=False)

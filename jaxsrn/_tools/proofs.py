@@ -44,9 +44,13 @@ def are_below(grams: Inexact[Array, "points groups n n"], levels: Float[Array, "
 
     The test is whether the Cholesky factor of `I - G / level` is finite.
     """
-    scaled = grams / jnp.where(levels > 0, levels, 1)[:, None, None, None].astype(grams.dtype)
-    identity = jnp.eye(grams.shape[-1], dtype=grams.dtype)[None, None]
-    factor = lax.linalg.cholesky(identity - scaled, symmetrize_input=False)
+    is_positive = levels > 0
+    inverse = (1 / jnp.where(is_positive, levels, 1))[:, None, None, None]
+    identity = jnp.eye(grams.shape[-1], dtype=levels.dtype)[None, None]
+    rest = identity - inverse * grams.real
+    rest = lax.complex(rest, -inverse * grams.imag) if jnp.iscomplexobj(grams) else rest
+    # LAPACK wants columns, and the transpose, which has a factor where the matrix has one, has them in place.
+    factor = lax.linalg.cholesky(rest.mT, symmetrize_input=False)
     # A factor that does not exist is NaN; so is its last entry.
     definite = jnp.all(jnp.isfinite(factor[..., -1, -1].real), axis=-1)
-    return definite & (levels > 0)
+    return definite & is_positive

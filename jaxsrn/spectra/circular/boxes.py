@@ -123,13 +123,13 @@ def centres(corners: Int[Array, "boxes axes"], reach: Int[Array, "#boxes axes"])
     return 2 * corners + reach
 
 
-def split(grid: Grid, corners, levels):
+def split(grid: Grid, corners, reach, levels):
     """The corners of the halves of each box on the next level, `(boxes, halves, axes)`, and which of them exist.
 
-    A single frequency is its own and only half.
+    The boxes are given by their corners, their `spans` and their levels. A single frequency is its own and only half.
     """
     upper = np.array(list(itertools.product((0, 1), repeat=corners.shape[-1])), np.int32)
-    steps = (spans(grid, levels) - spans(grid, levels + 1))[:, None]
+    steps = (reach - spans(grid, levels + 1))[:, None]
     exists = jnp.all((upper[None] == 0) | (steps > 0), axis=-1)
     return corners[:, None] + upper[None] * steps, exists
 

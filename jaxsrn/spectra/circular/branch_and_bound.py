@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxsrn._tools.indexing import chosen, picked, put
+from jaxsrn._tools.indexing import chosen, picked, put, slice_from
 from jaxsrn._tools.lanczos import leading_singular_vectors
 from jaxsrn._tools.linalg import einsum, unit
 from jaxsrn._tools.programs import program
@@ -136,14 +136,14 @@ def _look(poly: GramPolynomial, grid: Grid, spread, chunk: int, allowed, proof: 
     A box is low if nothing in it exceeds the best value times `allowed`.
     """
     bottom = jnp.maximum(proof.size - chunk, 0)
-    boxes = lax.dynamic_slice_in_dim(proof.boxes, bottom, chunk, allow_negative_indices=False)
+    boxes = slice_from(proof.boxes, bottom, chunk)
     corners, levels = boxes[:, :-1], boxes[:, -1]
-    places = jnp.arange(chunk, dtype=jnp.int32)
-    low = _are_low(poly, grid, spread, corners, levels, allowed * proof.best.value)
+    reach, places = spans(grid, levels), jnp.arange(chunk, dtype=jnp.int32)
+    low = _are_low(poly, grid, spread, corners, reach, allowed * proof.best.value)
     high = ~low & (bottom + places < proof.size)
     single = high & (levels == grid.last_level)
     best = _examined(poly, grid, allowed, corners, single, proof.best)
-    halves, exists = split(grid, corners, levels)
+    halves, exists = split(grid, corners, reach, levels)
     keep = exists & (high & ~single)[:, None]
     below = jnp.minimum(levels + 1, grid.last_level)[:, None, None]
     halves = jnp.concatenate([halves, jnp.broadcast_to(below, (*halves.shape[:-1], 1))], axis=-1)
@@ -196,9 +196,8 @@ def _once(condition, step, state):
     return lax.while_loop(lambda s: s[0], lambda s: (jnp.asarray(False), step(s[1])), (condition, state))[1]
 
 
-def _are_low(poly: GramPolynomial, grid: Grid, spread, corners, levels, limit):
-    """Whether each box is proven to hold nothing above the limit, up to rounding."""
-    reach = spans(grid, levels)
+def _are_low(poly: GramPolynomial, grid: Grid, spread, corners, reach, limit):
+    """Whether each box of the given `spans` is proven to hold nothing above the limit, up to rounding."""
     phi = jnp.sum(reach.astype(grid.rates.dtype) * jnp.asarray(grid.rates)[None], axis=-1)
     # A vector that reaches the limit has no value below `square - fall`, at any angle.
     square = limit**2

@@ -21,7 +21,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Complex, Float, Int
 
-from jaxsrn._tools.indexing import picked
+from jaxsrn._tools.indexing import picked, slice_from
 from jaxsrn._tools.linalg import einsum, gram_bound, matmul, real_times
 from jaxsrn._tools.subspaces import fixed_start, subspace_iteration
 from jaxsrn.operators.convolutions import CircularConv
@@ -130,22 +130,35 @@ def _leading_directions(coefficients: Float[Array, "groups terms rows columns"])
 
 
 def _autocorrelation(coefficients: Float[Array, "groups terms rows columns"], exponents: np.ndarray):
-    """`(even, odd)` of the Gram matrices: sums over the pairs of terms that lie one lag apart."""
+    """`(even, odd)` of the Gram matrices: sums over the pairs of terms that lie one lag apart.
+
+    Of both orders of a pair one is computed, `C_s^T C_t`, as the other one is its transpose.
+    """
     groups, terms, rows, columns = coefficients.shape
     lags, places = lags_of(exponents)
-    half, places = len(lags) // 2, jnp.asarray(places, jnp.int32)
-    side_by_side = jnp.swapaxes(coefficients, 1, 2).reshape((groups, rows, terms * columns))
+    # With the terms in a circle, each one and the next half of them make every pair once.
+    count = terms // 2 + 1
+    nexts = (np.arange(terms)[:, None] + np.arange(count)) % terms
+    which = len(lags) // 2 + places[nexts] - places[:, None]
+    # Of an even number of terms those that lie opposite meet twice.
+    shares = np.where((2 * np.arange(count) == terms) & (terms > 1), 0.5, 1.0).reshape((-1, 1, 1, 1))
+    circle = jnp.moveaxis(coefficients, 1, 2)
+    circle = jnp.concatenate([circle, circle[:, :, : count - 1]], axis=2)
 
-    def add(sums, term):
-        """Adds the products of one term with all others, by a single large product."""
-        products = matmul(term[0].mT, side_by_side).reshape((groups, columns, terms, columns))
-        which = places + (half - term[1])
-        return sums.at[which].add(jnp.moveaxis(products, 2, 0), mode="drop", wrap_negative_indices=False), None
+    def add(place, sums):
+        """Adds the products of one term with itself and the next ones, by a single large product."""
+        window = slice_from(circle, place, count, axis=2)
+        products = matmul(window[:, :, 0].mT, window.reshape((groups, rows, count * columns)))
+        products = jnp.moveaxis(products.reshape((groups, columns, count, columns)), 2, 0)
+        products = products * jnp.asarray(shares, products.dtype) if terms % 2 == 0 else products
+        lags = picked(jnp.asarray(which, jnp.int32), place)
+        return sums.at[lags].add(products, mode="drop", wrap_negative_indices=False)
 
     sums = jnp.zeros((len(lags), groups, columns, columns), coefficients.dtype)
-    sums, _ = lax.scan(add, sums, (jnp.swapaxes(coefficients, 0, 1), places))
-    later, earlier = sums[half:], sums[half::-1]
-    return (later + earlier).at[0].set(sums[half]), earlier - later
+    sums = lax.fori_loop(np.int32(0), np.int32(terms), add, sums)
+    half = len(lags) // 2
+    later = sums[half:] + sums[half::-1].mT
+    return (later + later.mT).at[0].set(sums[half]), later.mT - later
 
 
 def grams_at(poly: GramPolynomial, angles: Angles, doubled) -> Complex[Array, "points groups kept kept"]:
