@@ -25,15 +25,15 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Complex, Float, Int
 
-from jaxsrn._tools.indexing import joined, picked
-from jaxsrn._tools.linalg import einsum, real_times
+from jaxsrn._tools.indexing import joined, picked, put_from, slice_from
+from jaxsrn._tools.linalg import einsum
 from jaxsrn._tools.subspaces import fixed_start
 from jaxsrn.normalization.training.tracked_images import Step
 from jaxsrn.operators.convolutions import CircularConv, UnboundedConv
-from jaxsrn.spectra.circular.angles import angles_of, waves
-from jaxsrn.spectra.circular.fourier import complex_dtype, of_group, polynomial, site_shape
+from jaxsrn.spectra.circular.angles import ROTATION
+from jaxsrn.spectra.circular.fourier import of_group, polynomial, site_rotations, site_shape
 from jaxsrn.spectra.circular.grid_certificate import degrees
-from jaxsrn.spectra.circular.real_floats import amplitudes_of, indices_of, parts_of, turns_of
+from jaxsrn.spectra.circular.real_floats import indices_of, turns_of
 from jaxsrn.spectra.circular.sites import Site, half_grid, on_grid
 from jaxsrn.spectra.singular_pair import Pair
 
@@ -49,23 +49,25 @@ _PARTS = 2
 
 
 class Climbers(NamedTuple):
-    """A pair of every group in each cell: the index of its frequency, and its output."""
+    """A pair of every group in each cell: the index of its frequency, and its output in real and imaginary parts.
+
+    Vectors have an axis for these parts, and factors are rotations, so that every product is one of real arrays.
+    """
 
     index: Int[Array, "cells groups axes"]
-    output: Complex[Array, "cells groups columns"]
+    output: Float[Array, "cells groups parts columns"]
 
 
 def watch_shapes(op: CircularConv | UnboundedConv, kernel_shape: tuple[int, ...]) -> Climbers:
     """The shapes of the climbers' arrays in floats, in their places (static)."""
     layer = on_grid(op, kernel_shape)
     cells, groups = len(_cells(layer, kernel_shape)), layer.feature_group_count
-    return Climbers((cells, groups, layer.num_axes), (2 * cells, groups, site_shape(layer, kernel_shape)[1]))
+    return Climbers((cells, groups, layer.num_axes), (cells, groups, 2, site_shape(layer, kernel_shape)[1]))
 
 
 def as_floats(watch: Climbers, op: CircularConv | UnboundedConv, kernel_shape) -> Climbers:
     """The climbers as they are kept between steps, in real floats (`spectra/circular/real_floats.py`)."""
-    grid, dtype = on_grid(op, kernel_shape).grid, watch.output.real.dtype
-    return Climbers(turns_of(watch.index, grid, dtype), parts_of(watch.output))
+    return watch._replace(index=turns_of(watch.index, on_grid(op, kernel_shape).grid, watch.output.dtype))
 
 
 def of_floats(watch: Climbers, op: CircularConv | UnboundedConv, kernel_shape, dtype) -> Climbers:
@@ -73,7 +75,7 @@ def of_floats(watch: Climbers, op: CircularConv | UnboundedConv, kernel_shape, d
     layer = on_grid(op, kernel_shape)
     lowest, highest = np.moveaxis(_cells(layer, kernel_shape)[:, None], -1, 0)
     index, output = jax.tree.map(lambda leaf: leaf.astype(dtype), watch)
-    return Climbers(indices_of(index, layer.grid, lowest, highest), amplitudes_of(output))
+    return Climbers(indices_of(index, layer.grid, lowest, highest), output)
 
 
 def begin(kernel: Float[Array, "..."], op: CircularConv | UnboundedConv) -> Climbers:
@@ -81,8 +83,8 @@ def begin(kernel: Float[Array, "..."], op: CircularConv | UnboundedConv) -> Clim
     index, outputs = watch_shapes(op, kernel.shape)
     cells = _cells(on_grid(op, kernel.shape), kernel.shape)
     middles = np.sum(cells, axis=-1, dtype=np.int32) // 2
-    vectors = fixed_start((outputs[0] // 2, *outputs[1:]), kernel.dtype).astype(complex_dtype(kernel.dtype))
-    return Climbers(jnp.broadcast_to(jnp.asarray(middles)[:, None], index), vectors)
+    vectors = fixed_start((*outputs[:2], outputs[-1]), kernel.dtype)
+    return Climbers(jnp.broadcast_to(jnp.asarray(middles)[:, None], index), _with_parts(vectors))
 
 
 def follow(
@@ -102,34 +104,30 @@ def follow(
     coefficients, exponents = polynomial(kernel, layer)
     cells = _cells(layer, kernel.shape)
     start, count = _whose_turn(len(cells), turn)
-    moving = [
-        lax.dynamic_slice_in_dim(leaf, start, count, allow_negative_indices=False)
-        for leaf in (*watch, jnp.asarray(cells))
-    ]
+    moving = [slice_from(leaf, start, count) for leaf in (*watch, jnp.asarray(cells))]
     # The pair is the first row, in every group.
     index, output, cells = jax.tree.map(
         lambda one, many: jnp.concatenate([jnp.broadcast_to(one, (1, *many.shape[1:])), many]),
-        [pair.site.index, pair.output, _everywhere(layer)],
+        [pair.site.index, _parts(pair.output), _everywhere(layer)],
         moving,
     )
-    factors = waves(angles_of(layer.grid, kernel.dtype, parts=1), index, exponents)
+    factors = site_rotations(layer, kernel.shape, index, kernel.dtype)
     before, inputs, reached = _inputs(coefficients, factors, output)
-    filters = factors * einsum("kgr,kgtr->kgt", inputs.conj(), reached)
-    steps, turns = _best_steps(layer, kernel.shape, exponents, index, cells, filters)
-    returned = real_times("gtrc,kgr->kgtc", coefficients, inputs)
-    values, outputs = _units(einsum("kgt,kgtc->kgc", (factors * turns).conj(), returned))
+    products = einsum("pqs,kgpr,kgqtr->kgst", jnp.asarray(ROTATION, kernel.dtype), inputs, reached)
+    filters = jnp.sum(factors * products[..., None, :, :], axis=-2)
+    index = index + _best_steps(layer, kernel.shape, exponents, index, cells, filters)
+    factors = site_rotations(layer, kernel.shape, index, kernel.dtype)
+    # In this order the coefficients are multiplied as they lie in memory.
+    turned = einsum("kgpqt,kgpr->kgqtr", factors, inputs)
+    values, outputs = _units(einsum("gtrc,kgqtr->kgqc", coefficients, turned))
     # The first of equal values wins, so that nothing moves without need.
     winner = lax.argmax(_preferring_first(values, 0).reshape(-1), 0, jnp.int32)
-    index = index + steps
     rows = index, inputs, outputs
-    best, *sides = picked([leaf.reshape((-1, leaf.shape[-1])) for leaf in rows], winner)
+    best, *sides = picked([leaf.reshape((-1, *leaf.shape[2:])) for leaf in rows], winner)
     group = jnp.zeros_like(winner) if groups == 1 else lax.rem(winner, np.int32(groups))
-    new = Pair(Site(lax.rem(best + samples, samples), group), *sides)
+    new = Pair(Site(lax.rem(best + samples, samples), group), *(lax.complex(*side) for side in sides))
     step = Step(of_group(before[0], pair.site.group), jnp.max(values), winner != pair.site.group)
-    moved = (
-        lax.dynamic_update_slice_in_dim(leaf, rows[1:], start, 0)
-        for leaf, rows in zip(watch, (index, outputs), strict=True)
-    )
+    moved = (put_from(leaf, start, rows[1:]) for leaf, rows in zip(watch, (index, outputs), strict=True))
     return new, Climbers(*moved), step
 
 
@@ -141,15 +139,15 @@ def pairs_of(kernel: Float[Array, "..."], op: UnboundedConv, watch: Climbers):
     those of the climber in whose cell such a frequency lies.
     """
     layer = on_grid(op, kernel.shape)
-    coefficients, exponents = polynomial(kernel, layer)
+    coefficients, _ = polynomial(kernel, layer)
     own_opposites, nearest = _own_opposites(layer, kernel.shape)
     index = jnp.broadcast_to(jnp.asarray(own_opposites)[:, None], (len(nearest), *watch.index.shape[1:]))
     further = Climbers(index, picked(watch.output, jnp.asarray(nearest)))
     index, output = joined(watch, further)
-    factors = waves(angles_of(layer.grid, kernel.dtype, parts=1), index, exponents)
+    factors = site_rotations(layer, kernel.shape, index, kernel.dtype)
     values, inputs, _ = _inputs(coefficients, factors, output)
     group = jnp.broadcast_to(jnp.arange(values.shape[1], dtype=jnp.int32), values.shape)
-    pairs = Pair(Site(index, group), inputs, output)
+    pairs = Pair(Site(index, group), *(lax.complex(side[:, :, 0], side[:, :, 1]) for side in (inputs, output)))
     return jax.tree.map(lambda leaf: leaf.reshape((-1, *leaf.shape[2:])), (values, pairs))
 
 
@@ -159,8 +157,18 @@ def _inputs(coefficients: Float[Array, "groups terms rows columns"], factors, ou
     Returns:
       `(values, inputs, products)`: the norms of the inputs, their directions, and the products of all terms.
     """
-    reached = real_times("gtrc,kgc->kgtr", coefficients, output)
-    return *_units(einsum("kgt,kgtr->kgr", factors, reached)), reached
+    reached = einsum("gtrc,kgqc->kgqtr", coefficients, output)
+    return *_units(einsum("kgpqt,kgqtr->kgpr", factors, reached)), reached
+
+
+def _parts(vector: Complex[Array, " n"]) -> Float[Array, "parts n"]:
+    """The real and the imaginary part of a vector."""
+    return jnp.stack([vector.real, vector.imag])
+
+
+def _with_parts(vectors: Float[Array, "... n"]) -> Float[Array, "... parts n"]:
+    """Real vectors with an imaginary part of 0."""
+    return jnp.stack([vectors, jnp.zeros_like(vectors)], axis=-2)
 
 
 def _whose_turn(num_cells: int, turn: Int[Array, ""] | None) -> tuple[Int[Array, ""] | int, int]:
@@ -171,14 +179,13 @@ def _whose_turn(num_cells: int, turn: Int[Array, ""] | None) -> tuple[Int[Array,
     return lax.rem(turn, np.int32(_PARTS)) * np.int32(count), count
 
 
-def _units(vectors: Complex[Array, "... n"]) -> tuple[Float[Array, "..."], Complex[Array, "... n"]]:
+def _units(vectors: Float[Array, "k g parts n"]) -> tuple[Float[Array, "k g"], Float[Array, "k g parts n"]]:
     """The norms of the vectors, and their directions; a vector without structure takes the place of zero."""
-    places = (1,) * (vectors.ndim - 1) + (-1,)
     # Far below rounding, and its square is a normal number.
     spare = 1e3 * math.sqrt(jnp.finfo(vectors.dtype).tiny) * np.cos(np.arange(vectors.shape[-1]) ** 2)
-    vectors = vectors + jnp.asarray(spare.reshape(places), vectors.dtype)
-    norms = jnp.sqrt(jnp.sum(vectors.real**2 + vectors.imag**2, axis=-1))
-    return norms, vectors / norms[..., None].astype(vectors.dtype)
+    vectors = vectors + jnp.asarray([[[spare, 0 * spare]]], vectors.dtype)
+    norms = jnp.sqrt(jnp.sum(vectors**2, axis=(-2, -1)))
+    return norms, vectors / norms[..., None, None]
 
 
 def _preferring_first(values: Float[Array, "..."], axis: int) -> Float[Array, "..."]:
@@ -234,19 +241,23 @@ def _offsets(layer: CircularConv, kernel_shape, dtype) -> np.ndarray:
 
 
 def _best_steps(layer: CircularConv, kernel_shape, exponents: np.ndarray, index, cells, filters):
-    """From each row's frequency to the best in its cell: differences of indices, and factors of `exp(-i <w, t>)`."""
-    offsets = _offsets(layer, kernel_shape, filters.real.dtype)
-    turns = jnp.asarray(np.exp(-2j * np.pi * (offsets / layer.grid) @ exponents.T), filters.dtype)
-    values = _preferring_first(jnp.abs(einsum("kgt,nt->kgn", filters, turns)), 2)
+    """From each row's frequency to the best in its cell, as differences of indices."""
+    offsets = _offsets(layer, kernel_shape, filters.dtype)
+    angles = 2 * np.pi * (offsets / layer.grid) @ exponents.T
+    turns = np.einsum("pqs,snt->npqt", ROTATION, [np.cos(angles), np.sin(angles)])
+    # No step, where another is better by no more than rounding.
+    turns[0] *= 1 + 4 * float(jnp.finfo(filters.dtype).eps)
+    values = jnp.sum(einsum("kgqt,npqt->kgnp", filters, jnp.asarray(turns, filters.dtype)) ** 2, axis=-1)
     allowed = _in_cells(index, cells, offsets)
-    return picked((jnp.asarray(offsets), turns), lax.argmax(jnp.where(allowed, values, 0), 2, jnp.int32))
+    return picked(jnp.asarray(offsets), lax.argmax(jnp.where(allowed, values, 0), 2, jnp.int32))
 
 
 def _in_cells(index, cells: Int[Array, "rows axes 2"], offsets: np.ndarray):
     """Which offsets lead to a frequency in the row's cell."""
-    cells = cells[:, None, None]
-    reached = index[:, :, None] + jnp.asarray(offsets)[None, None]
-    return jnp.all((reached >= cells[..., 0]) & (reached <= cells[..., 1]), axis=-1)
+    lowest, highest = cells[:, None, :, 0], cells[:, None, :, 1]
+    places = (index - lowest)[:, :, None] + jnp.asarray(offsets)[None, None]
+    # A negative place is a large number without a sign.
+    return jnp.all(places.astype(jnp.uint32) <= (highest - lowest)[:, :, None].astype(jnp.uint32), axis=-1)
 
 
 def _everywhere(layer: CircularConv) -> np.ndarray:

@@ -14,7 +14,12 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Complex, Float, Int
 
-__all__ = ["Angles", "angles_of", "phases", "waves"]
+from jaxsrn._tools.linalg import einsum
+
+__all__ = ["ROTATION", "Angles", "angles_of", "phases", "rotations", "waves"]
+
+# A rotation by an angle, of its cosine and its sine: `(1, -i)` as matrices that act on real and imaginary parts.
+ROTATION = np.moveaxis([[[1, 0], [0, 1]], [[0, 1], [-1, 0]]], 0, -1)
 
 
 class Angles(NamedTuple):
@@ -50,3 +55,9 @@ def waves(angles: Angles, steps: Int[Array, "... axes"], exponents: np.ndarray) 
     """`exp(-i <w, t>)`, as many steps of the angles away from 0."""
     turned = phases(angles, steps, exponents)
     return lax.complex(jnp.cos(turned), -jnp.sin(turned))
+
+
+def rotations(turned: Float[Array, "... terms"]) -> Float[Array, "... 2 2 terms"]:
+    """`exp(-i turned)` as matrices that act on real and imaginary parts, for products of real arrays alone."""
+    parts = jnp.stack([jnp.cos(turned), jnp.sin(turned)], axis=-2)
+    return einsum("pqs,...st->...pqt", jnp.asarray(ROTATION, turned.dtype), parts)

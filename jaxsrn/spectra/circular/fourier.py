@@ -20,8 +20,9 @@ from jaxtyping import Array, Complex, Float, Int, Shaped
 
 from jaxsrn._tools.indexing import picked
 from jaxsrn._tools.linalg import einsum
+from jaxsrn._tools.programs import program
 from jaxsrn.operators.convolutions import CircularConv, ZeroPaddedConv
-from jaxsrn.spectra.circular.angles import angles_of, waves
+from jaxsrn.spectra.circular.angles import angles_of, phases, rotations, waves
 from jaxsrn.spectra.circular.sites import ShiftedSite, Site, half_grid
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "of_group",
     "polynomial",
     "polyphase",
+    "site_rotations",
     "site_shape",
     "site_symbol",
     "site_waves",
@@ -170,6 +172,13 @@ def site_waves(op: CircularConv, kernel_shape, site: Site | ShiftedSite, dtype) 
     terms = terms_of(op, kernel_shape)
     factors = waves(angles_of(op.grid, dtype, parts=1), site.index, terms)
     return factors * _turns(site.shift, terms) if isinstance(site, ShiftedSite) else factors
+
+
+# A subroutine, as a training step takes it twice.
+@functools.partial(program, static_argnums=(0, 1, 3))
+def site_rotations(op: CircularConv, kernel_shape, index: Int[Array, "... axes"], dtype):
+    """`site_waves` at the frequencies of the indices as rotations of real and imaginary parts, `(..., 2, 2, terms)`."""
+    return rotations(phases(angles_of(op.grid, dtype, parts=1), index, terms_of(op, kernel_shape)))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
