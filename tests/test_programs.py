@@ -98,10 +98,10 @@ def test_what_is_let_go_is_free_at_once(tight):
         gc.enable()
 
 
-@pytest.mark.parametrize("once", [False, True])
-def test_a_call_with_constants_is_part_of_the_function_that_makes_it(once):
+@pytest.mark.parametrize("brief", [False, True, lambda x: True])
+def test_a_call_with_constants_is_part_of_the_function_that_makes_it(brief):
     """JAX refuses the compiler's options of eager calls inside of another program."""
-    function = program(Traced()._function, once=once)
+    function = program(Traced()._function, brief=brief)
     function(of_size(3))
 
     def constant(x):
@@ -111,6 +111,23 @@ def test_a_call_with_constants_is_part_of_the_function_that_makes_it(once):
     np.testing.assert_allclose(jax.lax.map(constant, jnp.ones(2)), 1 + expected(3), rtol=1e-12)
     np.testing.assert_allclose(jax.vmap(constant)(jnp.ones(2)), 1 + expected(3), rtol=1e-12)
     np.testing.assert_allclose(jax.grad(constant)(1.0), 1.0)
+
+
+def test_eager_calls_of_brief_functions_are_not_optimized(monkeypatch):
+    """Only eager calls on a CPU have options, and a brief function may say so of its arguments."""
+    chosen, own_jit = [], programs._own_jit
+
+    def recorded(function, static, options):
+        chosen.append(options)
+        return own_jit(function, static, options)
+
+    monkeypatch.setattr(programs, "_own_jit", recorded)
+    function = program(Traced()._function, brief=lambda x: x.size <= 3)
+    for n in (3, 4):
+        np.testing.assert_allclose(function(of_size(n)), expected(n), rtol=1e-12)
+        np.testing.assert_allclose(jax.jit(function)(of_size(n)), expected(n), rtol=1e-12)
+    knows = programs.KNOWS_OPTIONS and jax.default_backend() == "cpu"
+    assert chosen == ([programs.QUICKER, None, programs.QUICK, None] if knows else [None] * 4)
 
 
 @linux

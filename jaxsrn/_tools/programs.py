@@ -10,8 +10,10 @@ What a user jits is the user's and is never let go. While it lives, it holds the
 contains, and with them the programs of eager calls of the same functions and shapes.
 
 Programs of eager calls are compiled by XLA's former code generator on a CPU, which takes two thirds of the time and
-gives searches of the same speed (`python benchmarks/compilation --only generators`). A function that is called once for
-a layer, where training starts, is also optimized less. In a function that a user jits, the user's choice holds.
+gives searches of the same speed. A **brief** function is one whose run takes less time than the optimization of its
+program, as all have that look at one layer. LLVM does not optimize its eager calls, which compile in a third of the
+time and run up to twice as long (`python benchmarks/compilation --only generators`). In a function that a user jits,
+the user's choice holds.
 """
 
 from __future__ import annotations
@@ -36,10 +38,10 @@ MOST_MAPS = 25_000
 MAPS_OF_A_PROGRAM = 2_000
 # The latest programs stay even where the user's own take all the room, or no call would find its programs again.
 ALWAYS_KEPT = 16
-# How XLA compiles eager calls on a CPU, and those of functions that are called once. It stops at an option that it does
-# not know, and later versions may not.
+# How XLA compiles eager calls on a CPU, and those of brief functions. It stops at an option that it does not know, and
+# later versions may not.
 QUICK = {"xla_cpu_use_fusion_emitters": False}
-QUICKER = QUICK | {"xla_backend_optimization_level": 1}
+QUICKER = QUICK | {"xla_backend_optimization_level": 0}
 KNOWS_OPTIONS = jaxlib.version.__version__.startswith("0.10.")
 
 
@@ -126,13 +128,18 @@ def _own_jit(function: Callable, static: tuple[int, ...], options: dict | None) 
 _programs = Programs()
 
 
-def program(function: Callable, *, static_argnums: int | tuple[int, ...] = (), once: bool = False) -> Callable:
+def program(
+    function: Callable,
+    *,
+    static_argnums: int | tuple[int, ...] = (),
+    brief: bool | Callable[..., bool] = False,
+) -> Callable:
     """The function compiled as by `jax.jit`; its programs are let go before the process has too many memory maps.
 
     Args:
       function: what to compile; its arguments are positional.
       static_argnums: the positions of its static arguments, as in `jax.jit`.
-      once: whether it is called once for a layer, so that compilation is nearly all of its time.
+      brief: whether it is brief, or a function that says so of the arguments.
 
     Returns:
       A function that does what `jax.jit(function, static_argnums=static_argnums)` does.
@@ -141,6 +148,7 @@ def program(function: Callable, *, static_argnums: int | tuple[int, ...] = (), o
 
     @functools.wraps(function)
     def call(*args):
-        return _programs.jitted(function, static, args, QUICKER if once else QUICK)(*args)
+        is_brief = brief(*args) if callable(brief) else brief
+        return _programs.jitted(function, static, args, QUICKER if is_brief else QUICK)(*args)
 
     return call

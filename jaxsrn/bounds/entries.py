@@ -53,7 +53,7 @@ def lip_bound(kernel: Kernel, op: Operator, *, oversampling: int = 8) -> Float[A
     return _lip_bound(kernel, op, static_int(oversampling, "oversampling", 2))
 
 
-@functools.partial(program, static_argnums=(1, 2))
+@functools.partial(program, static_argnums=(1, 2), brief=True)
 def _lip_bound(kernel, op, oversampling):
     def bound(tensor):
         terms = tensor.shape[1:-2]
@@ -90,7 +90,7 @@ def l1(kernel: Kernel, op: Operator) -> Float[Array, ""]:
     return _l1(*computed_form(kernel, op))
 
 
-@program
+@functools.partial(program, brief=True)
 def _l1(kernel, op):
     return smallest_over_covers(lambda tensor: jnp.sum(jnp.abs(tensor)), kernel, op, guaranteed=True)
 
@@ -121,7 +121,7 @@ def channel_l1(kernel: Kernel, op: Operator) -> Float[Array, ""]:
     return _channel_l1(*computed_form(kernel, op))
 
 
-@program
+@functools.partial(program, brief=True)
 def _channel_l1(kernel, op):
     def bound(tensor):
         matrices = jnp.sum(jnp.abs(tensor), axis=range(1, tensor.ndim - 2))

@@ -54,7 +54,7 @@ def gram_iteration(kernel: Kernel, op: Operator, *, num_steps: int = 6, oversamp
     return _gram_iteration(kernel, op, num_steps, oversampling)
 
 
-@functools.partial(program, static_argnums=(1, 2, 3))
+@functools.partial(program, static_argnums=(1, 2, 3), brief=True)
 def _gram_iteration(kernel, op, num_steps, oversampling):
     kernel, scale = rescaled(kernel.astype(float_dtype(kernel.dtype)), op)
     if isinstance(op, Dense):

@@ -126,7 +126,7 @@ def _is_explicit(op: Operator, kernel_shape: tuple[int, ...]) -> bool:
     return isinstance(op, Dense) or (isinstance(op, ZeroPaddedConv) and is_proven(op, kernel_shape))
 
 
-@program
+@functools.partial(program, brief=True)
 def _interval(kernel, op, below: Pair, above: tuple[tuple[Pair, Float[Array, ""] | float | None], ...], excess):
     """The interval of a layer.
 

@@ -54,7 +54,7 @@ def fantastic_four(kernel: Kernel, op: Operator, *, num_steps: int | None = None
     return _fantastic_four(kernel, op, num_steps if num_steps is None else static_int(num_steps, "num_steps"))
 
 
-@functools.partial(program, static_argnums=(1, 2))
+@functools.partial(program, static_argnums=(1, 2), brief=True)
 def _fantastic_four(kernel, op, num_steps):
     def bound(tensor):
         norms = [matrix_norm(matrix, num_steps) for matrix in _reshapings(tensor)]

@@ -73,7 +73,7 @@ def tensor_norm(kernel: Kernel, op: Operator, *, num_starts: int = 8, num_steps:
     return _tensor_norm(kernel, op, static_int(num_starts, "num_starts"), static_int(num_steps, "num_steps"))
 
 
-@functools.partial(program, static_argnums=(1, 2, 3))
+@functools.partial(program, static_argnums=(1, 2, 3), brief=True)
 def _tensor_norm(kernel, op, num_starts, num_steps):
     def bound(tensor):
         if num_terms(tensor) == 1:

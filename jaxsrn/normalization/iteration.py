@@ -30,7 +30,7 @@ from jaxsrn.normalization.starts import survey
 from jaxsrn.operators.base import Operator
 from jaxsrn.spectra.moving_pairs import frozen_value
 from jaxsrn.spectra.pairs_by_kind import leading_pair, nearby, no_pair
-from jaxsrn.spectra.singular_pair import Pair, rescaled
+from jaxsrn.spectra.singular_pair import Pair, is_small, rescaled
 
 __all__ = [
     "Fixpoint",
@@ -217,7 +217,7 @@ def minorise_maximise(
     return while_loop(lambda state: state.unfinished, step, start)
 
 
-@program
+@functools.partial(program, brief=True)
 def _begin(kernel, op) -> Fixpoint:
     """The state before the first round: the kernel itself, and placeholders."""
     a = rescaled(kernel.astype(float_dtype(kernel.dtype)), op)[0]
@@ -239,7 +239,7 @@ def _begin(kernel, op) -> Fixpoint:
     )
 
 
-@program
+@functools.partial(program, brief=is_small)
 def _round(a, op, target, initial, max_steps, tolerance, state: Fixpoint, found: Pair) -> Fixpoint:
     """The state after one round; `found` is what a search for the leading pair of its kernel found, and `a` is `A`."""
     first = state.count == 0

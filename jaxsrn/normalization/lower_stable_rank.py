@@ -130,7 +130,7 @@ def _check_initial(initial, op: Operator, kernel_shape) -> None:
         check_triplet(initial, op, kernel_shape)
 
 
-@program
+@functools.partial(program, brief=True)
 def _stored(inputs, outputs, op, kernel) -> Pair:
     dtype = float_dtype(kernel.dtype)
     return pair_of_images(inputs.astype(dtype), outputs.astype(dtype), op, kernel.shape)
@@ -142,7 +142,7 @@ def lowest(kernel, op: Operator, target, initial: Pair | None, tolerance, max_st
     return minorise_maximise(kernel, op, target, initial, max_steps, tolerance)
 
 
-@functools.partial(program, static_argnums=4)
+@functools.partial(program, static_argnums=4, brief=True)
 def _lowered(*args):
     return lowered(*args)
 

@@ -66,7 +66,7 @@ def srn(matrix: Kernel, target, *, num_preserved: int = 1, raise_rank: bool = Fa
     return srn_of_matrix(matrix, target, num_preserved, bool(raise_rank))
 
 
-@functools.partial(program, static_argnums=(2, 3))
+@functools.partial(program, static_argnums=(2, 3), brief=True)
 def srn_of_matrix(matrix, target, num_preserved, raise_rank):
     """`srn` for checked arguments."""
     a, scale = rescaled(matrix.astype(float_dtype(matrix.dtype)), Dense())

@@ -56,7 +56,7 @@ def srnc_tanay(kernel: Kernel, op: Operator, target) -> SRNResult:
     return in_shape(_srnc_tanay(kernel, op, leading_pair(kernel, op), target), shape)
 
 
-@program
+@functools.partial(program, brief=True)
 def _srnc_tanay(kernel, op, own, target):
     a, scale = rescaled(kernel.astype(float_dtype(kernel.dtype)), op)
     problem = problem_of(a, op, target, frozen_value(a, op, own))

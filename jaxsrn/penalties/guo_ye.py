@@ -98,7 +98,7 @@ def exceeds_output(op: Operator, kernel_shape) -> bool:
     return inputs > outputs
 
 
-@functools.partial(program, static_argnums=(1, 3))
+@functools.partial(program, static_argnums=(1, 3), brief=True)
 def _extreme(kernel, op, alpha, gram):
     kernel = kernel.astype(float_dtype(kernel.dtype))
     fixed, _ = rescaled(lax.stop_gradient(kernel), op)

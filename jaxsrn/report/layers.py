@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import NamedTuple
 
@@ -121,7 +122,7 @@ def _compiled_numbers(kernel: Shaped[Array, "..."], op: Operator) -> Numbers:
     return Numbers(norm, interval, rank)
 
 
-@program
+@functools.partial(program, brief=True)
 def _by_pair(kernel, op, pair):
     """Norm, stable rank and interval in one program, as every shape compiles it."""
     return *norm_and_rank(kernel, op, pair), certified_by_pair(kernel, op, pair)

@@ -6,6 +6,8 @@ could miss the largest. One Cholesky factorization of the smaller Gram matrix pr
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -34,7 +36,7 @@ def leading_of_dense(kernel: Float[Array, "in out"]) -> Pair:
     return Pair(pair.site, first[: kernel.shape[0]], second[: kernel.shape[1]])
 
 
-@program
+@functools.partial(program, brief=True)
 def _leading_of_dense(kernel):
     return leading_of_matrix(by_largest(kernel)[0])
 

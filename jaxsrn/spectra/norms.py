@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -100,7 +101,7 @@ def check_triplet(initial: SingularTriplet, op: Operator, kernel_shape) -> None:
     )
 
 
-@program
+@functools.partial(program, brief=True)
 def _triplet(kernel, op, pair):
     kernel, scale = rescaled(kernel.astype(float_dtype(kernel.dtype)), op)
     value = frozen_value(kernel, op, pair)
@@ -155,7 +156,7 @@ def spectral_norm(kernel: Kernel, op: Operator) -> Float[Array, ""]:
     return norm_of(kernel, op)
 
 
-@program
+@functools.partial(program, brief=True)
 def _value(kernel, op, pair):
     # Products of a small kernel with a small part of the pair would vanish.
     kernel, scale = rescaled(kernel.astype(float_dtype(kernel.dtype)), op)

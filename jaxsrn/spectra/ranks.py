@@ -6,6 +6,7 @@ Definition 3.1).
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -60,7 +61,7 @@ def stable_rank(kernel: Kernel, op: Operator) -> Float[Array, ""]:
     return norm_and_rank(kernel, op, leading_pair(kernel, op), copies)[1]
 
 
-@program
+@functools.partial(program, brief=True)
 def norm_and_rank(kernel, op, pair, copies=1) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """The spectral norm and the stable rank of a kernel of any scale and dtype, from its leading pair.
 

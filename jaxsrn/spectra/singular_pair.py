@@ -12,8 +12,13 @@ from jaxtyping import Array, Float, Inexact
 
 from jaxsrn._tools.linalg import by_largest
 from jaxsrn.operators.base import Operator
+from jaxsrn.operators.convolutions import ZeroPaddedConv
 
-__all__ = ["Found", "Pair", "idle_taps", "matrix_size", "rescaled", "without_idle_taps"]
+__all__ = ["Found", "Pair", "idle_taps", "is_small", "matrix_size", "rescaled", "without_idle_taps"]
+
+# Kernels and images of at most so many entries. With larger ones a search takes a second or more, and twice as long
+# where it is not optimized.
+_SMALL_KERNEL, _SMALL_IMAGE = 2**18, 2**15
 
 
 class Pair(NamedTuple):
@@ -44,6 +49,12 @@ class Found(NamedTuple):
 def matrix_size(op: Operator, kernel_shape: tuple[int, ...]) -> int:
     """The number of entries of the explicit matrix (static)."""
     return math.prod(op.in_shape(kernel_shape)) * math.prod(op.out_shape(kernel_shape))
+
+
+def is_small(kernel: Float[Array, "..."], op: Operator, *_) -> bool:
+    """Whether the layer is so small that many products with its map are brief (static; `_tools/programs.py`)."""
+    image = math.prod(op.in_shape(kernel.shape)) if isinstance(op, ZeroPaddedConv) else 0
+    return kernel.size <= _SMALL_KERNEL and image <= _SMALL_IMAGE
 
 
 def rescaled(kernel: Float[Array, "..."], op: Operator) -> tuple[Float[Array, "..."], Float[Array, ""]]:

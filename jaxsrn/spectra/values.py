@@ -59,7 +59,7 @@ def symbol(kernel: Kernel, op: Operator) -> Complex[Array, "..."]:
     return _symbol(kernel_array(kernel, op), op)
 
 
-@program
+@functools.partial(program, brief=True)
 def _symbol(kernel, op):
     out = symbol_on(kernel.astype(float_dtype(kernel.dtype)), op, op.grid)
     return out if op.feature_group_count > 1 else jnp.squeeze(out, op.num_axes)
@@ -94,7 +94,7 @@ def singular_values(kernel: Kernel, op: Operator) -> Float[Array, " n"]:
     return _singular_values(kernel, op)
 
 
-@program
+@functools.partial(program, brief=True)
 def _singular_values(kernel, op):
     kernel = kernel.astype(float_dtype(kernel.dtype))
     if not isinstance(op, CircularConv):

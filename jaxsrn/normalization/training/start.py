@@ -35,7 +35,7 @@ from jaxsrn.spectra.common_shapes import as_matrix
 from jaxsrn.spectra.moving_pairs import frozen_value
 from jaxsrn.spectra.padded.leading import is_searched
 from jaxsrn.spectra.pairs_by_kind import leading_pair, no_pair
-from jaxsrn.spectra.singular_pair import Pair, rescaled
+from jaxsrn.spectra.singular_pair import Pair, is_small, rescaled
 
 __all__ = ["checked", "follows_own", "srnc_state"]
 
@@ -113,7 +113,7 @@ def follows_own(op: Operator, target, norm, cap) -> bool:
     return (norm is None or bool(cap)) and target is not None and not op._normalization_keeps_pairs
 
 
-@functools.partial(program, static_argnums=4, once=True)
+@functools.partial(program, static_argnums=4, brief=is_small)
 def _srnc_state(kernel, op, own, target, needs_own):
     kernel, target = lax.stop_gradient((kernel.astype(float_dtype(kernel.dtype)), target))
     a, _ = rescaled(kernel, op)

@@ -86,7 +86,7 @@ def _geometry(op: CircularConv, kernel_shape: tuple[int, ...], dtype, reduced: b
     return single, grid_of(op, kernel_shape, dtype, reduced), num_boxes(op, kernel_shape, reduced)
 
 
-@program
+@functools.partial(program, brief=True)
 def _by_svds(kernel, op):
     kernel, places = by_largest(kernel)[0], distinct_sites(op)[0]
     values = top_values(half_symbol(kernel, op)[places])
@@ -94,7 +94,7 @@ def _by_svds(kernel, op):
     return pair_at(kernel, op, picked(sites, jnp.argmax(values)))
 
 
-@program
+@functools.partial(program, brief=True)
 def _constant_wave(kernel, op):
     """The leading pair of a kernel of one tap, whose symbol is one matrix at all sites, in the first phase."""
     pair = leading_of_matrix(by_largest(kernel)[0].reshape(kernel.shape[-2:]))

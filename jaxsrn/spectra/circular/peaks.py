@@ -52,7 +52,7 @@ class Climbed(NamedTuple):
 
 
 # A program of its own: the search with zero padding and the proof of its upper bound start from the same peaks.
-@functools.partial(program, static_argnums=(1, 3, 4, 5))
+@functools.partial(program, static_argnums=(1, 3, 4, 5), brief=True)
 @functools.partial(one_by_one, static_argnums=(1, 3, 4, 5))
 def climbed(
     kernel: Float[Array, "..."], op, grid: Grid, counts: tuple[int, ...], is_reduced: bool, count: int
@@ -65,7 +65,7 @@ def climbed(
     return Climbed(climbs(poly, grid, known, chosen), poly, corners, exists)
 
 
-@functools.partial(program, static_argnums=(1, 2, 5))
+@functools.partial(program, static_argnums=(1, 2, 5), brief=True)
 @functools.partial(one_by_one, static_argnums=(1, 2, 5))
 def highest(found: Climbed, op, kernel_shape: tuple[int, ...], grid: Grid, excess, between: bool) -> Pair:
     """The pair of the largest singular value of the whole grid, up to rounding.
@@ -78,7 +78,7 @@ def highest(found: Climbed, op, kernel_shape: tuple[int, ...], grid: Grid, exces
     return at_site(at_maximum(poly, grid, peak) if between else peak, op, kernel_shape)
 
 
-@functools.partial(program, static_argnums=(1, 2))
+@functools.partial(program, static_argnums=(1, 2), brief=True)
 def highest_climbed(found: Climbed, op, kernel_shape: tuple[int, ...], grid: Grid) -> Pair:
     """The pair of the highest peak that climbing has found, without a proof that none is higher."""
     peaks, poly, *_ = _all_of(found)

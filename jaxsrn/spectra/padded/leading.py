@@ -6,6 +6,7 @@ small residual, which proves a singular value but not that none is larger. It is
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -26,7 +27,7 @@ from jaxsrn.spectra.image_pairs import matrix_free, of_flat_vectors, shapes
 from jaxsrn.spectra.padded.idle_axes import at_first_contact, without_idle_axes
 from jaxsrn.spectra.padded.idle_channels import Channels, all_channels, may_hold_more, start_in, without_channels_of
 from jaxsrn.spectra.padded.starts import circular_peaks, circular_waves, cold_start, missed_phase
-from jaxsrn.spectra.singular_pair import Found, Pair, matrix_size, rescaled, without_idle_taps
+from jaxsrn.spectra.singular_pair import Found, Pair, is_small, matrix_size, rescaled, without_idle_taps
 
 __all__ = ["is_proven", "is_searched", "leading_of_padded", "search"]
 
@@ -65,14 +66,14 @@ def is_searched(op: ZeroPaddedConv, kernel_shape: tuple[int, ...]) -> bool:
     return matrix_size(without_idle_axes(op, kernel_shape), kernel_shape) > PROVEN_SIZE
 
 
-@program
+@functools.partial(program, brief=True)
 def _of_matrix(kernel, op) -> Pair:
     kernel, small = rescaled(kernel, op)[0], without_idle_axes(op, kernel.shape)
     pair = leading_of_matrix(small.to_dense(kernel).T)
     return _in_whole(of_flat_vectors(pair.input, pair.output, small, kernel.shape), op, kernel.shape)
 
 
-@program
+@functools.partial(program, brief=is_small)
 @one_by_one
 def _cold(kernel, op, tolerance, peaks: Climbed) -> Pair:
     kernel, small = rescaled(kernel, op)[0], without_idle_axes(op, kernel.shape)
