@@ -15,10 +15,10 @@ from jaxsrn._tools.programs import QUICK, QUICKER
 
 ABOUT = """\
 Each function is lowered once and compiled three times in one process: with XLA's default options; with the library's
-options for eager calls on a CPU, `{quick}`, which name XLA's former code generator; and with those of functions that
-are called once for a layer, `{quicker}`, which optimize less. Compilation is timed once, as JAX keeps the program;
-times of calls are medians of {rounds} that take turns."""
-OPTIONS = {"default": None, "former": QUICK, "less": QUICKER}
+options for eager calls on a CPU, `{quick}`, which name XLA's former code generator; and with those of brief functions,
+`{quicker}`, which have LLVM optimize nothing (`jaxsrn/_tools/programs.py` says which functions are brief). Compilation
+is timed once, as JAX keeps the program; times of calls are medians of {rounds} that take turns."""
+OPTIONS = {"default": None, "former": QUICK, "brief": QUICKER}
 ROUNDS = 9
 NAMES = ("spectral_norm", "bounds.certified", "srnc_state", "srnc_step")
 

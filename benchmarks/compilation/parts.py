@@ -71,5 +71,5 @@ def at_most(value: float | None, limit: float, text: str, unit: str = "") -> tup
     """A requirement from above; it is not met where the measurement failed."""
     if value is None:
         return False, f"{text}: failed, at most {limit:g}{unit}"
-    shown = f"{value:,.3f}".rstrip("0").rstrip(".")
+    shown = f"{value:,.3f}".rstrip("0").rstrip(".") if value == 0 or value >= 1e-3 else f"{value:.1e}"
     return bool(value <= limit), f"{text}: {shown}{unit}, at most {limit:g}{unit}"
