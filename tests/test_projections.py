@@ -285,6 +285,54 @@ def test_large_zero_padded_layers_are_bracketed(op, shape, nothing_is_split):
         assert best * (1 - 1e-5) <= reached <= (1.3 if both else 1.1) * best
 
 
+WINDOWED = [
+    *LARGE,
+    (ZeroPaddedConv((9,), padding="CAUSAL"), (3, 2, 2)),
+    (ZeroPaddedConv((7, 6), strides=(2, 1), kernel_dilation=(1, 2)), (5, 2, 2, 3)),
+    (ZeroPaddedConv((4, 5), padding=((2, 1), (0, 3)), input_dilation=(3, 1)), (4, 3, 2, 2)),
+]
+
+
+@pytest.mark.parametrize(("op", "shape"), WINDOWED, ids=str)
+def test_tapers_are_what_taps_connect_of_two_windows(op, shape):
+    """Each tap alone, as the explicit matrix of one channel, between half sines whose phases have length 1."""
+    adjoint = set(op.strides) == {1} and set(op.input_dilation) != {1}
+    step = op.input_dilation if adjoint else op.strides
+    sizes = op.input_shape, op.out_shape(shape)[:-1]
+    places = [np.indices(size).reshape((op.num_axes, -1)).T for size in sizes]
+    waves = [np.sin(np.pi * (where + 1) / (np.array(size) + 1)) for where, size in zip(places, sizes, strict=True)]
+    inputs, outputs = (np.prod(wave, axis=1) for wave in waves)
+    expected = np.zeros(shape[: op.num_axes])
+    for tap in np.ndindex(expected.shape):
+        basis = np.zeros((*expected.shape, 1, 1))
+        basis[tap] = 1
+        offset = np.array(tap) * op.kernel_dilation - [low for low, _ in op._pads(shape)]
+        phases = places[1] + offset if adjoint else places[0] * op.input_dilation - offset
+        own = np.all(phases % np.array(step) == 0, axis=1)
+        lengths = (inputs, outputs * own) if adjoint else (inputs * own, outputs)
+        value = outputs @ dense(jnp.asarray(basis), op) @ inputs
+        expected[tap] = value / (np.linalg.norm(lengths[0]) * np.linalg.norm(lengths[1]))
+    taper = nearest._taper(op, shape, step)
+    np.testing.assert_allclose(taper[..., 0, 0], expected, atol=1e-12)
+
+
+@pytest.mark.parametrize(("op", "shape"), WINDOWED, ids=str)
+def test_tapered_layers_are_never_above_their_own(op, shape, nothing_is_split):
+    stack = nearest.outer_blocks(op, shape, jnp.float64).stack
+    for seed in range(3):
+        for array in (gaussian(shape, seed), gaussian(shape, seed) + 3):
+            tapered = np.linalg.norm(stack(jnp.asarray(array)), 2, axis=(1, 2)).max()
+            assert tapered <= norm_of(jnp.asarray(array), op) * (1 + 1e-12)
+
+
+@pytest.mark.parametrize("n", [1, 2, 7, 32])
+def test_one_tap_from_the_middle_tapers_lose_little(n):
+    """A half sine and itself one sample further have the inner product `cos(pi / (n + 1))`."""
+    loss = 1 - np.cos(np.pi / (n + 1))
+    taper = nearest._taper(ZeroPaddedConv((n,)), (3, 1, 1), (1,))
+    np.testing.assert_allclose(taper[:, 0, 0], [1 - loss, 1, 1 - loss], atol=1e-12)
+
+
 # Clipping
 
 

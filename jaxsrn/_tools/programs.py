@@ -12,8 +12,8 @@ contains, and with them the programs of eager calls of the same functions and sh
 Programs of eager calls are compiled by XLA's former code generator on a CPU, which takes two thirds of the time and
 gives searches of the same speed. A **brief** function is one whose run takes less time than the optimization of its
 program, as all have that look at one layer. LLVM does not optimize its eager calls, which compile in a third of the
-time and run up to twice as long (`python benchmarks/compilation --only generators`). In a function that a user jits,
-the user's choice holds.
+time and run up to three times as long (`python benchmarks/compilation --only generators`). In a function that a user
+jits, the user's choice holds.
 """
 
 from __future__ import annotations

@@ -5,26 +5,29 @@ larger zero-padded layer stands between the balls of two circular layers, in the
 
 - The inner ball is that of the cover (`bounds/covers.py`): a kernel in the cover's ball is in the layer's. Its radius
   is widened until the layer's own norm is the limit.
-- The outer ball is that of the tapered layer. Let `C(Y)` be the circular map with symbol `Y` on a grid of `N_c` samples
-  that holds the image, and `R C(Y) E` its part on the image. Restricting cannot raise a nuclear norm, and tap `p` of a
-  zero-padded layer meets `d_p` samples, so
+- The outer ball is that of the tapered layer. Let `h` and `g` be windows, an image of the inputs and one of the outputs
+  that fade towards the edges. A plane wave with amplitudes `u` in the window `h` is an input image, and one with
+  amplitudes `v` in the window `g` is an output image. Tap `p` connects the sample `n(m, p)` of the inputs with the
+  sample `m` of the outputs, so that
 
-      c sum_w ||Y(w)||_*  >=  c ||R C(Y) E||_*  >=  <R C(Y) E, T(K)>  =  sum_w <Y(w), S_{(d / N_c) K}(w)>
+      <g v e^(i w m), T(K) (h u e^(i w n))>  =  v^H S_{tau K}(w) u,    tau_p = sum_m g(m) h(n(m, p)),
 
-  for every `K` of the layer's ball. The **tapered** kernel `(d / N_c) K` is therefore in the ball of the circular layer
-  on the image, and the distance to that larger set is a lower bound.
+  for windows whose squares have the sum 1, those of the inputs in each phase. The **tapered** kernel `tau K` of a
+  kernel of the layer's ball therefore has a norm of at most `c` at every frequency, and the distance to that larger set
+  is a lower bound. A half sine along each axis of `n` samples has `1 - tau_p` of the order of `1 / n**2`, where a
+  constant window has `1 / n`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
@@ -102,14 +105,15 @@ def outer_blocks(op: Operator, kernel_shape: tuple[int, ...], dtype) -> MatrixSt
 def _circular(op: ZeroPaddedConv, kernel_shape: tuple[int, ...], dtype, tight: bool) -> MatrixStack:
     """The stack of the cover.
 
-    With `tight` it is the stack of the tapered layer, on the smallest image that holds the layer's and separates taps.
+    With `tight` it is the stack of the tapered layer, at the frequencies of the smallest image that holds the layer's
+    and separates taps.
     """
     weights = jnp.broadcast_to(op.frobenius_weights(kernel_shape, dtype), kernel_shape)
     example, cover = covers(jnp.zeros(kernel_shape, dtype), op)[0]
-    taper = jnp.ones_like(weights)
+    taper = jnp.ones((), dtype)
     if tight:
         cover = dataclasses.replace(cover, input_shape=_smallest_image(op, kernel_shape, cover.strides))
-        taper = weights / math.prod(cover.out_shape(example.shape)[:-1])
+        taper = jnp.asarray(_taper(op, kernel_shape, cover.strides), dtype)
     own = matrix_stack(cover, example.shape, dtype)
     return MatrixStack(lambda kernel: own.stack(covers(kernel * taper, op)[0][0]), own.counts, weights)
 
@@ -121,6 +125,46 @@ def _smallest_image(op: ZeroPaddedConv, kernel_shape: tuple[int, ...], strides: 
         images = op.out_shape(kernel_shape), op.input_shape
     sizes = zip(*images, op._extents(kernel_shape), strides, strict=False)
     return tuple(-(-max(n, s * m, extent) // s) * s for n, m, extent, s in sizes)
+
+
+def _taper(op: ZeroPaddedConv, kernel_shape: tuple[int, ...], strides: tuple[int, ...]) -> np.ndarray:
+    """`tau` for the cover of the given strides, `(*taps, 1, 1)` (static)."""
+    axes = []
+    for axis, (low, _) in enumerate(op._pads(kernel_shape)):
+        outputs, inputs = (
+            (op.out_shape(kernel_shape)[axis], op.strides[axis]),
+            (op.input_shape[axis], op.input_dilation[axis]),
+        )
+        offsets = op.kernel_dilation[axis] * np.arange(kernel_shape[axis]) - low
+        # The adjoint exchanges inputs and outputs, and looks back.
+        axes.append(
+            _axis_taper(outputs, inputs, offsets) if strides == op.strides else _axis_taper(inputs, outputs, -offsets)
+        )
+    return functools.reduce(np.multiply.outer, axes)[..., None, None]
+
+
+def _axis_taper(first: tuple[int, int], second: tuple[int, int], offsets: np.ndarray) -> np.ndarray:
+    """`tau` of one axis for taps that connect samples `m` and `n` of two lines where `step m + offset = spacing n`.
+
+    Args:
+      first, second: the number of samples and the step of either line.
+      offsets: those of the taps.
+    """
+    (size, step), (other, spacing) = first, second
+    window, samples = _half_sine(size), _half_sine(other)
+    taper = []
+    for offset in offsets:
+        places = step * np.arange(size) + offset
+        meets = (places % spacing == 0) & (places >= 0) & (places < spacing * other)
+        # Samples of one phase are those that a tap could meet if the first line had no ends.
+        in_phase = (spacing * np.arange(other) - offset) % step == 0
+        length = np.linalg.norm(window) * np.linalg.norm(samples[in_phase])
+        taper.append(window[meets] @ samples[places[meets] // spacing] / length if meets.any() else 0.0)
+    return np.array(taper)
+
+
+def _half_sine(size: int) -> np.ndarray:
+    return np.sin(np.pi * np.arange(1, size + 1) / (size + 1))
 
 
 def not_yet(

@@ -127,8 +127,8 @@ def project_spectral_ball(
     Larger zero-padded layers have no small matrices. There the result is an inner approximation: the projection, in the
     layer's own distance, on the ball of its cover (the circular layer on the padded image), with the radius widened
     until the layer's own norm is `max_norm`. `gap` is measured against an outer ball, that of the circular layer whose
-    taps are tapered by the share of samples that they meet; it contains the layer's ball. Both approximations are worse
-    the more of the image is border.
+    taps are tapered by a window on the image (`nearest.py`); it contains the layer's ball. Both approximations are
+    worse the smaller the image, by the inverse of the square of its sides.
 
     Args:
       kernel: `(c_in, c_out)` or `(*taps, c_in // groups, c_out)`.

@@ -16,8 +16,8 @@ from jaxsrn.operators.convolutions import ZeroPaddedConv
 
 __all__ = ["Found", "Pair", "idle_taps", "is_small", "matrix_size", "rescaled", "without_idle_taps"]
 
-# Kernels and images of at most so many entries. With larger ones a search takes a second or more, and twice as long
-# where it is not optimized.
+# Kernels and images of at most so many entries. With larger ones a run takes longer than the optimization of its
+# program (`python benchmarks/compilation --only generators`).
 _SMALL_KERNEL, _SMALL_IMAGE = 2**18, 2**15
 
 
