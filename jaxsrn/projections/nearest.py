@@ -131,15 +131,12 @@ def _taper(op: ZeroPaddedConv, kernel_shape: tuple[int, ...], strides: tuple[int
     """`tau` for the cover of the given strides, `(*taps, 1, 1)` (static)."""
     axes = []
     for axis, (low, _) in enumerate(op._pads(kernel_shape)):
-        outputs, inputs = (
-            (op.out_shape(kernel_shape)[axis], op.strides[axis]),
-            (op.input_shape[axis], op.input_dilation[axis]),
-        )
+        outputs = op.out_shape(kernel_shape)[axis], op.strides[axis]
+        inputs = op.input_shape[axis], op.input_dilation[axis]
         offsets = op.kernel_dilation[axis] * np.arange(kernel_shape[axis]) - low
-        # The adjoint exchanges inputs and outputs, and looks back.
-        axes.append(
-            _axis_taper(outputs, inputs, offsets) if strides == op.strides else _axis_taper(inputs, outputs, -offsets)
-        )
+        # The adjoint, whose strides are the input dilation, exchanges inputs and outputs, and looks back.
+        lines = (outputs, inputs, offsets) if strides == op.strides else (inputs, outputs, -offsets)
+        axes.append(_axis_taper(*lines))
     return functools.reduce(np.multiply.outer, axes)[..., None, None]
 
 
