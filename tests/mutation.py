@@ -79,6 +79,9 @@ HELD_BY = {
         *("few_frequencies", "_on_part_of_grid", "polar", "unit_direction", "nuclear_norm", "_gain", "dual_point"),
         "solved",
     ),
+    "jaxsrn/projections/nearest.py": Held(
+        ("tests/test_projections.py", "-k", "taper"), ("_taper", "_axis_taper", "_half_sine")
+    ),
 }
 
 # One change of each operator is enough: a shape or a unit is wrong, an order relation moves its end or turns around.

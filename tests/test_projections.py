@@ -288,6 +288,7 @@ def test_large_zero_padded_layers_are_bracketed(op, shape, nothing_is_split):
 WINDOWED = [
     *LARGE,
     (ZeroPaddedConv((9,), padding="CAUSAL"), (3, 2, 2)),
+    (ZeroPaddedConv((6,), padding="VALID", strides=3), (3, 2, 2)),
     (ZeroPaddedConv((7, 6), strides=(2, 1), kernel_dilation=(1, 2)), (5, 2, 2, 3)),
     (ZeroPaddedConv((4, 5), padding=((2, 1), (0, 3)), input_dilation=(3, 1)), (4, 3, 2, 2)),
 ]

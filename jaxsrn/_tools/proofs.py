@@ -47,10 +47,10 @@ def are_below(grams: Inexact[Array, "points groups n n"], levels: Float[Array, "
     is_positive = levels > 0
     inverse = (1 / jnp.where(is_positive, levels, 1))[:, None, None, None]
     identity = jnp.eye(grams.shape[-1], dtype=levels.dtype)[None, None]
-    rest = identity - inverse * grams.real
-    rest = lax.complex(rest, -inverse * grams.imag) if jnp.iscomplexobj(grams) else rest
-    # LAPACK wants columns, and the transpose, which has a factor where the matrix has one, has them in place.
-    factor = lax.linalg.cholesky(rest.mT, symmetrize_input=False)
+    # LAPACK reads columns. They are the rows of the transpose, which for a Hermitian matrix is its conjugate.
+    conjugate = identity - inverse * grams.real
+    conjugate = lax.complex(conjugate, inverse * grams.imag) if jnp.iscomplexobj(grams) else conjugate
+    factor = lax.linalg.cholesky(conjugate.mT, symmetrize_input=False)
     # A factor that does not exist is NaN; so is its last entry.
     definite = jnp.all(jnp.isfinite(factor[..., -1, -1].real), axis=-1)
     return definite & is_positive
