@@ -38,11 +38,11 @@ MOST_MAPS = 25_000
 MAPS_OF_A_PROGRAM = 2_000
 # The latest programs stay even where the user's own take all the room, or no call would find its programs again.
 ALWAYS_KEPT = 16
-# How XLA compiles eager calls on a CPU, and those of brief functions. It stops at an option that it does not know, and
-# later versions may not.
-QUICK = {"xla_cpu_use_fusion_emitters": False}
-QUICKER = QUICK | {"xla_backend_optimization_level": 0}
-KNOWS_OPTIONS = jaxlib.version.__version__.startswith("0.10.")
+# How XLA compiles eager calls on a CPU, and those of brief functions. It stops at an option that it does not know: the
+# former code generator is gone from 0.12, and what later versions know is not known here.
+_VERSION = jaxlib.version.__version__
+QUICK = {"xla_cpu_use_fusion_emitters": False} if _VERSION.startswith("0.10.") else {}
+QUICKER = QUICK | ({"xla_backend_optimization_level": 0} if _VERSION.startswith(("0.10.", "0.11.", "0.12.")) else {})
 
 
 def num_maps() -> int:
@@ -85,7 +85,7 @@ class Programs:
         types = tuple((getattr(leaf, "shape", ()), getattr(leaf, "dtype", type(leaf))) for leaf in leaves)
         # JAX takes options for outermost programs alone.
         eager = not (is_traced(leaves) or _is_in_a_program())
-        options = options if eager and KNOWS_OPTIONS and jax.default_backend() == "cpu" else None
+        options = options if eager and options and jax.default_backend() == "cpu" else None
         key = (function, tuple(args[i] for i in static), structure, types, eager)
         # `grad` and `vmap` of an eager call make further programs; their arguments are tracers of their own types.
         kind = frozenset(map(type, leaves))
