@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Complex, Float, Int
+from jaxtyping import Array, Float, Int
 
 from jaxsrn._tools.indexing import joined, picked, put_from, slice_from
 from jaxsrn._tools.linalg import einsum
@@ -33,7 +33,7 @@ from jaxsrn.operators.convolutions import CircularConv, UnboundedConv
 from jaxsrn.spectra.circular.angles import ROTATION
 from jaxsrn.spectra.circular.fourier import of_group, polynomial, site_rotations, site_shape
 from jaxsrn.spectra.circular.grid_certificate import degrees
-from jaxsrn.spectra.circular.real_floats import indices_of, turns_of
+from jaxsrn.spectra.circular.real_floats import indices_of, parts_of, turns_of
 from jaxsrn.spectra.circular.sites import Site, half_grid, on_grid
 from jaxsrn.spectra.singular_pair import Pair
 
@@ -84,7 +84,8 @@ def begin(kernel: Float[Array, "..."], op: CircularConv | UnboundedConv) -> Clim
     cells = _cells(on_grid(op, kernel.shape), kernel.shape)
     middles = np.sum(cells, axis=-1, dtype=np.int32) // 2
     vectors = fixed_start((*outputs[:2], outputs[-1]), kernel.dtype)
-    return Climbers(jnp.broadcast_to(jnp.asarray(middles)[:, None], index), _with_parts(vectors))
+    vectors = jnp.stack([vectors, jnp.zeros_like(vectors)], axis=2)
+    return Climbers(jnp.broadcast_to(jnp.asarray(middles)[:, None], index), vectors)
 
 
 def follow(
@@ -108,7 +109,7 @@ def follow(
     # The pair is the first row, in every group.
     index, output, cells = jax.tree.map(
         lambda one, many: jnp.concatenate([jnp.broadcast_to(one, (1, *many.shape[1:])), many]),
-        [pair.site.index, _parts(pair.output), _everywhere(layer)],
+        [pair.site.index, parts_of(pair.output).reshape((2, -1)), _everywhere(layer)],
         moving,
     )
     factors = site_rotations(layer, kernel.shape, index, kernel.dtype)
@@ -159,16 +160,6 @@ def _inputs(coefficients: Float[Array, "groups terms rows columns"], factors, ou
     """
     reached = einsum("gtrc,kgqc->kgqtr", coefficients, output)
     return *_units(einsum("kgpqt,kgqtr->kgpr", factors, reached)), reached
-
-
-def _parts(vector: Complex[Array, " n"]) -> Float[Array, "parts n"]:
-    """The real and the imaginary part of a vector."""
-    return jnp.stack([vector.real, vector.imag])
-
-
-def _with_parts(vectors: Float[Array, "... n"]) -> Float[Array, "... parts n"]:
-    """Real vectors with an imaginary part of 0."""
-    return jnp.stack([vectors, jnp.zeros_like(vectors)], axis=-2)
 
 
 def _whose_turn(num_cells: int, turn: Int[Array, ""] | None) -> tuple[Int[Array, ""] | int, int]:

@@ -139,9 +139,10 @@ def _autocorrelation(coefficients: Float[Array, "groups terms rows columns"], ex
     # With the terms in a circle, each one and the next half of them make every pair once.
     count = terms // 2 + 1
     nexts = (np.arange(terms)[:, None] + np.arange(count)) % terms
-    which = len(lags) // 2 + places[nexts] - places[:, None]
+    half = len(lags) // 2
+    which = jnp.asarray(half + places[nexts] - places[:, None], jnp.int32)
     # Of an even number of terms those that lie opposite meet twice.
-    shares = np.where((2 * np.arange(count) == terms) & (terms > 1), 0.5, 1.0).reshape((-1, 1, 1, 1))
+    shares = np.where(2 * np.arange(count) == terms, 0.5, 1.0).reshape((-1, 1, 1, 1))
     circle = jnp.moveaxis(coefficients, 1, 2)
     circle = jnp.concatenate([circle, circle[:, :, : count - 1]], axis=2)
 
@@ -151,12 +152,10 @@ def _autocorrelation(coefficients: Float[Array, "groups terms rows columns"], ex
         products = matmul(window[:, :, 0].mT, window.reshape((groups, rows, count * columns)))
         products = jnp.moveaxis(products.reshape((groups, columns, count, columns)), 2, 0)
         products = products * jnp.asarray(shares, products.dtype) if terms % 2 == 0 else products
-        lags = picked(jnp.asarray(which, jnp.int32), place)
-        return sums.at[lags].add(products, mode="drop", wrap_negative_indices=False)
+        return sums.at[picked(which, place)].add(products, mode="drop", wrap_negative_indices=False)
 
     sums = jnp.zeros((len(lags), groups, columns, columns), coefficients.dtype)
     sums = lax.fori_loop(np.int32(0), np.int32(terms), add, sums)
-    half = len(lags) // 2
     later = sums[half:] + sums[half::-1].mT
     return (later + later.mT).at[0].set(sums[half]), later.mT - later
 
