@@ -140,6 +140,9 @@ def _report(args) -> None:
     from jaxsrn.report.terminal import show_lines, show_table
 
     _check_outputs(args.json, args.csv, args.plot)
+    files = [path.resolve() for path in (args.file, args.json, args.csv, args.plot) if path]
+    if len(set(files)) < len(files):
+        raise ValueError("--json, --csv, --plot: got a file twice, expected others than FILE and than each other.")
     if args.plot and args.plot.suffix.lower() not in _PICTURES:
         raise ValueError(f"--plot: got {args.plot}, expected a name that ends in {', '.join(_PICTURES)}.")
     report = analyze(args.file, spectra=args.spectra, fold_batch_norm=args.fold_batch_norm, **_how_to_read(args))

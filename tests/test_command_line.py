@@ -124,6 +124,21 @@ def test_a_terminal_has_bars_and_tables_of_its_width(weights, tmp_path):
     assert re.search(r"^ *conv\.weight .* 0\.00%", compared, flags=re.MULTILINE)
 
 
+def test_a_gate_is_normalized_by_its_own_name(tmp_path, capsys):
+    path, out = tmp_path / "cell.npz", tmp_path / "out.npz"
+    arrays = {f"r.weight_{side}_l0": gaussian((32, 8), seed) for seed, side in enumerate(("ih", "hh"))}
+    np.savez(path, **arrays)
+    assert main(["normalize", str(path), "--fraction", "0.2", "--only", "r.weight_ih_l0[f]", "--out", str(out)]) == 0
+    assert "1 of 1 kernels changed" in capsys.readouterr().out
+    with np.load(out) as new:
+        for name, old in arrays.items():
+            changed = np.flatnonzero(np.any(new[name] != old, axis=1))
+            np.testing.assert_array_equal(changed, np.arange(8, 16) if "ih" in name else [])
+        # Weights in float64 keep their digits.
+        assert np.any(new["r.weight_ih_l0"] != new["r.weight_ih_l0"].astype(np.float32))
+        assert norm_and_rank(new["r.weight_ih_l0"][8:16])[1] == pytest.approx(1.6, rel=1e-10)
+
+
 def test_normalize_reaches_the_lowest_that_taps_allow(weights, tmp_path, capsys):
     """A kernel of four outputs and one input has a stable rank from 1/3 to 1, and a twentieth of 1 is asked for."""
     out = tmp_path / "out.safetensors"
@@ -152,6 +167,9 @@ def wrong(tmp_path):
     safetensors.numpy.save_file({}, empty)
     np.savez(vectors, bias=np.zeros(3))
     np.savez(kernels, kernel=np.ones((3, 3, 2, 2)))
+    matrix, folder = tmp_path / "matrix.npz", tmp_path / "folder.npz"
+    np.savez(matrix, **{"fc.weight": np.ones((3, 2))})
+    folder.mkdir()
     out = ["--out", tmp_path / "out.npz"]
     return [
         (["report", tmp_path / "missing.npz"], 3, "missing.npz: there is no such file"),
@@ -173,6 +191,11 @@ def wrong(tmp_path):
         (["report", kernels, "--plot", tmp_path / "plot.xyz"], 2, "a name that ends in .png"),
         (["report", kernels, "--json", tmp_path / "none" / "report.json"], 4, "there is no folder"),
         (["normalize", kernels, "--fraction", "0.5", "--out", tmp_path / "none" / "out.npz"], 4, "there is no folder"),
+        (["report", kernels, "--json", kernels], 2, "got a file twice"),
+        (["report", kernels, "--json", tmp_path / "a", "--csv", tmp_path / "a"], 2, "got a file twice"),
+        (["report", matrix, "--strides", "fc.weight=2"], 2, "strides: got fc.weight, expected names of convolutions"),
+        (["normalize", kernels, "--fraction", "0.5", "--out", folder], 4, "it is a folder"),
+        (["normalize", kernels, "--fraction", "0.5", "--only", "ker*", "--only", "cnv*", *out], 5, "named cnv*."),
         (["compare", vectors, vectors], 5, "no kernels of the same name"),
     ]
 

@@ -17,7 +17,7 @@ import pytest
 from events import TRACES, counted
 
 import jaxsrn
-from jaxsrn import CircularConv, Dense, ZeroPaddedConv, bounds, lipschitz, optim, penalties, surrogate
+from jaxsrn import CircularConv, Dense, UnboundedConv, ZeroPaddedConv, bounds, lipschitz, optim, penalties, surrogate
 from jaxsrn.spectra.pairs_by_kind import pair_of_floats, value_gradient
 
 DENSE = (Dense(), (3, 2))
@@ -269,6 +269,20 @@ def test_nan_in_every_field(contract, op, shape):
             assert np.all(np.isnan(leaf)), jax.tree_util.keystr(path)
         if hasattr(whole, "feasible"):
             assert not whole.feasible
+
+
+@pytest.mark.parametrize(
+    "op", [UnboundedConv(), CircularConv((64, 64)), ZeroPaddedConv((24, 24)), ZeroPaddedConv((4, 4))], ids=str
+)
+@pytest.mark.parametrize("value", [jnp.inf, -jnp.inf])
+def test_infinite_entries_come_to_an_end(op, value):
+    """Searches and proofs that would go on until a bound is low enough stop where none is finite."""
+    shape = (3, 3, 2, 2) if op != ZeroPaddedConv((24, 24)) else (3, 3, 1, 1)
+    for kernel in (gaussian(shape).at[0, 0, 0, 0].set(value), jnp.full(shape, value)):
+        numbers = jaxsrn.spectral_norm(kernel, op), *jaxsrn.bounds.certified(kernel, op), jaxsrn.stable_rank(kernel, op)
+        assert not np.isfinite(numbers[0])
+        assert not np.isfinite(numbers[2])
+        assert not np.isfinite(numbers[3])
 
 
 @pytest.mark.parametrize(("contract", "op", "shape"), PAIRS)

@@ -335,6 +335,8 @@ def test_histograms():
         assert np.mean(values <= found.percentile) == pytest.approx(0.95, abs=1e-3)
         assert found.largest == max(values)
     assert lipschitz.histogram(values, bins=[0, 1, 2], percentile=50).counts.sum() == np.sum(values <= 2)
+    with pytest.raises(ValueError, match=r"bins: got 2\.5, expected an integer or the edges"):
+        lipschitz.histogram(values, bins=2.5)
 
 
 def test_over_batches():

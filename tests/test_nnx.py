@@ -717,12 +717,26 @@ NAME = r"Conv\(in_features=2, out_features=3, kernel_size=\(3, 3\)\): "
             lambda: jnnx.SpectralNorm(nnx.LinearGeneral(2, 3, batch_axis={0: 2}, rngs=nnx.Rngs(0))),
             "LinearGeneral.*batch axes: got some",
         ),
+        (
+            lambda: jnnx.SpectralNorm(nnx.Linear(2, 3, rngs=nnx.Rngs(0)), norm=jnp.ones(2)),
+            r"Linear.*norm: got shape \(2,\), expected one",
+        ),
+        (
+            lambda: jnnx.SpectralNorm(conv(2, 3, (3, 3)), input_shape=8.0),
+            NAME + "input_shape: got 8.0, expected one to three integers",
+        ),
         (lambda: jnnx.SpectralNorm(nnx.Einsum("ij,jk->ik", (2, 3), rngs=nnx.Rngs(0))), "Einsum.*got Einsum, expected"),
     ],
 )
 def test_misuse_names_the_layer(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("fraction", [None, [0.5], "0.5", True])
+def test_fractions_that_are_no_numbers(fraction, no_type_checks):
+    with pytest.raises(ValueError, match=r"Linear.*fraction: got .*, expected a static number in \(0, 1\]"):
+        jnnx.StableRankNorm(nnx.Linear(2, 3, rngs=nnx.Rngs(0)), fraction)
 
 
 def standardized(kernel):

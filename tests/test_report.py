@@ -181,6 +181,15 @@ def test_all_singular_values_of_matrices():
     assert math.isnan(layers["broken.kernel"].effective_rank)
 
 
+@pytest.mark.parametrize("scale", [1e-60, 1.0, 1e60])
+def test_weights_in_float64_are_taken_in_float64(as_users_have_it, scale):
+    kernel = scale * np.asarray(gaussian((4, 2, 3)), np.float64)
+    (layer,) = analyze({"conv.weight": kernel}, input_shape=(8,)).layers
+    norm = np.linalg.norm(dense(kernel.transpose(2, 1, 0), ZeroPaddedConv((8,))), 2)
+    assert layer.spectral_norm == pytest.approx(norm, rel=1e-12)
+    assert layer.norm_interval.lower <= norm <= layer.norm_interval.upper
+
+
 def test_zero_and_broken_kernels_stand_out():
     bad = array(*MATRIX)
     bad[0, 0] = np.nan
@@ -353,6 +362,11 @@ def test_what_does_not_fit_together_is_an_error():
         analyze(WEIGHTS, layout="HIWO")
     with pytest.raises(ValueError, match="groups: got 'other'"):
         analyze(WEIGHTS, groups={"other": 2})
+    with pytest.raises(ValueError, match=r"groups, strides: got fc\.weight, expected names of convolutions"):
+        analyze({"fc.weight": array(4, 4)}, strides={"fc.weight": 2})
+    for source in (None, 5, object()):
+        with pytest.raises(ValueError, match=r"source: got a .*, expected a model, a pytree of parameters or a path"):
+            analyze(source)
     with pytest.raises(ValueError, match="inputs: got none for Scanned"):
         analyze(Scanned(), {"params": {}})
 
@@ -408,6 +422,18 @@ READINGS = {
     "PyTorch LSTM": (
         {"r.weight_ih_l0": (8, 3), "r.weight_hh_l0": (8, 2), "r.bias_ih_l0": (8,)},
         {f"r.weight_{side}_l0[{gate}]": (Dense(), (n, 2)) for side, n in (("ih", 3), ("hh", 2)) for gate in "ifgo"},
+    ),
+    "IndRNN of Keras": (
+        {"r/kernel": (3, 4), "r/recurrent_kernel": (4,), "r/bias": (4,)},
+        {"r/kernel": (Dense(), (3, 4))},
+    ),
+    "IndRNN by PyTorch's names": (
+        {"r.weight_ih_l0": (16, 3), "r.weight_hh_l0": (4,)},
+        {"r.weight_ih_l0": (Dense(), (3, 16))},
+    ),
+    "projections of three axes": (
+        {"attn.in_proj_weight": (2, 12, 4)},
+        {"attn.in_proj_weight": (UNBOUNDED, (4, 12, 2))},
     ),
     "PyTorch GRU, reversed": (
         {"r.weight_ih_l1_reverse": (6, 3), "r.weight_hh_l1_reverse": (6, 2)},
@@ -744,7 +770,7 @@ def test_what_is_skipped_has_its_reason():
         "conv.weight_v": ((4, 2, 3), "weight normalization"),
         "pos_embedding": ((1, 9, 4), "added to the input"),
         "many": ((2,) * 6, "6 axes"),
-        "undecided": ((3,) * 4, "say it by layout="),
+        "undecided": ((3,) * 4, "name its layout"),
         "experts.weight": ((8, 4096, 14336), "taps on an axis"),
     }
     kernels, reasons = found({name: shape for name, (shape, _) in cases.items()})
@@ -1044,7 +1070,11 @@ def test_numbers_of_a_table_have_five_digits(number, text):
 
 def test_products_beyond_floats_and_of_zero():
     huge = {f"{i}.weight": np.full((1, 1), 1e30, np.float32) for i in range(20)}
-    assert "Product of norms: 1e+600," in str(analyze(huge))
+    assert "Product of norms: 1.00e+600," in str(analyze(huge))
+    nearly = {f"{i}.weight": np.full((1, 1), 10**3.99999999) for i in range(2)}
+    assert "Product of norms: 1.00e+08," in str(analyze(nearly)).replace("1.00e+8", "1.00e+08")
+    with_infinity = {"a.weight": np.full((1, 1), np.inf), "b.weight": np.zeros((1, 1))}
+    assert math.isnan(analyze(with_infinity).product_of_norms)
     assert "Product of norms: 0," in str(analyze(huge | {"fc.weight": np.zeros((2, 2), np.float32)}))
 
 

@@ -14,6 +14,7 @@ from jaxtyping import Array, Shaped
 __all__ = [
     "Kernel",
     "computed_form",
+    "computing_in",
     "ensure",
     "ensure_same_on_devices",
     "errors_named",
@@ -77,7 +78,7 @@ def static_int(value, name: str, minimum: int = 1) -> int:
 def static_share(value, name: str) -> float:
     """`value` as a float; raises `ValueError` unless it is a number in (0, 1] that is known while tracing."""
     is_share = is_static_number(value) and 0 < float(value) <= 1
-    ensure(is_share, f"{name}: got {value}, expected a static number in (0, 1]{_if_injected(value, name)}.")
+    ensure(is_share, f"{name}: got {value!r}, expected a static number in (0, 1]{_if_injected(value, name)}.")
     return float(value)
 
 
@@ -160,6 +161,11 @@ def real_floating(dtype, name: str, if_complex: str = "take its real part") -> N
 def float_dtype(*dtypes) -> jnp.dtype:
     """The dtype of the computation: float32, or wider where one of the inputs is."""
     return max(jnp.dtype(jnp.float32), *map(jnp.dtype, dtypes), key=lambda dtype: jnp.finfo(dtype).bits)
+
+
+def computing_in(dtype):
+    """A context in which JAX takes arrays of a dtype as they are: without it float64 becomes float32."""
+    return jax.enable_x64(True) if dtype == np.float64 else contextlib.nullcontext()
 
 
 def positive_scalar(value, name: str, dtype, *, or_zero: bool = False) -> jax.Array:

@@ -318,11 +318,6 @@ def stepped(module: nn.Module, variables: Mapping) -> dict[tuple, tuple[tuple, A
 def _stepped_kernel(kernel, state: StableRankState, norm) -> tuple[Any, StableRankState]:
     """The kernel of a reading forward, boxed as it was, and the next state; a stack of layers is stepped at once."""
     raw = jnp.asarray(nn.meta.unbox(kernel))
-    axes = state.constraint.stacked_axes(raw)
-    ensure(
-        all(jnp.shape(leaf)[:axes] == raw.shape[:axes] for leaf in jax.tree.leaves(state)),
-        f"got kernels of shape {raw.shape} and a state that is not stacked along axis 0.",
-    )
     # A norm has no sign, so that of a learned gain is dropped.
     normalized, state = state.step(raw, jnp.abs(norm) if state.norm == LEARNED else norm)
     return nn.meta.replace_boxed(kernel, normalized), state

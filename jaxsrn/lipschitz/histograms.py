@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from jaxtyping import Float, Int
 
-from jaxsrn._tools.checks import ensure
+from jaxsrn._tools.checks import ensure, is_integer
 
 __all__ = ["Histogram", "histogram"]
 
@@ -55,5 +55,6 @@ def histogram(ratios, *, bins=50, percentile=95.0) -> Histogram:
         f"ratios: got {values.size} of which {bad} are not finite, expected at least one and all finite.",
     )
     ensure(0 <= percentile <= 100, f"percentile: got {percentile}, expected a number from 0 to 100.")
+    ensure(np.ndim(bins) == 1 or is_integer(bins), f"bins: got {bins!r}, expected an integer or the edges.")
     counts, edges = np.histogram(values, bins)
     return Histogram(counts, edges, float(np.percentile(values, percentile)), float(values.max()))

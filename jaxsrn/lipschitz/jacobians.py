@@ -34,7 +34,7 @@ class LocalConstant(NamedTuple):
 
     Attributes:
       value: `||J(x)||_2`, of shape `(samples,)`.
-      residual: `max(||J^T u - value v||, ||J v - value u||) / value` for the vectors found, 0 where `J` is 0.
+      residual: `max(||J u - value v||, ||J^T v - value u||) / value` for the vectors found, 0 where `J` is 0.
     """
 
     value: Float[Array, "..."]
@@ -99,19 +99,19 @@ def _local(f, params, x, tolerance):
     (x,) = checked_batches(f, params, x)
     tolerance = search_tolerance(output_of(f, params, x).dtype) if tolerance is None else tolerance.astype(x.dtype)
     fixed, points = lax.stop_gradient((params, x))
-    left, right, residual = jax.vmap(lambda point: _leading_vectors(f, fixed, point, tolerance))(points)
+    inputs, outputs, residual = jax.vmap(lambda point: _leading_vectors(f, fixed, point, tolerance))(points)
     # The product with the found vectors is the only part that depends on what is differentiated.
     values = functools.partial(_values_of_vectors, f)
     move = jax.vmap(stationary(functools.partial(_value_of_sample, f)), ((None, 0), 0))
-    value = held(values, move, (params, x), (left, right))
+    value = held(values, move, (params, x), (inputs, outputs))
     return nan_where_nan(f, fixed, points, LocalConstant(value, residual))
 
 
 def _values_of_vectors(f: Callable, where, vectors) -> Float[Array, " samples"]:
-    """`<u, J v>` of vectors `(u, v)`, one row of each a sample; `where` is `(params, x)`."""
-    (params, x), (left, right) = where, vectors
-    images = jax.jvp(lambda x: rows(f, params, x), (x,), (right.reshape(x.shape),))[1]
-    return jnp.sum(left * images, axis=1)
+    """`<v, J u>` of vectors `(u, v)`, one row of each a sample; `where` is `(params, x)`."""
+    (params, x), (inputs, outputs) = where, vectors
+    images = jax.jvp(lambda x: rows(f, params, x), (x,), (inputs.reshape(x.shape),))[1]
+    return jnp.sum(outputs * images, axis=1)
 
 
 def _value_of_sample(f: Callable, where, vectors) -> Float[Array, ""]:
@@ -137,10 +137,10 @@ def _products(f: Callable, params, point: Float[Array, "..."]):
 
 
 def _leading_vectors(f: Callable, params, point: Float[Array, "..."], tolerance):
-    """The leading singular vectors of the Jacobian, `(left, right, residual)`."""
+    """The leading singular vectors of the Jacobian, `(input, output, residual)`."""
     matvec, rmatvec, in_size, out_size, _ = _products(f, params, point)
     found = leading_singular_vectors(matvec, rmatvec, fixed_start((in_size,), point.dtype), out_size, tolerance)
-    return unit(found.output), unit(found.input), found.residual
+    return unit(found.input), unit(found.output), found.residual
 
 
 def local_frobenius(f: Callable, params, x, *, key=None, num_probes: int | None = None) -> LocalFrobeniusNorm:

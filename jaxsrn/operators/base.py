@@ -216,7 +216,11 @@ class Operator(abc.ABC):
         )
 
     def wrap(self, kernel: Kernel) -> Shaped[Array, "..."]:
-        """The kernel in which taps that fall on each other are summed: the same map, up to a translation."""
+        """The kernel in which taps that fall on each other are summed: the same map, up to a translation.
+
+        Raises:
+          ValueError: a kernel whose shape does not fit.
+        """
         kernel = kernel_array(kernel, self)
         for axis, (k, period) in enumerate(zip(kernel.shape, self._distinct_shape(kernel.shape), strict=True)):
             if k > period:
@@ -226,7 +230,11 @@ class Operator(abc.ABC):
         return kernel
 
     def to_dense(self, kernel: Kernel) -> Shaped[Array, "out in"]:
-        """The explicit matrix, for tests and small shapes: `to_dense(K) @ x.ravel() == apply(K, x).ravel()`."""
+        """The explicit matrix, for tests and small shapes: `to_dense(K) @ x.ravel() == apply(K, x).ravel()`.
+
+        Raises:
+          ValueError: a kernel whose shape does not fit, or an operator whose image has no size.
+        """
         kernel = kernel_array(kernel, self)
         in_shape, out_shape = self.in_shape(kernel.shape), self.out_shape(kernel.shape)
         # The basis of the larger side alone could be many times the matrix.

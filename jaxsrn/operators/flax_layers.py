@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 import jax
 
-from jaxsrn._tools.checks import ensure, errors_named
+from jaxsrn._tools.checks import ensure, errors_named, int_tuple
 from jaxsrn.operators.base import Dense, Operator
 from jaxsrn.operators.convolutions import CircularConv, UnboundedConv, ZeroPaddedConv
 from jaxsrn.operators.flax_kinds import layer_name
@@ -147,8 +147,7 @@ def _layer_map(layer, kernel_shape, input_shape, kind) -> LayerMap:
     ensure(layer.mask is None, "mask: got one, expected None; a masked kernel is not free to take its closest form.")
     if input_shape is None:
         return _unbounded(layer, kernel_shape, kind)
-    num_axes = len(kernel_shape) - 2
-    shape = (input_shape,) if isinstance(input_shape, int) else tuple(input_shape)
+    num_axes, shape = len(kernel_shape) - 2, int_tuple(input_shape, None, "input_shape")
     ensure(
         len(shape) == num_axes,
         f"input_shape: got {shape}, expected {num_axes} spatial sizes, without batch and channels.",

@@ -26,6 +26,9 @@ def lipschitz_bounds(lower: Mapping[str, Any], upper: Mapping[str, Any], *, ax: 
       upper: `{name: number}`, certified: no Lipschitz constant is larger.
       ax: axes to draw on.
 
+    Returns:
+      The figure of the axes.
+
     Raises:
       ValueError: no numbers, or one that is not positive and finite.
     """
@@ -65,6 +68,9 @@ def lipschitz_histogram(
       bins: the number of bins, which all histograms share.
       percentile: the percentile that a vertical line marks.
       ax: axes to draw on.
+
+    Returns:
+      The figure of the axes.
 
     Raises:
       ValueError: no ratios, or some that are not 1-D and finite.

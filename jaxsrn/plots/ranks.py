@@ -23,6 +23,9 @@ def stable_ranks(layers: Any, *, ax: Axes | None = None) -> Figure:
         `stable_rank_low` and `stable_rank_high`; or `{title: such a sequence}` to compare models of the same layers.
       ax: axes to draw on.
 
+    Returns:
+      The figure of the axes.
+
     Raises:
       ValueError: no layers, or models whose layers have different names.
     """

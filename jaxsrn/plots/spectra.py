@@ -28,6 +28,9 @@ def singular_values(values: Mapping[str, Any], *, relative: bool = False, ax: Ax
         sizes can be compared.
       ax: axes to draw on.
 
+    Returns:
+      The figure of the axes.
+
     Raises:
       ValueError: no values, or some that are not 1-D.
     """

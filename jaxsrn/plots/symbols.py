@@ -31,6 +31,9 @@ def symbol_norms(kernel: Kernel, op: Operator, *, resolution: int = 64, ax: Axes
       resolution: the number of frequencies along each axis that are shown of an `UnboundedConv`.
       ax: axes to draw on.
 
+    Returns:
+      The figure of the axes.
+
     Raises:
       ValueError: another operator, three axes, or a kernel that does not fit.
     """

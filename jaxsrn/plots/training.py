@@ -26,6 +26,9 @@ def norms_over_steps(
       limit: the norm that was asked for, drawn as a horizontal line.
       ax: axes to draw on.
 
+    Returns:
+      The figure of the axes.
+
     Raises:
       ValueError: no norms, or a number of norms other than that of the steps.
     """

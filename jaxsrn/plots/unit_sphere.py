@@ -60,6 +60,9 @@ def sphere(
       view: the rows of `camera(azimuth, elevation)`.
       ax: axes to draw on.
 
+    Returns:
+      The figure of the axes.
+
     Raises:
       ValueError: another operator, or paths and points that are not made of three taps or have no direction.
     """

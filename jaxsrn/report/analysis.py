@@ -8,9 +8,10 @@ from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
+import jax
 import numpy as np
 
-from jaxsrn._tools.checks import ensure, float_dtype
+from jaxsrn._tools.checks import computing_in, ensure, float_dtype
 from jaxsrn.report.batch_norms import BatchNorm, folded, pair_batch_norms
 from jaxsrn.report.files import open_arrays
 from jaxsrn.report.kernels import NamedKernel, Skipped, find_kernels
@@ -20,7 +21,7 @@ from jaxsrn.report.named_arrays import NamedArrays, Tree
 from jaxsrn.report.table import Report
 from jaxsrn.report.terminal import Progress, progress_bar
 
-__all__ = ["analyze"]
+__all__ = ["analyze", "measured"]
 
 
 def analyze(
@@ -85,8 +86,8 @@ def analyze(
       skipped, with the reason.
 
     Raises:
-      ValueError: inputs without a model, options of bare weights beside a model, an unknown layout, a file that is not
-        what its name says, or a model that `layer_operators` refuses.
+      ValueError: a source that is none of these, inputs without a model, options of bare weights beside a model, an
+        unknown layout, a file that is not what its name says, or a model that `layer_operators` refuses.
       FileNotFoundError: no file at the path.
       ImportError: a library for the format is missing; the message says what to install.
     """
@@ -104,14 +105,19 @@ def analyze(
             not unused,
             f"{', '.join(unused)}: got it beside {type(source).__name__}, expected it for a model of Flax only.",
         )
-        arrays = open_arrays(source) if isinstance(source, (str, os.PathLike)) else Tree(source)
+        is_path = isinstance(source, (str, os.PathLike))
+        ensure(
+            is_path or hasattr(source, "shape") or not (source is None or jax.tree_util.all_leaves([source])),
+            f"source: got a {type(source).__name__}, expected a model, a pytree of parameters or a path.",
+        )
+        arrays = open_arrays(source) if is_path else Tree(source)
         kernels, skipped = find_kernels(
             arrays.infos, layout=layout, input_shape=input_shape, groups=groups, strides=strides, stacked=stacked
         )
         epsilons = epsilon
     norms, skipped = _norms_to_fold(fold_batch_norm, kernels, skipped, arrays, epsilons)
     with progress_bar(progress) as show:
-        layers = _measured(kernels, norms, arrays, spectra, show)
+        layers = measured(kernels, norms, arrays, spectra, show)
     return Report(arrays.source, tuple(layers), tuple(skipped))
 
 
@@ -137,10 +143,13 @@ def _norms_to_fold(
     return pairs, [entry._replace(reason=reasons.get(entry.name, entry.reason)) for entry in skipped]
 
 
-def _measured(
+def measured(
     kernels: Sequence[NamedKernel], norms: Mapping[str, BatchNorm], arrays: NamedArrays, spectra: bool, show: Callable
 ) -> list[LayerReport]:
-    """The records of all kernels, one after the other, so that one array is held at a time."""
+    """The records of all kernels, one after the other, so that one array is held at a time.
+
+    `norms` are the batch normalizations to fold by the names of their kernels; `show` is told the progress.
+    """
     # Several kernels of one array follow each other.
     read, found = functools.lru_cache(maxsize=1)(arrays.read), []
     for kernel in kernels:
@@ -148,8 +157,10 @@ def _measured(
         array = kernel.view(read(kernel.array))
         array = np.asarray(array).astype(float_dtype(array.dtype))
         norm = norms.get(kernel.name)
-        if norm is not None:
-            array = folded(array, norm, arrays)
-        found.append(layer_report(kernel, np.asarray(kernel.to_operator(array)), spectra, norm.scope if norm else None))
+        with computing_in(array.dtype):
+            if norm is not None:
+                array = folded(array, norm, arrays)
+            values = np.asarray(kernel.to_operator(array))
+            found.append(layer_report(kernel, values, spectra, norm.scope if norm else None))
     show(len(found), len(kernels), "")
     return found

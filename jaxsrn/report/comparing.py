@@ -6,7 +6,7 @@ import functools
 import os
 from typing import NamedTuple
 
-from jaxsrn.report.analysis import analyze
+from jaxsrn.report.analysis import measured
 from jaxsrn.report.files import open_arrays
 from jaxsrn.report.kernels import find_kernels
 from jaxsrn.report.layers import LayerReport
@@ -58,14 +58,14 @@ def compare(
     kernels = [{kernel.name: kernel for kernel in find_kernels(file.infos, **options)[0]} for file in files]
     total, records = sum(map(len, kernels)), []
     with progress_bar(progress) as show:
-        for path in (first, second):
+        for found, file in zip(kernels, files, strict=True):
             done = sum(map(len, records))
 
             def counted(count: int, _: int, name: str, done: int = done) -> None:
                 show(done + count, total, name)
 
-            report = analyze(path, progress=counted, **options)
-            records.append({layer.name: layer for layer in report.layers})
+            layers = measured(list(found.values()), {}, file, False, counted)
+            records.append({layer.name: layer for layer in layers})
     common = [name for name in kernels[0] if name in kernels[1]]
 
     # Several kernels of one array follow each other.

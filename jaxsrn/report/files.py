@@ -61,7 +61,13 @@ def open_arrays(path: str | os.PathLike) -> NamedArrays:
 
 @contextlib.contextmanager
 def _complete(path: Path) -> Iterator[Path]:
-    """A file beside `path` that takes its place when the body is done."""
+    """A file beside `path` that takes its place when the body is done.
+
+    Raises:
+      BrokenFile: `path` is a folder.
+    """
+    if path.is_dir():
+        raise BrokenFile(f"{path}: cannot be written, as it is a folder.")
     handle, name = tempfile.mkstemp(dir=path.absolute().parent, prefix=f".{path.name}.", suffix=path.suffix)
     os.close(handle)
     try:

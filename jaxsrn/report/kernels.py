@@ -114,8 +114,8 @@ def find_kernels(
       known: the layers of a model, if there is one; beside them only embeddings and other matrices are recognised.
 
     Raises:
-      ValueError: an unknown layout, groups or stacks of arrays that are not there, or an `input_shape` that is none or
-        that no convolution has the axes for.
+      ValueError: an unknown layout, groups or strides of what is no convolution, stacks of arrays that are not there,
+        or an `input_shape` that is none or that no convolution has the axes for.
     """
     check_layout(layout)
     groups, strides = _by_array(groups, infos, "groups"), _by_array(strides, infos, "strides")
@@ -132,6 +132,8 @@ def find_kernels(
             kernels += reader.kernels(name)
         except _NoKernel as reason:
             skipped.append(Skipped(name, info.shape, str(reason)))
+    others = {*groups, *strides} - {kernel.array for kernel in kernels if not isinstance(kernel.op, Dense)}
+    ensure(not others, f"groups, strides: got {', '.join(sorted(others))}, expected names of convolutions.")
     axes = sorted({len(kernel.shape) - 2 for kernel in kernels if not isinstance(kernel.op, Dense)})
     ensure(
         shape is None or not axes or len(shape) in axes,
@@ -187,13 +189,12 @@ class _Reader:
 
     def _check_is_weight(self, name: str) -> None:
         """Raises `_NoKernel` for arrays that no layer multiplies with, by themselves or by what stands beside them."""
-        info, named = self.infos[name], layout_by_name(leaf_of(name))
-        _check_is_read(info)
-        _check_is_weight(name, info.shape)
+        shape, named = self.infos[name].shape, layout_by_name(leaf_of(name))
+        _check_name_and_shape(name, shape)
         # PyTorch alone gives one name to kernels and to scales.
         is_kernel = named is not None and named[0] == "HWIO"
         _require(
-            is_kernel or self.scopes.bias.get(tuple(parts_of(name)[:-1])) != info.shape,
+            is_kernel or self.scopes.bias.get(tuple(parts_of(name)[:-1])) != shape,
             "a scale of several axes, whose bias has as many",
         )
 
@@ -251,7 +252,7 @@ class _Reader:
         *taps, inputs, outputs = moved.shape
         _require(
             self.layout is not None or max(taps) <= _MOST_TAPS_UNTOLD,
-            f"{max(taps)} taps on an axis if it were a convolution; say what it is by layout= or stacked=",
+            f"{max(taps)} taps on an axis if it were a convolution; name its layout, or say that it is stacked",
         )
         if layout == "HWIO" and _has_multipliers(name, outputs):
             # Keras has the outputs of each input on an axis of their own.
@@ -297,6 +298,7 @@ class _Reader:
     def _channels_of(self, name: str) -> tuple[int, int] | None:
         """The input and output channels of a group of a convolution, as stored; `None` for other arrays."""
         try:
+            _check_is_read(self.infos[name])
             self._check_is_weight(name)
             shape = self._layers(name)[0].shape
             axes = axes_of(self._layout_of(name, shape)[0], len(shape)) if 3 <= len(shape) <= 5 else None
@@ -310,7 +312,7 @@ class _Reader:
         found = likely_layout(name, shape)
         if found:
             return found
-        _require(self._common is not None, "neither name nor shape say which axes are the taps; say it by layout=")
+        _require(self._common is not None, "neither name nor shape say which axes are the taps; name its layout")
         assert self._common is not None
         return self._common, "as the other arrays"
 
@@ -351,7 +353,7 @@ def _check_is_read(info: ArrayInfo) -> None:
     _require(0 not in info.shape, "no entries")
 
 
-def _check_is_weight(name: str, shape: tuple[int, ...]) -> None:
+def _check_name_and_shape(name: str, shape: tuple[int, ...]) -> None:
     """Raises `_NoKernel` for arrays that by their name or their shape are no kernels."""
     leaf, parts = leaf_of(name), [part.lower() for part in parts_of(name)]
     _require(not set(parts) & set(_OPTIMIZERS) and not _MOMENTS.search("/".join(parts)), "the state of an optimizer")

@@ -33,18 +33,20 @@ def gates_of(name: str, infos: Mapping[str, ArrayInfo]) -> str:
     if found := _TORCH.fullmatch(leaf):
         _, kind, layer, reverse = found.groups()
         ending = f"{layer or ''}{reverse or ''}"
-        recurrent, projection = (infos.get(f"{stem}weight_{k}{ending}") for k in ("hh", "hr"))
-        if kind == "hr" or recurrent is None:
+        names = (f"{stem}weight_{k}{ending}" for k in ("hh", "hr"))
+        recurrent, projection = (infos[key].shape if key in infos else () for key in names)
+        # That of an IndRNN is a vector.
+        if kind == "hr" or len(recurrent) != 2:
             return ""
-        width = projection.shape[1] if projection else recurrent.shape[1]
-        return _TORCH_GATES.get(_ratio(recurrent.shape[0], width), "")
+        width = (projection if len(projection) == 2 else recurrent)[1]
+        return _TORCH_GATES.get(_ratio(recurrent[0], width), "")
     if leaf == "in_proj_weight":
-        rows, columns = infos[name].shape
-        return _PROJECTIONS if rows == 3 * columns else ""
+        shape = infos[name].shape
+        return _PROJECTIONS if len(shape) == 2 and shape[0] == 3 * shape[1] else ""
     if leaf in ("kernel", "recurrent_kernel"):
         suffix = ":0" if name.endswith(":0") else ""
         recurrent = infos.get(f"{stem}recurrent_kernel{suffix}")
-        if recurrent is not None:
+        if recurrent is not None and len(recurrent.shape) > 1:
             return _KERAS_GATES.get(_ratio(recurrent.shape[-1], recurrent.shape[-2]), "")
         return _flax_gates(stem, infos)
     return ""
@@ -56,7 +58,7 @@ def _flax_gates(stem: str, infos: Mapping[str, ArrayInfo]) -> str:
         if found := re.fullmatch(rf"((?:.*[./])?)(?:{'|'.join(scopes)})([./])", stem):
             cell, dot = found.groups()
             of_input, of_state = (infos.get(f"{cell}{scope}{dot}kernel") for scope in scopes)
-            if of_input is not None and of_state is not None:
+            if of_input is not None and of_state is not None and len(of_state.shape) > 1:
                 return names.get(_ratio(of_state.shape[-1], of_state.shape[-2]), "")
     return ""
 

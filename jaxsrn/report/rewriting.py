@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsrn._tools.checks import ensure, float_dtype, static_share
+from jaxsrn._tools.checks import computing_in, ensure, float_dtype, static_share
 from jaxsrn.normalization import srnc
 from jaxsrn.report.files import open_arrays
 from jaxsrn.report.kernels import NamedKernel, Skipped, find_kernels
@@ -74,7 +74,7 @@ def normalize(
       path, out: the file that is read, and the one that is written, of the same format.
       fraction: in (0, 1].
       norm: the largest norm; kernels above it are scaled down to it after the rest.
-      only: patterns as in a shell, of the names of the kernels to be changed.
+      only: the names of the kernels to be changed, or patterns of them as in a shell.
       layout, input_shape, groups, strides, stacked: as for `analyze`.
       progress: as for `analyze`.
 
@@ -82,7 +82,7 @@ def normalize(
       The changes in the order of the names, and the arrays that are no kernels.
 
     Raises:
-      NoKernels: there are none, or the patterns match none.
+      NoKernels: there are none, or one of the patterns matches none.
       ValueError, FileNotFoundError, ImportError: as for `analyze`; a fraction outside (0, 1], a norm that is not
         positive, a folder to write that exists.
     """
@@ -97,9 +97,10 @@ def normalize(
     found, skipped = find_kernels(
         arrays.infos, layout=layout, input_shape=input_shape, groups=groups, strides=strides, stacked=stacked
     )
-    kernels = [kernel for kernel in found if any(fnmatch.fnmatch(kernel.name, pattern) for pattern in only)]
-    if not kernels:
-        raise NoKernels(f"{path}: no kernels found{f' named {chr(32).join(only)}' if found else ''}.")
+    idle = [pattern for pattern in only if not any(_is_named(kernel.name, pattern) for kernel in found)]
+    if idle or not found:
+        raise NoKernels(f"{path}: no kernels found{f' named {chr(32).join(idle)}' if found else ''}.")
+    kernels = [kernel for kernel in found if any(_is_named(kernel.name, pattern) for pattern in only)]
     changes: dict[str, Change] = {}
 
     def changed(name: str) -> np.ndarray | None:
@@ -111,12 +112,18 @@ def normalize(
         new = old.copy()
         for kernel in mine:
             show(len(changes), len(kernels), kernel.name)
-            changes[kernel.name] = _normalized_in(new, kernel, fraction, norm)
+            with computing_in(new.dtype):
+                changes[kernel.name] = _normalized_in(new, kernel, fraction, norm)
         return None if np.array_equal(old.view(np.uint8), new.view(np.uint8)) else new
 
     with progress_bar(progress) as show:
         arrays.copy(out, changed)
     return [changes[kernel.name] for kernel in kernels], skipped
+
+
+def _is_named(name: str, pattern: str) -> bool:
+    """Whether a kernel has this name, in which brackets stand for themselves, or fits the pattern."""
+    return name == pattern or fnmatch.fnmatchcase(name, pattern)
 
 
 def _normalized_in(array: np.ndarray, kernel: NamedKernel, fraction: float, most: float | None) -> Change:

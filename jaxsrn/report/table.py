@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import decimal
 import html
 import importlib
 import io
@@ -27,8 +28,8 @@ RULE = (
     "zero, or if a number of it is not finite."
 )
 _ASSUMED = (
-    "Weights do not say the strides of a convolution, and not always its groups. Where none is told (strides=, groups=)"
-    " it has stride 1 and one group, whose norm bounds that of the layer."
+    "Weights do not say the strides of a convolution, and not always its groups. Where none is told (strides and"
+    " groups) it has stride 1 and one group, whose norm bounds that of the layer."
 )
 _RAW = (
     "Wrapped layers are reported by their raw kernels, and compute with others: analyze the model itself, or save what "
@@ -68,7 +69,9 @@ class Report:
     def log10_product_of_norms(self) -> float:
         """The decimal logarithm of `product_of_norms`, which does not overflow."""
         norms = [layer.spectral_norm for layer in self.layers]
-        return math.fsum(math.log10(norm) if norm > 0 else -math.inf if norm == 0 else math.nan for norm in norms)
+        # `math.fsum` refuses to add infinities of both signs.
+        logarithms = (math.log10(norm) if norm > 0 else -math.inf if norm == 0 else math.nan for norm in norms)
+        return sum(logarithms, start=0.0)
 
     @property
     def sum_of_stable_ranks(self) -> float:
@@ -77,7 +80,7 @@ class Report:
 
     @property
     def outliers(self) -> dict[str, str]:
-        """`{name: why}` of the layers that stand out, by the rule that `print(report)` ends with."""
+        """`{name: why}` of the layers that stand out, by the rule that `summary` states."""
         sound = [layer for layer in self.layers if _is_finite(layer) and layer.spectral_norm > 0]
         norm = statistics.median(layer.spectral_norm for layer in sound) if sound else 0.0
         share = statistics.median(layer.share for layer in sound) if sound else 0.0
@@ -129,7 +132,11 @@ class Report:
         )
 
     def plot(self):
-        """The stable ranks within their ranges as a matplotlib figure, `jaxsrn.plots.stable_ranks(report)`."""
+        """The stable ranks within their ranges as a matplotlib figure, `jaxsrn.plots.stable_ranks(report)`.
+
+        Raises:
+          ImportError: matplotlib is missing.
+        """
         # The module of pictures needs matplotlib.
         return importlib.import_module("jaxsrn.plots").stable_ranks(self)
 
@@ -153,7 +160,7 @@ class Report:
         if guessed:
             lines.append(
                 f"Taken for depthwise by shapes alone: {', '.join(guessed)}. Where one is not, its norm is larger; say "
-                "its groups (groups=)."
+                "its groups."
             )
         if any(skipped.reason == OF_WRAPPER for skipped in self.skipped):
             lines.append(_RAW)
@@ -277,7 +284,7 @@ def _power_of_ten(logarithm: float) -> str:
     exponent = math.floor(logarithm)
     if -4 <= exponent < 7:
         return digits(10**logarithm, 3)
-    return f"{10 ** (logarithm - exponent):.3g}e{exponent:+d}"
+    return f"{decimal.Decimal(10) ** decimal.Decimal(logarithm):.2e}"
 
 
 def counted(number: int, noun: str) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Hashable, Sequence
 import jax
 import jax.core
 import jax.numpy as jnp
+import numpy as np
 
 from jaxsrn._tools.checks import ensure, errors_named
 from jaxsrn.normalization.training.start import srnc_state
@@ -45,8 +46,13 @@ class Constraint:
         """
         with errors_named(name):
             check_gradient(self.gradient)
+            axes = self.stacked_axes(kernel)
+            ensure(
+                norm is None or np.shape(norm) in ((), kernel.shape[:axes]),
+                f"norm: got shape {np.shape(norm)}, expected one number{' or one for each layer' if axes else ''}.",
+            )
             start = functools.partial(self._start, norm=1.0 if _is_stacked(norm) else norm)
-            for _ in range(self.stacked_axes(kernel)):
+            for _ in range(axes):
                 start = functools.partial(jax.lax.map, start)
             return start(kernel)
 
@@ -58,7 +64,7 @@ class Constraint:
         """The kernel normalized by the state, and the next state; those of a stack at once."""
         axes, step = self.stacked_axes(kernel), self._step
         ensure(
-            all(jnp.ndim(leaf) >= axes for leaf in jax.tree.leaves(state)),
+            all(jnp.shape(leaf)[:axes] == kernel.shape[:axes] for leaf in jax.tree.leaves(state)),
             f"got kernels of shape {kernel.shape} and a state that is not stacked along axis 0.",
         )
         for _ in range(axes):
@@ -125,4 +131,4 @@ def target_for(layer, seen: LayerMap, fraction) -> float:
         "where= of constrain."
     )
     with errors_named(layer_name(layer), advice):
-        return target_of_fraction(float(fraction), seen.shape, seen.op)
+        return target_of_fraction(fraction, seen.shape, seen.op)
