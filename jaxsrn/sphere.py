@@ -18,7 +18,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, PRNGKeyArray, Shaped
 
-from jaxsrn._tools.checks import ensure, float_dtype, is_integer, real_floating
+from jaxsrn._tools.checks import ensure, float_dtype, if_injected, is_integer, real_floating
 from jaxsrn._tools.linalg import moderate, norm_along
 from jaxsrn._tools.programs import program
 
@@ -57,7 +57,7 @@ def _point_axes(axis, shape: tuple[int, ...]) -> tuple[int, ...]:
     ensure(
         valid and len(counted) == len(axes),
         f"axis: got {axis!r} for shape {shape}, expected distinct axes of the array; "
-        "give an int, a tuple of ints, or None for the whole array as one point.",
+        f"give an int, a tuple of ints, or None for the whole array as one point{if_injected(axis, 'axis')}.",
     )
     return tuple(sorted(counted))
 

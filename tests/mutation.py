@@ -63,7 +63,7 @@ HELD_BY = {
     "jaxsrn/bounds/coefficients.py": proofs("bounds", "coefficients or matrix_norms"),
     "jaxsrn/bounds/entries.py": proofs("bounds", "coefficients or lip_bound", "_lip_bound", "_l1", "_channel_l1"),
     "jaxsrn/bounds/reshapings.py": proofs("bounds", "coefficients", "_fantastic_four", "_reshapings"),
-    "jaxsrn/bounds/gram.py": proofs("bounds", "written_out or cancel", "_gram_iteration", "_squared_symbol"),
+    "jaxsrn/bounds/gram.py": proofs("bounds", "written_out or cancel", "_gram_iteration", "_bound_of_cover"),
     "jaxsrn/bounds/interval.py": proofs("bounds", "interval or beyond or cancel"),
     "jaxsrn/bounds/tensor.py": proofs("bounds", "power_method or tensor_norm"),
     "jaxsrn/normalization/closed_form.py": proofs("closed_form", "test"),

@@ -73,6 +73,55 @@ def numbers(kernel, op):
     }
 
 
+@pytest.mark.parametrize("jitted", [False, True], ids=["eager", "jitted"])
+@pytest.mark.parametrize(
+    ("op", "shape", "value"),
+    [
+        (Dense(), (56, 56), 0.6),
+        (Dense(), (50, 50), 0.3),
+        (CircularConv((64, 64)), (7, 7, 8, 8), 0.02),
+        (CircularConv((64, 64)), (7, 7, 8, 8), 0.6),
+        (CircularConv((64, 64)), (3, 3, 12, 12), 1 / 3),
+        (ZeroPaddedConv((12, 12)), (5, 5, 6, 6), 0.3),
+    ],
+    ids=str,
+)
+def test_sums_of_equal_terms(op, shape, value, jitted):
+    """Rounding errors of equal terms add up where they are added one after another; float32 alone shows it."""
+    kernel = np.full(shape, value, np.float32)
+    kernel.flat[0] = 1
+
+    def numbers(kernel):
+        guaranteed = [getattr(bounds, name)(kernel, op) for name in GUARANTEED]
+        return (
+            jaxsrn.spectral_norm(kernel, op),
+            jaxsrn.stable_rank(kernel, op),
+            *bounds.certified(kernel, op),
+            *guaranteed,
+        )
+
+    norm, rank, lower, upper, *guaranteed = map(float, (jax.jit(numbers) if jitted else numbers)(jnp.asarray(kernel)))
+    values = exact_singular_values(kernel, op)
+    assert norm == pytest.approx(values[0], rel=2e-6)
+    assert rank == pytest.approx(np.sum(values**2) / values[0] ** 2, rel=5e-6)
+    assert lower <= values[0] <= upper
+    for name, bound in zip(GUARANTEED, guaranteed, strict=True):
+        assert bound >= values[0], name
+    assert guaranteed[GUARANTEED.index("l1")] >= np.abs(kernel.astype(np.float64)).sum()
+
+
+GUARANTEED = ("l1", "channel_l1", "lip_bound", "gram_iteration", "fantastic_four")
+
+
+def exact_singular_values(kernel, op):
+    """In float64: of all frequencies of a circular layer by its discrete Fourier transform, of others by the matrix."""
+    wide = kernel.astype(np.float64)
+    if isinstance(op, CircularConv):
+        wide = np.fft.fft2(wide, op.input_shape, axes=(0, 1))
+        return np.sort(np.linalg.svd(wide, compute_uv=False).ravel())[::-1]
+    return np.linalg.svd(dense(wide, op), compute_uv=False)
+
+
 @functools.partial(jax.jit, static_argnums=1)
 def with_gradients(kernels, op):
     def one(kernel):

@@ -272,17 +272,31 @@ def test_nan_in_every_field(contract, op, shape):
 
 
 @pytest.mark.parametrize(
-    "op", [UnboundedConv(), CircularConv((64, 64)), ZeroPaddedConv((24, 24)), ZeroPaddedConv((4, 4))], ids=str
+    ("op", "shape"),
+    [
+        (UnboundedConv(), (3, 3, 4, 4)),
+        (UnboundedConv(), (1, 3, 3)),
+        (CircularConv((64, 64)), (3, 3, 2, 2)),
+        (ZeroPaddedConv((24, 24)), (3, 3, 1, 1)),
+        (ZeroPaddedConv((4, 4)), (3, 3, 2, 2)),
+        (Dense(), (3, 3)),
+        (Dense(), (5, 7)),
+    ],
+    ids=str,
 )
-@pytest.mark.parametrize("value", [jnp.inf, -jnp.inf])
-def test_infinite_entries_come_to_an_end(op, value):
-    """Searches and proofs that would go on until a bound is low enough stop where none is finite."""
-    shape = (3, 3, 2, 2) if op != ZeroPaddedConv((24, 24)) else (3, 3, 1, 1)
-    for kernel in (gaussian(shape).at[0, 0, 0, 0].set(value), jnp.full(shape, value)):
-        numbers = jaxsrn.spectral_norm(kernel, op), *jaxsrn.bounds.certified(kernel, op), jaxsrn.stable_rank(kernel, op)
-        assert not np.isfinite(numbers[0])
-        assert not np.isfinite(numbers[2])
-        assert not np.isfinite(numbers[3])
+def test_infinite_entries_come_to_an_end(op, shape):
+    """LAPACK's SVDs, and searches that go on until a bound is low enough, would never end with an infinite entry."""
+    for place, value in ((0, jnp.inf), (1, -jnp.inf)):
+        kernel = gaussian(shape).reshape(-1).at[place].set(value).reshape(shape)
+        clipped = jaxsrn.projections.clip_singular_values
+        numbers = (
+            jaxsrn.spectral_norm(kernel, op),
+            jaxsrn.stable_rank(kernel, op),
+            *jaxsrn.bounds.certified(kernel, op),
+            jaxsrn.srnc(kernel, op, jaxsrn.target_of_fraction(0.9, shape, op)).distance,
+            *([] if isinstance(op, UnboundedConv) or op == ZeroPaddedConv((24, 24)) else [clipped(kernel, op, 1.0)]),
+        )
+        assert all(np.all(np.isnan(number)) for number in numbers)
 
 
 @pytest.mark.parametrize(("contract", "op", "shape"), PAIRS)

@@ -320,12 +320,13 @@ def test_narrow_kernels_are_kept_to_their_rounding(kind):
 
 
 @every_keeper
-def test_a_nan_stays_in_its_layer(kind):
-    """Also where another layer has the same shape, and both are projected by one call."""
+@pytest.mark.parametrize("value", [jnp.nan, jnp.inf])
+def test_a_nan_stays_in_its_layer(kind, value):
+    """Also where another layer has the same shape, and both are projected by one call. Infinity becomes NaN."""
     layers, params = {("bad",): Dense(), ("good",): Dense()}, {"bad": gaussian((8, 9), 0), "good": gaussian((8, 9), 1)}
     params = jax.tree.map(jnp.asarray, params)
     transform = KEEPERS[kind](layers)
-    given = {name: leaf.at[0, 0].set(jnp.nan) if name == "bad" else leaf for name, leaf in params.items()}
+    given = {name: leaf.at[0, 0].set(value) if name == "bad" else leaf for name, leaf in params.items()}
     got, _ = transform.update(given, transform.init(params), params)
     assert np.all(np.isnan(got["bad"]))
     assert_kept(kind, params["good"] + got["good"], 2 * params["good"], Dense())

@@ -364,6 +364,9 @@ def test_errors():
         penalties.extreme_singular_values_step(kernel, pairs, op, num_steps=0)
     with pytest.raises(ValueError, match="one row, expected at least two"):
         penalties.init_pairs(np.ones((1, 3)), Dense())
+    single = penalties.init_pairs(np.ones((2, 2)), Dense())
+    with pytest.raises(ValueError, match="one row, expected at least two"):
+        penalties.extreme_singular_values_step(np.ones((1, 3)), single, Dense())
 
 
 def test_errors_of_batch_norm_and_sums():

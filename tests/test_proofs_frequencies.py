@@ -145,8 +145,8 @@ def test_boxes_are_few_and_wide():
     assert boxes.num_boxes(CircularConv((50, 50)), (3, 1, 2, 2)) == (math.ceil(np.pi * 2 / (2 * 0.6)), 1)
     assert boxes.num_boxes(CircularConv((50, 50)), (1, 3, 2, 2)) == (1, math.ceil(np.pi * 2 / (4 * 0.6)) + 1)
     assert boxes.num_boxes(CircularConv((2, 2)), (3, 3, 2, 2)) == (2, 2)
-    assert boxes.num_boxes(CircularConv((9, 9)), (3, 3, 2, 2), is_reduced=True) == (9, 5)
-    reduced = boxes.grid_of(CircularConv((9, 9)), (3, 3, 2, 2), np.float64, is_reduced=True)
+    assert boxes.num_boxes(CircularConv((9, 9)), (3, 3, 2, 2), reduced=True) == (9, 5)
+    reduced = boxes.grid_of(CircularConv((9, 9)), (3, 3, 2, 2), np.float64, reduced=True)
     assert (reduced.tangent, reduced.last_level, *reduced.sizes) == (0, 0, 1, 1)
 
 

@@ -421,6 +421,18 @@ def test_targets_are_shares_of_the_largest_stable_rank(case):
             target_of_fraction(fraction, case.kernel_shape, case.op)
 
 
+def test_shapes_and_operators_that_are_none(no_type_checks):
+    for shape in (4, (3.5, 3, 4, 4), None, "ab"):
+        with pytest.raises(ValueError, match=r"kernel_shape: got .*, expected a tuple of integers"):
+            stable_rank_range(shape, Dense())
+    for op in (None, Dense):
+        with pytest.raises(ValueError, match=r"op: got .*, expected an operator"):
+            stable_rank_range((4, 4), op)
+    for fraction in (np.array(1j), np.array(True)):
+        with pytest.raises(ValueError, match=r"fraction: got .*, expected a static number"):
+            target_of_fraction(fraction, (4, 4), Dense())
+
+
 def test_samples_that_strides_leave_out_do_not_count():
     """The shortcuts of a ResNet read one sample of each four, so that their largest stable rank is that of a matrix."""
     assert target_of_fraction(0.5, (1, 1, 64, 128), UnboundedConv(strides=2)) == 32

@@ -6,10 +6,12 @@ import cases
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from cases import gaussian
 
 from jaxsrn import sphere
+from jaxsrn.optim import sphere_sgd
 
 EPS = np.finfo(np.float64).eps
 # Every function, and how many arrays it takes; all but the distance return a vector.
@@ -567,6 +569,13 @@ def test_bad_arrays(name):
     for dtype in (jnp.int32, jnp.complex64):
         with pytest.raises(ValueError, match=r"got dtype (int32|complex64), expected a real floating-point"):
             function(*fine, jnp.ones((2, 3), dtype))
+
+
+def test_an_injected_axis_says_what_helps():
+    optimizer = optax.inject_hyperparams(sphere_sgd)(0.1, momentum=0.9, axis=-1)
+    with pytest.raises(ValueError, match=r"axis: got .* with optax.inject_hyperparams name 'axis' in static_args"):
+        optimizer.init(jnp.ones((2, 3)))
+    optax.inject_hyperparams(sphere_sgd, static_args=("axis",))(0.1, momentum=0.9, axis=-1).init(jnp.ones((2, 3)))
 
 
 @pytest.mark.parametrize("axis", [2, -3, (0, 0), (0, -2), (0, 2), 1.5, "0"], ids=repr)

@@ -142,11 +142,19 @@ def test_zeros_narrow_types_and_nan(op):
     assert all(np.all(np.isnan(np.asarray(leaf, float))) for leaf in broken)
 
 
-def test_bad_arguments():
+def test_bad_arguments(no_type_checks):
     with pytest.raises(ValueError, match="method: got 'best', expected one of 'exact', 'frequency', 'flattened'"):
         steepest(jnp.ones((3, 1, 1)), CIRCULAR, method="best")
     with pytest.raises(ValueError, match="kernel: got shape"):
         steepest(jnp.ones((1, 1)), CIRCULAR)
+    for options, message in (
+        ({"momentum": 1.0}, r"momentum: got 1\.0, expected a number below 1"),
+        ({"momentum": -0.1}, r"momentum: got -0\.1, expected a positive finite number or 0"),
+        ({"weight_decay": -1.0}, r"weight_decay: got -1\.0, expected a positive finite number or 0"),
+        ({"others": 3}, "others: got 3, expected an optax.GradientTransformation"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            spectral_descent(0.1, {("a",): Dense()}, **options)
     with pytest.raises(ValueError, match="method: got 'best'"):
         spectral_descent(0.1, LAYERS, method="best")
     with pytest.raises(ValueError, match=r"the path .* names 0 arrays"):

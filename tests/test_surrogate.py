@@ -331,7 +331,7 @@ def test_any_optimizer_and_schedule(inner):
     assert abs(result.distance / exact.distance - 1) <= 0.1
 
 
-def test_errors():
+def test_errors(no_type_checks):
     op, kernel, key = CircularConv((8, 8)), gaussian((3, 3, 1, 2)), jax.random.key(0)
     for bad, message in BAD_KERNELS:
         with pytest.raises(ValueError, match=message):
@@ -350,6 +350,8 @@ def test_errors():
         surrogate.solve(kernel, op, 2.0, key=key, initial=kernel[:2])
     with pytest.raises(ValueError, match="fall on each other"):
         surrogate.solve(kernel, CircularConv((2, 2)), 2.0, key=key)
+    with pytest.raises(ValueError, match=r"optimizer: got 0\.1, expected an optax.GradientTransformation"):
+        surrogate.solve(kernel, op, 2.0, key=key, optimizer=0.1)
     with pytest.raises(ValueError, match="num_restarts: got 0"):
         surrogate.solve(kernel, op, 2.0, key=key, num_restarts=0)
     with pytest.raises(ValueError, match="every: got 3, expected a divisor of num_steps=10"):
@@ -357,3 +359,6 @@ def test_errors():
     for shape, bad_op in (((3, 2, 1), CircularConv((8,))), ((3, 1, 1), CircularConv((8,), strides=2))):
         with pytest.raises(ValueError, match="expected one channel"):
             surrogate.forms(shape, bad_op)
+    np.testing.assert_array_equal(
+        surrogate.forms([3, 1, 1], CircularConv((8,))), surrogate.forms((3, 1, 1), CircularConv((8,)))
+    )

@@ -13,16 +13,19 @@ from jaxtyping import Array, Shaped
 
 __all__ = [
     "Kernel",
+    "check_transformation",
     "computed_form",
     "computing_in",
     "ensure",
     "ensure_same_on_devices",
     "errors_named",
     "float_dtype",
+    "if_injected",
     "int_tuple",
     "is_integer",
     "is_static_number",
     "kernel_array",
+    "kernel_shape_of",
     "positive_scalar",
     "real_floating",
     "static_int",
@@ -70,7 +73,7 @@ def static_int(value, name: str, minimum: int = 1) -> int:
     """`value` as an int; raises `ValueError` unless it is an integer of at least `minimum`."""
     ensure(
         is_integer(value) and value >= minimum,
-        f"{name}: got {value!r}, expected a static integer >= {minimum}{_if_injected(value, name)}.",
+        f"{name}: got {value!r}, expected a static integer >= {minimum}{if_injected(value, name)}.",
     )
     return int(value)
 
@@ -78,11 +81,11 @@ def static_int(value, name: str, minimum: int = 1) -> int:
 def static_share(value, name: str) -> float:
     """`value` as a float; raises `ValueError` unless it is a number in (0, 1] that is known while tracing."""
     is_share = is_static_number(value) and 0 < float(value) <= 1
-    ensure(is_share, f"{name}: got {value!r}, expected a static number in (0, 1]{_if_injected(value, name)}.")
+    ensure(is_share, f"{name}: got {value!r}, expected a static number in (0, 1]{if_injected(value, name)}.")
     return float(value)
 
 
-def _if_injected(value, name: str) -> str:
+def if_injected(value, name: str) -> str:
     """What helps where a static option became an array."""
     is_array = isinstance(value, jax.Array)
     return f"; with optax.inject_hyperparams name {name!r} in static_args" if is_array else ""
@@ -90,17 +93,15 @@ def _if_injected(value, name: str) -> str:
 
 def is_static_number(value) -> bool:
     """Whether a value is one real number that is known while tracing; `True` and `False` are none."""
-    is_number = isinstance(value, (int, float, np.integer, np.floating, np.ndarray, jax.Array)) and np.ndim(value) == 0
-    return is_number and not isinstance(value, (bool, jax.core.Tracer))
+    if isinstance(value, (np.ndarray, jax.Array)):
+        is_real = jnp.issubdtype(value.dtype, jnp.integer) or jnp.issubdtype(value.dtype, jnp.floating)
+        return value.ndim == 0 and is_real and not isinstance(value, jax.core.Tracer)
+    return isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
 
 
 def kernel_array(kernel, op) -> jax.Array:
     """The kernel as an array; raises `ValueError` unless it is real, floating and of a shape that `op` takes."""
-    # `Operator` is defined in a module that imports this one, so that a method of it identifies it.
-    ensure(
-        hasattr(op, "_check_kernel_shape") and not isinstance(op, type),
-        f"op: got {_briefly(op)}, expected an operator, such as Dense() or CircularConv((32, 32)).",
-    )
+    _check_operator(op)
     ensure(
         hasattr(kernel, "shape") or np.ndim(kernel) > 0 or is_static_number(kernel),
         f"kernel: got {_briefly(kernel)}, expected an array; of a layer of Flax it is layer.kernel[...].",
@@ -117,6 +118,33 @@ def kernel_array(kernel, op) -> jax.Array:
     )
     op._check_kernel_shape(kernel.shape)
     return kernel
+
+
+def kernel_shape_of(kernel_shape, op) -> tuple[int, ...]:
+    """The shape of a kernel as a tuple; raises `ValueError` unless it is one that `op` takes."""
+    _check_operator(op)
+    ensure(
+        isinstance(kernel_shape, (tuple, list)) and all(map(is_integer, kernel_shape)),
+        f"kernel_shape: got {_briefly(kernel_shape)}, expected a tuple of integers; that of an array is kernel.shape.",
+    )
+    op._check_kernel_shape(kernel_shape)
+    return tuple(kernel_shape)
+
+
+def _check_operator(op) -> None:
+    # `Operator` is defined in a module that imports this one, so that a method of it identifies it.
+    ensure(
+        hasattr(op, "_check_kernel_shape") and not isinstance(op, type),
+        f"op: got {_briefly(op)}, expected an operator, such as Dense() or CircularConv((32, 32)).",
+    )
+
+
+def check_transformation(value, name: str) -> None:
+    """Raises `ValueError` unless a value is a transformation of optax."""
+    ensure(
+        callable(getattr(value, "init", None)) and callable(getattr(value, "update", None)),
+        f"{name}: got {_briefly(value)}, expected an optax.GradientTransformation such as optax.sgd(0.1).",
+    )
 
 
 def _briefly(value) -> str:

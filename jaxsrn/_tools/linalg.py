@@ -20,8 +20,10 @@ __all__ = [
     "einsum",
     "end_pairs",
     "gram_bound",
+    "inner",
     "matmul",
     "moderate",
+    "nan_for_infinity",
     "norm_along",
     "ratio",
     "real_times",
@@ -50,11 +52,27 @@ def unit(vector: Inexact[Array, "..."]) -> Inexact[Array, "..."]:
 def by_largest(z: Float[Array, "..."]) -> tuple[Float[Array, "..."], Float[Array, ""]]:
     """`(z / scale, scale)`; the scale is the largest absolute entry (1 for zero), held constant in derivatives.
 
-    It stays below the numbers whose reciprocal, by which XLA multiplies, is denormal and therefore taken for 0.
+    It stays below the numbers whose reciprocal, by which XLA multiplies, is denormal and therefore taken for 0. All are
+    NaN where an entry is infinite.
     """
     largest = lax.stop_gradient(jnp.max(jnp.abs(z)))
-    scale = jnp.minimum(divisor(largest), 0.25 / jnp.finfo(z.dtype).tiny)
+    scale = nan_for_infinity(jnp.minimum(divisor(largest), 0.25 / jnp.finfo(z.dtype).tiny), largest)
     return z / scale, scale
+
+
+def nan_for_infinity(x, of=None):
+    """`x`, and NaN where `of` (by default `x` itself) is infinite: LAPACK's SVDs of infinite entries may never end."""
+    of = x if of is None else of
+    return x + (of - of)
+
+
+def inner(a: Float[Array, "..."], b: Float[Array, "..."]) -> Float[Array, ""]:
+    """`sum(a * b)`, the inner product of two arrays.
+
+    XLA adds the terms of a sum of a few thousand one after another on a CPU, so that the rounding errors of equal terms
+    add up, to 3e-5 in float32. Those of a dot product it adds in blocks.
+    """
+    return jnp.tensordot(a, b, a.ndim, precision=lax.Precision.HIGHEST)
 
 
 def moderate(z: Float[Array, "..."], axes):

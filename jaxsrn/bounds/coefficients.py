@@ -1,15 +1,16 @@
 """The tensors of coefficients that the bounds read in place of an image, and the norms of stacks of matrices.
 
-The symbol of every layer is a trigonometric polynomial `S(w) = sum_t exp(-i <w, t>) C_t`, its terms `t` a rectangle of
-integers. Strided layers have this form after the polyphase split. The supremum of `||S(w)||` over all frequencies `w`
-bounds the layer at every image size, circular or zero-padded (`covers.py`).
+The symbol of every layer is a trigonometric polynomial `S(w) = sum_t exp(-i <w, t>) C_t`, its terms `t` a product of
+one set of integers per axis. Strided layers have this form after the polyphase split. Bounds may count the terms of an
+axis as 0, 1, 2, ...: those of a phase are equidistant, with one step for all phases, so that this is a substitution of
+the frequency. The supremum of `||S(w)||` over all frequencies `w` bounds the layer at every image size, circular or
+zero-padded (`covers.py`).
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +31,6 @@ from jaxsrn.spectra.dense import leading_of_matrix
 from jaxsrn.spectra.singular_pair import rescaled
 
 __all__ = [
-    "largest_form",
     "matrix_norm",
     "num_terms",
     "smallest_over_covers",
@@ -91,18 +91,11 @@ def matrix_norm(matrices: Float[Array, "groups rows columns"], num_steps: int | 
     The derivative holds the singular vectors constant.
     """
     vectors = jax.vmap(lambda matrix: _leading_vectors(matrix, num_steps))(lax.stop_gradient(matrices))
-    return largest_form(matrices, vectors, _MOVE if num_steps is None else _NO_MOVE)
-
-
-def largest_form(matrices: Float[Array, "groups rows columns"], vectors, move: Callable | None = None):
-    """The largest `u^T A v` over a stack, with vectors `(u, v)` on the rows and columns of each matrix.
-
-    They are the leading singular ones, or have another `move` (`held.py`).
-    """
-    return jnp.max(held(_forms, move or _MOVE, matrices, vectors))
+    return jnp.max(held(_forms, _MOVE if num_steps is None else _NO_MOVE, matrices, vectors))
 
 
 def _forms(matrices, vectors):
+    """`u^T A v` of each matrix of a stack, with vectors `(u, v)` on its rows and columns."""
     rows, columns = vectors
     return einsum("gi,gio,go->g", rows, matrices, columns)
 

@@ -60,12 +60,12 @@ def _gram_iteration(kernel, op, num_steps, oversampling):
     if isinstance(op, Dense):
         bounds = [gram_bound(kernel[None], num_steps)]
     else:
-        bounds = [_squared_symbol(k, cover, num_steps, oversampling) for k, cover in covers(kernel, op)]
+        bounds = [_bound_of_cover(k, cover, num_steps, oversampling) for k, cover in covers(kernel, op)]
     bound = functools.reduce(jnp.minimum, bounds)
     return widened(NormInterval(bound, bound), kernel, op).upper * scale
 
 
-def _squared_symbol(kernel: Float[Array, "..."], op: CircularConv | UnboundedConv, num_steps: int, oversampling: int):
+def _bound_of_cover(kernel: Float[Array, "..."], op: CircularConv | UnboundedConv, num_steps: int, oversampling: int):
     """The bound on the layer's own grid, or on a coarse grid for all frequencies where that one is smaller."""
     own, coarse = on_grid(op, kernel.shape), on_coarse_grid(op, kernel.shape, oversampling)
     if math.prod(coarse.grid) >= math.prod(own.grid):

@@ -15,7 +15,6 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from jaxsrn._tools.checks import Kernel, computed_form, ensure, float_dtype, is_static_number
-from jaxsrn._tools.linalg import unit
 from jaxsrn._tools.loops import one_by_one
 from jaxsrn._tools.programs import program
 from jaxsrn._tools.tolerances import torus_excess
@@ -31,7 +30,7 @@ from jaxsrn.spectra.moving_pairs import frozen_value
 from jaxsrn.spectra.padded.idle_axes import without_idle_axes
 from jaxsrn.spectra.padded.leading import is_proven
 from jaxsrn.spectra.pairs_by_kind import leading_pair
-from jaxsrn.spectra.singular_pair import Pair, rescaled, without_idle_taps
+from jaxsrn.spectra.singular_pair import Pair, of_unit_vectors, rescaled, without_idle_taps
 
 __all__ = [
     "certified",
@@ -139,8 +138,7 @@ def _interval(kernel, op, below: Pair, above: tuple[tuple[Pair, Float[Array, ""]
     """
     kernel, scale = rescaled(kernel, op)
     # A vector whose norm is above 1 by rounding would lift the lower end above the norm.
-    below = below._replace(input=unit(below.input), output=unit(below.output))
-    lower = frozen_value(kernel, op, below)
+    lower = frozen_value(kernel, op, of_unit_vectors(below))
     covered = covers(kernel, op) if above else []
     ends = [_end(k, cover, pair, excess) for (k, cover), (pair, excess) in zip(covered, above, strict=True)]
     upper = functools.reduce(jnp.minimum, ends) if ends else lower

@@ -22,7 +22,7 @@ from jaxtyping import Array, Complex, Float
 from jaxsrn._tools.checks import Kernel, computed_form, static_int
 from jaxsrn._tools.held import held, stationary
 from jaxsrn._tools.indexing import picked
-from jaxsrn._tools.linalg import einsum, unit
+from jaxsrn._tools.linalg import einsum, inner, unit
 from jaxsrn._tools.programs import program
 from jaxsrn._tools.subspaces import fixed_start
 from jaxsrn.bounds.coefficients import matrix_norm, num_terms, smallest_over_covers
@@ -89,7 +89,7 @@ def _value(tensor: Float[Array, "..."], vectors) -> Float[Array, ""]:
     """The real part of the inner product of the tensor with the outer product of a unit vector per axis."""
     *factors, row, column = vectors
     outer = einsum("q,i,o->qio", _outer([factor[None] for factor in factors])[0], row, column)
-    return jnp.sum(jnp.real(outer).reshape(tensor.shape) * tensor)
+    return inner(jnp.real(outer).reshape(tensor.shape), tensor)
 
 
 def _best_vectors(tensor: Float[Array, "..."], num_starts: int, num_steps: int) -> list[Complex[Array, " _"]]:

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from jaxsrn._tools.linalg import divisor, ratio, safe_sqrt
+from jaxsrn._tools.linalg import divisor, inner, ratio, safe_sqrt
 from jaxsrn.operators.base import Operator
 from jaxsrn.spectra.pairs_by_kind import value_gradient
 from jaxsrn.spectra.singular_pair import Pair
@@ -64,13 +64,13 @@ class Problem(NamedTuple):
 
     def inner(self, a: Float[Array, "..."], b: Float[Array, "..."]) -> Float[Array, ""]:
         """`<a, b>_d`."""
-        return jnp.sum(self.weights * a * b)
+        return inner(self.weights * a, b)
 
 
 def problem_of(kernel: Float[Array, "..."], op: Operator, target, norm: Float[Array, ""]) -> Problem:
     """Problem (7) for a kernel of known norm."""
     weights = op.frobenius_weights(kernel.shape, kernel.dtype)
-    return Problem(kernel, weights, target, norm, jnp.sum(weights * kernel**2))
+    return Problem(kernel, weights, target, norm, inner(weights * kernel, kernel))
 
 
 class Candidate(NamedTuple):
@@ -146,12 +146,12 @@ def decomposed(kernel: Float[Array, "..."], gradient: Float[Array, "..."], direc
 
     The functional is given as `direction`, and as `gradient`, which is `d` times it; `weights` is `d`.
     """
-    e, m = jnp.sum(gradient * direction), jnp.sum(gradient * kernel)
+    e, m = inner(gradient, direction), inner(gradient, kernel)
     inverse = ratio(1.0, e)
     along = inverse * direction
     rest = kernel - m * along
     turned = jnp.where(m < 0, -along, along)
-    return Decomposition(turned, e, inverse, jnp.abs(m), rest, jnp.sum(weights * rest**2))
+    return Decomposition(turned, e, inverse, jnp.abs(m), rest, inner(weights * rest, rest))
 
 
 def closed_form(problem: Problem, direction: Float[Array, "..."]) -> Candidate:

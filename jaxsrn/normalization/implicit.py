@@ -17,6 +17,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from jaxsrn._tools.held import gmres, held, is_inexact, real_vector
+from jaxsrn._tools.linalg import inner
 from jaxsrn._tools.tolerances import kernel_tolerance
 from jaxsrn.normalization.closed_form import over_weights
 from jaxsrn.normalization.normalized import normalized
@@ -65,7 +66,7 @@ def determined_pair(op: Operator, problem, pair: Pair) -> Pair:
     if op._normalization_keeps_pairs:
         return moved
     gradient = value_gradient(pair, op, a.shape)
-    is_lowest = jnp.sum(gradient * over_weights(gradient, op)) * target <= 1 + kernel_tolerance(a.dtype)
+    is_lowest = inner(gradient, over_weights(gradient, op)) * target <= 1 + kernel_tolerance(a.dtype)
     factor = jnp.where(is_lowest, 1 + undetermined, 1.0)
     return jax.tree.map(lambda leaf: leaf * factor.astype(leaf.dtype) if is_inexact(leaf) else leaf, moved)
 
@@ -104,7 +105,7 @@ def _with_better_frequency(kernel: Float[Array, "..."], op: Operator, pair: Pair
 
     def value(shift):
         moved = pair._replace(site=pair.site._replace(shift=shift))
-        return jnp.sum(value_gradient(moved, op, kernel.shape) * kernel)
+        return inner(value_gradient(moved, op, kernel.shape), kernel)
 
     shift = pair.site.shift
     varies = jnp.asarray(degrees(on_grid(op, kernel.shape), kernel.shape)) > 0

@@ -84,8 +84,8 @@ def srnc(
       convolution has the derivatives of `project_spectral_ball`, with the stable rank held.
 
     Raises:
-      ValueError: a kernel, target or `initial` that does not fit, aliased taps, raising without `keep_norm`, or a
-        second derivative with `raise_rank` of a convolution.
+      ValueError: a kernel, target, `initial`, `tolerance` or `max_steps` that does not fit, aliased taps, raising
+        without `keep_norm`, or a second derivative with `raise_rank` of a convolution.
 
     Examples:
       The identity on 64 samples within three taps, from stable rank 64 to 24 (Zheng et al. 2025):
@@ -102,8 +102,7 @@ def srnc(
     op._check_not_aliased(kernel.shape)
     dtype = float_dtype(kernel.dtype)
     target = positive_scalar(target, "target", dtype)
-    tolerance = kernel_tolerance(dtype) if tolerance is None else tolerance
-    tolerance = positive_scalar(tolerance, "tolerance", dtype)
+    tolerance = positive_scalar(kernel_tolerance(dtype) if tolerance is None else tolerance, "tolerance", dtype)
     max_steps = static_int(max_steps, "max_steps")
     ensure(
         keep_norm or not raise_rank, "keep_norm: got False with raise_rank=True, expected True; raising keeps the norm."
@@ -142,11 +141,6 @@ def lowest(kernel, op: Operator, target, initial: Pair | None, tolerance, max_st
     return minorise_maximise(kernel, op, target, initial, max_steps, tolerance)
 
 
-@functools.partial(program, static_argnums=4, brief=True)
-def _lowered(*args):
-    return lowered(*args)
-
-
 def lowered(kernel, op: Operator, target, solution: Fixpoint, keep_norm: bool) -> SRNResult:
     """The result of `lowest`.
 
@@ -167,6 +161,9 @@ def lowered(kernel, op: Operator, target, solution: Fixpoint, keep_norm: bool) -
     gap = proven_gap(frozen, solution.bound, lax.stop_gradient(distance), keep_norm, feasible, unchanged)
     found = measured(result, problem, norm, distance, gap, solution.num_steps, keep_norm, feasible)
     return in_own_scale(found, scale, kernel, op, unchanged)
+
+
+_lowered = program(lowered, static_argnums=4, brief=True)
 
 
 def _of_pair(op: Operator, problem: Problem, pair: Pair):

@@ -10,12 +10,13 @@ import functools
 from typing import Any, NamedTuple
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import optax
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from jaxsrn._tools.checks import ensure, errors_named, float_dtype, static_int
+from jaxsrn._tools.checks import check_transformation, ensure, errors_named, float_dtype, positive_scalar, static_int
 from jaxsrn._tools.linalg import by_largest, ratio
 from jaxsrn._tools.programs import program
 from jaxsrn.operators.base import Dense, Operator
@@ -114,12 +115,20 @@ def spectral_descent(
       "nesterov", "num_passes")`.
 
     Raises:
-      ValueError: no layers, an unknown method, a bad number of passes; in `init`, naming the layer: a path that names
+      ValueError: no layers, an unknown method, a bad number of passes, a momentum outside [0, 1), a weight decay that
+        is negative, `others` that are no transformation; in `init`, naming the layer: a path that names
         no leaf of `params` or several, a kernel that does not fit its operator, aliased taps.
     """
     check_layers(layers)
     ensure(method in METHODS, f"method: got {method!r}, expected one of {', '.join(map(repr, METHODS))}.")
     num_passes = static_int(num_passes, "num_passes")
+    # Muon's updates are the same to the last bit only if it converts these numbers itself.
+    positive_scalar(momentum, "momentum", jnp.float32, or_zero=True)
+    is_traced = isinstance(momentum, jax.core.Tracer)
+    ensure(is_traced or float(momentum) < 1, f"momentum: got {momentum}, expected a number below 1.")
+    positive_scalar(weight_decay, "weight_decay", jnp.float32, or_zero=True)
+    if others is not None:
+        check_transformation(others, "others")
     dense = {path: op for path, op in layers.items() if isinstance(op, Dense)}
     convolutions = {path: op for path, op in layers.items() if path not in dense}
     rest = [optax.add_decayed_weights(weight_decay), optax.scale_by_learning_rate(learning_rate)]
@@ -182,8 +191,7 @@ def _scale_by_steepest(layers, momentum, nesterov: bool, method: str, num_passes
             outer, shape = split_shape(layers[path], kernel.shape)
             with errors_named(f"layers: at {path!r}"):
                 layers[path]._check_not_aliased(shape)
-            none = _no_memory(layers[path], jax.ShapeDtypeStruct(shape, kernel.dtype), method)
-            memory.append(for_every_layer(none, outer))
+            memory.append(for_every_layer(_no_memory(layers[path], shape, kernel.dtype, method), outer))
         return SpectralDescentState(jnp.zeros((), jnp.int32), jax.tree.map(jnp.zeros_like, params), tuple(memory))
 
     def update(updates, state, params=None, **extra_args):
@@ -204,12 +212,12 @@ def _scale_by_steepest(layers, momentum, nesterov: bool, method: str, num_passes
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _no_memory(op: Operator, kernel, method: str):
+def _no_memory(op: Operator, kernel_shape: tuple[int, ...], dtype, method: str):
+    """The memory before the first step, from which no passes can go on."""
     if method != "frequency":
         return ()
-    dtype = float_dtype(kernel.dtype)
-    zeros = jnp.zeros(kernel.shape, dtype)
-    return jnp.zeros_like(few_frequencies(op, kernel.shape, dtype).stack(zeros))
+    zeros = jnp.zeros(kernel_shape, float_dtype(dtype))
+    return jnp.zeros_like(few_frequencies(op, kernel_shape, zeros.dtype).stack(zeros))
 
 
 @functools.partial(program, static_argnums=(2, 3, 4))

@@ -68,14 +68,18 @@ class Rule(NamedTuple):
 
     Attributes:
       correct: `(kernels, op, memories, limit) -> (kernels, memories)` for a stack of layers, in float32 or wider.
-      remembers: `op -> bool`, whether the memory of a layer is a pair, and not empty.
       fraction: of the largest stable rank, to which the layers are held; `None` for a rule of the norm, whose limit is
         an argument of `keep`.
+      remembers_pairs: whether the memory of a zero-padded layer is a pair; all others are empty.
     """
 
     correct: Callable
-    remembers: Callable
-    fraction: float | None
+    fraction: float | None = None
+    remembers_pairs: bool = False
+
+    def remembers(self, op: Operator) -> bool:
+        """Whether the memory of a layer is a pair."""
+        return self.remembers_pairs and isinstance(op, ZeroPaddedConv)
 
 
 def require_params(params) -> None:
@@ -184,7 +188,7 @@ def _corrected(layers, correct: Callable, kernels: dict, steps: dict, memory: di
 
 def in_the_ball() -> Rule:
     """The rule of the projection on the kernels with a spectral norm of at most the limit; it has no memory."""
-    return Rule(_in_the_ball, _remembers_nothing, None)
+    return Rule(_in_the_ball)
 
 
 def of_stable_rank(fraction: float) -> Rule:
@@ -193,20 +197,12 @@ def of_stable_rank(fraction: float) -> Rule:
     Its memory holds, for zero-padded layers, the pairs that the last correction ended with. Dense layers take one SVD,
     and the scan of circular layers costs little more than a pass from a known pair, so they remember nothing.
     """
-    return Rule(_of_stable_rank, _remembers_pairs, fraction)
+    return Rule(_of_stable_rank, fraction, remembers_pairs=True)
 
 
 def of_least_stable_rank(fraction: float) -> Rule:
     """The rule of the kernels of the same norm whose stable rank is raised to `fraction` of the largest if below it."""
-    return Rule(_of_least_stable_rank, _remembers_nothing, fraction)
-
-
-def _remembers_nothing(op: Operator) -> bool:
-    return False
-
-
-def _remembers_pairs(op: Operator) -> bool:
-    return isinstance(op, ZeroPaddedConv)
+    return Rule(_of_least_stable_rank, fraction)
 
 
 def _in_the_ball(kernels, op: Operator, memories, limit):
@@ -217,7 +213,7 @@ def _in_the_ball(kernels, op: Operator, memories, limit):
 
 def _of_stable_rank(kernels, op: Operator, memories, limit):
     target = jnp.asarray(target_of_fraction(limit, kernels.shape[1:], op), kernels.dtype)
-    if _remembers_pairs(op):
+    if isinstance(op, ZeroPaddedConv):
         return _followed(kernels, op, target, memories)
     return jax.vmap(lambda kernel: srnc(kernel, op, target).kernel)(kernels), memories
 
@@ -226,10 +222,8 @@ def _of_least_stable_rank(kernels, op: Operator, memories, limit):
     target = jnp.asarray(target_of_fraction(limit, kernels.shape[1:], op), kernels.dtype)
 
     def raised(kernel):
-        # A kernel above the target is asked for its own stable rank, and stays.
-        own = stable_rank(kernel, op)
-        kernel_raised = srnc(kernel, op, jnp.maximum(own, target), raise_rank=True).kernel
-        return jnp.where(own < target, kernel_raised, kernel)
+        is_below = stable_rank(kernel, op) < target
+        return lax.cond(is_below, lambda: srnc(kernel, op, target, raise_rank=True).kernel, lambda: kernel)
 
     # Under `vmap` all kernels would take as many steps as the slowest.
     return lax.map(raised, kernels), memories

@@ -6,13 +6,11 @@ import functools
 from typing import Any, NamedTuple
 
 import jax
-import jax.core
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
-from jaxsrn._tools.checks import ensure, float_dtype
+from jaxsrn._tools.checks import check_transformation, ensure, float_dtype, positive_scalar
 from jaxsrn.optim.keeping import displacement, require_params
 from jaxsrn.sphere import retract, tangent, transport
 
@@ -85,10 +83,7 @@ def on_sphere(inner: optax.GradientTransformation, *, axis=None) -> optax.Gradie
       ValueError: something else than a transformation; in `init` and `update`, leaves that aren't real floating or
         that lack the axis; in `update`, missing `params` or gradients of other shapes.
     """
-    ensure(
-        callable(getattr(inner, "init", None)) and callable(getattr(inner, "update", None)),
-        f"inner: got {inner!r}, expected an optax.GradientTransformation such as optax.sgd(0.1).",
-    )
+    check_transformation(inner, "inner")
     inner, project = optax.with_extra_args_support(inner), functools.partial(_tangent, axis=axis)
 
     def init(params):
@@ -129,21 +124,19 @@ def sphere_sgd(learning_rate, momentum=None, *, axis=None) -> optax.GradientTran
     Args:
       learning_rate: `eta`, a number or an optax schedule.
       momentum: the share of the velocity that is kept, a number `>= 0`; `None` for plain gradient descent.
-      axis: which axes of a leaf make one point, as in `on_sphere`.
+      axis: which axes of a leaf make one point, as in `on_sphere`; `optax.inject_hyperparams` needs
+        `static_args=("axis",)`.
 
     Returns:
       The transformation; with momentum its state is a `SphereSGDState`. `update` needs `params`.
 
     Raises:
-      ValueError: a negative momentum; in `update`, as `on_sphere`.
+      ValueError: a momentum that is negative or not finite; in `update`, as `on_sphere`.
     """
     if momentum is None:
         return on_sphere(optax.sgd(learning_rate), axis=axis)
-    if not isinstance(momentum, jax.core.Tracer):
-        ensure(
-            np.ndim(momentum) == 0 and bool(momentum >= 0),
-            f"momentum: got {momentum}, expected a number >= 0, as a rule below 1; None for plain gradient descent.",
-        )
+    # It is cast to the dtype of each leaf below.
+    positive_scalar(momentum, "momentum", jnp.float32, or_zero=True)
 
     def accumulate(update, point, velocity):
         kept = jnp.asarray(momentum).astype(point.dtype) * _tangent(velocity, point, axis)

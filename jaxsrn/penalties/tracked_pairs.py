@@ -62,11 +62,7 @@ def init_pairs(kernel: Kernel, op: Operator, *, alpha=1.0, gram: str = "small") 
         row, which has no two eigenpairs.
     """
     kernel, op = computed_form(kernel, op)
-    check_side(gram)
-    size = math.prod(_side_shape(op, kernel.shape, gram))
-    ensure(
-        size > 1, f"kernel: the Gram matrix of {op} has one row, expected at least two; use extreme_singular_values."
-    )
+    _checked_side(op, kernel.shape, gram)
     return _init_pairs(kernel, op, positive_scalar(alpha, "alpha", float_dtype(kernel.dtype)), gram)
 
 
@@ -107,8 +103,7 @@ def extreme_singular_values_step(
       ValueError: as `init_pairs`, pairs that do not fit, or fewer than one step.
     """
     kernel, op = computed_form(kernel, op)
-    check_side(gram)
-    expected = (2, *_side_shape(op, kernel.shape, gram))
+    expected = (2, *_checked_side(op, kernel.shape, gram))
     got = jnp.shape(getattr(pairs, "vectors", None))
     ensure(got == expected, f"pairs: got vectors of shape {got}, expected {expected}; take them from init_pairs.")
     alpha = positive_scalar(alpha, "alpha", float_dtype(kernel.dtype))
@@ -129,6 +124,17 @@ def _stepped(kernel, pairs, op, alpha, gram, num_steps):
     squared = functools.partial(_squared_image, op, gram)
     value = held(squared, stationary(squared), kernel, stepped.vectors[0]) - alpha
     return jnp.where(stepped.values[0] < 0, -value, value), stepped
+
+
+def _checked_side(op: Operator, kernel_shape, gram: str) -> tuple[int, ...]:
+    """`_side_shape`; raises `ValueError` where it has no two eigenpairs."""
+    check_side(gram)
+    shape = _side_shape(op, kernel_shape, gram)
+    ensure(
+        math.prod(shape) > 1,
+        f"kernel: the Gram matrix of {op} has one row, expected at least two; use extreme_singular_values.",
+    )
+    return shape
 
 
 def _side_shape(op: Operator, kernel_shape, gram: str) -> tuple[int, ...]:

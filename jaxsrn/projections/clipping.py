@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Inexact
 
-from jaxsrn._tools.linalg import divisor, matmul, ratio
+from jaxsrn._tools.linalg import divisor, inner, matmul, nan_for_infinity, ratio
 from jaxsrn.operators.base import Operator
 from jaxsrn.operators.convolutions import CircularConv, UnboundedConv
 from jaxsrn.spectra.circular.fourier import half_symbol
@@ -59,7 +59,7 @@ class MatrixStack(NamedTuple):
 
     def inner(self, a: Float[Array, "..."], b: Float[Array, "..."]) -> Float[Array, ""]:
         """`<a, b>_d` of two kernels."""
-        return jnp.sum(self.weights * a * b)
+        return inner(self.weights * a, b)
 
     def stack_inner(self, a: Inexact[Array, "..."], b: Inexact[Array, "..."]) -> Float[Array, ""]:
         """The inner product of two stacks."""
@@ -108,7 +108,7 @@ class Clipping(NamedTuple):
 
 def split(matrices: Inexact[Array, "batch rows columns"], limit: Float[Array, ""]) -> Clipping:
     """The SVD of the stack, to be clipped at `limit`."""
-    rows, values, columns = jnp.linalg.svd(matrices, full_matrices=False)
+    rows, values, columns = jnp.linalg.svd(nan_for_infinity(matrices), full_matrices=False)
     return Clipping(rows, values, columns, limit)
 
 

@@ -32,7 +32,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from jaxsrn._tools.held import moving, refusing
-from jaxsrn._tools.linalg import divisor, ratio, safe_sqrt
+from jaxsrn._tools.linalg import divisor, inner, ratio, safe_sqrt
 from jaxsrn._tools.tolerances import SPLIT_SIZE
 from jaxsrn.bounds.covers import covers
 from jaxsrn.operators.base import Operator
@@ -167,7 +167,11 @@ def _half_sine(size: int) -> np.ndarray:
 def not_yet(
     target: Float[Array, "..."], op: Operator, limit: Float[Array, ""], own: Pair
 ) -> tuple[SolvedBall, Nearest]:
-    """A placeholder for what `nearest` returns: a loop that starts from it compiles `nearest` once, in its body."""
+    """What `nearest` returns for a kernel in the ball, without a step.
+
+    It also takes the place of what `nearest` has yet to find: a loop that starts from it compiles `nearest` once, in
+    its body.
+    """
     zero = jnp.zeros_like(limit)
     blocks = inner_blocks(op, target.shape, target.dtype)
     return SolvedBall(begin(target, blocks, limit), limit), Nearest(target, own, zero, zero, jnp.asarray(0, jnp.int32))
@@ -269,14 +273,14 @@ def _with_derivative_jvp(op: Operator, primals, tangents):
         return factor * derivative(solution.iterate, blocks, solution.radius, direction)
 
     def rise(change):
-        return jnp.sum(functional * change)
+        return inner(functional, change)
 
     if _is_split(op, target.shape):
         # The projection is homogeneous: scaling `A` and the radius by `t` scales the result by `t`. What the derivative
         # at a fixed radius adds to the norm, as between the frequencies of a grid, is scaled away.
         rate = tangents[1] / limit
-        inner = moved(tangents[0] - rate * target)
-        return kernel, inner + (rate - rise(inner) / limit) * kernel
+        within = moved(tangents[0] - rate * target)
+        return kernel, within + (rate - rise(within) / limit) * kernel
     # The radius moves so that the norm is the limit.
-    inner, by_radius = moved(tangents[0]), kernel - moved(target)
-    return kernel, inner + (tangents[1] - rise(inner)) / divisor(rise(by_radius)) * by_radius
+    within, by_radius = moved(tangents[0]), kernel - moved(target)
+    return kernel, within + (tangents[1] - rise(within)) / divisor(rise(by_radius)) * by_radius

@@ -15,12 +15,12 @@ from jax import lax
 from jaxtyping import Array, Float, Int, Shaped
 
 from jaxsrn._tools.checks import Kernel, ensure, float_dtype, kernel_array, positive_scalar, static_int
-from jaxsrn._tools.linalg import divisor, safe_sqrt
+from jaxsrn._tools.linalg import divisor, inner, safe_sqrt
 from jaxsrn._tools.programs import program
 from jaxsrn._tools.tolerances import DENSE_SIZE, gap_tolerance
 from jaxsrn.operators.base import Dense, Operator
 from jaxsrn.projections.clipping import matrix_stack, smooth_clipped
-from jaxsrn.projections.nearest import nearest, with_derivative
+from jaxsrn.projections.nearest import nearest, not_yet, with_derivative
 from jaxsrn.spectra.moving_pairs import frozen_value
 from jaxsrn.spectra.pairs_by_kind import leading_pair
 from jaxsrn.spectra.singular_pair import idle_taps, matrix_size, rescaled
@@ -145,8 +145,8 @@ def project_spectral_ball(
       percents, where the kernel is not known well enough to tell which values are active. `gap` has derivative 0.
 
     Raises:
-      ValueError: a kernel that does not fit, aliased taps, a `max_norm` or `tolerance` that is not positive, or a
-        second derivative of a convolution.
+      ValueError: a kernel that does not fit, aliased taps, a `max_norm` or `tolerance` that is not positive, a bad
+        `max_steps`, or a second derivative of a convolution.
     """
     kernel, max_norm = _checked(kernel, op, max_norm)
     shape = kernel.shape
@@ -179,18 +179,20 @@ def _project_spectral_ball(kernel, op, own, max_norm, tolerance, max_steps):
     fixed, fixed_limit = lax.stop_gradient((a, limit))
     inside = frozen_value(fixed, op, own) <= fixed_limit * (1 + _ROOM * jnp.finfo(a.dtype).eps)
     weights = op.frobenius_weights(a.shape, a.dtype)
-    size = jnp.sqrt(jnp.sum(weights * fixed**2))
+    size = jnp.sqrt(inner(weights * fixed, fixed))
     if isinstance(op, Dense):
         found = smooth_clipped(a[None], limit)[0][0]
         # Zero, or NaN where the kernel has an entry that is not finite.
         gap, num_steps = 0 * size, jnp.asarray(1, jnp.int32)
     else:
-        # A kernel in the ball is asked for nothing, and takes no step.
-        asked = jnp.where(inside, jnp.inf, tolerance * size)
-        solution, nearby = nearest(fixed, op, fixed_limit, own, max_steps, asked)
+        solution, nearby = lax.cond(
+            inside,
+            lambda: not_yet(fixed, op, fixed_limit, own),
+            lambda: nearest(fixed, op, fixed_limit, own, max_steps, tolerance * size),
+        )
         found = with_derivative(op, a, limit, nearby.kernel, solution, nearby.leading)
         change = lax.stop_gradient(shrinking) * nearby.kernel - fixed
-        farther = jnp.where(shrinking < 1, safe_sqrt(jnp.sum(weights * change**2)) - nearby.distance, 0.0)
+        farther = jnp.where(shrinking < 1, safe_sqrt(inner(weights * change, change)) - nearby.distance, 0.0)
         excess = nearby.excess + jnp.maximum(farther, 0.0)
         gap, num_steps = excess / divisor(size), nearby.num_steps
     found = found * shrinking

@@ -23,7 +23,7 @@ from jax import lax
 from jaxtyping import Array, Float, Shaped
 
 from jaxsrn._tools.checks import Kernel, ensure, float_dtype, kernel_array, positive_scalar, static_int
-from jaxsrn._tools.linalg import divisor
+from jaxsrn._tools.linalg import divisor, inner
 from jaxsrn._tools.programs import program
 from jaxsrn._tools.tolerances import PROVEN_SIZE, torus_excess
 from jaxsrn.operators.base import Dense, Operator
@@ -165,7 +165,7 @@ def _on_unit_sphere(kernel, op, found, bound, pair: Pair | None, excess):
     nothing = (norm == 0) | (size == 0)
     # NaN compares as false, and reaches every field.
     step = jnp.where(nothing, 0.0, without_idle_taps(found, op) / divisor(norm))
-    value = jnp.sum(gradient * step)
+    value = inner(gradient, step)
     bound = jnp.where(size == 0, 0.0, jnp.maximum(bound, value))
     gap = jnp.where(bound == 0, 0.0, 1 - value / divisor(bound))
     return SteepestResult(step.astype(kernel.dtype), scale * bound, gap)

@@ -13,12 +13,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxsrn._tools.held import held, stationary
-from jaxsrn._tools.linalg import unit
+from jaxsrn._tools.linalg import inner
 from jaxsrn.operators.base import Operator
 from jaxsrn.operators.convolutions import UnboundedConv
 from jaxsrn.spectra.circular.sites import ShiftedSite
 from jaxsrn.spectra.pairs_by_kind import value_gradient
-from jaxsrn.spectra.singular_pair import Pair
+from jaxsrn.spectra.singular_pair import Pair, of_unit_vectors
 
 __all__ = [
     "frozen_value",
@@ -39,16 +39,12 @@ def frozen_value(kernel: Float[Array, "..."], op: Operator, pair: Pair) -> Float
 
 
 def _value_of_pair(op: Operator, kernel: Float[Array, "..."], pair: Pair) -> Float[Array, ""]:
-    return jnp.sum(value_gradient(pair, op, kernel.shape) * kernel)
+    return inner(value_gradient(pair, op, kernel.shape), kernel)
 
 
 def moving_with_kernel(op: Operator):
     """The move (`held.py`) of a singular pair of simple value with its kernel; its frequency must be a free one."""
-    return stationary(functools.partial(_value_of_pair, op), _of_unit_vectors)
-
-
-def _of_unit_vectors(pair: Pair) -> Pair:
-    return pair._replace(input=unit(pair.input), output=unit(pair.output))
+    return stationary(functools.partial(_value_of_pair, op), of_unit_vectors)
 
 
 def with_free_frequency(pair: Pair, op: Operator, dtype) -> Pair:

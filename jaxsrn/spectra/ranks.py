@@ -10,12 +10,11 @@ import functools
 import math
 from typing import NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Shaped
 
-from jaxsrn._tools.checks import Kernel, computed_form, ensure, float_dtype, static_share
-from jaxsrn._tools.linalg import ratio
+from jaxsrn._tools.checks import Kernel, computed_form, ensure, float_dtype, kernel_shape_of, static_share
+from jaxsrn._tools.linalg import inner, ratio
 from jaxsrn._tools.programs import program
 from jaxsrn.operators.base import Operator
 from jaxsrn.operators.convolutions import UnboundedConv
@@ -76,7 +75,7 @@ def norm_and_rank(kernel, op, pair, copies=1) -> tuple[Float[Array, ""], Float[A
 def squared_frobenius_norm(kernel: Kernel, op: Operator) -> Shaped[Array, ""]:
     """`||T(kernel)||_F^2`; taps that fall on each other are summed first."""
     kernel = op.wrap(kernel.astype(float_dtype(kernel.dtype)))
-    return jnp.sum(op.frobenius_weights(kernel.shape, kernel.dtype) * kernel**2)
+    return inner(op.frobenius_weights(kernel.shape, kernel.dtype) * kernel, kernel)
 
 
 def largest_squared_functional(kernel_shape: tuple[int, ...], op: Operator) -> float:
@@ -132,7 +131,7 @@ def stable_rank_range(kernel_shape: tuple[int, ...], op: Operator) -> StableRank
       >>> jaxsrn.stable_rank_range((3, 3, 16, 32), jaxsrn.UnboundedConv())
       StableRankRange(low=0.1111111111111111, high=16.0)
     """
-    op._check_kernel_shape(kernel_shape)
+    kernel_shape = kernel_shape_of(kernel_shape, op)
     contacts = op._axis_contacts(kernel_shape)
     samples_in = math.prod(_number_in_any([tap.inputs for tap in axis]) for axis in contacts)
     samples_out = math.prod(_number_in_any([tap.outputs for tap in axis]) for axis in contacts)

@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Inexact
 
-from jaxsrn._tools.linalg import by_largest
+from jaxsrn._tools.linalg import by_largest, unit
 from jaxsrn.operators.base import Operator
 from jaxsrn.operators.convolutions import ZeroPaddedConv
 
-__all__ = ["Found", "Pair", "idle_taps", "is_small", "matrix_size", "rescaled", "without_idle_taps"]
+__all__ = ["Found", "Pair", "idle_taps", "is_small", "matrix_size", "of_unit_vectors", "rescaled", "without_idle_taps"]
 
 # Kernels and images of at most so many entries. With larger ones a run takes longer than the optimization of its
 # program (`python benchmarks/compilation --only generators`).
@@ -37,6 +37,11 @@ class Pair(NamedTuple):
     site: Any
     input: Inexact[Array, "..."]
     output: Inexact[Array, "..."]
+
+
+def of_unit_vectors(pair: Pair) -> Pair:
+    """The pair with both vectors of norm 1."""
+    return pair._replace(input=unit(pair.input), output=unit(pair.output))
 
 
 class Found(NamedTuple):

@@ -14,7 +14,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
-from jaxsrn._tools.checks import Kernel, ensure, float_dtype, kernel_array, positive_scalar
+from jaxsrn._tools.checks import Kernel, ensure, float_dtype, kernel_array, kernel_shape_of, positive_scalar
 from jaxsrn._tools.programs import program
 from jaxsrn.operators.base import Operator
 from jaxsrn.operators.convolutions import CircularConv
@@ -102,6 +102,9 @@ def forms(kernel_shape: tuple[int, ...], op: Operator) -> Float[np.ndarray, "fre
       kernel_shape: `(*taps, 1, 1)`.
       op: a `CircularConv` with strides 1.
 
+    Returns:
+      `(frequencies, taps, taps)`.
+
     Raises:
       ValueError: more than one channel, strides, or an operator that is not circular.
     """
@@ -135,7 +138,7 @@ def form_eigenvalues(kernel_shape: tuple[int, ...], op: Operator) -> Float[np.nd
 def _waves(kernel_shape: tuple[int, ...], op: Operator) -> np.ndarray:
     """`exp(-i <w_l, p>)`, one row per frequency, one column per tap."""
     op = check_circular(op)
-    op._check_kernel_shape(kernel_shape)
+    kernel_shape = kernel_shape_of(kernel_shape, op)
     ensure(
         kernel_shape[-2:] == (1, 1) and set(op.strides) == {1},
         f"kernel_shape: got {kernel_shape} for {op}, expected one channel, (*taps, 1, 1), and strides 1; with more, "

@@ -18,7 +18,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from jaxsrn import optim
-from jaxsrn._tools.checks import Kernel, ensure, float_dtype, static_int
+from jaxsrn._tools.checks import Kernel, check_transformation, ensure, float_dtype, static_int
 from jaxsrn._tools.held import held, refusing
 from jaxsrn._tools.linalg import divisor, unit
 from jaxsrn._tools.programs import program
@@ -115,9 +115,10 @@ def solve(
       proves nothing and equals `distance`. `num_steps` counts the steps of each descent. Derivatives hold `x` constant.
 
     Raises:
-      ValueError: as `objective`, a number of restarts or steps below 1, or a second derivative.
+      ValueError: as `objective`, a number of restarts or steps below 1, an `optimizer` that is no transformation, or a
+        second derivative.
     """
-    kernel, target, schedules, initial = _descent_arguments(kernel, op, target, alpha, penalty, initial)
+    kernel, target, schedules, initial = _descent_arguments(kernel, op, target, alpha, penalty, initial, optimizer)
     keys = jax.random.split(key, static_int(num_restarts, "num_restarts"))
     num_steps = static_int(num_steps, "num_steps")
     return _solve(kernel, op, target, keys, initial, schedules, optimizer, num_steps, bool(smooth))
@@ -177,7 +178,7 @@ def trajectory(
     Raises:
       ValueError: as `solve`, or an `every` that does not divide `num_steps`.
     """
-    kernel, target, schedules, initial = _descent_arguments(kernel, op, target, alpha, penalty, initial)
+    kernel, target, schedules, initial = _descent_arguments(kernel, op, target, alpha, penalty, initial, optimizer)
     num_steps, every = static_int(num_steps, "num_steps"), static_int(every, "every")
     ensure(num_steps % every == 0, f"every: got {every}, expected a divisor of num_steps={num_steps}.")
     keys = jax.random.split(key, 1)
@@ -202,9 +203,11 @@ def _trajectory(kernel, op, target, keys, initial, schedules, optimizer, num_ste
     return jax.tree.map(lambda one, others: jnp.concatenate([one[None], others]), record(first), rest)
 
 
-def _descent_arguments(kernel, op, target, alpha, penalty, initial):
+def _descent_arguments(kernel, op, target, alpha, penalty, initial, optimizer):
     """The arguments that `solve` and `trajectory` share, checked; `alpha` and `penalty` as schedules."""
     kernel, target = checked(kernel, op, target)
+    if optimizer is not None:
+        check_transformation(optimizer, "optimizer")
     schedules = by_step(alpha, "alpha", kernel.dtype), by_step(penalty, "penalty", kernel.dtype, or_zero=True)
     return kernel, target, schedules, None if initial is None else point_like(initial, "initial", kernel, op)
 

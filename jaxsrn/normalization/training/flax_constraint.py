@@ -9,7 +9,6 @@ from collections.abc import Callable, Hashable, Sequence
 import jax
 import jax.core
 import jax.numpy as jnp
-import numpy as np
 
 from jaxsrn._tools.checks import ensure, errors_named
 from jaxsrn.normalization.training.start import srnc_state
@@ -48,8 +47,8 @@ class Constraint:
             check_gradient(self.gradient)
             axes = self.stacked_axes(kernel)
             ensure(
-                norm is None or np.shape(norm) in ((), kernel.shape[:axes]),
-                f"norm: got shape {np.shape(norm)}, expected one number{' or one for each layer' if axes else ''}.",
+                getattr(norm, "shape", ()) in ((), kernel.shape[:axes]),
+                f"norm: got shape {norm.shape}, expected one number{' or one for each layer' if axes else ''}.",
             )
             start = functools.partial(self._start, norm=1.0 if _is_stacked(norm) else norm)
             for _ in range(axes):

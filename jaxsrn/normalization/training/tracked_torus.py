@@ -122,7 +122,7 @@ def follow(
     turned = einsum("kgpqt,kgpr->kgqtr", factors, inputs)
     values, outputs = _units(einsum("gtrc,kgqtr->kgqc", coefficients, turned))
     # The first of equal values wins, so that nothing moves without need.
-    winner = lax.argmax(_preferring_first(values, 0).reshape(-1), 0, jnp.int32)
+    winner = lax.argmax(_preferring_first(values).reshape(-1), 0, jnp.int32)
     rows = index, inputs, outputs
     best, *sides = picked([leaf.reshape((-1, *leaf.shape[2:])) for leaf in rows], winner)
     group = jnp.zeros_like(winner) if groups == 1 else lax.rem(winner, np.int32(groups))
@@ -179,12 +179,10 @@ def _units(vectors: Float[Array, "k g parts n"]) -> tuple[Float[Array, "k g"], F
     return norms, vectors / norms[..., None, None]
 
 
-def _preferring_first(values: Float[Array, "..."], axis: int) -> Float[Array, "..."]:
-    """The values, the first along an axis raised by what rounding may hide."""
-    shape = [1] * values.ndim
-    shape[axis] = -1
-    factors = 1 + 4 * float(jnp.finfo(values.dtype).eps) * (np.arange(values.shape[axis]) == 0)
-    return values * jnp.asarray(factors.reshape(shape), values.dtype)
+def _preferring_first(values: Float[Array, "k g"]) -> Float[Array, "k g"]:
+    """The values, those of the first row raised by what rounding may hide."""
+    factors = 1 + 4 * float(jnp.finfo(values.dtype).eps) * (np.arange(len(values)) == 0)
+    return values * jnp.asarray(factors[:, None], values.dtype)
 
 
 # Frequencies

@@ -68,17 +68,17 @@ def _share(op: CircularConv, kernel_shape: tuple[int, ...]) -> np.ndarray:
     return np.minimum(1.0, 2 * share / (np.pi * np.maximum(per_axis, 1)))
 
 
-def _takes_single_frequencies(op: CircularConv, kernel_shape, is_reduced: bool) -> bool:
+def _takes_single_frequencies(op: CircularConv, kernel_shape, reduced: bool) -> bool:
     # The Gram matrices of reduced kernels (`grams.py`) are for single frequencies.
-    return is_reduced or not math.isfinite(overshoot(op, kernel_shape))
+    return reduced or not math.isfinite(overshoot(op, kernel_shape))
 
 
-def grid_of(op: CircularConv, kernel_shape: tuple[int, ...], dtype, is_reduced: bool = False) -> Grid:
+def grid_of(op: CircularConv, kernel_shape: tuple[int, ...], dtype, reduced: bool = False) -> Grid:
     """The grid of a layer; its boxes are single frequencies where no width is certified, or the kernel is reduced."""
     samples, ends = np.array(op.grid), np.array(half_grid(op))
     per_axis = np.array(degrees(op, kernel_shape))
     tangent, sizes = 0.0, np.ones_like(ends)
-    if not _takes_single_frequencies(op, kernel_shape, is_reduced):
+    if not _takes_single_frequencies(op, kernel_shape, reduced):
         tangent = math.sqrt(overshoot(op, kernel_shape) ** 2 - 1)
         wide = 1 + np.floor(_share(op, kernel_shape) * samples).astype(int)
         sizes = np.minimum(ends, np.where(per_axis == 0, ends, wide))
@@ -94,9 +94,9 @@ def grid_of(op: CircularConv, kernel_shape: tuple[int, ...], dtype, is_reduced: 
     )
 
 
-def num_boxes(op: CircularConv, kernel_shape: tuple[int, ...], is_reduced: bool = False) -> tuple[int, ...]:
+def num_boxes(op: CircularConv, kernel_shape: tuple[int, ...], reduced: bool = False) -> tuple[int, ...]:
     """How many coarse boxes an axis has at most (static): the same for all image sizes, but for the smallest."""
-    if _takes_single_frequencies(op, kernel_shape, is_reduced):
+    if _takes_single_frequencies(op, kernel_shape, reduced):
         return half_grid(op)
     share, axes = _share(op, kernel_shape), len(op.grid)
     whole = [1 if d == 0 else math.ceil(1 / s) for d, s in zip(degrees(op, kernel_shape), share, strict=True)]

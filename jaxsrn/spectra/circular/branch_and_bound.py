@@ -83,10 +83,9 @@ def highest_peak(poly: GramPolynomial, grid: Grid, corners, exists, peaks: Peak,
     def step(proof: _Proof) -> _Proof:
         return _look(poly, grid, spread, chunk, allowed, _raised(poly, grid, len(peaks.value), proof))
 
-    # Only a norm that is finite and not 0 needs a proof. Of infinite entries none would ever come to an end.
-    largest = jnp.max(jnp.abs(poly.coefficients))
-    is_needed = (largest > 0) & (largest < jnp.inf)
-    return lax.while_loop(lambda proof: (proof.size > 0) & is_needed, step, proof).best
+    # NaN needs no proof, nor does a kernel of zeros. Another may have the value 0, at right angles to all that climbed.
+    needless = -jnp.max(jnp.abs(poly.coefficients))
+    return lax.while_loop(lambda proof: (proof.size > 0) & (proof.best.value > needless), step, proof).best
 
 
 def best_peak(poly: GramPolynomial, grid: Grid, peaks: Peak) -> Peak:

@@ -192,7 +192,7 @@ def _uphill(poly: GramPolynomial, grid: Grid, index, group, column) -> Peak:
     def step(state: _Climb) -> _Climb:
         peak, returned, stride, count = state
         filters = einsum("tc,c->t", returned.conj(), peak.column)
-        index, own, next_stride = better_frequency(grid.angles, poly.exponents, filters, peak.index, stride)
+        index, own, next_stride = _better_frequency(grid.angles, poly.exponents, filters, peak.index, stride)
 
         def power(_, sides):
             _, _, column, _ = sides
@@ -227,12 +227,12 @@ def best_frequency(angles, exponents: np.ndarray, filters: Complex[Array, " term
     """Where a scalar filter leads uphill in so many steps, from a frequency and with a first stride."""
 
     def step(_, state):
-        return better_frequency(angles, exponents, filters, *state)[::2]
+        return _better_frequency(angles, exponents, filters, *state)[::2]
 
     return lax.fori_loop(0, num_steps, step, (index, stride))[0]
 
 
-def better_frequency(angles, exponents: np.ndarray, filters: Complex[Array, " terms"], index, stride):
+def _better_frequency(angles, exponents: np.ndarray, filters: Complex[Array, " terms"], index, stride):
     """Where a scalar filter is largest, among a frequency and its neighbours some strides away.
 
     Returns:

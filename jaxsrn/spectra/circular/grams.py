@@ -101,13 +101,13 @@ def is_reduced(op: CircularConv, kernel_shape: tuple[int, ...]) -> bool:
     return few and min(site_shape(op, kernel_shape)) >= _REDUCED_FROM
 
 
-def gram_polynomial(kernel: Float[Array, "..."], op: CircularConv, is_reduced: bool) -> GramPolynomial:
+def gram_polynomial(kernel: Float[Array, "..."], op: CircularConv, reduced: bool) -> GramPolynomial:
     """The polynomials of a kernel, reduced or not."""
     coefficients, exponents = polynomial(kernel, op)
     if is_transposed(op, kernel.shape):
         coefficients = coefficients.mT
     basis, loss, kept = None, jnp.zeros((), coefficients.dtype), coefficients
-    if is_reduced:
+    if reduced:
         basis, loss = _leading_directions(coefficients)
         kept = matmul(coefficients, basis[:, None])
     terms = tuple(tuple(term.tolist()) for term in exponents)

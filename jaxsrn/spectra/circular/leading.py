@@ -71,7 +71,7 @@ def branch_and_bound_pays(kernel_shape: tuple[int, ...], op: CircularConv) -> bo
 
 
 def search_arguments(op: CircularConv, kernel: Float[Array, "..."]):
-    """What `climbed` takes of a layer: `(op, grid, counts, is_reduced, count)`.
+    """What `climbed` takes of a layer: `(op, grid, counts, reduced, count)`.
 
     All but the grid is static, and the same for most image sizes. The operator is the one on a single frequency.
     """

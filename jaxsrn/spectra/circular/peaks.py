@@ -54,14 +54,12 @@ class Climbed(NamedTuple):
 # A program of its own: the search with zero padding and the proof of its upper bound start from the same peaks.
 @functools.partial(program, static_argnums=(1, 3, 4, 5), brief=True)
 @functools.partial(one_by_one, static_argnums=(1, 3, 4, 5))
-def climbed(
-    kernel: Float[Array, "..."], op, grid: Grid, counts: tuple[int, ...], is_reduced: bool, count: int
-) -> Climbed:
+def climbed(kernel: Float[Array, "..."], op, grid: Grid, counts: tuple[int, ...], reduced: bool, count: int) -> Climbed:
     """Where climbing ends from the `count` most promising frequencies, for a kernel of any scale."""
-    poly, (corners, exists) = gram_polynomial(by_largest(kernel)[0], op, is_reduced), coarse_boxes(grid, counts)
+    poly, (corners, exists) = gram_polynomial(by_largest(kernel)[0], op, reduced), coarse_boxes(grid, counts)
     known = estimates(poly, grid, corners, exists)
     # Where every frequency was estimated, the largest estimates are neighbours of one peak.
-    chosen = _estimates_apart(known, grid, count) if is_reduced else most_promising(known, count)
+    chosen = _estimates_apart(known, grid, count) if reduced else most_promising(known, count)
     return Climbed(climbs(poly, grid, known, chosen), poly, corners, exists)
 
 
@@ -75,14 +73,14 @@ def highest(found: Climbed, op, kernel_shape: tuple[int, ...], grid: Grid, exces
     """
     peaks, poly, corners, exists = _all_of(found)
     peak = highest_peak(poly, grid, corners, exists, peaks, excess)
-    return at_site(at_maximum(poly, grid, peak) if between else peak, op, kernel_shape)
+    return _at_site(at_maximum(poly, grid, peak) if between else peak, op, kernel_shape)
 
 
 @functools.partial(program, static_argnums=(1, 2), brief=True)
 def highest_climbed(found: Climbed, op, kernel_shape: tuple[int, ...], grid: Grid) -> Pair:
     """The pair of the highest peak that climbing has found, without a proof that none is higher."""
     peaks, poly, *_ = _all_of(found)
-    return at_site(best_peak(poly, grid, peaks), op, kernel_shape)
+    return _at_site(best_peak(poly, grid, peaks), op, kernel_shape)
 
 
 def several(
@@ -97,7 +95,7 @@ def several(
     """
     peaks = _all_of(found).peaks
     chosen, values = _largest_apart(peaks.value, peaks.index, peaks.group, grid, count)
-    return values, at_site(picked(peaks, chosen), op, kernel_shape)
+    return values, _at_site(picked(peaks, chosen), op, kernel_shape)
 
 
 def _all_of(found: Climbed) -> Climbed:
@@ -108,7 +106,7 @@ def _all_of(found: Climbed) -> Climbed:
     return lax.optimization_barrier(found)
 
 
-def at_site(peak: Peak, op: CircularConv, kernel_shape: tuple[int, ...]) -> Pair:
+def _at_site(peak: Peak, op: CircularConv, kernel_shape: tuple[int, ...]) -> Pair:
     """The peak as a pair; the rows of a transposed symbol are its outputs, and the columns its inputs."""
     sides = (peak.column.conj(), peak.row.conj()) if is_transposed(op, kernel_shape) else (peak.row, peak.column)
     return Pair(Site(peak.index, peak.group), *sides)

@@ -58,10 +58,10 @@ def wave(op: CircularConv, site: Site, vector: Complex[Array, " c"], positions, 
     residues = [np.asarray(t) % s for t, s in zip(positions, strides, strict=True)]
     image = vector.reshape((*strides, -1))
     image = image if math.prod(strides) == 1 else image[np.ix_(*residues)]
-    angles = angles_of(op.grid, vector.real.dtype)
+    angles = angles_of(op.grid, vector.real.dtype, parts=1)
     for axis, (t, s) in enumerate(zip(positions, strides, strict=True)):
-        own = type(angles)(*(part[axis : axis + 1] for part in angles))
-        turned = phases(own, 2 * site.index[axis : axis + 1], (np.asarray(t) // s)[:, None])
+        own = jax.tree.map(lambda part, axis=axis: part[axis : axis + 1], angles)
+        turned = phases(own, site.index[axis : axis + 1], (np.asarray(t) // s)[:, None])
         factor = lax.complex(jnp.cos(turned), jnp.sin(turned))
         image = image * factor.reshape((1,) * axis + (-1,) + (1,) * (op.num_axes - axis))
     if op.feature_group_count == 1:

@@ -49,7 +49,7 @@ def leading_of_padded(kernel: Float[Array, "..."], op: ZeroPaddedConv, tolerance
     small = without_idle_axes(op, kernel.shape)
     # The images of a start are those of the larger layer.
     start = start if small == op else None
-    if math.prod(small.input_shape) == 1 or (proven and is_proven(op, kernel.shape)):
+    if math.prod(small.input_shape) == 1 or (proven and not is_searched(op, kernel.shape)):
         return _of_matrix(kernel, op)
     if start is None:
         return _cold(kernel, op, tolerance, circular_peaks(without_idle_taps(kernel, op), small))
