@@ -4,7 +4,7 @@
     python benchmarks/watching.py --fast    # few steps of one small kernel, nothing recorded
 
 A training step of a circular or unbounded layer follows one frequency, and climbers elsewhere on the torus may take its
-place (`jaxsrn/normalization/training/tracked_torus.py`). Kernels drift as under Adam: every weight moves by the
+place (`jaxsrn/normalization/training/watched_torus.py`). Kernels drift as under Adam: every weight moves by the
 learning rate a step, in a direction that changes every 50 steps and has noise on it. The norm of what the step returns,
 from SVDs on a fine grid of frequencies in NumPy's float64, must be 1.
 """
@@ -25,7 +25,7 @@ from _report import publish, table
 from tqdm import tqdm
 
 import jaxsrn
-from jaxsrn.normalization.training import tracked_torus
+from jaxsrn.normalization.training import watched_torus
 
 ABOUT = """\
 The frequencies of a layer are cut into cells. A climber is a candidate for the leading singular pair in one cell, which
@@ -62,7 +62,7 @@ def watched(watch: Watch, function: Callable) -> Callable:
     @functools.wraps(function)
     def call(*args):
         changes = {"_CELLS_PER_DEGREE": watch.cells, "_MOST_CELLS": 2 * watch.cells, "_PARTS": watch.parts}
-        with mock.patch.multiple(tracked_torus, **changes):
+        with mock.patch.multiple(watched_torus, **changes):
             jax.clear_caches()
             return function(*args)
 

@@ -1,7 +1,7 @@
-"""Algorithm 2.1 of Guo, Ye 2019: two eigenpairs that are tracked while the kernel trains.
+"""Algorithm 2.1 of Guo, Ye 2019: two eigenpairs that follow the kernel while it trains.
 
-To **track** a pair is to store it and to move it by a few power steps in each training step, so that it follows the
-kernel at the cost of a few products. Two pairs are tracked, because the leading ones can cross as the kernel changes.
+They are stored between the training steps, and each step moves them by a few power steps, at the cost of a few
+products. There are two of them, because the leading ones can cross as the kernel changes.
 The paper moves each pair by the power method. Here both move as a block and are rotated to the best vectors of their
 span (Rayleigh, Ritz), so that they stay orthogonal. `guo_ye.py` computes the pairs of each kernel to the end instead.
 """
@@ -83,7 +83,7 @@ def _init_pairs(kernel, op, alpha, gram):
 def extreme_singular_values_step(
     kernel: Kernel, pairs: TrackedPairs, op: Operator, *, alpha=1.0, gram: str = "small", num_steps: int = 2
 ) -> tuple[Float[Array, ""], TrackedPairs]:
-    """`R_alpha` from tracked eigenvectors: steps 6 and 7 of Algorithm 2.1 of Guo, Ye 2019, for use in training.
+    """`R_alpha` from eigenvectors that follow the kernel: steps 6 and 7 of Algorithm 2.1 of Guo, Ye 2019, in training.
 
     Both vectors take `num_steps` power steps with `G - alpha I`, are made orthonormal and are rotated to the best of
     their span (Rayleigh, Ritz). The pair that is larger in absolute value gives `R_alpha`. Two pairs are kept, since

@@ -6,12 +6,12 @@ polar factor `U V^H` of every matrix of `S(G)`. Cropping it to the taps loses mu
 the alternating direction method of multipliers (Boyd et al. 2011, section 3.1.1, scaled form, over-relaxed by `r` as in
 section 3.4.3), with the stack `W` clipped and the kernel `K` cropped:
 
-    W = clip(X),   Y <- X - W,   K <- (S^* S)^-1 (S^*(W - Y) + rho G),   X <- r S(K) + (1 - r) W + Y.
+    W = clip(X),   Y <- X - W,   K <- (S^* S)^-1 (S^*(W - Y) + h G),   X <- r S(K) + (1 - r) W + Y.
 
-Each pass takes one SVD of the stack. At rest `S(K) = W` is in the ball, and `Y / rho` solves the dual. On the way there
-both are candidates: `S^* W` divided by its norm, and `Y / rho` corrected to be feasible (`dual_point`). They bound the
-solution from both sides, so that `solved` stops by a proof. The stack `X` is all that a pass needs of the last one, so
-that an optimizer can go on from it with its next direction.
+The step `h` is the inverse of the penalty there. Each pass takes one SVD of the stack. At rest `S(K) = W` is in the
+ball, and `Y / h` solves the dual. On the way there both are candidates: `S^* W` divided by its norm, and `Y / h`
+corrected to be feasible (`dual_point`). They bound the solution from both sides, so that `solved` stops by a proof. The
+stack `X` is all that a pass needs of the last one, so that an optimizer can go on from it with its next direction.
 """
 
 from __future__ import annotations
@@ -143,7 +143,7 @@ class Passed(NamedTuple):
     Attributes:
       kernel: the taps of `inside`; near the ball.
       inside: `W`, the clipped stack.
-      multiplier: `Y / rho`, for `dual_point`.
+      multiplier: `Y / h`, for `dual_point`.
       stack: `X`, where to go on.
     """
 
@@ -156,7 +156,7 @@ class Passed(NamedTuple):
 def passes(
     direction: Float[Array, "..."], blocks: MatrixStack, num_passes: int | Int[Array, ""], stack=None, step=_STEP
 ) -> Passed:
-    """Passes of the step `rho` from a stack of an earlier one, by default from the first."""
+    """Passes of the step `h` from a stack of an earlier one, by default from the first."""
     one, gain = jnp.ones((), direction.dtype), _gain(blocks)
     stack = first_stack(direction, blocks) if stack is None else stack
 
@@ -180,7 +180,7 @@ class Solved(NamedTuple):
       value: `<B, kernel>_d`.
       bound: an upper bound of the largest value of all kernels of the ball.
       stack: where the passes go on.
-      step: their `rho`.
+      step: their `h`.
       num_passes: passes done.
     """
 

@@ -1,7 +1,7 @@
 """`srnc_state`, where the state of a training step starts: converged.
 
 The kernel's own leading pair comes first, and then pairs that the kernel of lower stable rank may have. Training steps
-find the first one from nothing (`tracked_torus.py`) or from plane waves (`tracked_images.py`), so that no program of a
+find the first one from nothing (`watched_torus.py`) or from plane waves (`watched_images.py`), so that no program of a
 search is compiled. On the grid of a circular layer a climber may stay next to the best frequency of its cell, so that
 its further pairs are the starts of `srnc` (`starts.py`), as are those with zero padding.
 """
@@ -25,8 +25,8 @@ from jaxsrn.normalization.normalized import normalized
 from jaxsrn.normalization.starts import best_of, image_waves, survey, with_own
 from jaxsrn.normalization.training.passes import followed
 from jaxsrn.normalization.training.state import SRNCState, as_floats, without_pair_of_zero
-from jaxsrn.normalization.training.tracked_torus import pairs_of
 from jaxsrn.normalization.training.tracking import Track, follow, start_track
+from jaxsrn.normalization.training.watched_torus import pairs_of
 from jaxsrn.operators.base import Operator
 from jaxsrn.operators.convolutions import CircularConv, UnboundedConv, ZeroPaddedConv
 from jaxsrn.spectra.circular.leading import branch_and_bound_pays

@@ -3,8 +3,8 @@
 A **track** is a pair and, where it has one, its **watch**: the vectors that may overtake the pair. Without a watch the
 pair takes power steps alone, as in spectral normalization (Miyato et al. 2018; `flax.nnx.SpectralNorm`), and is late
 where another singular value becomes the largest. With a watch, the best of the pair and the watched vectors takes its
-place. A circular or unbounded layer is watched at other frequencies of the torus (`tracked_torus.py`), any other layer
-in its next singular vectors (`tracked_images.py`).
+place. A circular or unbounded layer is watched at other frequencies of the torus (`watched_torus.py`), any other layer
+in its next singular vectors (`watched_images.py`).
 
 Singular values lie **close** to the leading one where the norm alone is asked for; where the stable rank is lowered as
 well, the leading one stands out. `is_close` says which, and is static.
@@ -19,9 +19,9 @@ from jax import lax
 from jaxtyping import Array, Float, Inexact, Int
 
 from jaxsrn._tools.linalg import unit
-from jaxsrn.normalization.training import tracked_images, tracked_torus
-from jaxsrn.normalization.training.tracked_images import Step
-from jaxsrn.normalization.training.tracked_torus import Climbers
+from jaxsrn.normalization.training import watched_images, watched_torus
+from jaxsrn.normalization.training.watched_images import Step
+from jaxsrn.normalization.training.watched_torus import Climbers
 from jaxsrn.operators.base import Operator
 from jaxsrn.operators.convolutions import CircularConv, UnboundedConv
 from jaxsrn.spectra.pairs_by_kind import pair_as_floats, pair_of_floats, pair_shapes, power_step
@@ -46,7 +46,7 @@ class Track(NamedTuple):
 
 def _watched(op: Operator):
     """The file for what may overtake a pair of this kind of operator."""
-    return tracked_torus if isinstance(op, (CircularConv, UnboundedConv)) else tracked_images
+    return watched_torus if isinstance(op, (CircularConv, UnboundedConv)) else watched_images
 
 
 def start_track(kernel: Float[Array, "..."], op: Operator, pair: Pair, is_close: bool) -> Track:

@@ -6,7 +6,7 @@ space that they and all inputs span (Rayleigh, Ritz). No step leads from one gro
 group has its own inputs. One image holds one input of each group, and the products are as many as without groups.
 
 `jax.experimental.sparse.linalg.lobpcg_standard` iterates to convergence from where it starts, and needs more than five
-times as many rows as vectors; here one step is wanted, for matrices of any size. `tracked_torus.py` is the counterpart
+times as many rows as vectors; here one step is wanted, for matrices of any size. `watched_torus.py` is the counterpart
 for circular convolutions, and `tracking.py` chooses.
 """
 

@@ -28,7 +28,7 @@ from jaxtyping import Array, Float, Int
 from jaxsrn._tools.indexing import joined, picked, put_from, slice_from
 from jaxsrn._tools.linalg import einsum
 from jaxsrn._tools.subspaces import fixed_start
-from jaxsrn.normalization.training.tracked_images import Step
+from jaxsrn.normalization.training.watched_images import Step
 from jaxsrn.operators.convolutions import CircularConv, UnboundedConv
 from jaxsrn.spectra.circular.angles import ROTATION
 from jaxsrn.spectra.circular.fourier import of_group, polynomial, site_rotations, site_shape
