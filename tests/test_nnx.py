@@ -692,7 +692,7 @@ NAME = r"Conv\(in_features=2, out_features=3, kernel_size=\(3, 3\)\): "
         (lambda: jnnx.SpectralNorm(conv(2, 3, (3, 3)), input_shape=8), NAME + r"input_shape: got \(8,\), expected 2"),
         (
             lambda: jnnx.SpectralNorm(conv(2, 3, (3, 3)), input_shape=(8, 8), gradient="true"),
-            NAME + r"gradient: got 'true', expected one of \('frozen', 'implicit'\)",
+            NAME + r"gradient: got 'true', expected one of 'frozen', 'implicit'",
         ),
         (lambda: jnnx.StableRankNorm(conv(2, 3, (3, 3)), 0.0, input_shape=(8, 8)), NAME + "fraction: got 0.0"),
         (lambda: jnnx.StableRankNorm(conv(2, 3, (3, 3)), 1.1, input_shape=(8, 8)), NAME + "fraction: got 1.1"),

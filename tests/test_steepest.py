@@ -147,6 +147,10 @@ def test_bad_arguments(no_type_checks):
         steepest(jnp.ones((3, 1, 1)), CIRCULAR, method="best")
     with pytest.raises(ValueError, match="kernel: got shape"):
         steepest(jnp.ones((1, 1)), CIRCULAR)
+    with pytest.raises(ValueError, match="max_passes, tolerance: got it with method='frequency', which has no such"):
+        steepest(jnp.ones((3, 1, 1)), CIRCULAR, method="frequency", tolerance=0.1, max_passes=3)
+    with pytest.raises(ValueError, match="num_passes: got it with method='exact', which has no such option"):
+        steepest(jnp.ones((3, 1, 1)), CIRCULAR, num_passes=3)
     for options, message in (
         ({"momentum": 1.0}, r"momentum: got 1\.0, expected a number below 1"),
         ({"momentum": -0.1}, r"momentum: got -0\.1, expected a positive finite number or 0"),

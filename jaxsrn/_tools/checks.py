@@ -13,6 +13,7 @@ from jaxtyping import Array, Shaped
 
 __all__ = [
     "Kernel",
+    "check_choice",
     "check_transformation",
     "computed_form",
     "computing_in",
@@ -137,6 +138,11 @@ def _check_operator(op) -> None:
         hasattr(op, "_check_kernel_shape") and not isinstance(op, type),
         f"op: got {_briefly(op)}, expected an operator, such as Dense() or CircularConv((32, 32)).",
     )
+
+
+def check_choice(value, name: str, choices: tuple[str, ...]) -> None:
+    """Raises `ValueError` unless a value is one of the names."""
+    ensure(value in choices, f"{name}: got {value!r}, expected one of {', '.join(map(repr, choices))}.")
 
 
 def check_transformation(value, name: str) -> None:

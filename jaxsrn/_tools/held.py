@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 
 from jaxsrn._tools.linalg import by_largest, matmul, unit
 from jaxsrn._tools.minres import minres
-from jaxsrn._tools.tolerances import kernel_tolerance, vector_tolerance
+from jaxsrn._tools.tolerances import system_tolerance, vector_tolerance
 
 __all__ = [
     "gmres",
@@ -183,7 +183,7 @@ def _by_minres(matvec: Callable, rhs: Float[Array, " n"]) -> Float[Array, " n"]:
     x, outside = minres(
         lambda vector: matvec(vector) / scale,
         direction,
-        tolerance=kernel_tolerance(rhs.dtype),
+        tolerance=system_tolerance(rhs.dtype),
         most_steps=max(_MINRES_STEPS, 2 * rhs.size),
     )
     return _accepted(matvec(x) / scale + outside, direction, x, jnp.nan) * (size / scale)
@@ -191,7 +191,7 @@ def _by_minres(matvec: Callable, rhs: Float[Array, " n"]) -> Float[Array, " n"]:
 
 def gmres(matvec: Callable, rhs: Float[Array, " n"], *, otherwise) -> Float[Array, " n"]:
     """`matvec^-1 rhs` by GMRES, and `otherwise` where that does not converge."""
-    x, _ = jax.scipy.sparse.linalg.gmres(matvec, rhs, tol=kernel_tolerance(rhs.dtype), **_GMRES)
+    x, _ = jax.scipy.sparse.linalg.gmres(matvec, rhs, tol=system_tolerance(rhs.dtype), **_GMRES)
     return _accepted(matvec(x), rhs, x, otherwise)
 
 

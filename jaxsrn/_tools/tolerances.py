@@ -20,6 +20,7 @@ __all__ = [
     "largest_scaling",
     "search_tolerance",
     "svds_are_dear",
+    "system_tolerance",
     "torus_excess",
     "vector_tolerance",
 ]
@@ -48,6 +49,11 @@ def search_tolerance(dtype) -> float:
 
 def kernel_tolerance(dtype) -> float:
     """Relative change of a kernel at which an iteration is at rest; constraints are met to about its square."""
+    return _power_of_epsilon(0.6, dtype)
+
+
+def system_tolerance(dtype) -> float:
+    """Relative residual at which a linear system for a derivative is solved."""
     return _power_of_epsilon(0.6, dtype)
 
 

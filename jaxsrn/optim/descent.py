@@ -16,7 +16,15 @@ import optax
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from jaxsrn._tools.checks import check_transformation, ensure, errors_named, float_dtype, positive_scalar, static_int
+from jaxsrn._tools.checks import (
+    check_choice,
+    check_transformation,
+    ensure,
+    errors_named,
+    float_dtype,
+    positive_scalar,
+    static_int,
+)
 from jaxsrn._tools.linalg import by_largest, ratio
 from jaxsrn._tools.programs import program
 from jaxsrn.operators.base import Dense, Operator
@@ -120,7 +128,7 @@ def spectral_descent(
         no leaf of `params` or several, a kernel that does not fit its operator, aliased taps.
     """
     check_layers(layers)
-    ensure(method in METHODS, f"method: got {method!r}, expected one of {', '.join(map(repr, METHODS))}.")
+    check_choice(method, "method", METHODS)
     num_passes = static_int(num_passes, "num_passes")
     # Muon's updates are the same to the last bit only if it converts these numbers itself.
     positive_scalar(momentum, "momentum", jnp.float32, or_zero=True)

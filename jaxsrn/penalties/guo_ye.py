@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from jaxsrn._tools.checks import Kernel, computed_form, ensure, float_dtype, positive_scalar
+from jaxsrn._tools.checks import Kernel, check_choice, computed_form, float_dtype, positive_scalar
 from jaxsrn._tools.indexing import picked
 from jaxsrn._tools.lanczos import leading_singular_vectors
 from jaxsrn._tools.linalg import end_pairs, unit
@@ -89,7 +89,7 @@ def extreme_singular_values(kernel: Kernel, op: Operator, *, alpha=1.0, gram: st
 
 def check_side(gram) -> None:
     """Raises `ValueError` where `gram` names no Gram matrix."""
-    ensure(gram in _SIDES, f"gram: got {gram!r}, expected one of {_SIDES}.")
+    check_choice(gram, "gram", _SIDES)
 
 
 def exceeds_output(op: Operator, kernel_shape) -> bool:

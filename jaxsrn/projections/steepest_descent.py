@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Shaped
 
-from jaxsrn._tools.checks import Kernel, ensure, float_dtype, kernel_array, positive_scalar, static_int
+from jaxsrn._tools.checks import Kernel, check_choice, ensure, float_dtype, kernel_array, positive_scalar, static_int
 from jaxsrn._tools.linalg import divisor, inner
 from jaxsrn._tools.programs import program
 from jaxsrn._tools.tolerances import PROVEN_SIZE, torus_excess
@@ -61,6 +61,8 @@ _SOLVERS_SHARE = 0.4
 # How far branch and bound may leave the norm that the result is divided by above the value that was found: a share of
 # the tolerance of `"exact"`, and this number for the other methods.
 _NORMS_SHARE, _EXCESS = 0.1, 1e-2
+# By default: the gap and the most passes of `"exact"`, and the passes of `"frequency"`.
+_TOLERANCE, _MAX_PASSES, _NUM_PASSES = 1e-3, 2000, 30
 
 
 class SteepestResult(NamedTuple):
@@ -79,7 +81,13 @@ class SteepestResult(NamedTuple):
 
 
 def steepest(
-    kernel: Kernel, op: Operator, *, method: str = "exact", max_passes: int = 2000, num_passes: int = 30, tolerance=1e-3
+    kernel: Kernel,
+    op: Operator,
+    *,
+    method: str = "exact",
+    max_passes: int | None = None,
+    tolerance=None,
+    num_passes: int | None = None,
 ) -> SteepestResult:
     """The kernel of the same support and of norm 1 along which a linear function grows fastest.
 
@@ -108,35 +116,45 @@ def steepest(
       kernel: the gradient, `(c_in, c_out)` or `(*taps, c_in // groups, c_out)`.
       op: the operator of the layer.
       method: static; one of the three.
-      max_passes: static; the most passes of `"exact"`, one SVD of all matrices each.
-      num_passes: static; the passes of `"frequency"`.
-      tolerance: the gap at which `"exact"` stops; traced. Of unbounded convolutions of several axes a
-        smaller one than the default is not reached, because the grid of frequencies gives that much away. `gap` says
-        what was reached.
+      max_passes: static, with `"exact"`; the most passes, one SVD of all matrices each, by default 2000.
+      tolerance: with `"exact"`; the gap at which it stops, by default 1e-3; traced. Of unbounded convolutions of
+        several axes a smaller one than the default is not reached, because the grid of frequencies gives that much
+        away. `gap` says what was reached.
+      num_passes: static, with `"frequency"`; the passes, by default 30.
 
     Returns:
       A `SteepestResult`. It is a constant for derivatives. Taps that meet no sample of the image get 0.
 
     Raises:
-      ValueError: a kernel that does not fit, aliased taps, an unknown method, a bad tolerance or number of steps.
+      ValueError: a kernel that does not fit, aliased taps, an unknown method, an option of another method, a bad
+        tolerance or number of passes.
     """
-    ensure(method in METHODS, f"method: got {method!r}, expected one of {', '.join(map(repr, METHODS))}.")
+    check_choice(method, "method", METHODS)
+    options = {
+        "max_passes": ("exact", max_passes),
+        "tolerance": ("exact", tolerance),
+        "num_passes": ("frequency", num_passes),
+    }
+    others = [name for name, (of, value) in options.items() if of != method and value is not None]
+    ensure(not others, f"{', '.join(others)}: got it with method={method!r}, which has no such option.")
     kernel = kernel_array(kernel, op)
     shape = kernel.shape
     kernel, op = as_matrix(kernel, op)
     op._check_not_aliased(kernel.shape)
     dtype = float_dtype(kernel.dtype)
     # A gap is at most 1, so that no larger tolerance would ask for a pass.
-    tolerance = jnp.minimum(positive_scalar(tolerance, "tolerance", dtype), 1.0)
-    max_passes, num_passes = static_int(max_passes, "max_passes"), static_int(num_passes, "num_passes")
-    found, bound = _candidate(lax.stop_gradient(kernel), op, tolerance, method, max_passes, num_passes)
+    tolerance = positive_scalar(_TOLERANCE if tolerance is None else tolerance, "tolerance", dtype)
+    tolerance = jnp.minimum(tolerance, 1.0)
+    most = static_int(_MAX_PASSES if max_passes is None else max_passes, "max_passes")
+    count = static_int(_NUM_PASSES if num_passes is None else num_passes, "num_passes")
+    found, bound = _candidate(lax.stop_gradient(kernel), op, tolerance, method, most, count)
     pair, excess = None, 0.0
     if not isinstance(op, Dense):
         allowed = _NORMS_SHARE * tolerance if method == "exact" else _EXCESS
         pair, excess = leading_pair_and_excess(found, op, excess=allowed)
         # The proof for layers without edges leaves at least so much open; elsewhere it is room for rounding.
         excess = jnp.maximum(excess, torus_excess(dtype))
-    result = _on_unit_sphere(kernel, op, found, bound, pair, excess)
+    result = _of_norm_one(kernel, op, found, bound, pair, excess)
     return result._replace(kernel=result.kernel.reshape(shape))
 
 
@@ -156,7 +174,7 @@ def _candidate(kernel, op, tolerance, method, max_passes, num_passes):
 
 
 @program
-def _on_unit_sphere(kernel, op, found, bound, pair: Pair | None, excess):
+def _of_norm_one(kernel, op, found, bound, pair: Pair | None, excess):
     gradient, scale = rescaled(lax.stop_gradient(kernel).astype(found.dtype), op)
     largest = jnp.max(jnp.abs(found)) if pair is None else frozen_value(found, op, pair) * (1 + excess)
     # The polar factor of a matrix has norm 1 as it is.

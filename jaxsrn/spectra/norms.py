@@ -9,10 +9,11 @@ import functools
 from typing import NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
-from jaxsrn._tools.checks import Kernel, computed_form, ensure, float_dtype, positive_scalar
+from jaxsrn._tools.checks import Kernel, computed_form, ensure, float_dtype, positive_scalar, real_floating
 from jaxsrn._tools.linalg import ratio
 from jaxsrn._tools.programs import program
 from jaxsrn.operators.base import Operator
@@ -77,9 +78,11 @@ def leading_triplet(
       are constants.
 
     Raises:
-      ValueError: a kernel or an `initial` that does not fit, or a bad tolerance.
+      ValueError: a kernel or an `initial` that does not fit, an `UnboundedConv`, whose vectors are no images, a bad
+        tolerance, or a `proven` that is no bool.
     """
     kernel, op = computed_form(kernel, op)
+    ensure(isinstance(proven, (bool, np.bool_)), f"proven: got {proven!r}, expected True or False.")
     # The vectors are images, which an operator without a size has none of.
     op.in_shape(kernel.shape)
     dtype = float_dtype(kernel.dtype)
@@ -99,6 +102,7 @@ def check_triplet(initial: SingularTriplet, op: Operator, kernel_shape) -> None:
         f"initial: expected a SingularTriplet with left {expected[0]} and right {expected[1]} for {op}; "
         "take it from leading_triplet of a kernel of the same shape.",
     )
+    real_floating(jnp.asarray(initial.right).dtype, "initial")
 
 
 @functools.partial(program, brief=True)

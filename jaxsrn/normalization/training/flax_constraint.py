@@ -45,10 +45,10 @@ class Constraint:
         """
         with errors_named(name):
             check_gradient(self.gradient)
-            axes = self.stacked_axes(kernel)
+            axes, shape = self.stacked_axes(kernel), getattr(norm, "shape", ())
             ensure(
-                getattr(norm, "shape", ()) in ((), kernel.shape[:axes]),
-                f"norm: got shape {norm.shape}, expected one number{' or one for each layer' if axes else ''}.",
+                shape in ((), kernel.shape[:axes]),
+                f"norm: got shape {shape}, expected one number{' or one for each layer' if axes else ''}.",
             )
             start = functools.partial(self._start, norm=1.0 if _is_stacked(norm) else norm)
             for _ in range(axes):

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxsrn._tools.checks import Kernel, ensure, float_dtype, static_int
+from jaxsrn._tools.checks import Kernel, check_choice, ensure, float_dtype, static_int
 from jaxsrn._tools.programs import program
 from jaxsrn._tools.tolerances import MAX_PASSES
 from jaxsrn.normalization.implicit import frozen, moving_pair
@@ -137,7 +137,7 @@ def srnc_step(
 
 def check_gradient(gradient: str) -> None:
     """Raises `ValueError` unless `gradient` is the name of one."""
-    ensure(gradient in _GRADIENTS, f"gradient: got {gradient!r}, expected one of {_GRADIENTS}.")
+    check_choice(gradient, "gradient", _GRADIENTS)
 
 
 @functools.partial(program, static_argnums=(5, 6, 7))
