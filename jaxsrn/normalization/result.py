@@ -76,16 +76,18 @@ def in_shape(result: SRNResult, kernel_shape: tuple[int, ...]) -> SRNResult:
     return result._replace(kernel=result.kernel.reshape(kernel_shape))
 
 
-def measured(result, problem, norm, distance, gap, num_steps, keep_norm, feasible) -> SRNResult:
+def measured(
+    kernel: Float[Array, "..."], problem: Problem, norm, distance, gap, num_steps, keep_norm: bool, feasible
+) -> SRNResult:
     """The result for a kernel whose norm is known: its stable rank, and how far it misses the constraints."""
-    rank = ratio(problem.inner(result, result), norm**2)
+    rank = ratio(problem.inner(kernel, kernel), norm**2)
     residual = deviation(rank, problem.target)
     if keep_norm:
         residual = jnp.maximum(residual, deviation(norm, problem.norm))
     # A zero kernel has no stable rank.
     residual = jnp.where(problem.norm == 0, 0.0, residual)
     return SRNResult(
-        kernel=result,
+        kernel=kernel,
         stable_rank=rank,
         spectral_norm=norm,
         distance=distance,

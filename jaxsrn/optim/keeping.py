@@ -91,10 +91,10 @@ def require_params(params) -> None:
     )
 
 
-def displacement(target, leaf):
-    """What `optax.apply_updates` must add to the leaf to land on the target."""
+def displacement(point, leaf):
+    """What `optax.apply_updates` must add to the leaf to land on the point."""
     leaf = jnp.asarray(leaf)
-    return (target - leaf.astype(target.dtype)).astype(leaf.dtype)
+    return (point - leaf.astype(point.dtype)).astype(leaf.dtype)
 
 
 def keep(
@@ -178,9 +178,9 @@ def _corrected(layers, correct: Callable, kernels: dict, steps: dict, memory: di
     steps, memory = dict(steps), dict(memory)
     wide = {path: float_dtype(kernels[path].dtype) for path in steps}
     points = {path: kernels[path].astype(dtype) + steps[path].astype(dtype) for path, dtype in wide.items()}
-    for path, target, new in in_turn(correct, layers, points, memory):
+    for path, corrected, new in in_turn(correct, layers, points, memory):
         # A kernel that meets the constraint already keeps its step to the last bit.
-        same, step = target == points[path], target - kernels[path].astype(target.dtype)
+        same, step = corrected == points[path], corrected - kernels[path].astype(corrected.dtype)
         steps[path] = jnp.where(same, steps[path], step.astype(steps[path].dtype))
         memory[path] = jax.tree.map(lambda new, old: new.astype(old.dtype), new, memory[path])
     return _listed(layers, steps, memory)

@@ -141,11 +141,9 @@ def duality_gap(blocks: MatrixStack, candidate: DualPoint, factor: Float[Array, 
     return 0.5 * (1 - factor) ** 2 * squared + candidate.slack + (1 - factor) * candidate.support
 
 
-def distance_and_excess(
-    target: Float[Array, "..."], blocks: MatrixStack, candidate: DualPoint, factor: Float[Array, ""]
-):
+def distance_and_excess(a: Float[Array, "..."], blocks: MatrixStack, candidate: DualPoint, factor: Float[Array, ""]):
     """The distance of `factor K` from `A`, and how much larger than the distance of the projection it can be."""
-    change = factor * candidate.kernel - target
+    change = factor * candidate.kernel - a
     squared = blocks.inner(change, change)
     twice_gap = 2 * duality_gap(blocks, candidate, factor)
     distance = safe_sqrt(squared)
@@ -214,25 +212,25 @@ def derivative(state: Iterate, blocks: MatrixStack, limit, direction: Float[Arra
     return lax.custom_linear_solve(lambda x: weights * product(x), weights * direction, solution, symmetric=True)
 
 
-def minimise(state: Iterate, target, blocks: MatrixStack, limit, max_steps: int, largest_excess) -> Iterate:
+def minimise(state: Iterate, a, blocks: MatrixStack, limit, max_steps: int, largest_excess) -> Iterate:
     """Steps until the excess is at most `largest_excess`, progress ends, or `max_steps` are taken in all."""
 
     def unfinished(state: Iterate) -> Bool[Array, ""]:
         more = (state.num_steps < max_steps) & (state.stalled < _PATIENCE)
         return (state.excess > largest_excess) & more
 
-    return lax.while_loop(unfinished, lambda state: _advance(state, target, blocks, limit), state)
+    return lax.while_loop(unfinished, lambda state: _advance(state, a, blocks, limit), state)
 
 
-def _evaluate(kernel, target, blocks: MatrixStack, limit, multiplier, penalty) -> _Pass:
-    """The augmented Lagrangian at `kernel`, by one SVD of the stack; `target` is `A`."""
+def _evaluate(kernel, a, blocks: MatrixStack, limit, multiplier, penalty) -> _Pass:
+    """The augmented Lagrangian at `kernel`, by one SVD of the stack."""
     rho = penalty.astype(multiplier.dtype)
     stack = blocks.stack(kernel)
     clipping = split(stack + multiplier / rho, limit)
     beyond, inside = overshooting(clipping), clipped(clipping)
     new_multiplier = rho * beyond
-    gradient = kernel - target + blocks.pull_back(new_multiplier)
-    value = 0.5 * blocks.inner(kernel - target, kernel - target) + 0.5 * penalty * blocks.stack_inner(beyond, beyond)
+    gradient = kernel - a + blocks.pull_back(new_multiplier)
+    value = 0.5 * blocks.inner(kernel - a, kernel - a) + 0.5 * penalty * blocks.stack_inner(beyond, beyond)
     off = stack - inside
     dual_kernel = kernel - gradient
     dual_stack = stack - blocks.stack(gradient)
@@ -266,10 +264,10 @@ def _newton_solve(product: Callable, blocks: MatrixStack, right, tolerance, max_
     return solution / root
 
 
-def _advance(state: Iterate, target: Float[Array, "..."], blocks: MatrixStack, limit: Float[Array, ""]) -> Iterate:
+def _advance(state: Iterate, a: Float[Array, "..."], blocks: MatrixStack, limit: Float[Array, ""]) -> Iterate:
     """One step, with one SVD of the stack: a Newton step, a shorter step, or new multipliers."""
     point = state.point + state.length * state.direction
-    found = _evaluate(point, target, blocks, limit, state.multiplier, state.penalty)
+    found = _evaluate(point, a, blocks, limit, state.multiplier, state.penalty)
     room = 100 * jnp.finfo(point.dtype).eps * jnp.abs(state.value)
     # Armijo's condition with its usual small share of the slope; `room` keeps rounding from refusing good steps.
     too_long = found.value > state.value + 1e-4 * state.length * state.slope + room
@@ -290,7 +288,7 @@ def _advance(state: Iterate, target: Float[Array, "..."], blocks: MatrixStack, l
     )
     grown = jnp.minimum(_PENALTY_GROWTH * state.penalty, state.largest_penalty)
     factor = jnp.minimum(limit / found.candidate.bound, 1.0)
-    _, excess_found = distance_and_excess(target, blocks, found.candidate, factor)
+    _, excess_found = distance_and_excess(a, blocks, found.candidate, factor)
     # NaN compares as false, and must reach the result.
     better = ~(excess_found >= state.excess)
     return Iterate(

@@ -1,4 +1,4 @@
-"""The nearest kernel in the spectral ball of any layer, with a proven lower bound on the distance.
+"""The nearest kernel to `A` in the spectral ball of any layer, with a proven lower bound on the distance.
 
 A layer whose own matrices are small is solved by the convex problem itself (`augmented_lagrangian.py`). The ball of a
 larger zero-padded layer stands between the balls of two circular layers, in the same distance:
@@ -73,7 +73,7 @@ class SolvedBall(NamedTuple):
 class Nearest(NamedTuple):
     """A kernel of the ball with its leading pair.
 
-    `distance` is its distance from the target, and `excess` how much larger that can be than the least one.
+    `distance` is its distance from `A`, and `excess` how much larger that can be than the least one.
     """
 
     kernel: Float[Array, "..."]
@@ -164,61 +164,59 @@ def _half_sine(size: int) -> np.ndarray:
     return np.sin(np.pi * np.arange(1, size + 1) / (size + 1))
 
 
-def not_yet(
-    target: Float[Array, "..."], op: Operator, limit: Float[Array, ""], own: Pair
-) -> tuple[SolvedBall, Nearest]:
+def not_yet(a: Float[Array, "..."], op: Operator, limit: Float[Array, ""], own: Pair) -> tuple[SolvedBall, Nearest]:
     """What `nearest` returns for a kernel in the ball, without a step.
 
     It also takes the place of what `nearest` has yet to find: a loop that starts from it compiles `nearest` once, in
     its body.
     """
     zero = jnp.zeros_like(limit)
-    blocks = inner_blocks(op, target.shape, target.dtype)
-    return SolvedBall(begin(target, blocks, limit), limit), Nearest(target, own, zero, zero, jnp.asarray(0, jnp.int32))
+    blocks = inner_blocks(op, a.shape, a.dtype)
+    return SolvedBall(begin(a, blocks, limit), limit), Nearest(a, own, zero, zero, jnp.asarray(0, jnp.int32))
 
 
 def nearest(
-    target: Float[Array, "..."], op: Operator, limit: Float[Array, ""], own: Pair, max_steps: int, largest_excess
+    a: Float[Array, "..."], op: Operator, limit: Float[Array, ""], own: Pair, max_steps: int, largest_excess
 ) -> tuple[SolvedBall, Nearest]:
     """The nearest kernel in the ball of radius `limit`, its distance at most `largest_excess` above the least one.
 
-    `own` is the leading pair of the target. Where `max_steps` run out, or the layer is too large to split, the excess
-    may be larger; it is in the result.
+    `own` is the leading pair of `A`. Where `max_steps` run out, or the layer is too large to split, the excess may be
+    larger; it is in the result.
     """
-    shape, dtype = target.shape, target.dtype
+    shape, dtype = a.shape, a.dtype
     blocks = inner_blocks(op, shape, dtype)
-    solve = functools.partial(_from_scratch, target, max_steps=max_steps, largest_excess=largest_excess)
+    solve = functools.partial(_from_scratch, a, max_steps=max_steps, largest_excess=largest_excess)
     if _is_split(op, shape):
         found = solve(blocks, limit)
         best = found.best.kernel
         leading = leading_pair(best, op)
-        factor = _into_ball(best, frozen_value(best, op, leading), target, blocks, limit)
-        distance, excess = distance_and_excess(target, blocks, found.best, factor)
+        factor = _into_ball(best, frozen_value(best, op, leading), a, blocks, limit)
+        distance, excess = distance_and_excess(a, blocks, found.best, factor)
         return SolvedBall(found, limit), Nearest(factor * best, leading, distance, excess, found.num_steps)
     larger = outer_blocks(op, shape, dtype)
     outer = solve(larger, limit)
-    reached, beyond = distance_and_excess(target, larger, outer.best, jnp.ones_like(limit))
-    begun = begin(target, blocks, limit)
+    reached, beyond = distance_and_excess(a, larger, outer.best, jnp.ones_like(limit))
+    begun = begin(a, blocks, limit)
     widened = _widened(lambda radius: solve(blocks, radius), begun, op, limit, own)
     best = widened.solution.iterate.best.kernel
-    kernel = _into_ball(best, widened.norm, target, blocks, limit) * best
-    distance = safe_sqrt(blocks.inner(kernel - target, kernel - target))
+    kernel = _into_ball(best, widened.norm, a, blocks, limit) * best
+    distance = safe_sqrt(blocks.inner(kernel - a, kernel - a))
     excess = distance - jnp.maximum(reached - beyond, 0)
     num_steps = widened.num_steps + outer.num_steps
     return widened.solution, Nearest(kernel, widened.leading, distance, excess, num_steps)
 
 
-def _from_scratch(target, blocks: MatrixStack, radius, max_steps: int, largest_excess) -> Iterate:
+def _from_scratch(a, blocks: MatrixStack, radius, max_steps: int, largest_excess) -> Iterate:
     """The solved ball, started without multipliers: those of another radius need penalties that make it slower."""
-    return minimise(begin(target, blocks, radius), target, blocks, radius, max_steps, largest_excess)
+    return minimise(begin(a, blocks, radius), a, blocks, radius, max_steps, largest_excess)
 
 
-def _into_ball(kernel, norm, target, blocks: MatrixStack, limit) -> Float[Array, ""]:
-    """The factor that takes a kernel of known norm to its multiple in the ball that is nearest to the target."""
+def _into_ball(kernel, norm, a, blocks: MatrixStack, limit) -> Float[Array, ""]:
+    """The factor that takes a kernel of known norm to its multiple in the ball that is nearest to `A`."""
     squared = blocks.inner(kernel, kernel)
     zero = (norm == 0) | (squared == 0)
-    nearest_multiple = blocks.inner(kernel, target) / jnp.where(zero, 1.0, squared)
-    # Rounding can give the multiple either sign, where the target is far outside of the ball.
+    nearest_multiple = blocks.inner(kernel, a) / jnp.where(zero, 1.0, squared)
+    # Rounding can give the multiple either sign, where `A` is far outside of the ball.
     most = limit / jnp.where(zero, 1.0, norm)
     return jnp.where(zero, 1.0, jnp.clip(nearest_multiple, -most, most))
 
@@ -252,8 +250,8 @@ def _widened(solve: Callable, begun: Iterate, op: Operator, limit: Float[Array, 
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def with_derivative(op: Operator, target, limit, kernel, solution: SolvedBall, leading: Pair) -> Float[Array, "..."]:
-    """`kernel`, the solution for `target` and `limit`, with the derivative of the projection in these two.
+def with_derivative(op: Operator, a, limit, kernel, solution: SolvedBall, leading: Pair) -> Float[Array, "..."]:
+    """`kernel`, the solution for `a` and `limit`, with the derivative of the projection in these two.
 
     `leading` is the leading pair of the kernel, whose value stays at the limit.
     """
@@ -262,9 +260,9 @@ def with_derivative(op: Operator, target, limit, kernel, solution: SolvedBall, l
 
 @with_derivative.defjvp
 def _with_derivative_jvp(op: Operator, primals, tangents):
-    target, limit, kernel, solution, leading = primals
-    solution, leading = moving(_NO_MOVE, (target, limit), (solution, leading))
-    blocks, functional = inner_blocks(op, target.shape, target.dtype), value_gradient(leading, op, target.shape)
+    a, limit, kernel, solution, leading = primals
+    solution, leading = moving(_NO_MOVE, (a, limit), (solution, leading))
+    blocks, functional = inner_blocks(op, a.shape, a.dtype), value_gradient(leading, op, a.shape)
     # The kernel is this multiple of the solution, which may be a little outside of the ball.
     found = solution.iterate.best.kernel
     factor = ratio(blocks.inner(kernel, found), blocks.inner(found, found))
@@ -275,12 +273,12 @@ def _with_derivative_jvp(op: Operator, primals, tangents):
     def rise(change):
         return inner(functional, change)
 
-    if _is_split(op, target.shape):
+    if _is_split(op, a.shape):
         # The projection is homogeneous: scaling `A` and the radius by `t` scales the result by `t`. What the derivative
         # at a fixed radius adds to the norm, as between the frequencies of a grid, is scaled away.
         rate = tangents[1] / limit
-        within = moved(tangents[0] - rate * target)
+        within = moved(tangents[0] - rate * a)
         return kernel, within + (rate - rise(within) / limit) * kernel
     # The radius moves so that the norm is the limit.
-    within, by_radius = moved(tangents[0]), kernel - moved(target)
+    within, by_radius = moved(tangents[0]), kernel - moved(a)
     return kernel, within + (tangents[1] - rise(within)) / divisor(rise(by_radius)) * by_radius
