@@ -116,7 +116,7 @@ HOUSE = {
     "optim": ["keeping", "constraints", "riemannian", "descent"],
     "surrogate": ["smoothed_maximum", "problem", "descent", "solving"],
     "nnx": ["wrappers", "models"],
-    "linen": ["wrappers", "constrained", "models"],
+    "linen": ["wrappers", "variables", "constrained", "models"],
     "report": [
         "named_arrays",
         "files",

@@ -17,6 +17,7 @@ from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jaxsrn._tools.checks import ensure, errors_named, float_dtype
+from jaxsrn.linen.variables import nested, stepped
 from jaxsrn.linen.wrappers import (
     CHANGING,
     COLLECTION,
@@ -26,8 +27,6 @@ from jaxsrn.linen.wrappers import (
     States,
     call_changed,
     check_collection,
-    nested,
-    stepped,
     trace_keys,
 )
 from jaxsrn.normalization.training.flax_constraint import each_kind_once, ensure_wrapper

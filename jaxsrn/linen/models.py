@@ -12,19 +12,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jaxsrn._tools.checks import ensure
 from jaxsrn.linen.constrained import Constrained, Trace, Wrapping
-from jaxsrn.linen.wrappers import (
-    CHANGING,
-    COLLECTION,
-    LAYERS,
-    LEARNED,
-    Normalized,
-    nested,
-    params_of,
-    started,
-    stepped,
-    trace_keys,
-    written,
-)
+from jaxsrn.linen.variables import nested, params_of, started, stepped, written
+from jaxsrn.linen.wrappers import CHANGING, COLLECTION, LAYERS, LEARNED, Normalized, trace_keys
 from jaxsrn.operators.flax_calls import CallRecord, first_input, trace
 from jaxsrn.operators.flax_kinds import ensure_own_kernel
 from jaxsrn.operators.layers import LayerOperators

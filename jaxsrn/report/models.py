@@ -69,7 +69,8 @@ def _of_linen(module, inputs, computes, options) -> Model:
     from flax.traverse_util import flatten_dict, unflatten_dict
 
     from jaxsrn.linen.models import layer_calls
-    from jaxsrn.linen.wrappers import COLLECTION, stepped
+    from jaxsrn.linen.variables import stepped
+    from jaxsrn.linen.wrappers import COLLECTION
 
     ensure(
         bool(inputs) and isinstance(inputs[0], Mapping) and "params" in inputs[0],
