@@ -503,8 +503,8 @@ def test_raising_three_taps_equals_brute_force(n):
     beyond = raise_rank(n + 1.0)
     assert not bool(beyond.feasible)
     np.testing.assert_allclose(measure(beyond.kernel, op), [beyond.stable_rank, norm], rtol=1e-8)
-    # What the docstring promises of the limit: seen 1.5% at n = 5, 0.6% at n = 16.
-    np.testing.assert_allclose(beyond.stable_rank, top, rtol=2e-2)
+    # The limit of the path is reached within 2%, and may be exceeded, as the highest of all trials is kept.
+    assert 0.98 * top <= beyond.stable_rank <= n
 
 
 def test_raising_beyond_the_limit_keeps_the_highest():
