@@ -58,7 +58,7 @@ def proofs(of: str, which: str, *functions: str) -> Held:
 
 HELD_BY = {
     "jaxsrn/_tools/proofs.py": proofs("frequencies bounds", "below or rounding"),
-    "jaxsrn/bounds/banded.py": proofs("banded", "test"),
+    "jaxsrn/bounds/banded.py": proofs("banded", "limits or blocks or work"),
     "jaxsrn/bounds/covers.py": proofs("bounds", "cover or rounding or coefficients"),
     "jaxsrn/bounds/coefficients.py": proofs("bounds", "coefficients or matrix_norms"),
     "jaxsrn/bounds/entries.py": proofs("bounds", "coefficients or lip_bound", "_lip_bound", "_l1", "_channel_l1"),

@@ -53,7 +53,7 @@ def kernel_tolerance(dtype) -> float:
 
 
 def system_tolerance(dtype) -> float:
-    """Relative residual at which a linear system for a derivative is solved."""
+    """Relative residual at which a linear system for a derivative is solved: the relative error of the derivative."""
     return _power_of_epsilon(0.6, dtype)
 
 
