@@ -332,6 +332,16 @@ def test_a_nan_stays_in_its_layer(kind, value):
     assert_kept(kind, params["good"] + got["good"], 2 * params["good"], Dense())
 
 
+def test_raising_costs_nothing_above_the_target_and_hands_nan_on():
+    layers, kernel = {("a",): Dense()}, jnp.asarray(np.eye(4, 5))
+    transform = keep_stable_rank(layers, 0.5, upward=True)
+    step = {"a": 0.1 * gaussian((4, 5))}
+    got, _ = jax.jit(transform.update)(step, transform.init({"a": kernel}), {"a": kernel})
+    np.testing.assert_array_equal(got["a"], step["a"])
+    got, _ = transform.update({"a": kernel.at[0, 0].set(jnp.nan)}, transform.init({"a": kernel}), {"a": kernel})
+    assert np.all(np.isnan(got["a"]))
+
+
 def test_the_state_is_a_tree_of_arrays():
     _, state = trained("rank")
     assert isinstance(state[-1], KeepState)

@@ -69,8 +69,8 @@ def nan_for_infinity(x, of=None):
 def inner(a: Float[Array, "..."], b: Float[Array, "..."]) -> Float[Array, ""]:
     """`sum(a * b)`, the inner product of two arrays.
 
-    XLA adds the terms of a sum of a few thousand one after another on a CPU. The rounding errors of equal terms then add
-    up to more than certified intervals allow for in float32. Those of a dot product it adds in blocks.
+    XLA adds the terms of a sum of a few thousand one after another on a CPU. The rounding errors of equal terms then
+    add up to more than certified intervals allow for in float32. Those of a dot product it adds in blocks.
     """
     return jnp.tensordot(a, b, a.ndim, precision=lax.Precision.HIGHEST)
 

@@ -124,8 +124,8 @@ def spectral_descent(
 
     Raises:
       ValueError: no layers, an unknown method, a bad number of passes, a momentum outside [0, 1), a weight decay that
-        is negative, `others` that are no transformation; in `init`, naming the layer: a path that names
-        no leaf of `params` or several, a kernel that does not fit its operator, aliased taps.
+        is negative, `others` that are no transformation; in `init`, naming the layer: a path that names no leaf of
+        `params` or several, a kernel that does not fit its operator, aliased taps.
     """
     check_layers(layers)
     check_choice(method, "method", METHODS)

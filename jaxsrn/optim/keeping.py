@@ -222,8 +222,9 @@ def _of_least_stable_rank(kernels, op: Operator, memories, limit):
     target = jnp.asarray(target_of_fraction(limit, kernels.shape[1:], op), kernels.dtype)
 
     def raised(kernel):
-        is_below = stable_rank(kernel, op) < target
-        return lax.cond(is_below, lambda: srnc(kernel, op, target, raise_rank=True).kernel, lambda: kernel)
+        # NaN is no stable rank that is high enough, and becomes NaN in every entry.
+        is_enough = stable_rank(kernel, op) >= target
+        return lax.cond(is_enough, lambda: kernel, lambda: srnc(kernel, op, target, raise_rank=True).kernel)
 
     # Under `vmap` all kernels would take as many steps as the slowest.
     return lax.map(raised, kernels), memories
