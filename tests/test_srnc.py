@@ -270,6 +270,15 @@ def test_nothing_feasible_is_below_the_certificate(op, shape, num_starts):
     assert float(result.distance) <= best * (1 + 1e-7)
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_the_bound_is_that_of_the_vectors_of_all_sites_seen(seed):
+    """The 40 sites are no multiple of a chunk. The best ones prove their own solution; their sizes alone would not."""
+    op, kernel = CircularConv((8, 8)), np.random.default_rng(seed).standard_normal((3, 3, 2, 3))
+    low, own = jaxsrn.stable_rank_range(kernel.shape, op).low, float(jaxsrn.stable_rank(kernel, op))
+    result = jaxsrn.srnc(kernel, op, low + 0.3 * (own - low))
+    assert 0 <= result.gap <= 1e-12
+
+
 def test_a_bad_start_is_told_by_its_gap():
     a, op = jnp.array([2.0, -1.0, 0.0])[:, None, None], CircularConv((5,))
     best = jaxsrn.srnc(a, op, 2.3)
