@@ -271,9 +271,10 @@ def test_nothing_feasible_is_below_the_certificate(op, shape, num_starts):
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_the_bound_is_that_of_the_vectors_of_all_sites_seen(seed):
-    """The 40 sites are no multiple of a chunk. The best ones prove their own solution; their sizes alone would not."""
-    op, kernel = CircularConv((8, 8)), np.random.default_rng(seed).standard_normal((3, 3, 2, 3))
+@pytest.mark.parametrize(("op", "shape"), [(CircularConv((8, 8)), (3, 3, 2, 3)), (CircularConv((32,)), (3, 2, 2))])
+def test_the_bound_is_that_of_the_vectors_of_all_sites_seen(op, shape, seed):
+    """40 and 17 sites are no multiples of a chunk. The best prove their own solution; their sizes alone would not."""
+    kernel = np.random.default_rng(seed).standard_normal(shape)
     low, own = jaxsrn.stable_rank_range(kernel.shape, op).low, float(jaxsrn.stable_rank(kernel, op))
     result = jaxsrn.srnc(kernel, op, low + 0.3 * (own - low))
     assert 0 <= result.gap <= 1e-12

@@ -240,8 +240,9 @@ def scanned(problem: Problem, op: CircularConv, reach: Reach, wanted: Bool[Array
     # A box may hold more than its centre, so that boxes are taken in the order of their centres' bounds.
     lowest = lower_bounds(problem, e, reach.sizes, 0.0)
     order, num_chunks = jnp.argsort(lowest).astype(jnp.int32), -(-count // chunk)
-    # The last chunk is filled up with the last sites. Better ones, which were seen, would count as unseen there.
-    order = jnp.concatenate([order, order[2 * count - num_chunks * chunk :]]).reshape((num_chunks, chunk))
+    # The last chunk is filled up with the last site. Better ones, which were seen, would count as unseen there.
+    rest = jnp.broadcast_to(order[-1], num_chunks * chunk - count)
+    order = jnp.concatenate([order, rest]).reshape((num_chunks, chunk))
 
     def look(state: _Scan) -> _Scan:
         places = picked(order, state.position)
