@@ -1,6 +1,6 @@
 """Is the stable rank really what was asked for, and how far from optimal can the result be?
 
-    python benchmarks/exactness.py              # random kernels, and all 3x3 kernels of the trained ResNet-50: half an hour
+    python benchmarks/exactness.py              # random kernels, and all 3x3 of the trained ResNet-50: half an hour
     python benchmarks/exactness.py --no-network # random kernels only: a quarter of that, no download
     python benchmarks/exactness.py --fast       # under a minute: few families, no download, nothing recorded
 
