@@ -1072,7 +1072,7 @@ def test_products_beyond_floats_and_of_zero():
     huge = {f"{i}.weight": np.full((1, 1), 1e30, np.float32) for i in range(20)}
     assert "Product of norms: 1.00e+600," in str(analyze(huge))
     nearly = {f"{i}.weight": np.full((1, 1), 10**3.99999999) for i in range(2)}
-    assert "Product of norms: 1.00e+08," in str(analyze(nearly)).replace("1.00e+8", "1.00e+08")
+    assert "Product of norms: 1.00e+8," in str(analyze(nearly))
     with_infinity = {"a.weight": np.full((1, 1), np.inf), "b.weight": np.zeros((1, 1))}
     assert math.isnan(analyze(with_infinity).product_of_norms)
     assert "Product of norms: 0," in str(analyze(huge | {"fc.weight": np.zeros((2, 2), np.float32)}))

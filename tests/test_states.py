@@ -111,9 +111,10 @@ def test_one_step_is_enough_for_a_kernel_that_was_replaced(name, share):
         # A given number of power steps is kept to, but for a second one where another pair takes over.
         given.append(norm_and_rank(srnc_step(kernel, state, op, target, num_steps=1)[0], op)[0] - 1)
     assert max(errors) <= 0.06
-    assert np.median(errors) <= (1e-2 if (name, share) == ("circular", 0.7) else CLOSE)
+    is_near = (name, share) == ("circular", 0.7)
+    assert np.median(errors) <= (1e-2 if is_near else CLOSE)
     # Without a target the second pass of a matrix leaves less.
-    assert max(given) > 3 * np.median(errors) + (1e-4 if (name, share) == ("dense", None) else 1e-3)
+    assert max(given) > (3 if is_near else 5) * np.median(errors) + (1e-4 if (name, share) == ("dense", None) else 1e-3)
 
 
 def wrapped_conv(seed=0, fraction=0.7):

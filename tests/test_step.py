@@ -383,7 +383,7 @@ def test_the_step_follows_a_changing_kernel(op_shape, share):
     pass, and lags by up to 0.27% where another pair takes over.
     """
     is_unbounded_norm = isinstance(op_shape[0], UnboundedConv) and share is None
-    tolerance, late = 3e-3 if op_shape is SAME and share else 2e-3, []
+    tolerance, late = 5e-3 if is_unbounded_norm else 3e-3 if op_shape is SAME and share else 2e-3, []
     op, shape = op_shape
     first, last = gaussian(shape, 1), gaussian(shape, 2)
     target = share if share is None else share_of_own(first, op, share)
@@ -395,13 +395,9 @@ def test_the_step_follows_a_changing_kernel(op_shape, share):
         if i % 10 == 0:
             norm, rank = measured(step(kernel, state)[0], op)
             wanted = measured(kernel, op)[1] if share is None else min(target, measured(kernel, op)[1])
-            if is_unbounded_norm and norm > 1.005:
-                late.append(norm)
-                tolerance_here = 2e-2
-            else:
-                tolerance_here = tolerance
-            np.testing.assert_allclose((norm, rank), (1, wanted), rtol=tolerance_here)
-    assert len(late) <= 1
+            late.append(is_unbounded_norm and norm > 1.005)
+            np.testing.assert_allclose((norm, rank), (1, wanted), rtol=2e-2 if late[-1] else tolerance)
+    assert sum(late) <= 1
     for _ in range(300):
         _, state = step(last, state)
     np.testing.assert_allclose(measured(step(last, state)[0], op)[0], 1, rtol=1e-12)

@@ -55,15 +55,14 @@ def by_largest(z: Float[Array, "..."]) -> tuple[Float[Array, "..."], Float[Array
     It stays below the numbers whose reciprocal, by which XLA multiplies, is denormal and therefore taken for 0. All are
     NaN where an entry is infinite.
     """
-    largest = lax.stop_gradient(jnp.max(jnp.abs(z)))
-    scale = nan_for_infinity(jnp.minimum(divisor(largest), 0.25 / jnp.finfo(z.dtype).tiny), largest)
+    largest = nan_for_infinity(lax.stop_gradient(jnp.max(jnp.abs(z))))
+    scale = jnp.minimum(divisor(largest), 0.25 / jnp.finfo(z.dtype).tiny)
     return z / scale, scale
 
 
-def nan_for_infinity(x, of=None):
-    """`x`, and NaN where `of` (by default `x` itself) is infinite: LAPACK's SVDs of infinite entries may never end."""
-    of = x if of is None else of
-    return x + (of - of)
+def nan_for_infinity(x: Inexact[Array, "..."]) -> Inexact[Array, "..."]:
+    """`x` with NaN in place of infinities: LAPACK's SVDs of infinite entries may never end."""
+    return x + (x - x)
 
 
 def inner(a: Float[Array, "..."], b: Float[Array, "..."]) -> Float[Array, ""]:
