@@ -133,6 +133,9 @@ def families(shape: tuple[int, ...], count: int, number: int, scale: float) -> d
         "nearly equal values": at_tap(orthogonal) + 1e-4 * gaussian,
         "signs": np.sign(gaussian),
         "smooth": np.abs(gaussian),
+        # Sums of nearly equal products lose digits where they are added one after another.
+        "alike": 1 + 1e-3 * gaussian,
+        "alternating": (-1.0) ** np.indices(shape).sum(axis=0) + 1e-3 * gaussian,
         "scaled": gaussian * scale**exponents,
     }
 
