@@ -34,7 +34,7 @@ __all__ = [
 
 # Users pass any real floating array; `_inputs` checks it.
 Points = Shaped[Array | np.ndarray, "..."]
-# Coefficients of the powers of s = |v|^2 in cos(sqrt(s)) and sin(sqrt(s)) / sqrt(s). So many terms make the series and
+# Coefficients of the powers of s = |v|^2 in cos(sqrt(s)) and sin(sqrt(s)) / sqrt(s). Eleven terms make the series and
 # two of its derivatives exact to rounding for s <= 1, in float64.
 _COS = tuple((-1) ** k / math.factorial(2 * k) for k in range(11))
 _SINC = tuple((-1) ** k / math.factorial(2 * k + 1) for k in range(11))

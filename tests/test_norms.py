@@ -380,7 +380,7 @@ def test_an_initial_triplet_must_fit(case):
     wrong_right = SingularTriplet(zero, jnp.ones(out_shape), jnp.ones((*in_shape, 1)), zero)
     wrong_left = SingularTriplet(zero, jnp.ones((*out_shape, 1)), jnp.ones(in_shape), zero)
     for initial in (wrong_right, wrong_left):
-        with pytest.raises(ValueError, match=r"initial: expected a SingularTriplet with left .* and right"):
+        with pytest.raises(ValueError, match=r"initial: got left and right .*, expected a SingularTriplet with"):
             leading_triplet(kernel(case), case.op, initial=initial)
 
 

@@ -512,7 +512,7 @@ WRONG_TRIPLET = jaxsrn.SingularTriplet(jnp.ones(()), jnp.ones(8), jnp.ones(8), j
         (jnp.ones((3, 2, 2)), CircularConv((8,)), 2.0, {"raise_rank": True, "keep_norm": False}, "keep_norm: got"),
         (jnp.ones((3, 2, 2)), CircularConv((8,)), 2.0, {"max_steps": 0}, "max_steps: got 0"),
         (jnp.ones((3, 2, 2)), CircularConv((8,)), 2.0, {"tolerance": -1.0}, "tolerance: got -1.0"),
-        (jnp.ones((3, 2, 2)), CircularConv((8,)), 2.0, {"initial": WRONG_TRIPLET}, "initial: expected a Singular"),
+        (jnp.ones((3, 2, 2)), CircularConv((8,)), 2.0, {"initial": WRONG_TRIPLET}, "expected a SingularTriplet with"),
     ],
 )
 def test_bad_input(array, op, target, options, message):

@@ -30,7 +30,7 @@ __all__ = [
     "stationary",
 ]
 
-# Systems of at most so many unknowns are solved by their eigenvectors, which also serve where the system is singular.
+# The most unknowns of systems that are solved by their eigenvectors, which also serve where the system is singular.
 _FEW_UNKNOWNS = 512
 # A restart forgets what 40 Krylov vectors have found, and more of them take memory; 20 restarts guard the loop. The
 # method "incremental" stops in the midst of a restart, where "batched" always completes it.

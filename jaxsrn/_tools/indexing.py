@@ -1,6 +1,6 @@
 """Indexing and choosing in trees of arrays.
 
-Indices are known to be valid, so that the code for negative ones, which takes 12 operations, is left out.
+No index is negative, so that the code for negative ones, which takes 12 operations, is left out.
 """
 
 from __future__ import annotations

@@ -26,14 +26,16 @@ from jaxsrn._tools.subspaces import direction_of, fixed_start, projected_out, ra
 
 __all__ = ["LONGEST_BASIS", "SingularVectors", "leading_singular_vectors", "top_singular_vectors"]
 
-# The basis holds so many vectors: more of them save steps, and cost memory and reorthogonalisation.
+# The most vectors of a basis: more of them save steps, and cost memory and reorthogonalisation.
 LONGEST_BASIS = 20
-# A restart carries so many Ritz vectors: they resolve nearly equal leading values, and leave less room for new vectors.
+# The number of Ritz vectors that a restart carries: they resolve nearly equal leading values, and leave less room for
+# new vectors (`python benchmarks/ablations.py`).
 _KEPT = 8
-# The residual is looked at after so many steps: every look takes a small SVD, and late looks take steps in vain.
+# The number of steps after which the residual is looked at: every look takes a small SVD, and late looks take steps in
+# vain.
 _BETWEEN_CHECKS = 4
-# The search ends after so many restarts, converged or not; its residual says which. Those of long sequences in float64
-# take more than 200, as their leading singular values are close.
+# The most restarts, after which the search ends, converged or not; its residual says which. Those of long sequences in
+# float64 take more than 200, as their leading singular values are close.
 _MAX_RESTARTS, _MAX_RESTARTS_IN_FLOAT64 = 200, 1000
 
 

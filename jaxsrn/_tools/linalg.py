@@ -1,7 +1,7 @@
 """Products in full precision, roots with safe derivatives, and singular pairs of stacks of small matrices.
 
-It wraps `jax.numpy.linalg.svd`, except for Gram iteration (Delattre, Barthelemy, Araujo, Allauzen 2023, "Efficient
-bound of Lipschitz constant for convolutional layers by Gram iteration"), which bounds a norm by products alone.
+Singular pairs come from `jax.numpy.linalg.svd`. `gram_bound` bounds a norm by products alone (Delattre, Barthelemy,
+Araujo, Allauzen 2023, "Efficient bound of Lipschitz constant for convolutional layers by Gram iteration").
 """
 
 from __future__ import annotations

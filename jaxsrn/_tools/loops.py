@@ -25,7 +25,7 @@ def while_loop(unfinished: Callable, step: Callable, state):
         if not unfinished(state):
             return state
         following = step(state)
-        # Then something else that the step refers to is traced.
+        # The state was concrete and the result is not, so the step refers to an array that is traced.
         if is_traced(following):
             break
         state = following

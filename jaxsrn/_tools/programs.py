@@ -10,10 +10,10 @@ What a user jits is the user's and is never let go. While it lives, it holds the
 contains, and with them the programs of eager calls of the same functions and shapes.
 
 Programs of eager calls are compiled by XLA's former code generator on a CPU, which takes two thirds of the time and
-gives searches of the same speed. A **brief** function is one whose run takes less time than the optimization of its
-program, as all have that look at one layer. LLVM does not optimize its eager calls, which compile in a third of the
-time and run up to three times as long (`python benchmarks/compilation --only generators`). In a function that a user
-jits, the user's choice holds.
+gives searches of the same speed. A function is **brief** if it runs for less time than LLVM takes to optimize its
+program. Functions of one small layer are brief; searches on large images and projections are not. LLVM does not
+optimize eager calls of a brief function, which compile in a third of the time and run up to three times as long
+(`python benchmarks/compilation --only generators`). In a function that a user jits, the user's choice holds.
 """
 
 from __future__ import annotations

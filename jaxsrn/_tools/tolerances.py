@@ -1,4 +1,4 @@
-"""The tolerances and the limits of size and of work that decide how something is computed, each with its reason.
+"""The tolerances and the limits of size and of work that several folders share; those of one file stand in that file.
 
 Tolerances are powers of the machine epsilon, so that one rule serves float32 and float64. Sizes are static: they choose
 between methods while a program is traced.
@@ -98,7 +98,8 @@ def torus_excess(dtype) -> float:
 MAX_PASSES = 500
 # The SVDs of so much work take as long as branch and bound at its least, each counted with its overhead.
 _SVD_WORK, _SVD_OVERHEAD = 2e6, 400
-# Entries of an explicit matrix whose singular values are clipped in every step of a projection: 256 x 256.
+# Entries of an explicit matrix whose singular values are clipped in every step of a projection: 256 x 256. Larger
+# layers take an inner and an outer ball in its place.
 SPLIT_SIZE = 2**16
 # Entries of an explicit matrix up to which a zero-padded layer's norm is proven: 512 x 512. A proof costs up to five
 # times the search there.

@@ -32,7 +32,7 @@ __all__ = ["is_affordable", "is_below", "room"]
 # The most rows of a block, and the most entries of all blocks on the diagonal: about a second on two cores.
 _MOST_ROWS, _MOST_ENTRIES = 2**10, 2**23
 # The most entries of the images on the other side from which the blocks of one phase come, an image for each row. They
-# are 128 MiB in float32, and products of so many take about a second too.
+# are 128 MiB in float32, and their products take about a second too.
 _MOST_IMAGE_ENTRIES = 2**25
 # Blocks of fewer rows take as long, so that they hold more samples than they must.
 _LEAST_ROWS = 64

@@ -91,7 +91,11 @@ def probabilistic(
         f"op: got {op!r}, expected an operator with an image; bounds.certified takes one without.",
     )
     is_key = isinstance(key, jax.Array) and key.ndim == (0 if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else 1)
-    ensure(is_key, "key: expected one key, such as jax.random.key(0); use jax.vmap over several.")
+    ensure(
+        is_key,
+        f"key: got {jnp.shape(key) if hasattr(key, 'shape') else key!r}, expected one key, such as jax.random.key(0); "
+        "use jax.vmap over several.",
+    )
     resolution, failure = static_share(resolution, "resolution"), static_share(failure, "failure")
     return _probabilistic(lax.stop_gradient(kernel), key, op, resolution, failure)
 

@@ -59,8 +59,8 @@ _NUM_NEXT = 4
 # of the model of a zero-padded one, which only says where to start: the best few sites of a finer grid would be
 # neighbours of one another.
 _TORUS_ANGLES, _MODEL_ANGLES = 16, 4
-# Coarse grids have at most two to the power of this many frequencies.
-_MOST_SITES = 13
+# The logarithm to base 2 of the most frequencies of a coarse grid.
+_LOG2_MOST_SITES = 13
 
 
 def _scanned_torus(problem: Problem, op: UnboundedConv, wanted: Bool[Array, ""] | bool) -> Survey:
@@ -78,8 +78,8 @@ def best_of(problem: Problem, op: UnboundedConv, values: Float[Array, " n"], pai
 
 
 def _coarse(op: UnboundedConv | ZeroPaddedConv, kernel_shape: tuple[int, ...], per_degree: int) -> CircularConv:
-    """The circular layer of the same taps on a coarse grid of at most so many sites."""
-    return on_dividing_grid(op, kernel_shape, per_degree, _MOST_SITES // (len(kernel_shape) - 2))
+    """The circular layer of the same taps on a coarse grid of at most `2**_LOG2_MOST_SITES` sites."""
+    return on_dividing_grid(op, kernel_shape, per_degree, _LOG2_MOST_SITES // (len(kernel_shape) - 2))
 
 
 def image_waves(kernel: Float[Array, "..."], op: ZeroPaddedConv, target, wanted: Bool[Array, ""] | bool = True) -> Pair:

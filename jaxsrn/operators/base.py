@@ -93,7 +93,7 @@ class Operator(abc.ABC):
         """The numbers of input and of output channels (static)."""
 
     def _sizes(self, kernel_shape: tuple[int, ...]) -> tuple[int, int]:
-        """How many numbers the layer reads and writes, and for one output sample where it has no edges (static)."""
+        """How many numbers the layer reads and writes; of a layer without edges, for one output sample (static)."""
         return math.prod(self.in_shape(kernel_shape)), math.prod(self.out_shape(kernel_shape))
 
     @abc.abstractmethod

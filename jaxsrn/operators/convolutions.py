@@ -31,7 +31,7 @@ __all__ = [
 
 
 class _Conv(Operator):
-    """What all convolutions share: their channels, and the extents of their taps."""
+    """What all convolutions share: their channels, and how they are written as a call."""
 
     # What the subclasses hold: ints and tuples, whatever they were given as.
     strides: int | tuple[int, ...]

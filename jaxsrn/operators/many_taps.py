@@ -31,7 +31,7 @@ _TAP, _PAIR = {1: 70, 2: 70, 3: 500}, {1: 1, 2: 1, 3: 2.5}
 # each pair of channels and each entry of a real transform, the pair's share of the transform of the taps included. All
 # of it takes `_OVERHEAD` at least, 7 us, which is more than the direct product of a tiny layer.
 _TRANSFORM, _PRODUCT, _OVERHEAD = 14, 40, 200_000
-# The FFT has to be so many times as fast: the times differ by half from shape to shape and more between machines.
+# How many times as fast the FFT has to be: the times differ by half from shape to shape and more between machines.
 _MARGIN = 4
 
 

@@ -110,8 +110,10 @@ def spectral_descent(
         `"frequency"` goes on from the last step's stack of symbols by `num_passes` passes. Four of them reach
         about 0.91 of the largest `<M, K>` on gradients of a network, 16 reach 0.96, and Muon's step 0.56
         (`python benchmarks/steepest.py --only network`). `"flattened"` is `U V^T` of the flattened kernel. The latter
-        two are divided by their norm, for which the highest peak over all frequencies counts that climbing finds. A
-        proof that no other is higher would take most of the time; the norm can be above 1 by some tenths of a percent.
+        two are divided by their norm. For unbounded layers and large circular ones that is the highest peak that
+        climbing finds over all frequencies, since a proof that no other is higher would take most of the time; the norm
+        can be above 1 by some tenths of a percent. For small circular layers and small zero-padded ones it is exact.
+        For large zero-padded ones it is searched for, as in `spectral_norm`.
       num_passes: static; the passes of `"frequency"`, one SVD of the symbol on a coarse grid each.
       weight_decay: of the layers in `layers`.
       others: the transformation of all other parameters, its learning rate included; by default

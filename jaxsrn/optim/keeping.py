@@ -64,7 +64,7 @@ class KeepState(NamedTuple):
 
 
 class Rule(NamedTuple):
-    """How kernels are corrected; equal rules are corrected by one compiled function.
+    """How kernels are corrected. Layers under equal rules are corrected by one compiled function.
 
     Attributes:
       correct: `(kernels, op, memories, limit) -> (kernels, memories)` for a stack of layers, in float32 or wider.

@@ -30,7 +30,7 @@ def axes_of(ax: Axes | None, size: tuple[float, float]) -> Axes:
 
 
 def size_for(number: int) -> tuple[float, float]:
-    """Inches, for a picture of so many curves and the columns of its legend."""
+    """Inches, for a picture of `number` curves and the columns of its legend."""
     return 5.7 + 1.8 * _columns(number), 4.0
 
 
@@ -54,7 +54,7 @@ def as_label(name) -> str:
 
 
 def styles(number: int, lightest: float = 0.75) -> list[dict]:
-    """Ways to draw so many curves: from dark to light, with another line and marker from each to the next."""
+    """Ways to draw `number` curves: from dark to light, with another line and marker from each to the next."""
     shades = np.linspace(0, lightest, number)
     return [
         {"color": COLORS(shade), "ls": _LINES[i % len(_LINES)], "marker": _MARKERS[i % len(_MARKERS)], "ms": 5}

@@ -256,7 +256,7 @@ def _hessian(blocks: MatrixStack, clipping: Clipping, penalty) -> Callable:
 
 def _newton_solve(product: Callable, blocks: MatrixStack, right, tolerance, max_steps: int):
     """Solves `product(x) = right`, symmetric in `<., .>_d`, to a relative residual, by conjugate gradients."""
-    # The kept solver knows the plain inner product alone.
+    # `jax.scipy`'s solver knows the plain inner product alone, so the system is scaled.
     root = jnp.sqrt(divisor(blocks.weights))
     solution, _ = jax.scipy.sparse.linalg.cg(
         lambda x: root * product(x / root), root * right, tol=tolerance, maxiter=max_steps

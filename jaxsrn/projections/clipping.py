@@ -75,7 +75,7 @@ class MatrixStack(NamedTuple):
 def matrix_stack(op: Operator, kernel_shape: tuple[int, ...], dtype, per_degree: int = _ANGLES) -> MatrixStack:
     """The stack of an operator without aliased taps: those that fall on each other on the image.
 
-    An unbounded convolution has so many angles per degree of its symbol.
+    An unbounded convolution has `per_degree` angles per degree of its symbol.
     """
     weights = jnp.broadcast_to(op.frobenius_weights(kernel_shape, dtype), kernel_shape)
     if isinstance(op, (CircularConv, UnboundedConv)):

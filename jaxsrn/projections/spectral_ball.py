@@ -77,9 +77,10 @@ def clip_singular_values(kernel: Kernel, op: Operator, max_norm) -> Shaped[Array
     kernel, max_norm = _checked(kernel, op, max_norm)
     shape = kernel.shape
     kernel, op = op._flattened(kernel)
+    size = matrix_size(op, kernel.shape)
     ensure(
-        not op._needs_explicit_matrix or matrix_size(op, kernel.shape) <= DENSE_SIZE,
-        f"kernel: the explicit matrix of {op} is too large, expected at most {DENSE_SIZE} entries; "
+        not op._needs_explicit_matrix or size <= DENSE_SIZE,
+        f"kernel: the explicit matrix of {op} has {size} entries, expected at most {DENSE_SIZE}; "
         "use project_spectral_ball(kernel, op, max_norm), which never forms it.",
     )
     return _clip_singular_values(kernel, op, max_norm).reshape(shape)

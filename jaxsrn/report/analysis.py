@@ -57,8 +57,8 @@ def analyze(
     Layers stacked along the first axis by `nn.scan` are reported one by one where their biases or scales are stacked
     too. A kernel of one input channel is depthwise by its name, or where several read one channel.
 
-    Arrays are read one at a time. Layers of one shape share their compiled programs, and small matrices go through one
-    call together.
+    Arrays are read one at a time. Layers of one shape share their compiled programs. Matrices of up to 1,024 rows or
+    columns go to LAPACK, and compile nothing.
 
     Args:
       source: an NNX model; a Linen module; a pytree of parameters; or the path of a `.safetensors` file, of

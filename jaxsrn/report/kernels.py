@@ -31,7 +31,7 @@ OF_MODEL = "the layer of the model"
 
 # The rule of groups that no name and no option says, but only shapes.
 GUESSED = "depthwise, as several kernels read one channel and others have as many outputs"
-# Why the state of a wrapper of `jaxsrn.linen` or `jaxsrn.nnx` is no kernel, and where the latter has it.
+# The reason for leaving out the state of a wrapper of `jaxsrn.linen` or `jaxsrn.nnx`, and the names that NNX gives it.
 OF_WRAPPER = "the state of a wrapper"
 _STATE = re.compile(r"(^|/)state/(value/|raw_value/)?(normalized|own)/(pair|watch)(/|$)")
 # Longer axes of taps are taken for something else unless the layout is told.

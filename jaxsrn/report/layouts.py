@@ -57,7 +57,7 @@ def check_layout(layout: str | None) -> None:
 
 
 def axes_of(layout: str, ndim: int) -> Axes:
-    """The places of the axes in an array of so many axes."""
+    """The places of the axes in an array of `ndim` axes."""
     num_taps = ndim - 2
     spread = layout.replace("HW", "T" * num_taps)
     taps = tuple(i for i, axis in enumerate(spread) if axis == "T")

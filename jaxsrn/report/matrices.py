@@ -16,7 +16,7 @@ from jaxsrn.bounds import NormInterval
 
 __all__ = ["Numbers", "numbers_of_matrix", "relative_distance", "singular_values_of_matrix"]
 
-# The Gram matrix is a sum over blocks of rows of at most so many entries, so that only these are held in float64.
+# The most entries of a block of rows: the Gram matrix is a sum over such blocks, so that only one is held in float64.
 _BLOCK = 2**22
 
 

@@ -92,7 +92,7 @@ def normalize(
     arrays = open_arrays(path)
     ensure(
         path.is_dir() or out.suffix == path.suffix,
-        f"{out}: expected a name that ends in {path.suffix}, as the format that is read is written.",
+        f"out: got {out}, expected a name that ends in {path.suffix}, as the format that is read is written.",
     )
     found, skipped = find_kernels(
         arrays.infos, layout=layout, input_shape=input_shape, groups=groups, strides=strides, stacked=stacked

@@ -268,7 +268,7 @@ def _stands_out(layer: LayerReport, norm: float, share: float) -> str:
 
 
 def digits(number: float, count: int = 5) -> str:
-    """A number with so many significant digits, without an exponent where it is neither small nor large."""
+    """A number with `count` significant digits, without an exponent where it is neither small nor large."""
     if not math.isfinite(number) or number == 0:
         return f"{number:g}"
     exponent = math.floor(math.log10(abs(number)))

@@ -34,7 +34,7 @@ def in_common_shape(kernel: Shaped[Array, "..."], op: Operator) -> tuple[Shaped[
     returned as they are.
 
     Returns:
-      `(kernel, op, copies)`: the stable rank of the layer is so many times that of the kernel and operator.
+      `(kernel, op, copies)`: the stable rank of the layer is `copies` times that of the kernel and operator.
     """
     copies = 0 if isinstance(kernel, jax.core.Tracer) else num_copies(kernel.shape, op)
     if not copies or len(kernel.devices()) > 1:

@@ -30,8 +30,8 @@ __all__ = [
 ]
 
 _HIGHEST = jax.lax.Precision.HIGHEST
-# From a pair that is near, the residual is looked at after so many steps. What passes for the leading pair too early is
-# found by the search that checks the end of an iteration.
+# The number of steps from a near pair, after which the residual is looked at. A pair that is wrongly taken for the
+# leading one is found out by the search at the end of a round (`normalization/iteration.py`).
 _NEAR_STEPS = 4
 
 

@@ -99,8 +99,9 @@ def check_triplet(initial: SingularTriplet, op: Operator, kernel_shape) -> None:
     expected = op.out_shape(kernel_shape), op.in_shape(kernel_shape)
     ensure(
         all(a is not None and jnp.shape(a) == shape for a, shape in zip(got, expected, strict=True)),
-        f"initial: expected a SingularTriplet with left {expected[0]} and right {expected[1]} for {op}; "
-        "take it from leading_triplet of a kernel of the same shape.",
+        f"initial: got left and right of shapes {[None if a is None else jnp.shape(a) for a in got]}, expected a "
+        f"SingularTriplet with {expected[0]} and {expected[1]} for {op}; take it from leading_triplet of a kernel of "
+        "the same shape.",
     )
     real_floating(jnp.asarray(initial.right).dtype, "initial")
 

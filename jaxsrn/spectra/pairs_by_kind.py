@@ -70,7 +70,7 @@ def _kind(op: Operator) -> _Kind:
 def leading_pair(
     kernel: Float[Array, "..."], op: Operator, *, tolerance=None, start=None, proven: bool = True, excess=0.0
 ) -> Pair:
-    """The leading pair of a kernel of any scale and dtype, from a cold start, a constant for derivatives.
+    """The leading pair of a kernel of any scale and dtype, a constant for derivatives.
 
     Public functions call this stage before what they make of the pair, so that they share its program: one that was
     called on a shape leaves little to compile to the next. Layers without zero padding have a proof, small layers with

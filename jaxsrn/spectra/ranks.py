@@ -64,7 +64,7 @@ def stable_rank(kernel: Kernel, op: Operator) -> Float[Array, ""]:
 def norm_and_rank(kernel, op, pair, copies=1) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """The spectral norm and the stable rank of a kernel of any scale and dtype, from its leading pair.
 
-    The layer applies the operator so many times, to other samples each time.
+    `copies` says how many times the layer applies the operator, each time to other samples.
     """
     kernel, scale = rescaled(kernel.astype(float_dtype(kernel.dtype)), op)
     norm = frozen_value(kernel, op, pair)

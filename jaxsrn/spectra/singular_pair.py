@@ -16,8 +16,8 @@ from jaxsrn.operators.convolutions import ZeroPaddedConv
 
 __all__ = ["Found", "Pair", "idle_taps", "is_small", "matrix_size", "of_unit_vectors", "rescaled", "without_idle_taps"]
 
-# Kernels and images of at most so many entries. With larger ones a run takes longer than the optimization of its
-# program (`python benchmarks/compilation --only generators`).
+# The most entries of small kernels, and of small images. With larger ones a run takes longer than the optimization of
+# its program (`python benchmarks/compilation --only generators`).
 _SMALL_KERNEL, _SMALL_IMAGE = 2**18, 2**15
 
 

@@ -1,9 +1,10 @@
 """`srnc_state`, where the state of a training step starts: converged.
 
-The kernel's own leading pair comes first, and then pairs that the kernel of lower stable rank may have. Training steps
-find the first one from nothing (`watched_torus.py`) or from plane waves (`watched_images.py`), so that no program of a
-search is compiled. On the grid of a circular layer a climber may stay next to the best frequency of its cell, so that
-its further pairs are the starts of `srnc` (`starts.py`), as are those with zero padding.
+The kernel's own leading pair comes first, and then pairs that the kernel of lower stable rank may have. For unbounded
+layers, large circular ones, and large zero-padded ones with a target, training steps find the first pair, from nothing
+(`watched_torus.py`) or from plane waves (`watched_images.py`), and no program of a search is compiled. For all others
+`leading_pair` finds it. On the grid of a circular layer a climber may stay next to the best frequency of its cell, so
+that its further pairs are the starts of `srnc` (`starts.py`), as are those with zero padding.
 """
 
 from __future__ import annotations

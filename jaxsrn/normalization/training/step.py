@@ -34,8 +34,9 @@ __all__ = [
 ]
 
 _GRADIENTS = ("frozen", "implicit")
-# Power steps, except with zero padding and a target: there each takes several products with images. For the norm alone
-# the leading singular values may lie close together, and one step lags.
+# Power steps, except with zero padding and a target where the kernel's own norm is not followed: there each takes
+# several products with images. For the norm alone the leading singular values may lie close together, and one step
+# lags.
 _SEVERAL_STEPS = 2
 
 
@@ -92,9 +93,10 @@ def srnc_step(
         target, it is the true one; with `"frozen"` and a target it is not symmetric, and NaN where that system is
         singular.
       num_steps: static. Power steps of the pair before the kernel is normalized with it. The default is one with zero
-        padding, a target and a given norm, where each takes products with images, and otherwise two, and more where the
-        state is far from the kernel. A number that is given is kept to, except that one step is followed by a second
-        one where another pair takes over.
+        padding and a target if the kernel's own norm need not be followed (`norm` is a number and `cap` is `False`),
+        because each takes products with images. Otherwise it is two. More follow where the state is far from the
+        kernel. A number that is given is kept to, except that one step is followed by a second one where another pair
+        takes over.
 
     Returns:
       The kernel in its dtype, with taps that meet no sample as they were, and the new state. Derivatives go through the

@@ -88,5 +88,8 @@ def follow(kernel: Float[Array, "..."], op: Operator, track: Track, turn: Int[Ar
 
 
 def _has_watch(op: Operator, is_close: bool) -> bool:
-    """Sanyal's algorithm for matrices carries one vector alone."""
+    """Whether a track has a watch (static).
+
+    Only a matrix with a target has none: Algorithm 2 of Sanyal et al. 2020 carries one pair.
+    """
     return is_close or not op._normalization_keeps_pairs

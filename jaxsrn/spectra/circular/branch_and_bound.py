@@ -44,12 +44,13 @@ __all__ = [
     "highest_peak",
 ]
 
-# From so many columns an SVD takes longer than the Lanczos method and a proof.
+# The number of columns from which an SVD takes longer than the Lanczos method and a proof
+# (`python benchmarks/ablations.py`).
 _LANCZOS_FROM = 128
 # The most levels of boxes on any grid: the finest grid has `2**24` frequencies per axis (`sites.py`).
 _MOST_LEVELS = 25
-# The search for the best frequency of given vectors takes so many steps. The first are as long as half a box, and they
-# halve wherever the frequency stays.
+# The number of steps of the search for the best frequency of given vectors. The first are as long as half a box, and
+# they halve wherever the frequency stays.
 _MOVES = 40
 
 

@@ -44,13 +44,15 @@ __all__ = [
     "num_climbers",
 ]
 
-# An estimate takes so many power steps. A wrong one costs a worse place to climb from, and never the proof.
+# The number of power steps of an estimate. A wrong one costs a worse place to climb from, and never the proof
+# (`python benchmarks/ablations.py`).
 _POWER_STEPS = 8
 # Power steps that let the vectors follow a frequency, at every step of a climb.
 _FOLLOWING_STEPS = 3
 # A guard of the loop over the steps of a climb.
 _MOST_STEPS = 100
-# So many climbers start from the largest estimates: more of them find the highest peak more often, at a price each.
+# The number of climbers, which start from the largest estimates. More of them find the highest peak more often, at a
+# price each.
 # Where they miss it, branch and bound goes on from a lower value. On the grid of an image that costs less than more
 # climbers would. On the torus four climbers take 245 times as long as sixteen for the stem of a trained ResNet-50
 # (`python benchmarks/ablations.py`). Of many channels a climber is dear, and branch and bound climbs itself.
@@ -224,7 +226,7 @@ def filter_of(coefficients: Float[Array, "terms rows columns"], row, column) -> 
 
 
 def best_frequency(angles, exponents: np.ndarray, filters: Complex[Array, " terms"], index, stride, num_steps: int):
-    """Where a scalar filter leads uphill in so many steps, from a frequency and with a first stride."""
+    """Where a scalar filter leads uphill in `num_steps` steps, from a frequency and with a first stride."""
 
     def step(_, state):
         return _better_frequency(angles, exponents, filters, *state)[::2]

@@ -40,13 +40,14 @@ __all__ = [
     "with_all_directions",
 ]
 
-# So many entries of matrices are worked on at a time. Larger chunks take more memory, and look at boxes that an earlier
-# chunk would have shown to be low; smaller ones cost more rounds of the loop.
+# The number of entries of matrices that are worked on at a time. Larger chunks take more memory, and look at boxes that
+# an earlier chunk would have shown to be low; smaller ones cost more rounds of the loop.
 CHUNK = 2**18
-# Kernels of at least so many columns are reduced, to bases of so many entries. More directions make the Gram matrices
-# larger, fewer make the loss larger; the wider the kernel, the fewer directions are enough.
+# The number of columns from which kernels are reduced, and the number of entries of the bases. More directions make the
+# Gram matrices larger, fewer make the loss larger; the wider the kernel, the fewer directions are enough
+# (`python benchmarks/ablations.py`).
 _REDUCED_FROM, _BASIS_ENTRIES = 256, 3 * 2**14
-# Subspace iteration takes so many steps for the basis: they tell leading directions from others. Any basis is valid.
+# The number of steps of subspace iteration, which tell leading directions from others. Any basis is valid.
 _BASIS_STEPS = 3
 
 

@@ -37,25 +37,29 @@ def overshoot(op: CircularConv, kernel_shape: tuple[int, ...]) -> float:
 
 
 def on_coarse_grid(op: CircularConv | UnboundedConv, kernel_shape: tuple[int, ...], per_degree: int) -> CircularConv:
-    """The layer of the same taps on a grid of so many angles per degree of its symbol on each axis."""
+    """The layer of the same taps on a grid of `per_degree` angles per degree of its symbol on each axis."""
     layer = on_grid(without_edges(op), kernel_shape)
     return _with_angles(layer, [per_degree * d for d in degrees(layer, kernel_shape)])
 
 
 def on_dividing_grid(
-    op: CircularConv | UnboundedConv | ZeroPaddedConv, kernel_shape: tuple[int, ...], per_degree: int, most=math.inf
+    op: CircularConv | UnboundedConv | ZeroPaddedConv,
+    kernel_shape: tuple[int, ...],
+    per_degree: int,
+    log2_most=math.inf,
 ) -> CircularConv:
-    """The layer of the same taps on a grid of so many angles per degree or more, powers of two, at most `2**most`.
+    """The layer of the same taps on a grid of at least `per_degree` angles per degree, at most `2**log2_most`.
 
-    These divide the angles of the grid that stands for the torus, so that their frequencies are some of that grid's.
+    The numbers of angles are powers of two. They divide the angles of the grid that stands for the torus, so that their
+    frequencies are some of that grid's.
     """
     layer = on_grid(without_edges(op), kernel_shape)
-    powers = [(d, min(math.ceil(math.log2(per_degree * max(d, 1))), most)) for d in degrees(layer, kernel_shape)]
+    powers = [(d, min(math.ceil(math.log2(per_degree * max(d, 1))), log2_most)) for d in degrees(layer, kernel_shape)]
     return _with_angles(layer, [2**power if d else 0 for d, power in powers])
 
 
 def _with_angles(layer: CircularConv, angles: list[int]) -> CircularConv:
-    """The layer with so many angles on each axis; one where the symbol is constant."""
+    """The layer with these numbers of angles on its axes; one angle where the symbol is constant."""
     return dataclasses.replace(
         layer, input_shape=tuple(max(m, 1) * s for m, s in zip(angles, layer.strides, strict=True))
     )

@@ -45,7 +45,7 @@ def at_maximum(poly: GramPolynomial, grid: Grid, peak: Peak) -> Peak:
         gained = (here.value > best.value) | (count == 0)
         best = chosen(gained, here, best)
         radians = _newton_step(symbol, first, second, (rows, values, columns))
-        # Where the maximum is not concave the factorization fails, and the frequency stays.
+        # Where the second-order expansion is not concave the factorization fails, and the frequency stays.
         per_radian = jnp.asarray(grid.samples).astype(radians.dtype) / (2 * math.pi)
         steps = jnp.round(jnp.where(jnp.isfinite(radians), radians, 0) * per_radian)
         limit = jnp.asarray(grid.sizes).astype(steps.dtype)

@@ -99,9 +99,9 @@ def several(
 
 
 def _all_of(found: Climbed) -> Climbed:
-    """The same; every place that uses it so uses all of it, and the program of `climbed` stands once in any other.
+    """`found` behind an optimization barrier, so that every program holds the same version of `climbed`, once.
 
-    JAX removes what a place does not use from a program, and then holds a version of it for each place.
+    JAX removes what a place does not use, and would then keep a version for each place.
     """
     return lax.optimization_barrier(found)
 

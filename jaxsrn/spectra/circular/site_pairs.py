@@ -35,8 +35,8 @@ __all__ = [
     "shapes",
 ]
 
-# The search nearby starts with this share of a turn, which halves where the frequency stays, and ends after so many
-# steps, at 1e-8 of a turn if it stays every time. More follow in the next pass.
+# The first step of the search nearby as a part of a turn, which halves where the frequency stays, and the number of
+# steps. The last one is 1e-8 of a turn if the frequency stays every time. More steps follow in the next pass.
 _NEAR, _STEPS = 64, 20
 
 

@@ -67,7 +67,10 @@ def without_edges(op: CircularConv | UnboundedConv | ZeroPaddedConv) -> Unbounde
 
 
 def on_grid(op: CircularConv | UnboundedConv, kernel_shape: tuple[int, ...]) -> CircularConv:
-    """The circular layer whose grid stands for the frequencies that the operator sees: itself, or one so fine."""
+    """The circular layer whose grid stands for the frequencies that the operator sees.
+
+    That is the layer itself, or for an unbounded one a layer with `_FINE` angles on each axis.
+    """
     if isinstance(op, CircularConv):
         return op
     strides, dilations = op._axis_strides(kernel_shape), op._per_axis("kernel_dilation", kernel_shape)

@@ -37,7 +37,7 @@ _WARM_NOISE = 1e-3
 # The search goes on to so small a share of the tolerance. It may end at a mixture of vectors of nearly equal values,
 # and the value of an even mixture of two is too low by half the residual, that of an uneven one by more.
 _SHARPER = 0.5
-# A search ends after so many attempts: the first, one for the other phase, and the others in idle channels.
+# The most attempts of a search: the first, one for the other phase, and the others in idle channels.
 _MOST_ATTEMPTS = 4
 
 

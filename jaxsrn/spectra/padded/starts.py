@@ -32,23 +32,23 @@ __all__ = [
     "missed_phase",
 ]
 
-# So many waves take part: more of them are more rivals of the largest one, and each has a smaller part.
+# The most waves that take part: more of them are more rivals of the largest one, and each has a smaller part.
 _MOST_WAVES = 4
-# How much of each wave takes part. Taps of one parity have waves of equal values, whose even sum would be zero on all
+# The weights of the waves. Taps of one parity have waves of equal values, whose even sum would be zero on all
 # samples but those of one parity; from there no other sample is reached.
-_SHARES = 1.0, 0.7, 0.5, 0.35
+_WEIGHTS = 1.0, 0.7, 0.5, 0.35
 # The norm of the noise relative to the waves. Vectors that are no wave of the sum may lead, and all of them have to
 # take part; more noise wastes the waves. Of 120 kernels of nearly equal peaks (`python -m tests.searches --layer
 # "2-D, waves" --kernels 120`) six norms were too low by more than 1e-5 with a fifth of this noise, and two are with it.
 _NOISE = 0.5
 # The share of the other phase in a start, relative to what is found from it, below which the search is repeated from
 # both. A larger share costs more second searches.
-_SHARE = 0.35
+_LEAST_PHASE = 0.35
 # The relative difference of two phases' norms beyond which they are no rivals.
 _RIVALS = 0.05
-# Phases of images of at most so many samples are always told apart, those of larger images if their norms differ by
-# more than so many units of rounding. The norms differ as the window's Fourier coefficients at the doubled frequency
-# do, by about `samples ** -3`.
+# The most samples of images whose phases are always told apart, and the units of rounding by which the norms of phases
+# differ that are told apart on larger images. The norms differ as the window's Fourier coefficients at the doubled
+# frequency do, by about `samples ** -3`.
 _FEW_SAMPLES, _EQUAL = 512, 3
 # What a second phase adds to the first, below which it is the same.
 _SAME = 0.1
@@ -91,8 +91,8 @@ def cold_start(waves: Waves) -> Float[Array, "..."]:
     The Krylov space of the sum holds every singular vector that has a part in it, so that its largest singular value is
     found whichever wave leads there.
     """
-    shares = np.asarray(_SHARES[: len(waves.values)], waves.values.dtype)
-    image = unit(einsum("k,k...->...", shares * waves.values, waves.phases[:, 0]))
+    weights = np.asarray(_WEIGHTS[: len(waves.values)], waves.values.dtype)
+    image = unit(einsum("k,k...->...", weights * waves.values, waves.phases[:, 0]))
     return image + _NOISE * unit(fixed_start(image.shape, image.dtype))
 
 
@@ -110,7 +110,7 @@ def missed_phase(kernel, op: ZeroPaddedConv, waves: Waves, start, found) -> tupl
     along, across = jnp.abs(einsum("r...,...->r", images, start))
     apart, few = jnp.abs(other - own), math.prod(op.input_shape) <= _FEW_SAMPLES
     rivals = (apart < _RIVALS * own) & (few | (apart > _EQUAL * jnp.finfo(own.dtype).eps * own))
-    return rivals & (across < _SHARE * along), unit(images[1])
+    return rivals & (across < _LEAST_PHASE * along), unit(images[1])
 
 
 def _circular_model(op: ZeroPaddedConv, kernel_shape: tuple[int, ...]) -> CircularConv:
