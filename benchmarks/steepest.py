@@ -40,7 +40,7 @@ from jaxsrn.projections.frequency_passes import (
     solved,
     unit_direction,
 )
-from jaxsrn.spectra.moving_pairs import frozen_value
+from jaxsrn.spectra.moving_pairs import pair_value
 from jaxsrn.spectra.pairs_by_kind import leading_pair
 
 try:
@@ -110,7 +110,7 @@ def cropped(gradient, per_degree: int):
 
 def divided(kernel):
     """By the highest peak of the norm that climbing finds, as `optim.spectral_descent` does."""
-    return kernel / frozen_value(kernel, OP, leading_pair(kernel, OP, excess=1.0))
+    return kernel / pair_value(kernel, OP, leading_pair(kernel, OP, excess=1.0))
 
 
 def by_passes(gradient, num_passes: int, stack=None):

@@ -76,7 +76,15 @@ HELD_BY = {
     "jaxsrn/projections/frequency_passes.py": proofs(
         "projections",
         "passes or polar or frequencies",
-        *("few_frequencies", "_on_part_of_grid", "polar", "unit_direction", "nuclear_norm", "_gain", "dual_point"),
+        *(
+            "few_frequencies",
+            "_on_part_of_grid",
+            "polar",
+            "unit_direction",
+            "nuclear_norm",
+            "_gain",
+            "feasible_multiplier",
+        ),
         "solved",
     ),
     "jaxsrn/projections/nearest.py": Held(

@@ -27,7 +27,17 @@ HOUSE = {
         "subspaces",
         "lanczos",
     ],
-    "operators": ["layouts", "many_taps", "base", "convolutions", "flax_kinds", "flax_layers", "layers", "flax_calls"],
+    "operators": [
+        "layouts",
+        "many_taps",
+        "base",
+        "convolutions",
+        "groups",
+        "flax_kinds",
+        "flax_layers",
+        "layers",
+        "flax_calls",
+    ],
     "spectra": [
         "singular_pair",
         "common_shapes",

@@ -319,7 +319,7 @@ def test_tapers_are_what_taps_connect_of_two_windows(op, shape):
 
 @pytest.mark.parametrize(("op", "shape"), WINDOWED, ids=str)
 def test_tapered_layers_are_never_above_their_own(op, shape, nothing_is_split):
-    stack = nearest.outer_blocks(op, shape, jnp.float64).stack
+    stack = nearest.outer_map(op, shape, jnp.float64).stack
     for seed in range(3):
         for array in (gaussian(shape, seed), gaussian(shape, seed) + 3):
             tapered = np.linalg.norm(stack(jnp.asarray(array)), 2, axis=(1, 2)).max()

@@ -11,7 +11,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Int
 
-__all__ = ["chosen", "first_of", "joined", "picked", "put", "put_from", "slice_from", "stack_of_one"]
+__all__ = ["chosen", "first_of", "joined", "picked", "put", "put_from", "repeated", "slice_from", "stack_of_one"]
 
 _VALID = {"mode": "promise_in_bounds", "wrap_negative_indices": False}
 
@@ -29,6 +29,11 @@ def chosen(condition: Bool[Array, ""], a, b):
 def joined(first, second):
     """Two trees of stacks as one, the second after the first."""
     return jax.tree.map(lambda a, b: jnp.concatenate([a, b]), first, second)
+
+
+def repeated(tree, *axes: int):
+    """A stack of copies of a tree, with these axes in front of every array; without axes, the tree."""
+    return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (*axes, *leaf.shape)), tree)
 
 
 def stack_of_one(tree):

@@ -20,7 +20,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from jaxsrn._tools.indexing import picked
+from jaxsrn._tools.indexing import picked, put_from
 from jaxsrn._tools.linalg import divisor, matmul
 from jaxsrn._tools.subspaces import direction_of, fixed_start, projected_out, rayleigh_ritz
 
@@ -84,16 +84,11 @@ def _extend(gram: Callable, j: Int[Array, ""], basis: _Basis) -> _Basis:
     own = matmul(vector, image)
     rest, row = projected_out(image - own * vector - coupling * before, vectors)
     row = row + jnp.where(places == j, own, jnp.where(places == j - 1, coupling, 0))
-    projected = jnp.where(places == j, row[:, None], _with_row(projected, j, row))
+    projected = jnp.where(places == j, row[:, None], put_from(projected, j, row[None]))
     # The image of a vector in a nearly null direction is the rounding of the largest ones, which is no new direction.
     # The largest entry of the projection is on its diagonal, and near to the largest eigenvalue.
     following, coupling = direction_of(rest, jnp.max(projected))
-    return _Basis(_with_row(vectors, j + 1, following), projected, coupling)
-
-
-def _with_row(matrix: Float[Array, "rows n"], j: Int[Array, ""], row: Float[Array, " n"]) -> Float[Array, "rows n"]:
-    """The matrix with another row `j`."""
-    return lax.dynamic_update_index_in_dim(matrix, row, j, 0, allow_negative_indices=False)
+    return _Basis(put_from(vectors, j + 1, following[None]), projected, coupling)
 
 
 def _restarted(basis: _Basis, values, weights, kept: int) -> _Basis:

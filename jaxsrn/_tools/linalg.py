@@ -171,8 +171,8 @@ def gram_bound(matrices: Inexact[Array, "batch in out"], num_steps: int) -> Floa
     With `G_0 = A^H A` and `G_t = G_(t-1)^2` it is the largest `||G_t||_F ** (1 / 2 ** (t + 1))` at `t = num_steps`.
     """
     if matrices.shape[-2] < matrices.shape[-1]:
-        matrices = jnp.swapaxes(matrices, -1, -2)
-    grams = matmul(jnp.swapaxes(matrices.conj(), -1, -2), matrices)
+        matrices = matrices.mT
+    grams = matmul(matrices.mT.conj(), matrices)
     norms = _frobenius(grams)
     is_zero, log_bounds = norms == 0, 0.0
     for step in range(num_steps):

@@ -150,4 +150,4 @@ def _gram_blocks(kernel: Float[Array, "..."], op: ZeroPaddedConv, blocks: _Block
     index = np.arange(count)
     diagonal = found[index % phases, :, index]
     above = jnp.where(index[:, None, None, None] > 0, found[(index - 1) % phases, :, index], 0)
-    return (jnp.moveaxis(blocks, 1, 2) for blocks in (diagonal, above))
+    return (jnp.moveaxis(side, 1, 2) for side in (diagonal, above))

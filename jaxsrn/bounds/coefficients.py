@@ -17,7 +17,6 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from jaxsrn._tools.checks import float_dtype
 from jaxsrn._tools.held import held, refusing, stationary
 from jaxsrn._tools.indexing import stack_of_one
 from jaxsrn._tools.linalg import einsum, matmul, unit
@@ -60,7 +59,7 @@ def smallest_over_covers(
     bound, kernel: Float[Array, "..."], op: Operator, *, guaranteed: bool = False
 ) -> Float[Array, ""]:
     """The smallest value of `bound` on the tensors of a layer; `guaranteed` adds room for rounding."""
-    kernel, scale = rescaled(kernel.astype(float_dtype(kernel.dtype)), op)
+    kernel, scale = rescaled(kernel, op)
     found = tensors(kernel, op)
     value = functools.reduce(jnp.minimum, [bound(tensor) for tensor in found])
     if guaranteed:

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 from jaxsrn._tools.proofs import rounding
 from jaxsrn.operators.base import Operator
 from jaxsrn.operators.convolutions import CircularConv, UnboundedConv, ZeroPaddedConv
-from jaxsrn.spectra.circular.fourier import grouped
+from jaxsrn.operators.groups import exchanged
 from jaxsrn.spectra.padded.circular_model import circular_layer
 
 __all__ = [
@@ -45,15 +45,11 @@ def covers(
     if set(op.input_dilation) == {1} or set(op.strides) != {1}:
         found.append((kernel, circular_layer(op, kernel.shape, op.strides)))
     if set(op.input_dilation) != {1}:
-        # The adjoint of an input dilation is a stride. A layer with both has two covers; each one ignores either.
-        found.append((_adjoint(kernel, op), circular_layer(op, kernel.shape, op.input_dilation)))
+        # The adjoint of an input dilation is a stride. A layer with both has two covers; each one ignores either. Norms
+        # do not depend on the order of the taps.
+        adjoint = exchanged(kernel, op.feature_group_count)
+        found.append((adjoint, circular_layer(op, kernel.shape, op.input_dilation)))
     return found
-
-
-def _adjoint(kernel: Float[Array, "..."], op: ZeroPaddedConv) -> Float[Array, "..."]:
-    """The kernel with inputs and outputs of each group exchanged. Norms do not depend on the order of the taps."""
-    by_group = grouped(kernel, op)
-    return jnp.swapaxes(by_group, -3, -1).reshape((*kernel.shape[:-2], by_group.shape[-1], -1))
 
 
 def slack_of(kernel: Float[Array, "..."], op: Operator, longest: int = 1) -> float:
@@ -63,8 +59,8 @@ def slack_of(kernel: Float[Array, "..."], op: Operator, longest: int = 1) -> flo
     allow for sums over the longer side of a symbol. `longest` is the number of terms of other sums.
     """
     *taps, inputs, outputs = kernel.shape
-    phases, spread = math.prod(op._axis_strides(kernel.shape)), math.prod(getattr(op, "input_dilation", ()))
-    rows = max(inputs * max(math.prod(taps), phases), outputs * spread // getattr(op, "feature_group_count", 1))
+    phases, spread = math.prod(op._axis_strides(kernel.shape)), math.prod(op._axis_input_dilations(kernel.shape))
+    rows = max(inputs * max(math.prod(taps), phases), outputs * spread // op._groups)
     return 2 * rounding(max(rows, longest), kernel.dtype)
 
 

@@ -13,7 +13,7 @@ import math
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxsrn._tools.checks import Kernel, computed_form, float_dtype, static_int
+from jaxsrn._tools.checks import Kernel, computed_form, static_int
 from jaxsrn._tools.linalg import gram_bound
 from jaxsrn._tools.programs import program
 from jaxsrn.bounds.covers import NormInterval, covers, widened
@@ -56,7 +56,7 @@ def gram_iteration(kernel: Kernel, op: Operator, *, num_steps: int = 6, oversamp
 
 @functools.partial(program, static_argnums=(1, 2, 3), brief=True)
 def _gram_iteration(kernel, op, num_steps, oversampling):
-    kernel, scale = rescaled(kernel.astype(float_dtype(kernel.dtype)), op)
+    kernel, scale = rescaled(kernel, op)
     if isinstance(op, Dense):
         bounds = [gram_bound(kernel[None], num_steps)]
     else:

@@ -26,7 +26,7 @@ from jaxsrn.spectra.circular.grid_certificate import overshoot
 from jaxsrn.spectra.circular.leading import leading_wave
 from jaxsrn.spectra.circular.sites import on_grid
 from jaxsrn.spectra.common_shapes import in_common_shape
-from jaxsrn.spectra.moving_pairs import frozen_value
+from jaxsrn.spectra.moving_pairs import pair_value
 from jaxsrn.spectra.padded.idle_axes import without_idle_axes
 from jaxsrn.spectra.padded.leading import is_proven
 from jaxsrn.spectra.pairs_by_kind import leading_pair
@@ -138,9 +138,9 @@ def _interval(kernel, op, below: Pair, above: tuple[tuple[Pair, Float[Array, ""]
     """
     kernel, scale = rescaled(kernel, op)
     # A vector whose norm is above 1 by rounding would lift the lower end above the norm.
-    lower = frozen_value(kernel, op, of_unit_vectors(below))
+    lower = pair_value(kernel, op, of_unit_vectors(below))
     covered = covers(kernel, op) if above else []
-    ends = [_end(k, cover, pair, excess) for (k, cover), (pair, excess) in zip(covered, above, strict=True)]
+    ends = [_end(k, cover, pair, share) for (k, cover), (pair, share) in zip(covered, above, strict=True)]
     upper = functools.reduce(jnp.minimum, ends) if ends else lower
     if excess is not None:
         proven, limit = _banded_proof(lax.stop_gradient(kernel), op, lower, upper, excess)
@@ -172,7 +172,7 @@ def _explicit_sizes(op: Operator, kernel_shape: tuple[int, ...]) -> tuple[int, i
 
 def _end(kernel: Float[Array, "..."], op: CircularConv | UnboundedConv, pair: Pair, excess) -> Float[Array, ""]:
     """The upper end that a cover proves, with its pair and the share by which its value may be exceeded."""
-    end = frozen_value(kernel, op, pair)
+    end = pair_value(kernel, op, pair)
     end = end if excess is None else (1 + excess) * end
     # The grid of an unbounded layer is one among all frequencies.
     return end * overshoot(on_grid(op, kernel.shape), kernel.shape) if isinstance(op, UnboundedConv) else end

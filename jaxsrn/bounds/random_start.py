@@ -27,7 +27,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from jaxsrn._tools.checks import Kernel, computed_form, ensure, float_dtype, static_share
+from jaxsrn._tools.checks import Kernel, computed_form, ensure, static_share
 from jaxsrn._tools.linalg import ratio, unit
 from jaxsrn._tools.loops import one_by_one
 from jaxsrn._tools.programs import program
@@ -103,7 +103,7 @@ def probabilistic(
 @functools.partial(program, static_argnums=(2, 3, 4))
 @functools.partial(one_by_one, static_argnums=(2, 3, 4))
 def _probabilistic(kernel, key, op: Operator, resolution: float, failure: float) -> NormInterval:
-    kernel, scale = rescaled(kernel.astype(float_dtype(kernel.dtype)), op)
+    kernel, scale = rescaled(kernel, op)
     matvec, rmatvec, size, _ = flat_products(kernel, op)
     start = unit(jax.random.normal(key, (size,), kernel.dtype))
     # The density of a coordinate of a random unit vector is at most `sqrt(size / (2 pi))`.

@@ -68,8 +68,7 @@ class _Wrapped(NamedTuple):
 
     def start(self, raw: jax.Array) -> SRNCState:
         """The converged state, for every layer of a stack."""
-        norm = 1.0 if self.blank.norm == LEARNED else self.blank.norm
-        return self.blank.constraint.start(layer_name(self.layer), raw, norm)
+        return self.blank.constraint.start(layer_name(self.layer), raw, self.blank.norm_to_start)
 
 
 class Constrained(nn.Module):

@@ -11,7 +11,7 @@ from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jaxsrn._tools.checks import ensure, errors_named
-from jaxsrn.linen.wrappers import COLLECTION, LEARNED, StableRankState, States
+from jaxsrn.linen.wrappers import COLLECTION, StableRankState, States
 from jaxsrn.normalization.training.flax_constraint import each_kind_once
 
 __all__ = ["nested", "params_of", "started", "stepped", "written"]
@@ -51,8 +51,8 @@ def _wrapped_layers(module: nn.Module, variables: Mapping) -> dict[tuple, _Wrapp
         layer = state.layer_path(wrapper)
         with errors_named(written(layer, module)):
             ensure((*layer, "kernel") in params, "wrapped, but variables['params'] has no kernel for it.")
-            norm = params[(*wrapper, "norm")] if state.norm == LEARNED else state.norm
-            found[wrapper] = _WrappedLayer(layer, params[(*layer, "kernel")], state, nn.meta.unbox(norm))
+            norm = state.norm_of(nn.meta.unbox(params.get((*wrapper, "norm"))))
+            found[wrapper] = _WrappedLayer(layer, params[(*layer, "kernel")], state, norm)
     return found
 
 
@@ -68,8 +68,7 @@ def stepped(module: nn.Module, variables: Mapping) -> dict[tuple, tuple[tuple, A
 def _stepped_kernel(kernel, state: StableRankState, norm) -> tuple[Any, StableRankState]:
     """The kernel of a reading forward, boxed as it was, and the next state; a stack of layers is stepped at once."""
     raw = jnp.asarray(nn.meta.unbox(kernel))
-    # A norm has no sign, so that of a learned gain is dropped.
-    normalized, state = state.step(raw, jnp.abs(norm) if state.norm == LEARNED else norm)
+    normalized, state = state.step(raw, norm)
     return nn.meta.replace_boxed(kernel, normalized), state
 
 
@@ -77,9 +76,8 @@ def started(module: nn.Module, variables: Mapping) -> dict[tuple, StableRankStat
     """The states of all wrappers, each started anew from its kernel: `{path of a wrapper: state}`."""
     found = _wrapped_layers(module, variables)
     starts, kinds, kernels = [], [], []
-    for layer, kernel, state, norm in found.values():
-        norm = 1.0 if state.norm == LEARNED else norm
-        starts.append(functools.partial(state.constraint.start, written(layer, module), norm=norm))
+    for layer, kernel, state, _ in found.values():
+        starts.append(functools.partial(state.constraint.start, written(layer, module), norm=state.norm_to_start))
         kinds.append((state.constraint, state.norm))
         kernels.append(jnp.asarray(nn.meta.unbox(kernel)))
     values = each_kind_once(starts, kinds, kernels)

@@ -66,6 +66,15 @@ class StableRankState(struct.PyTreeNode):
         levels, names = self.layer
         return (*wrapper[: len(wrapper) - levels], *names)
 
+    def norm_of(self, learned: jax.Array | None):
+        """The norm of the normalized kernel; `learned` is the parameter of a learned one, which has no sign."""
+        return jnp.abs(learned) if self.norm == LEARNED else self.norm
+
+    @property
+    def norm_to_start(self):
+        """The norm of a start, in which the value of a learned norm takes no part."""
+        return 1.0 if self.norm == LEARNED else self.norm
+
     def step(self, kernel: jax.Array, norm) -> tuple[jax.Array, StableRankState]:
         """The kernel normalized by this state, and the next state."""
         kernel, value = self.constraint.step(kernel, self.value, norm)

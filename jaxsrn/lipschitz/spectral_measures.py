@@ -18,7 +18,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
-from jaxsrn._tools.checks import Kernel, computed_form, float_dtype
+from jaxsrn._tools.checks import Kernel, computed_form
 from jaxsrn._tools.linalg import ratio, safe_sqrt
 from jaxsrn._tools.programs import program
 from jaxsrn.lipschitz.class_margins import margin_array, over_margin
@@ -58,7 +58,7 @@ def norm_2_1(kernel: Kernel, op: Operator) -> Float[Array, ""]:
 
 @program
 def _norm_2_1(kernel, op):
-    kernel, scale = rescaled(kernel.astype(float_dtype(kernel.dtype)), op)
+    kernel, scale = rescaled(kernel, op)
     # Taps that fall on each other are one entry of the matrix.
     kernel = op.wrap(kernel)
     squares, counts = jnp.sum(kernel**2, axis=-2), np.ones(())

@@ -10,7 +10,7 @@ from jaxsrn.normalization.closed_form import Problem
 from jaxsrn.normalization.result import SRNResult, measured
 from jaxsrn.normalization.starts import survey
 from jaxsrn.operators.base import Operator
-from jaxsrn.spectra.moving_pairs import frozen_value
+from jaxsrn.spectra.moving_pairs import pair_value
 from jaxsrn.spectra.pairs_by_kind import leading_pair
 from jaxsrn.spectra.ranks import stable_rank_range
 from jaxsrn.spectra.singular_pair import Pair
@@ -28,5 +28,5 @@ def assessed(candidate, problem: Problem, own: Pair, op: Operator, num_steps) ->
     # The bound is proven for targets below the stable rank of the original alone.
     proves = jnp.isfinite(bound) & (problem.target < problem.stable_rank)
     gap = lax.stop_gradient(jnp.where(proves, distance - bound, distance))
-    norm = frozen_value(candidate, op, leading)
+    norm = pair_value(candidate, op, leading)
     return measured(candidate, problem, norm, distance, gap, num_steps, True, feasible)

@@ -16,12 +16,13 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Shaped
 
 from jaxsrn._tools.linalg import divisor, inner, ratio, safe_sqrt
 from jaxsrn.operators.base import Operator
+from jaxsrn.spectra.moving_pairs import pair_value
 from jaxsrn.spectra.pairs_by_kind import value_gradient
-from jaxsrn.spectra.singular_pair import Pair
+from jaxsrn.spectra.singular_pair import Pair, rescaled
 
 __all__ = [
     "INFEASIBLE",
@@ -34,6 +35,7 @@ __all__ = [
     "is_feasible",
     "over_weights",
     "problem_of",
+    "scaled_problem",
     "squared_distance",
 ]
 
@@ -87,6 +89,12 @@ class Candidate(NamedTuple):
     def feasible(self) -> Bool[Array, "..."]:
         """Whether the constraints can hold together at this pair."""
         return self.merit < INFEASIBLE_FROM
+
+
+def scaled_problem(kernel: Shaped[Array, "..."], op: Operator, target, own: Pair) -> tuple[Problem, Float[Array, ""]]:
+    """The problem of a kernel with the leading pair `own`, in the scale of `rescaled`, and that scale."""
+    a, scale = rescaled(kernel, op)
+    return problem_of(a, op, target, pair_value(a, op, own)), scale
 
 
 def functional(pair: Pair, op: Operator, kernel_shape: tuple[int, ...]) -> Float[Array, "..."]:

@@ -32,12 +32,14 @@ from jaxsrn.spectra.singular_pair import Pair
 
 __all__ = [
     "determined_pair",
-    "frozen",
     "moving_pair",
+    "normalized_holding_pair",
 ]
 
 
-def frozen(a: Float[Array, "..."], op: Operator, target, pair: Pair, is_used: Bool[Array, ""]) -> Float[Array, "..."]:
+def normalized_holding_pair(
+    a: Float[Array, "..."], op: Operator, target, pair: Pair, is_used: Bool[Array, ""]
+) -> Float[Array, "..."]:
     """`normalized`, with the derivative that holds the pair constant; its second derivative sees how the pair moves.
 
     Where the result is not used, the pair need not move.

@@ -18,8 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxsrn._tools.checks import float_dtype
-from jaxsrn._tools.indexing import chosen, picked, stack_of_one
+from jaxsrn._tools.indexing import chosen, first_of, picked, repeated, stack_of_one
 from jaxsrn._tools.linalg import divisor, matmul, safe_sqrt
 from jaxsrn._tools.loops import one_by_one, while_loop
 from jaxsrn._tools.programs import program
@@ -28,7 +27,7 @@ from jaxsrn.normalization.closed_form import INFEASIBLE, Candidate, Problem, clo
 from jaxsrn.normalization.scan import Survey
 from jaxsrn.normalization.starts import survey
 from jaxsrn.operators.base import Operator
-from jaxsrn.spectra.moving_pairs import frozen_value
+from jaxsrn.spectra.moving_pairs import pair_value
 from jaxsrn.spectra.pairs_by_kind import leading_pair, nearby, no_pair
 from jaxsrn.spectra.singular_pair import Pair, is_small, rescaled
 
@@ -171,7 +170,7 @@ def _best_end(
         problem.kernel,
         _anderson_start(problem.kernel),
         nothing,
-        picked(starts, jnp.asarray(0)),
+        first_of(starts),
         jnp.asarray(False),
         jnp.asarray(-1, jnp.int32),
     )
@@ -220,7 +219,7 @@ def minorise_maximise(
 @functools.partial(program, brief=True)
 def _begin(kernel, op) -> Fixpoint:
     """The state before the first round: the kernel itself, and placeholders."""
-    a = rescaled(kernel.astype(float_dtype(kernel.dtype)), op)[0]
+    a = rescaled(kernel, op)[0]
     zero, nothing, no = jnp.zeros((), a.dtype), no_pair(op, a.shape, a.dtype), jnp.asarray(False)
     candidate = Candidate(a, jnp.full_like(zero, INFEASIBLE))
     count = jnp.asarray(0, jnp.int32)
@@ -244,7 +243,7 @@ def _round(a, op, target, initial, max_steps, tolerance, state: Fixpoint, found:
     """The state after one round; `found` is what a search for the leading pair of its kernel found, and `a` is `A`."""
     first = state.count == 0
     # The pair that made a kernel has the value `M` there. A search without a proof may miss it; there is none at first.
-    known, value = jnp.where(first, 0.0, state.own_norm), frozen_value(state.candidate.kernel, op, found)
+    known, value = jnp.where(first, 0.0, state.own_norm), pair_value(state.candidate.kernel, op, found)
     reached, leading = chosen(value < known, (known, state.pair), (value, found))
     own, norm = chosen(first, (leading, reached), (state.own, state.own_norm))
     problem = problem_of(a, op, target, norm)
@@ -292,6 +291,6 @@ def _starts(problem: Problem, op: Operator, initial: Pair | None, leading: Pair,
     def followed() -> Survey:
         # As many as the survey's, so that the passes stand in the program once.
         count = len(jax.tree.leaves(jax.eval_shape(surveyed).starts)[0])
-        return Survey(jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (count, *leaf.shape)), leading), bound)
+        return Survey(repeated(leading, count), bound)
 
     return lax.cond(wanted, surveyed, followed)

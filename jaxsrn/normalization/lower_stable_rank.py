@@ -17,7 +17,7 @@ from jaxsrn._tools.held import held
 from jaxsrn._tools.linalg import divisor, ratio
 from jaxsrn._tools.programs import program
 from jaxsrn._tools.tolerances import MAX_PASSES, kernel_tolerance
-from jaxsrn.normalization.closed_form import Problem, closed_form, functional, problem_of
+from jaxsrn.normalization.closed_form import Problem, closed_form, functional, scaled_problem
 from jaxsrn.normalization.implicit import determined_pair
 from jaxsrn.normalization.iteration import Fixpoint, minorise_maximise
 from jaxsrn.normalization.matrices import srn_of_matrix
@@ -25,14 +25,14 @@ from jaxsrn.normalization.raise_stable_rank import raised
 from jaxsrn.normalization.result import SRNResult, in_own_scale, in_shape, measured, proven_gap
 from jaxsrn.operators.base import Dense, Operator
 from jaxsrn.spectra.common_shapes import as_matrix
-from jaxsrn.spectra.moving_pairs import frozen_value, with_free_frequency
+from jaxsrn.spectra.moving_pairs import pair_value, with_free_frequency
 from jaxsrn.spectra.norms import SingularTriplet, check_triplet
 from jaxsrn.spectra.pairs_by_kind import pair_of_floats, pair_of_images, pair_shapes
-from jaxsrn.spectra.singular_pair import Pair, rescaled
+from jaxsrn.spectra.singular_pair import Pair
 
 __all__ = [
-    "lowered",
-    "lowest",
+    "fixpoint_of",
+    "result_of",
     "srnc",
 ]
 
@@ -115,10 +115,10 @@ def srnc(
         initial = _stored(initial.right, initial.left, op, kernel)
     elif initial is not None:
         initial = pair_of_floats(initial, op, kernel.shape, dtype)
-    solution = lowest(kernel, op, target, initial, tolerance, max_steps)
+    solution = fixpoint_of(kernel, op, target, initial, tolerance, max_steps)
     if raise_rank:
         return _raised_or_lowered(kernel, op, target, solution, tolerance, max_steps)
-    return _lowered(kernel, op, target, solution, bool(keep_norm))
+    return _result_of(kernel, op, target, solution, bool(keep_norm))
 
 
 def _check_initial(initial, op: Operator, kernel_shape) -> None:
@@ -135,35 +135,35 @@ def _stored(inputs, outputs, op, kernel) -> Pair:
     return pair_of_images(inputs.astype(dtype), outputs.astype(dtype), op, kernel.shape)
 
 
-def lowest(kernel, op: Operator, target, initial: Pair | None, tolerance, max_steps: int) -> Fixpoint:
+def fixpoint_of(kernel, op: Operator, target, initial: Pair | None, tolerance, max_steps: int) -> Fixpoint:
     """The solution of (7) for checked arguments, a constant for derivatives."""
     kernel, target, initial, tolerance = lax.stop_gradient((kernel, target, initial, tolerance))
     return minorise_maximise(kernel, op, target, initial, max_steps, tolerance)
 
 
-def lowered(kernel, op: Operator, target, solution: Fixpoint, keep_norm: bool) -> SRNResult:
-    """The result of `lowest`.
+def result_of(kernel, op: Operator, target, solution: Fixpoint, keep_norm: bool) -> SRNResult:
+    """What `srnc` returns for the end of its iteration.
 
     Derivatives see the closed form as a function of the kernel, and nothing of the iteration. Second derivatives see
     how its pair moves.
     """
-    a, scale = rescaled(kernel.astype(float_dtype(kernel.dtype)), op)
-    problem = problem_of(a, op, target, frozen_value(a, op, solution.own))
-    frozen, unchanged = lax.stop_gradient(problem), solution.unchanged
+    problem, scale = scaled_problem(kernel, op, target, solution.own)
+    a = problem.kernel
+    fixed, unchanged = lax.stop_gradient(problem), solution.unchanged
     pair = with_free_frequency(solution.pair, op, a.dtype)
     new = held(functools.partial(_of_pair, op), functools.partial(_moved_pair, op), problem, pair)
     if not keep_norm:
         new = new * ratio(problem.inner(new, a), problem.inner(new, new))
     result = jnp.where(unchanged, a, new)
     feasible = unchanged | (solution.candidate.feasible & jnp.isfinite(solution.norm))
-    norm = jnp.where(unchanged, problem.norm, frozen_value(result, op, solution.leading))
+    norm = jnp.where(unchanged, problem.norm, pair_value(result, op, solution.leading))
     distance = problem.distance(result)
-    gap = proven_gap(frozen, solution.bound, lax.stop_gradient(distance), keep_norm, feasible, unchanged)
+    gap = proven_gap(fixed, solution.bound, lax.stop_gradient(distance), keep_norm, feasible, unchanged)
     found = measured(result, problem, norm, distance, gap, solution.num_steps, keep_norm, feasible)
     return in_own_scale(found, scale, kernel, op, unchanged)
 
 
-_lowered = program(lowered, static_argnums=4, brief=True)
+_result_of = program(result_of, static_argnums=4, brief=True)
 
 
 def _of_pair(op: Operator, problem: Problem, pair: Pair):
@@ -179,8 +179,7 @@ def _moved_pair(op: Operator, problem: Problem, pair: Pair) -> Pair:
 
 @functools.partial(program, static_argnums=5)
 def _raised_or_lowered(kernel, op, target, solution, tolerance, max_steps):
-    a, scale = rescaled(kernel.astype(float_dtype(kernel.dtype)), op)
-    problem = problem_of(a, op, target, frozen_value(a, op, solution.own))
+    problem, scale = scaled_problem(kernel, op, target, solution.own)
     raises = solution.unchanged & (target > problem.stable_rank) & (problem.norm > 0)
     # Under vmap both branches are computed, so nothing may be divided by the norm of a zero kernel.
     guarded = problem._replace(norm=divisor(problem.norm))
@@ -189,7 +188,7 @@ def _raised_or_lowered(kernel, op, target, solution, tolerance, max_steps):
         found = _raised(guarded, op, solution.own, max_steps, tolerance)
         return in_own_scale(found, scale, kernel, op, jnp.asarray(False))
 
-    return lax.cond(raises, raise_, lambda: lowered(kernel, op, target, solution, True))
+    return lax.cond(raises, raise_, lambda: result_of(kernel, op, target, solution, True))
 
 
 def _raised(problem: Problem, op: Operator, own: Pair, max_steps: int, tolerance) -> SRNResult:
@@ -197,5 +196,5 @@ def _raised(problem: Problem, op: Operator, own: Pair, max_steps: int, tolerance
     distance = problem.distance(found.kernel)
     fixed, known = lax.stop_gradient((problem, distance))
     gap = proven_gap(fixed, found.squared_bound, known, True, found.feasible, False)
-    norm = frozen_value(found.kernel, op, found.leading)
+    norm = pair_value(found.kernel, op, found.leading)
     return measured(found.kernel, problem, norm, distance, gap, found.num_steps, True, found.feasible)

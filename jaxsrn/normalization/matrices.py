@@ -69,7 +69,7 @@ def srn(matrix: Kernel, target, *, num_preserved: int = 1, raise_rank: bool = Fa
 @functools.partial(program, static_argnums=(2, 3), brief=True)
 def srn_of_matrix(matrix, target, num_preserved, raise_rank):
     """`srn` for checked arguments."""
-    a, scale = rescaled(matrix.astype(float_dtype(matrix.dtype)), Dense())
+    a, scale = rescaled(matrix, Dense())
     u, _, vt = jnp.linalg.svd(lax.stop_gradient(a), full_matrices=False)
     # The singular values as functions of the matrix, with the vectors held constant.
     s = held(_values, _turning, a, (u, vt))

@@ -17,7 +17,7 @@ from jaxsrn._tools.linalg import divisor, safe_sqrt
 from jaxsrn._tools.programs import program
 from jaxsrn.normalization.closed_form import decomposed, over_weights
 from jaxsrn.operators.base import Operator
-from jaxsrn.spectra.moving_pairs import frozen_value
+from jaxsrn.spectra.moving_pairs import pair_value
 from jaxsrn.spectra.pairs_by_kind import value_gradient
 from jaxsrn.spectra.singular_pair import Pair
 
@@ -29,7 +29,7 @@ __all__ = ["is_only_rescaled", "normalized"]
 def normalized(a: Float[Array, "..."], op: Operator, target, pair: Pair) -> Float[Array, "..."]:
     """The closed form for one pair, with norm 1; with no target the kernel rescaled."""
     if target is None:
-        value = frozen_value(a, op, pair)
+        value = pair_value(a, op, pair)
         return a / divisor(value)
     along, rest, factor, _ = _parts(a, op, target, pair)
     return along + factor * rest

@@ -26,8 +26,8 @@ from jaxsrn._tools.linalg import divisor, safe_sqrt
 from jaxsrn._tools.tolerances import kernel_tolerance, largest_scaling
 from jaxsrn.normalization.closed_form import Problem
 from jaxsrn.operators.base import Operator
-from jaxsrn.projections.nearest import Nearest, SolvedBall, nearest, not_yet, with_derivative
-from jaxsrn.spectra.moving_pairs import frozen_value
+from jaxsrn.projections.nearest import Nearest, SolvedBall, nearest, with_derivative, without_a_step
+from jaxsrn.spectra.moving_pairs import pair_value
 from jaxsrn.spectra.singular_pair import Pair
 
 __all__ = [
@@ -89,16 +89,16 @@ def raised(problem: Problem, op: Operator, own: Pair, max_steps: int, tolerance:
     `own` is the leading pair of `A`. The derivative of the kernel is that of the projection, where `tau` moves so that
     the stable rank stays at the target.
     """
-    frozen, tolerance = lax.stop_gradient((problem, tolerance))
+    fixed, tolerance = lax.stop_gradient((problem, tolerance))
     # All trials are equally far from an infinite target.
     rank_of_layer = min(op._sizes(problem.kernel.shape))
-    sought = frozen._replace(target=jnp.minimum(frozen.target, rank_of_layer))
+    sought = fixed._replace(target=jnp.minimum(fixed.target, rank_of_layer))
     state = lax.stop_gradient(_search(sought, op, own, max_steps, tolerance))
     best = state.best
     kernel = _differentiable(problem, op, best)
-    miss = jnp.abs(best.rank / frozen.target - 1)
+    miss = jnp.abs(best.rank / fixed.target - 1)
     feasible = jnp.isfinite(state.high) | (miss <= tolerance)
-    return Raised(kernel, best.found.leading, _squared_bound(frozen, best), state.num_steps, feasible)
+    return Raised(kernel, best.found.leading, _squared_bound(fixed, best), state.num_steps, feasible)
 
 
 def _search(problem: Problem, op: Operator, own: Pair, max_steps: int, tolerance) -> _State:
@@ -134,7 +134,7 @@ def _begin(problem: Problem, op: Operator, own: Pair) -> _State:
     zero = jnp.zeros_like(problem.norm)
     rank = problem.squared / problem.norm**2
     infinite = zero + jnp.inf
-    solution, found = not_yet(problem.kernel, op, problem.norm, own)
+    solution, found = without_a_step(problem.kernel, op, problem.norm, own)
     return _State(
         next=jnp.log(_FACTOR) + zero,
         low=zero,
@@ -150,7 +150,7 @@ def _begin(problem: Problem, op: Operator, own: Pair) -> _State:
 
 def _try(problem: Problem, op: Operator, own: Pair, tau, max_steps: int, largest_excess) -> _Trial:
     solution, found = nearest(tau * problem.kernel, op, problem.norm, own, max_steps, largest_excess)
-    norm = frozen_value(found.kernel, op, found.leading)
+    norm = pair_value(found.kernel, op, found.leading)
     kernel = found.kernel * (problem.norm / divisor(norm))
     return _Trial(tau, solution, found, kernel, problem.inner(kernel, kernel) / problem.norm**2)
 

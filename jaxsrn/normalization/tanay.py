@@ -11,12 +11,12 @@ from jaxsrn._tools.held import held
 from jaxsrn._tools.linalg import ratio, safe_sqrt
 from jaxsrn._tools.programs import program
 from jaxsrn.normalization.assessment import assessed
-from jaxsrn.normalization.closed_form import Problem, problem_of
+from jaxsrn.normalization.closed_form import Problem, scaled_problem
 from jaxsrn.normalization.result import SRNResult, in_own_scale, in_shape
 from jaxsrn.operators.base import Operator
-from jaxsrn.spectra.moving_pairs import frozen_value, moving_with_kernel, with_free_frequency
+from jaxsrn.spectra.moving_pairs import moving_with_kernel, with_free_frequency
 from jaxsrn.spectra.pairs_by_kind import leading_pair, value_gradient
-from jaxsrn.spectra.singular_pair import Pair, rescaled
+from jaxsrn.spectra.singular_pair import Pair
 
 __all__ = [
     "srnc_tanay",
@@ -58,8 +58,8 @@ def srnc_tanay(kernel: Kernel, op: Operator, target) -> SRNResult:
 
 @functools.partial(program, brief=True)
 def _srnc_tanay(kernel, op, own, target):
-    a, scale = rescaled(kernel.astype(float_dtype(kernel.dtype)), op)
-    problem = problem_of(a, op, target, frozen_value(a, op, own))
+    problem, scale = scaled_problem(kernel, op, target, own)
+    a = problem.kernel
     pair = with_free_frequency(own, op, a.dtype)
     first = held(functools.partial(_leading_part, op), functools.partial(_moved_pair, op), problem, pair)
     rest = a - first

@@ -52,6 +52,8 @@ class Operator(abc.ABC):
     _needs_explicit_matrix = False
     # A matrix keeps its leading pair when its stable rank is lowered; the kernel of a convolution does not.
     _normalization_keeps_pairs = False
+    # The groups of channels.
+    _groups = 1
 
     @property
     @abc.abstractmethod
@@ -99,6 +101,10 @@ class Operator(abc.ABC):
     @abc.abstractmethod
     def _axis_strides(self, kernel_shape: tuple[int, ...]) -> tuple[int, ...]:
         """The stride on each spatial axis (static)."""
+
+    def _axis_input_dilations(self, kernel_shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The input dilation on each spatial axis (static)."""
+        return (1,) * len(self._axis_strides(kernel_shape))
 
     @abc.abstractmethod
     def _axis_contacts(self, kernel_shape: tuple[int, ...]) -> list[list[Contacts]]:

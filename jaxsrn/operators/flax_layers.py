@@ -19,6 +19,7 @@ from jaxsrn._tools.checks import ensure, errors_named, int_tuple
 from jaxsrn.operators.base import Dense, Operator
 from jaxsrn.operators.convolutions import CircularConv, UnboundedConv, ZeroPaddedConv
 from jaxsrn.operators.flax_kinds import layer_name
+from jaxsrn.operators.groups import exchanged
 
 __all__ = ["LayerMap", "layer_map", "own_shape"]
 
@@ -74,9 +75,7 @@ class LayerMap:
         if not self.swapped:
             return kernel
         # One of the shapes has the channels of a group where the other has all.
-        groups = self.shape[-1] // self.stored_shape[-2]
-        by_group = kernel.reshape((*kernel.shape[:-1], groups, -1)).swapaxes(-1, -3)
-        return by_group.reshape((*by_group.shape[:-2], -1))
+        return exchanged(kernel, self.shape[-1] // self.stored_shape[-2])
 
 
 def own_shape(layer, kernel_shape: tuple[int, ...], kind: str) -> tuple[int, ...]:

@@ -25,7 +25,6 @@ __all__ = [
     "Layers",
     "Path",
     "check_layers",
-    "for_every_layer",
     "in_turn",
     "kernel_places",
     "named_kernels",
@@ -217,11 +216,6 @@ def in_turn(
         latest = found.reshape(-1)[0]
         for path, (array, new) in zip(stack.paths, stack.parted((found, memories)), strict=True):
             yield path, array, new
-
-
-def for_every_layer(tree, outer: tuple[int, ...]):
-    """The tree of one layer as that of a stack of this shape, whose layers all have the same; `()` is one layer."""
-    return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (*outer, *leaf.shape)), tree)
 
 
 def one_number(function: Callable) -> Callable:

@@ -25,13 +25,13 @@ from jaxsrn._tools.checks import (
     positive_scalar,
     static_int,
 )
+from jaxsrn._tools.indexing import repeated
 from jaxsrn._tools.linalg import by_largest, ratio
 from jaxsrn._tools.programs import program
 from jaxsrn.operators.base import Dense, Operator
 from jaxsrn.operators.layers import (
     Layers,
     check_layers,
-    for_every_layer,
     in_turn,
     kernel_places,
     named_kernels,
@@ -40,7 +40,7 @@ from jaxsrn.operators.layers import (
 from jaxsrn.projections.frequency_passes import few_frequencies, first_stack, passes, unit_direction
 from jaxsrn.projections.steepest_descent import METHODS, flattened, steepest
 from jaxsrn.spectra.common_shapes import is_matrix
-from jaxsrn.spectra.moving_pairs import frozen_value
+from jaxsrn.spectra.moving_pairs import pair_value
 from jaxsrn.spectra.pairs_by_kind import leading_pair
 from jaxsrn.spectra.singular_pair import without_idle_taps
 
@@ -201,7 +201,7 @@ def _scale_by_steepest(layers, momentum, nesterov: bool, method: str, num_passes
             outer, shape = split_shape(layers[path], kernel.shape)
             with errors_named(f"layers: at {path!r}"):
                 layers[path]._check_not_aliased(shape)
-            memory.append(for_every_layer(_no_memory(layers[path], shape, kernel.dtype, method), outer))
+            memory.append(repeated(_no_memory(layers[path], shape, kernel.dtype, method), *outer))
         return SpectralDescentState(jnp.zeros((), jnp.int32), jax.tree.map(jnp.zeros_like, params), tuple(memory))
 
     def update(updates, state, params=None, **extra_args):
@@ -255,12 +255,12 @@ def _one_step(momentum: Float[Array, "..."], memory, *, op: Operator, method: st
     if method == "flattened" or is_matrix(momentum.shape, op):
         found = flattened(momentum)
     else:
-        blocks = few_frequencies(op, momentum.shape, momentum.dtype)
-        direction, _ = unit_direction(momentum, blocks)
+        stack_map = few_frequencies(op, momentum.shape, momentum.dtype)
+        direction, _ = unit_direction(momentum, stack_map)
         # There is nothing to go on from before the first momentum that is not zero.
-        start = jnp.where(jnp.any(memory != 0), memory, first_stack(direction, blocks))
-        found, _, _, memory = passes(direction, blocks, num_passes, start)
+        start = jnp.where(jnp.any(memory != 0), memory, first_stack(direction, stack_map))
+        found, _, _, memory = passes(direction, stack_map, num_passes, start)
     # An allowed excess of 1 is met by the highest peak that climbing finds.
-    norm = frozen_value(found, op, leading_pair(found, op, excess=1.0))
+    norm = pair_value(found, op, leading_pair(found, op, excess=1.0))
     nothing = jnp.all(momentum == 0)
     return jnp.where(nothing, 0.0, ratio(without_idle_taps(found, op), norm)), memory

@@ -19,16 +19,16 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxsrn._tools.checks import ensure, errors_named, float_dtype, static_int
+from jaxsrn._tools.indexing import repeated
 from jaxsrn._tools.programs import program
 from jaxsrn._tools.tolerances import MAX_PASSES, kernel_tolerance, vector_tolerance
-from jaxsrn.normalization.lower_stable_rank import lowered, lowest, srnc
+from jaxsrn.normalization.lower_stable_rank import fixpoint_of, result_of, srnc
 from jaxsrn.normalization.result import SRNResult
 from jaxsrn.operators.base import Operator
 from jaxsrn.operators.convolutions import ZeroPaddedConv
 from jaxsrn.operators.layers import (
     Layers,
     check_layers,
-    for_every_layer,
     in_turn,
     kernel_places,
     named_kernels,
@@ -117,7 +117,7 @@ def keep(
                 if rule.fraction is not None:
                     target_of_fraction(rule.fraction, shape, op)
             first = no_pair(op, shape, float_dtype(kernels[path].dtype)) if rule.remembers(op) else ()
-            memory.append(for_every_layer(first, outer))
+            memory.append(repeated(first, *outer))
         return KeepState(jnp.zeros((), jnp.int32), tuple(memory))
 
     def update(updates, state, params=None, **extra_args):
@@ -241,8 +241,8 @@ def _followed(kernels, op: Operator, target, pairs: Pair):
     tolerance = jnp.asarray(kernel_tolerance(dtype), dtype)
 
     def corrected(kernel, pair):
-        solution = lowest(kernel, op, target, pair, tolerance, MAX_PASSES)
-        result = lowered(kernel, op, target, solution, keep_norm=True)
+        solution = fixpoint_of(kernel, op, target, pair, tolerance, MAX_PASSES)
+        result = result_of(kernel, op, target, solution, keep_norm=True)
         return result.kernel, solution.pair, _is_met(result)
 
     *warm, met = jax.vmap(corrected)(kernels, pairs)

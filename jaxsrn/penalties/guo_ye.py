@@ -27,9 +27,9 @@ from jaxsrn.spectra.circular.fourier import half_symbol, site_symbol
 from jaxsrn.spectra.circular.grid_certificate import on_dividing_grid
 from jaxsrn.spectra.circular.sites import distinct_sites, sites_at, without_constant_axes
 from jaxsrn.spectra.image_pairs import flat_products, of_flat_vectors
-from jaxsrn.spectra.moving_pairs import frozen_value
+from jaxsrn.spectra.moving_pairs import pair_value
 from jaxsrn.spectra.pairs_by_kind import leading_pair
-from jaxsrn.spectra.singular_pair import Pair, matrix_size, rescaled
+from jaxsrn.spectra.singular_pair import Pair, has_small_matrices, rescaled
 
 __all__ = [
     "check_side",
@@ -103,9 +103,9 @@ def _extreme(kernel, op, alpha, gram):
     kernel = kernel.astype(float_dtype(kernel.dtype))
     fixed, _ = rescaled(lax.stop_gradient(kernel), op)
     largest, smallest = _extreme_pairs(fixed, op)
-    above = frozen_value(kernel, op, largest) ** 2 - alpha
+    above = pair_value(kernel, op, largest) ** 2 - alpha
     singular = gram == "input" and exceeds_output(op, kernel.shape)
-    below = alpha - (0.0 if singular else frozen_value(kernel, _with_smallest(op, kernel.shape), smallest) ** 2)
+    below = alpha - (0.0 if singular else pair_value(kernel, _with_smallest(op, kernel.shape), smallest) ** 2)
     # NaN compares as false; in this order it is the result and not alpha.
     return jnp.where(below > above, below, above)
 
@@ -116,13 +116,13 @@ def _extreme_pairs(kernel: Float[Array, "..."], op: Operator) -> tuple[Pair, Pai
         return _extreme_at_sites(kernel, op)
     if isinstance(op, UnboundedConv):
         return leading_pair(kernel, op), _extreme_at_sites(kernel, _with_smallest(op, kernel.shape))[1]
-    if not op._needs_explicit_matrix or matrix_size(op, kernel.shape) <= BOTH_ENDS_SIZE:
+    if has_small_matrices(op, kernel.shape, BOTH_ENDS_SIZE):
         # `end_pairs` wants the inputs in the rows, as a symbol has them.
         matrix = op.to_dense(kernel).T[None]
         largest, smallest = (of_flat_vectors(u[0], v[0], op, kernel.shape) for _, u, v in end_pairs(matrix, (0, -1)))
         return largest, smallest
     largest = leading_pair(kernel, op)
-    return largest, _smallest_matrix_free(kernel, op, frozen_value(kernel, op, largest))
+    return largest, _smallest_matrix_free(kernel, op, pair_value(kernel, op, largest))
 
 
 def _extreme_at_sites(kernel, op: CircularConv):

@@ -33,7 +33,7 @@ from jaxsrn._tools.linalg import divisor, safe_sqrt
 from jaxsrn._tools.tolerances import largest_penalty, search_tolerance
 from jaxsrn.projections.clipping import (
     Clipping,
-    MatrixStack,
+    StackMap,
     clipped,
     curvature,
     excess_derivative,
@@ -131,29 +131,29 @@ class _Pass(NamedTuple):
     candidate: DualPoint
 
 
-def duality_gap(blocks: MatrixStack, candidate: DualPoint, factor: Float[Array, ""]) -> Float[Array, ""]:
+def duality_gap(stack_map: StackMap, candidate: DualPoint, factor: Float[Array, ""]) -> Float[Array, ""]:
     """How far the objective of `K' = factor K` can be above the minimum, provided that `K'` is in the ball.
 
     The gap is written as `1/2 ||K' - K||^2 + c ||Y||_* - <S(K'), Y>`, whose terms do not cancel as the primal and the
     dual value do.
     """
-    squared = blocks.inner(candidate.kernel, candidate.kernel)
+    squared = stack_map.inner(candidate.kernel, candidate.kernel)
     return 0.5 * (1 - factor) ** 2 * squared + candidate.slack + (1 - factor) * candidate.support
 
 
-def distance_and_excess(a: Float[Array, "..."], blocks: MatrixStack, candidate: DualPoint, factor: Float[Array, ""]):
+def distance_and_excess(a: Float[Array, "..."], stack_map: StackMap, candidate: DualPoint, factor: Float[Array, ""]):
     """The distance of `factor K` from `A`, and how much larger than the distance of the projection it can be."""
     change = factor * candidate.kernel - a
-    squared = blocks.inner(change, change)
-    twice_gap = 2 * duality_gap(blocks, candidate, factor)
+    squared = stack_map.inner(change, change)
+    twice_gap = 2 * duality_gap(stack_map, candidate, factor)
     distance = safe_sqrt(squared)
     total = distance + safe_sqrt(squared - twice_gap)
     return distance, jnp.clip(twice_gap / divisor(total), 0.0, distance)
 
 
-def begin(kernel: Float[Array, "..."], blocks: MatrixStack, limit: Float[Array, ""]) -> Iterate:
+def begin(kernel: Float[Array, "..."], stack_map: StackMap, limit: Float[Array, ""]) -> Iterate:
     """The state before the first step: the kernel itself, without multipliers."""
-    stack = blocks.stack(kernel)
+    stack = stack_map.stack(kernel)
     # The multipliers grow with the distance of the kernel from the ball, so the penalties grow with it too. The first
     # grows less. With one that grows as much, seven of forty kernels of one channel, 4,096 times too large, ended far
     # from the projection (`test_kernels_far_outside_the_ball`).
@@ -177,7 +177,7 @@ def begin(kernel: Float[Array, "..."], blocks: MatrixStack, limit: Float[Array, 
     )
 
 
-def derivative(state: Iterate, blocks: MatrixStack, limit, direction: Float[Array, "..."]) -> Float[Array, "..."]:
+def derivative(state: Iterate, stack_map: StackMap, limit, direction: Float[Array, "..."]) -> Float[Array, "..."]:
     """The derivative of the projection in `A` along `direction`, by the optimality conditions of the last round.
 
     With the curvature `M = I + S^* C S` of the multipliers it is the `x` that minimises `1/2 <x, M x> - <direction, x>`
@@ -187,22 +187,22 @@ def derivative(state: Iterate, blocks: MatrixStack, limit, direction: Float[Arra
     by several percent in float32.
     """
     rho = state.penalty.astype(state.multiplier.dtype)
-    clipping = split(blocks.stack(state.point) + state.multiplier / rho, limit)
+    clipping = split(stack_map.stack(state.point) + state.multiplier / rho, limit)
     penalty = largest_penalty(direction.dtype)
-    weights = divisor(blocks.weights)
+    weights = divisor(stack_map.weights)
     tolerance = search_tolerance(direction.dtype)
 
     def product(x):
-        return x + blocks.pull_back(curvature(clipping, state.penalty, penalty, blocks.stack(x)))
+        return x + stack_map.pull_back(curvature(clipping, state.penalty, penalty, stack_map.stack(x)))
 
     def solution(_, right):
         def step(state):
             x, _, count = state
             # From the second step on it is `H^-1 M x - x`, without the difference of `M x` and `H x`.
-            held = penalty * blocks.pull_back(held_part(clipping, blocks.stack(x)))
+            held = penalty * stack_map.pull_back(held_part(clipping, stack_map.stack(x)))
             wanted = jnp.where(count == 0, right / weights, -held)
-            change = _newton_solve(product, blocks, wanted, tolerance, 10 * _MAX_INNER)
-            moves = blocks.inner(change, change) > tolerance**2 * blocks.inner(x, x)
+            change = _newton_solve(product, stack_map, wanted, tolerance, 10 * _MAX_INNER)
+            moves = stack_map.inner(change, change) > tolerance**2 * stack_map.inner(x, x)
             return x + change, moves, count + 1
 
         begin = jnp.zeros_like(right), jnp.asarray(True), jnp.asarray(0, jnp.int32)
@@ -212,67 +212,67 @@ def derivative(state: Iterate, blocks: MatrixStack, limit, direction: Float[Arra
     return lax.custom_linear_solve(lambda x: weights * product(x), weights * direction, solution, symmetric=True)
 
 
-def minimise(state: Iterate, a, blocks: MatrixStack, limit, max_steps: int, largest_excess) -> Iterate:
+def minimise(state: Iterate, a, stack_map: StackMap, limit, max_steps: int, largest_excess) -> Iterate:
     """Steps until the excess is at most `largest_excess`, progress ends, or `max_steps` are taken in all."""
 
     def unfinished(state: Iterate) -> Bool[Array, ""]:
         more = (state.num_steps < max_steps) & (state.stalled < _PATIENCE)
         return (state.excess > largest_excess) & more
 
-    return lax.while_loop(unfinished, lambda state: _advance(state, a, blocks, limit), state)
+    return lax.while_loop(unfinished, lambda state: _advance(state, a, stack_map, limit), state)
 
 
-def _evaluate(kernel, a, blocks: MatrixStack, limit, multiplier, penalty) -> _Pass:
+def _evaluate(kernel, a, stack_map: StackMap, limit, multiplier, penalty) -> _Pass:
     """The augmented Lagrangian at `kernel`, by one SVD of the stack."""
     rho = penalty.astype(multiplier.dtype)
-    stack = blocks.stack(kernel)
+    stack = stack_map.stack(kernel)
     clipping = split(stack + multiplier / rho, limit)
     beyond, inside = overshooting(clipping), clipped(clipping)
     new_multiplier = rho * beyond
-    gradient = kernel - a + blocks.pull_back(new_multiplier)
-    value = 0.5 * blocks.inner(kernel - a, kernel - a) + 0.5 * penalty * blocks.stack_inner(beyond, beyond)
+    gradient = kernel - a + stack_map.pull_back(new_multiplier)
+    value = 0.5 * stack_map.inner(kernel - a, kernel - a) + 0.5 * penalty * stack_map.stack_inner(beyond, beyond)
     off = stack - inside
     dual_kernel = kernel - gradient
-    dual_stack = stack - blocks.stack(gradient)
+    dual_stack = stack - stack_map.stack(gradient)
     candidate = DualPoint(
         kernel=dual_kernel,
-        slack=blocks.stack_inner(inside - dual_stack, new_multiplier),
-        support=blocks.stack_inner(dual_stack, new_multiplier),
+        slack=stack_map.stack_inner(inside - dual_stack, new_multiplier),
+        support=stack_map.stack_inner(dual_stack, new_multiplier),
         bound=limit + jnp.max(jnp.linalg.norm(dual_stack - inside, axis=(-2, -1))),
     )
-    infeasibility = safe_sqrt(blocks.stack_inner(off, off))
+    infeasibility = safe_sqrt(stack_map.stack_inner(off, off))
     return _Pass(value, gradient, clipping, new_multiplier, infeasibility, candidate)
 
 
-def _hessian(blocks: MatrixStack, clipping: Clipping, penalty) -> Callable:
+def _hessian(stack_map: StackMap, clipping: Clipping, penalty) -> Callable:
     """The generalised Hessian of the augmented Lagrangian, as a map on kernels."""
 
     def product(direction):
-        inner = excess_derivative(clipping, blocks.stack(direction))
-        return direction + penalty * blocks.pull_back(inner)
+        inner = excess_derivative(clipping, stack_map.stack(direction))
+        return direction + penalty * stack_map.pull_back(inner)
 
     return product
 
 
-def _newton_solve(product: Callable, blocks: MatrixStack, right, tolerance, max_steps: int):
+def _newton_solve(product: Callable, stack_map: StackMap, right, tolerance, max_steps: int):
     """Solves `product(x) = right`, symmetric in `<., .>_d`, to a relative residual, by conjugate gradients."""
     # `jax.scipy`'s solver knows the plain inner product alone, so the system is scaled.
-    root = jnp.sqrt(divisor(blocks.weights))
+    root = jnp.sqrt(divisor(stack_map.weights))
     solution, _ = jax.scipy.sparse.linalg.cg(
         lambda x: root * product(x / root), root * right, tol=tolerance, maxiter=max_steps
     )
     return solution / root
 
 
-def _advance(state: Iterate, a: Float[Array, "..."], blocks: MatrixStack, limit: Float[Array, ""]) -> Iterate:
+def _advance(state: Iterate, a: Float[Array, "..."], stack_map: StackMap, limit: Float[Array, ""]) -> Iterate:
     """One step, with one SVD of the stack: a Newton step, a shorter step, or new multipliers."""
     point = state.point + state.length * state.direction
-    found = _evaluate(point, a, blocks, limit, state.multiplier, state.penalty)
+    found = _evaluate(point, a, stack_map, limit, state.multiplier, state.penalty)
     room = 100 * jnp.finfo(point.dtype).eps * jnp.abs(state.value)
     # Armijo's condition with its usual small share of the slope; `room` keeps rounding from refusing good steps.
     too_long = found.value > state.value + 1e-4 * state.length * state.slope + room
     accepted = ~too_long | (state.length < _SHORTEST_STEP)
-    gradient_norm = safe_sqrt(blocks.inner(found.gradient, found.gradient))
+    gradient_norm = safe_sqrt(stack_map.inner(found.gradient, found.gradient))
     # A step that was cut to the shortest length and still is too long ends the round too.
     ends = accepted & ((gradient_norm <= _ROUND_ENDS * found.infeasibility) | too_long)
     steps = accepted & ~ends
@@ -280,22 +280,22 @@ def _advance(state: Iterate, a: Float[Array, "..."], blocks: MatrixStack, limit:
     # the Newton direction (0.1), and keep conjugate gradients from refining a model that holds nearby alone (1e-3).
     wanted = 0.3 * _ROUND_ENDS * found.infeasibility / divisor(gradient_norm)
     direction = _newton_solve(
-        _hessian(blocks, found.clipping, state.penalty),
-        blocks,
+        _hessian(stack_map, found.clipping, state.penalty),
+        stack_map,
         jnp.where(steps, -found.gradient, 0.0),
         jnp.clip(wanted, 1e-3, 0.1),
         _MAX_INNER,
     )
     grown = jnp.minimum(_PENALTY_GROWTH * state.penalty, state.largest_penalty)
     factor = jnp.minimum(limit / found.candidate.bound, 1.0)
-    _, excess_found = distance_and_excess(a, blocks, found.candidate, factor)
+    _, excess_found = distance_and_excess(a, stack_map, found.candidate, factor)
     # NaN compares as false, and must reach the result.
     better = ~(excess_found >= state.excess)
     return Iterate(
         point=jnp.where(accepted, point, state.point),
         direction=jnp.where(accepted, direction, state.direction),
         length=jnp.where(steps, 1.0, jnp.where(ends, 0.0, state.length / 2)),
-        slope=jnp.where(accepted, blocks.inner(direction, found.gradient), state.slope),
+        slope=jnp.where(accepted, stack_map.inner(direction, found.gradient), state.slope),
         value=jnp.where(ends, jnp.inf, jnp.where(accepted, found.value, state.value)),
         multiplier=jnp.where(ends, found.multiplier, state.multiplier),
         penalty=jnp.where(ends, grown, state.penalty),

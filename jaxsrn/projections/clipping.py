@@ -27,15 +27,15 @@ from jaxsrn.spectra.circular.sites import multiplicity, repetitions, without_con
 
 __all__ = [
     "Clipping",
-    "MatrixStack",
+    "StackMap",
     "clipped",
     "curvature",
     "excess_derivative",
     "held_part",
-    "matrix_stack",
     "overshooting",
     "smooth_clipped",
     "split",
+    "stack_map_of",
 ]
 
 
@@ -44,7 +44,7 @@ __all__ = [
 _ANGLES = 16
 
 
-class MatrixStack(NamedTuple):
+class StackMap(NamedTuple):
     """The map from kernels to stacks of matrices, with its two inner products.
 
     Attributes:
@@ -72,7 +72,7 @@ class MatrixStack(NamedTuple):
         return ratio(plain, self.weights)
 
 
-def matrix_stack(op: Operator, kernel_shape: tuple[int, ...], dtype, per_degree: int = _ANGLES) -> MatrixStack:
+def stack_map_of(op: Operator, kernel_shape: tuple[int, ...], dtype, per_degree: int = _ANGLES) -> StackMap:
     """The stack of an operator without aliased taps: those that fall on each other on the image.
 
     An unbounded convolution has `per_degree` angles per degree of its symbol.
@@ -81,8 +81,8 @@ def matrix_stack(op: Operator, kernel_shape: tuple[int, ...], dtype, per_degree:
     if isinstance(op, (CircularConv, UnboundedConv)):
         layer, repeated = _on_few_frequencies(op, kernel_shape, per_degree)
         counts = repeated * multiplicity(layer)[:, None, None]
-        return MatrixStack(lambda kernel: half_symbol(kernel, layer), jnp.asarray(counts, dtype), weights)
-    return MatrixStack(lambda kernel: op.to_dense(kernel)[None], jnp.ones((1, 1, 1), dtype), weights)
+        return StackMap(lambda kernel: half_symbol(kernel, layer), jnp.asarray(counts, dtype), weights)
+    return StackMap(lambda kernel: op.to_dense(kernel)[None], jnp.ones((1, 1, 1), dtype), weights)
 
 
 def _on_few_frequencies(op: CircularConv | UnboundedConv, kernel_shape, per_degree: int) -> tuple[CircularConv, float]:
@@ -189,15 +189,15 @@ def curvature(clipping: Clipping, penalty, hold, direction: Inexact[Array, "..."
 def _weighted(clipping: Clipping, direction, even, odd, beyond):
     """`U (even o sym(M) + odd o skew(M)) V^H` for `M = U^H H V`, and the rest of `H` scaled by `beyond`."""
     u, _, vh, _ = clipping
-    uh, v = _adjoint(u), _adjoint(vh)
+    uh, v = u.mT.conj(), vh.mT.conj()
     inside = matmul(matmul(uh, direction), v)
-    symmetric, skew = (inside + _adjoint(inside)) / 2, (inside - _adjoint(inside)) / 2
+    symmetric, skew = (inside + inside.mT.conj()) / 2, (inside - inside.mT.conj()) / 2
     out = matmul(matmul(u, even.astype(u.dtype) * symmetric + odd.astype(u.dtype) * skew), vh)
     shares = beyond[:, None, :].astype(u.dtype)
     if direction.shape[-2] > direction.shape[-1]:
         out = out + matmul((matmul(direction, v) - matmul(u, inside)) * shares, vh)
     if direction.shape[-2] < direction.shape[-1]:
-        out = out + matmul(u, jnp.swapaxes(shares, -1, -2) * (matmul(uh, direction) - matmul(inside, vh)))
+        out = out + matmul(u, shares.mT * (matmul(uh, direction) - matmul(inside, vh)))
     return out
 
 
@@ -209,7 +209,3 @@ def _ordered(values):
 def _sums(values):
     """The sum of every two values of a matrix."""
     return values[:, :, None] + values[:, None, :]
-
-
-def _adjoint(matrices):
-    return jnp.conj(jnp.swapaxes(matrices, -1, -2))

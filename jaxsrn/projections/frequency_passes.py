@@ -10,8 +10,9 @@ section 3.4.3), with the stack `W` clipped and the kernel `K` cropped:
 
 The step `h` is the inverse of the penalty there. Each pass takes one SVD of the stack. At rest `S(K) = W` is in the
 ball, and `Y / h` solves the dual. On the way there both are candidates: `S^* W` divided by its norm, and `Y / h`
-corrected to be feasible (`dual_point`). They bound the solution from both sides, so that `solved` stops by a proof. The
-stack `X` is all that a pass needs of the last one, so that an optimizer can go on from it with its next direction.
+corrected to be feasible (`feasible_multiplier`). They bound the solution from both sides, so that `solved` stops by a
+proof. The stack `X` is all that a pass needs of the last one, so that an optimizer can go on from it with its next
+direction.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from jaxsrn._tools.linalg import divisor, matmul, ratio, top_values
 from jaxsrn.bounds.covers import covers
 from jaxsrn.operators.base import Operator
 from jaxsrn.operators.convolutions import CircularConv
-from jaxsrn.projections.clipping import MatrixStack, clipped, overshooting, split
+from jaxsrn.projections.clipping import StackMap, clipped, overshooting, split
 from jaxsrn.spectra.circular.fourier import half_symbol
 from jaxsrn.spectra.circular.grid_certificate import degrees, on_coarse_grid
 from jaxsrn.spectra.circular.sites import multiplicity, without_edges
@@ -36,7 +37,7 @@ from jaxsrn.spectra.circular.sites import multiplicity, without_edges
 __all__ = [
     "Passed",
     "Solved",
-    "dual_point",
+    "feasible_multiplier",
     "few_frequencies",
     "first_stack",
     "nuclear_norm",
@@ -61,7 +62,7 @@ _PASSES_PER_PROOF = 20
 _PREFERENCE = 0.3
 
 
-def few_frequencies(op: Operator, kernel_shape: tuple[int, ...], dtype, per_degree: int = _ANGLES) -> MatrixStack:
+def few_frequencies(op: Operator, kernel_shape: tuple[int, ...], dtype, per_degree: int = _ANGLES) -> StackMap:
     """The symbol of a layer on a coarse grid, with weights that are all 1: `<G, K>` is the plain inner product.
 
     The grid of a circular layer is a part of its own, and that of an unbounded one a part of the torus. A layer with
@@ -73,9 +74,7 @@ def few_frequencies(op: Operator, kernel_shape: tuple[int, ...], dtype, per_degr
     else:
         layer = on_coarse_grid(without_edges(cover), example.shape, per_degree)
     counts = jnp.asarray(multiplicity(layer)[:, None, None] / math.prod(layer.grid), dtype)
-    return MatrixStack(
-        lambda kernel: half_symbol(covers(kernel, op)[0][0], layer), counts, jnp.ones(kernel_shape, dtype)
-    )
+    return StackMap(lambda kernel: half_symbol(covers(kernel, op)[0][0], layer), counts, jnp.ones(kernel_shape, dtype))
 
 
 def _on_part_of_grid(op: CircularConv, kernel_shape: tuple[int, ...], per_degree: int) -> CircularConv:
@@ -100,41 +99,41 @@ def polar(matrices: Inexact[Array, "batch rows columns"]) -> Inexact[Array, "bat
     return matmul(clipping.rows * signs[:, None, :].astype(clipping.rows.dtype), clipping.columns)
 
 
-def unit_direction(gradient: Float[Array, "..."], blocks: MatrixStack) -> tuple[Float[Array, "..."], Float[Array, ""]]:
+def unit_direction(gradient: Float[Array, "..."], stack_map: StackMap) -> tuple[Float[Array, "..."], Float[Array, ""]]:
     """`(B, scale)` with `<G, K> = scale <B, K>_d` for all `K`; the mean square of the singular values of `S(B)` is 1.
 
     Taps that meet no sample, and a zero gradient, give zeros.
     """
-    direction = ratio(gradient, blocks.weights)
-    stack = blocks.stack(direction)
-    count = jnp.sum(jnp.broadcast_to(blocks.counts, (len(stack), 1, 1))) * min(stack.shape[-2:])
-    scale = jnp.sqrt(blocks.stack_inner(stack, stack) / count)
+    direction = ratio(gradient, stack_map.weights)
+    stack = stack_map.stack(direction)
+    count = jnp.sum(jnp.broadcast_to(stack_map.counts, (len(stack), 1, 1))) * min(stack.shape[-2:])
+    scale = jnp.sqrt(stack_map.stack_inner(stack, stack) / count)
     return direction / divisor(scale), scale
 
 
-def nuclear_norm(blocks: MatrixStack, stack: Inexact[Array, "batch rows columns"]) -> Float[Array, ""]:
+def nuclear_norm(stack_map: StackMap, stack: Inexact[Array, "batch rows columns"]) -> Float[Array, ""]:
     """The sum of all singular values of the operator that the stack stands for."""
     values = jnp.linalg.svd(stack, compute_uv=False)
-    return jnp.sum(blocks.counts[..., 0] * values)
+    return jnp.sum(stack_map.counts[..., 0] * values)
 
 
-def _gain(blocks: MatrixStack) -> Float[Array, "..."]:
+def _gain(stack_map: StackMap) -> Float[Array, "..."]:
     """`S^* S`, which is one number for each tap."""
-    return blocks.pull_back(blocks.stack(jnp.ones_like(blocks.weights)))
+    return stack_map.pull_back(stack_map.stack(jnp.ones_like(stack_map.weights)))
 
 
-def dual_point(blocks: MatrixStack, direction: Float[Array, "..."], multiplier) -> Inexact[Array, "..."]:
+def feasible_multiplier(stack_map: StackMap, direction: Float[Array, "..."], multiplier) -> Inexact[Array, "..."]:
     """The dual feasible point nearest to a multiplier: `Z` with `S^* Z = B`.
 
     For every `K` of the ball `<B, K>_d = <Z, S(K)> <= ||Z||_*`.
     """
-    return multiplier + blocks.stack(ratio(direction - blocks.pull_back(multiplier), _gain(blocks)))
+    return multiplier + stack_map.stack(ratio(direction - stack_map.pull_back(multiplier), _gain(stack_map)))
 
 
-def first_stack(direction: Float[Array, "..."], blocks: MatrixStack) -> Inexact[Array, "batch rows columns"]:
+def first_stack(direction: Float[Array, "..."], stack_map: StackMap) -> Inexact[Array, "batch rows columns"]:
     """The stack that the passes start from: the cropped polar factor, and the multiplier `S(B)`."""
-    stack = blocks.stack(direction)
-    return blocks.stack(blocks.pull_back(polar(stack))) + jnp.asarray(_STEP, stack.dtype) * stack
+    stack = stack_map.stack(direction)
+    return stack_map.stack(stack_map.pull_back(polar(stack))) + jnp.asarray(_STEP, stack.dtype) * stack
 
 
 class Passed(NamedTuple):
@@ -143,7 +142,7 @@ class Passed(NamedTuple):
     Attributes:
       kernel: the taps of `inside`; near the ball.
       inside: `W`, the clipped stack.
-      multiplier: `Y / h`, for `dual_point`.
+      multiplier: `Y / h`, for `feasible_multiplier`.
       stack: `X`, where to go on.
     """
 
@@ -154,21 +153,21 @@ class Passed(NamedTuple):
 
 
 def passes(
-    direction: Float[Array, "..."], blocks: MatrixStack, num_passes: int | Int[Array, ""], stack=None, step=_STEP
+    direction: Float[Array, "..."], stack_map: StackMap, num_passes: int | Int[Array, ""], stack=None, step=_STEP
 ) -> Passed:
     """Passes of the step `h` from a stack of an earlier one, by default from the first."""
-    one, gain = jnp.ones((), direction.dtype), _gain(blocks)
-    stack = first_stack(direction, blocks) if stack is None else stack
+    one, gain = jnp.ones((), direction.dtype), _gain(stack_map)
+    stack = first_stack(direction, stack_map) if stack is None else stack
 
     def one_pass(_, state):
         clipping = split(state[2], one)
         inside, beyond = clipped(clipping), overshooting(clipping)
-        kernel = ratio(blocks.pull_back(inside - beyond) + step * direction, gain)
-        return inside, beyond, inside + _RELAXATION * (blocks.stack(kernel) - inside) + beyond
+        kernel = ratio(stack_map.pull_back(inside - beyond) + step * direction, gain)
+        return inside, beyond, inside + _RELAXATION * (stack_map.stack(kernel) - inside) + beyond
 
     start = jnp.zeros_like(stack), jnp.zeros_like(stack), stack
     inside, beyond, stack = lax.fori_loop(0, num_passes, one_pass, start)
-    kernel = ratio(blocks.pull_back(inside), gain)
+    kernel = ratio(stack_map.pull_back(inside), gain)
     return Passed(kernel, inside, beyond / jnp.asarray(step, beyond.dtype), stack)
 
 
@@ -192,22 +191,24 @@ class Solved(NamedTuple):
     num_passes: Int[Array, ""]
 
 
-def solved(direction: Float[Array, "..."], blocks: MatrixStack, gap, max_passes: int) -> Solved:
+def solved(direction: Float[Array, "..."], stack_map: StackMap, gap, max_passes: int) -> Solved:
     """Passes until the value is proven to be within the share `gap` of the largest one, or `max_passes` are done."""
-    length, count = jnp.sqrt(blocks.inner(direction, direction)), min(_PASSES_PER_PROOF, max_passes)
+    length, count = jnp.sqrt(stack_map.inner(direction, direction)), min(_PASSES_PER_PROOF, max_passes)
 
     def some_passes(state: Solved) -> Solved:
         num_passes = jnp.minimum(count, max_passes - state.num_passes)
-        found = passes(direction, blocks, num_passes, state.stack, state.step)
-        kernel = ratio(found.kernel, jnp.max(top_values(blocks.stack(found.kernel))))
-        value = blocks.inner(direction, kernel)
+        found = passes(direction, stack_map, num_passes, state.stack, state.step)
+        kernel = ratio(found.kernel, jnp.max(top_values(stack_map.stack(found.kernel))))
+        value = stack_map.inner(direction, kernel)
         # NaN compares as false, and must reach the result.
         better = ~(value <= state.value)
-        step = state.step * _balance(found, direction, length, blocks)
+        step = state.step * _balance(found, direction, length, stack_map)
         return Solved(
             kernel=jnp.where(better, kernel, state.kernel),
             value=jnp.where(better, value, state.value),
-            bound=jnp.minimum(state.bound, nuclear_norm(blocks, dual_point(blocks, direction, found.multiplier))),
+            bound=jnp.minimum(
+                state.bound, nuclear_norm(stack_map, feasible_multiplier(stack_map, direction, found.multiplier))
+            ),
             stack=found.stack + (step - state.step).astype(found.stack.dtype) * found.multiplier,
             step=step,
             num_passes=state.num_passes + num_passes,
@@ -221,21 +222,21 @@ def solved(direction: Float[Array, "..."], blocks: MatrixStack, gap, max_passes:
         kernel=jnp.zeros_like(direction),
         value=zero,
         bound=zero + jnp.inf,
-        stack=first_stack(direction, blocks),
+        stack=first_stack(direction, stack_map),
         step=zero + _STEP,
         num_passes=jnp.asarray(0, jnp.int32),
     )
     return lax.while_loop(unfinished, some_passes, begun)
 
 
-def _balance(found: Passed, direction, length, blocks: MatrixStack) -> Float[Array, ""]:
+def _balance(found: Passed, direction, length, stack_map: StackMap) -> Float[Array, ""]:
     """The factor of the step that brings both infeasibilities together (Boyd et al. 2011, section 3.4.1).
 
     A longer step makes the multipliers feasible sooner, and the clipped stack later.
     """
-    cropped = found.inside - blocks.stack(found.kernel)
-    primal = jnp.sqrt(blocks.stack_inner(cropped, cropped) / blocks.stack_inner(found.inside, found.inside))
-    missing = direction - blocks.pull_back(found.multiplier)
-    dual = jnp.sqrt(blocks.inner(missing, missing)) / length
+    cropped = found.inside - stack_map.stack(found.kernel)
+    primal = jnp.sqrt(stack_map.stack_inner(cropped, cropped) / stack_map.stack_inner(found.inside, found.inside))
+    missing = direction - stack_map.pull_back(found.multiplier)
+    dual = jnp.sqrt(stack_map.inner(missing, missing)) / length
     factor = jnp.sqrt(_PREFERENCE * ratio(dual, primal))
     return jnp.clip(jnp.where(factor > 0, factor, 1.0), 0.5, 2.0)

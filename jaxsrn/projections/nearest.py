@@ -38,19 +38,19 @@ from jaxsrn.bounds.covers import covers
 from jaxsrn.operators.base import Operator
 from jaxsrn.operators.convolutions import ZeroPaddedConv
 from jaxsrn.projections.augmented_lagrangian import Iterate, begin, derivative, distance_and_excess, minimise
-from jaxsrn.projections.clipping import MatrixStack, matrix_stack
-from jaxsrn.spectra.moving_pairs import frozen_value
+from jaxsrn.projections.clipping import StackMap, stack_map_of
+from jaxsrn.spectra.moving_pairs import pair_value
 from jaxsrn.spectra.pairs_by_kind import leading_pair, value_gradient
-from jaxsrn.spectra.singular_pair import Pair, matrix_size
+from jaxsrn.spectra.singular_pair import Pair, has_small_matrices
 
 __all__ = [
     "Nearest",
     "SolvedBall",
-    "inner_blocks",
+    "inner_map",
     "nearest",
-    "not_yet",
-    "outer_blocks",
+    "outer_map",
     "with_derivative",
+    "without_a_step",
 ]
 
 # Radii of the cover that are tried, each a convex problem of its own. A radius that misses the limit costs distance,
@@ -83,39 +83,34 @@ class Nearest(NamedTuple):
     num_steps: Int[Array, ""]
 
 
-def _is_split(op: Operator, kernel_shape: tuple[int, ...]) -> bool:
-    """Whether the layer's own matrices are small enough for an SVD in every step."""
-    return not op._needs_explicit_matrix or matrix_size(op, kernel_shape) <= SPLIT_SIZE
-
-
-def inner_blocks(op: Operator, kernel_shape: tuple[int, ...], dtype) -> MatrixStack:
+def inner_map(op: Operator, kernel_shape: tuple[int, ...], dtype) -> StackMap:
     """The stack whose ball is a part of the layer's: its own, or that of the cover of a layer too large to split."""
-    if _is_split(op, kernel_shape):
-        return matrix_stack(op, kernel_shape, dtype)
-    return _circular(op, kernel_shape, dtype, tight=False)
+    if has_small_matrices(op, kernel_shape, SPLIT_SIZE):
+        return stack_map_of(op, kernel_shape, dtype)
+    return _circular(op, kernel_shape, dtype, tapered=False)
 
 
-def outer_blocks(op: Operator, kernel_shape: tuple[int, ...], dtype) -> MatrixStack:
+def outer_map(op: Operator, kernel_shape: tuple[int, ...], dtype) -> StackMap:
     """The stack whose ball contains the layer's: its own, or that of the tapered layer."""
-    if _is_split(op, kernel_shape):
-        return matrix_stack(op, kernel_shape, dtype)
-    return _circular(op, kernel_shape, dtype, tight=True)
+    if has_small_matrices(op, kernel_shape, SPLIT_SIZE):
+        return stack_map_of(op, kernel_shape, dtype)
+    return _circular(op, kernel_shape, dtype, tapered=True)
 
 
-def _circular(op: ZeroPaddedConv, kernel_shape: tuple[int, ...], dtype, tight: bool) -> MatrixStack:
+def _circular(op: ZeroPaddedConv, kernel_shape: tuple[int, ...], dtype, tapered: bool) -> StackMap:
     """The stack of the cover.
 
-    With `tight` it is the stack of the tapered layer, at the frequencies of the smallest image that holds the layer's
+    With `tapered` it is the stack of the tapered layer, at the frequencies of the smallest image that holds the layer's
     and separates taps.
     """
     weights = jnp.broadcast_to(op.frobenius_weights(kernel_shape, dtype), kernel_shape)
     example, cover = covers(jnp.zeros(kernel_shape, dtype), op)[0]
     taper = jnp.ones((), dtype)
-    if tight:
+    if tapered:
         cover = dataclasses.replace(cover, input_shape=_smallest_image(op, kernel_shape, cover.strides))
         taper = jnp.asarray(_taper(op, kernel_shape, cover.strides), dtype)
-    own = matrix_stack(cover, example.shape, dtype)
-    return MatrixStack(lambda kernel: own.stack(covers(kernel * taper, op)[0][0]), own.counts, weights)
+    own = stack_map_of(cover, example.shape, dtype)
+    return StackMap(lambda kernel: own.stack(covers(kernel * taper, op)[0][0]), own.counts, weights)
 
 
 def _smallest_image(op: ZeroPaddedConv, kernel_shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...]:
@@ -164,15 +159,17 @@ def _half_sine(size: int) -> np.ndarray:
     return np.sin(np.pi * np.arange(1, size + 1) / (size + 1))
 
 
-def not_yet(a: Float[Array, "..."], op: Operator, limit: Float[Array, ""], own: Pair) -> tuple[SolvedBall, Nearest]:
+def without_a_step(
+    a: Float[Array, "..."], op: Operator, limit: Float[Array, ""], own: Pair
+) -> tuple[SolvedBall, Nearest]:
     """What `nearest` returns for a kernel in the ball, without a step.
 
     It also takes the place of what `nearest` has yet to find: a loop that starts from it compiles `nearest` once, in
     its body.
     """
     zero = jnp.zeros_like(limit)
-    blocks = inner_blocks(op, a.shape, a.dtype)
-    return SolvedBall(begin(a, blocks, limit), limit), Nearest(a, own, zero, zero, jnp.asarray(0, jnp.int32))
+    stack_map = inner_map(op, a.shape, a.dtype)
+    return SolvedBall(begin(a, stack_map, limit), limit), Nearest(a, own, zero, zero, jnp.asarray(0, jnp.int32))
 
 
 def nearest(
@@ -184,38 +181,38 @@ def nearest(
     larger; it is in the result.
     """
     shape, dtype = a.shape, a.dtype
-    blocks = inner_blocks(op, shape, dtype)
+    stack_map = inner_map(op, shape, dtype)
     solve = functools.partial(_from_scratch, a, max_steps=max_steps, largest_excess=largest_excess)
-    if _is_split(op, shape):
-        found = solve(blocks, limit)
+    if has_small_matrices(op, shape, SPLIT_SIZE):
+        found = solve(stack_map, limit)
         best = found.best.kernel
         leading = leading_pair(best, op)
-        factor = _into_ball(best, frozen_value(best, op, leading), a, blocks, limit)
-        distance, excess = distance_and_excess(a, blocks, found.best, factor)
+        factor = _into_ball(best, pair_value(best, op, leading), a, stack_map, limit)
+        distance, excess = distance_and_excess(a, stack_map, found.best, factor)
         return SolvedBall(found, limit), Nearest(factor * best, leading, distance, excess, found.num_steps)
-    larger = outer_blocks(op, shape, dtype)
+    larger = outer_map(op, shape, dtype)
     outer = solve(larger, limit)
     reached, beyond = distance_and_excess(a, larger, outer.best, jnp.ones_like(limit))
-    begun = begin(a, blocks, limit)
-    widened = _widened(lambda radius: solve(blocks, radius), begun, op, limit, own)
+    begun = begin(a, stack_map, limit)
+    widened = _widened(lambda radius: solve(stack_map, radius), begun, op, limit, own)
     best = widened.solution.iterate.best.kernel
-    kernel = _into_ball(best, widened.norm, a, blocks, limit) * best
-    distance = safe_sqrt(blocks.inner(kernel - a, kernel - a))
+    kernel = _into_ball(best, widened.norm, a, stack_map, limit) * best
+    distance = safe_sqrt(stack_map.inner(kernel - a, kernel - a))
     excess = distance - jnp.maximum(reached - beyond, 0)
     num_steps = widened.num_steps + outer.num_steps
     return widened.solution, Nearest(kernel, widened.leading, distance, excess, num_steps)
 
 
-def _from_scratch(a, blocks: MatrixStack, radius, max_steps: int, largest_excess) -> Iterate:
+def _from_scratch(a, stack_map: StackMap, radius, max_steps: int, largest_excess) -> Iterate:
     """The solved ball, started without multipliers: those of another radius need penalties that make it slower."""
-    return minimise(begin(a, blocks, radius), a, blocks, radius, max_steps, largest_excess)
+    return minimise(begin(a, stack_map, radius), a, stack_map, radius, max_steps, largest_excess)
 
 
-def _into_ball(kernel, norm, a, blocks: MatrixStack, limit) -> Float[Array, ""]:
+def _into_ball(kernel, norm, a, stack_map: StackMap, limit) -> Float[Array, ""]:
     """The factor that takes a kernel of known norm to its multiple in the ball that is nearest to `A`."""
-    squared = blocks.inner(kernel, kernel)
+    squared = stack_map.inner(kernel, kernel)
     zero = (norm == 0) | (squared == 0)
-    nearest_multiple = blocks.inner(kernel, a) / jnp.where(zero, 1.0, squared)
+    nearest_multiple = stack_map.inner(kernel, a) / jnp.where(zero, 1.0, squared)
     # Rounding can give the multiple either sign, where `A` is far outside of the ball.
     most = limit / jnp.where(zero, 1.0, norm)
     return jnp.where(zero, 1.0, jnp.clip(nearest_multiple, -most, most))
@@ -240,7 +237,7 @@ def _widened(solve: Callable, begun: Iterate, op: Operator, limit: Float[Array, 
     def try_radius(_, state: _Widened) -> _Widened:
         found = solve(state.radius)
         leading = leading_pair(found.best.kernel, op)
-        norm = frozen_value(found.best.kernel, op, leading)
+        norm = pair_value(found.best.kernel, op, leading)
         # The radius is scaled as if the norm were proportional to it.
         radius = jnp.where(norm == 0, state.radius, state.radius * limit / divisor(norm))
         return _Widened(SolvedBall(found, state.radius), norm, leading, radius, state.num_steps + found.num_steps)
@@ -262,18 +259,18 @@ def with_derivative(op: Operator, a, limit, kernel, solution: SolvedBall, leadin
 def _with_derivative_jvp(op: Operator, primals, tangents):
     a, limit, kernel, solution, leading = primals
     solution, leading = moving(_NO_MOVE, (a, limit), (solution, leading))
-    blocks, functional = inner_blocks(op, a.shape, a.dtype), value_gradient(leading, op, a.shape)
+    stack_map, functional = inner_map(op, a.shape, a.dtype), value_gradient(leading, op, a.shape)
     # The kernel is this multiple of the solution, which may be a little outside of the ball.
     found = solution.iterate.best.kernel
-    factor = ratio(blocks.inner(kernel, found), blocks.inner(found, found))
+    factor = ratio(stack_map.inner(kernel, found), stack_map.inner(found, found))
 
     def moved(direction):
-        return factor * derivative(solution.iterate, blocks, solution.radius, direction)
+        return factor * derivative(solution.iterate, stack_map, solution.radius, direction)
 
     def rise(change):
         return inner(functional, change)
 
-    if _is_split(op, a.shape):
+    if has_small_matrices(op, a.shape, SPLIT_SIZE):
         # The projection is homogeneous: scaling `A` and the radius by `t` scales the result by `t`. What the derivative
         # at a fixed radius adds to the norm, as between the frequencies of a grid, is scaled away.
         rate = tangents[1] / limit

@@ -19,9 +19,9 @@ from jaxsrn._tools.linalg import divisor, inner, safe_sqrt
 from jaxsrn._tools.programs import program
 from jaxsrn._tools.tolerances import DENSE_SIZE, gap_tolerance
 from jaxsrn.operators.base import Dense, Operator
-from jaxsrn.projections.clipping import matrix_stack, smooth_clipped
-from jaxsrn.projections.nearest import nearest, not_yet, with_derivative
-from jaxsrn.spectra.moving_pairs import frozen_value
+from jaxsrn.projections.clipping import smooth_clipped, stack_map_of
+from jaxsrn.projections.nearest import nearest, with_derivative, without_a_step
+from jaxsrn.spectra.moving_pairs import pair_value
 from jaxsrn.spectra.pairs_by_kind import leading_pair
 from jaxsrn.spectra.singular_pair import idle_taps, matrix_size, rescaled
 
@@ -94,13 +94,13 @@ def _checked(kernel, op: Operator, max_norm) -> tuple[jax.Array, jax.Array]:
 
 @program
 def _clip_singular_values(kernel, op, max_norm):
-    a, scale = rescaled(kernel.astype(float_dtype(kernel.dtype)), op)
-    blocks = matrix_stack(op, a.shape, a.dtype)
+    a, scale = rescaled(kernel, op)
+    stack_map = stack_map_of(op, a.shape, a.dtype)
     limit = max_norm / scale
     # The stack keeps inner products, so its adjoint is the transform back that keeps the taps.
-    matrices, largest = smooth_clipped(blocks.stack(a), limit)
+    matrices, largest = smooth_clipped(stack_map.stack(a), limit)
     keep = (largest <= limit) | jnp.asarray(idle_taps(op, kernel.shape))
-    return jnp.where(keep, kernel, (blocks.pull_back(matrices) * scale).astype(kernel.dtype))
+    return jnp.where(keep, kernel, (stack_map.pull_back(matrices) * scale).astype(kernel.dtype))
 
 
 def project_spectral_ball(
@@ -173,12 +173,12 @@ def _within_range(limit, dtype):
 
 @functools.partial(program, static_argnums=(5,))
 def _project_spectral_ball(kernel, op, own, max_norm, tolerance, max_steps):
-    a, scale = rescaled(kernel.astype(float_dtype(kernel.dtype)), op)
+    a, scale = rescaled(kernel, op)
     # Squares of a limit below rounding leave the range of the dtype. A ball so small is solved as a larger one, whose
     # nearest kernel is scaled down: the ball of the limit lies in it, and so its least distance is a lower bound.
     limit, shrinking = _within_range(max_norm / scale, a.dtype)
     fixed, fixed_limit = lax.stop_gradient((a, limit))
-    inside = frozen_value(fixed, op, own) <= fixed_limit * (1 + _ROOM * jnp.finfo(a.dtype).eps)
+    inside = pair_value(fixed, op, own) <= fixed_limit * (1 + _ROOM * jnp.finfo(a.dtype).eps)
     weights = op.frobenius_weights(a.shape, a.dtype)
     size = jnp.sqrt(inner(weights * fixed, fixed))
     if isinstance(op, Dense):
@@ -188,7 +188,7 @@ def _project_spectral_ball(kernel, op, own, max_norm, tolerance, max_steps):
     else:
         solution, nearby = lax.cond(
             inside,
-            lambda: not_yet(fixed, op, fixed_limit, own),
+            lambda: without_a_step(fixed, op, fixed_limit, own),
             lambda: nearest(fixed, op, fixed_limit, own, max_steps, tolerance * size),
         )
         found = with_derivative(op, a, limit, nearby.kernel, solution, nearby.leading)

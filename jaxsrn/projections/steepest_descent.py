@@ -28,9 +28,9 @@ from jaxsrn._tools.programs import program
 from jaxsrn._tools.tolerances import PROVEN_SIZE, torus_excess
 from jaxsrn.operators.base import Dense, Operator
 from jaxsrn.operators.convolutions import ZeroPaddedConv
-from jaxsrn.projections.clipping import matrix_stack
+from jaxsrn.projections.clipping import stack_map_of
 from jaxsrn.projections.frequency_passes import (
-    dual_point,
+    feasible_multiplier,
     few_frequencies,
     nuclear_norm,
     passes,
@@ -38,11 +38,11 @@ from jaxsrn.projections.frequency_passes import (
     solved,
     unit_direction,
 )
-from jaxsrn.projections.nearest import inner_blocks, outer_blocks
+from jaxsrn.projections.nearest import inner_map, outer_map
 from jaxsrn.spectra.common_shapes import as_matrix
-from jaxsrn.spectra.moving_pairs import frozen_value
+from jaxsrn.spectra.moving_pairs import pair_value
 from jaxsrn.spectra.pairs_by_kind import leading_pair_and_excess
-from jaxsrn.spectra.singular_pair import Pair, matrix_size, rescaled, without_idle_taps
+from jaxsrn.spectra.singular_pair import Pair, has_small_matrices, rescaled, without_idle_taps
 
 __all__ = [
     "METHODS",
@@ -161,7 +161,7 @@ def steepest(
 @functools.partial(program, static_argnums=(3, 4, 5))
 def _candidate(kernel, op, tolerance, method, max_passes, num_passes):
     """A kernel of any scale along the gradient, and the proven bound of the dual norm of the rescaled gradient."""
-    gradient, _ = rescaled(kernel.astype(float_dtype(kernel.dtype)), op)
+    gradient, _ = rescaled(kernel, op)
     if isinstance(op, Dense):
         return polar(gradient[None])[0], jnp.sum(jnp.linalg.svd(gradient, compute_uv=False))
     if method == "exact":
@@ -176,7 +176,7 @@ def _candidate(kernel, op, tolerance, method, max_passes, num_passes):
 @program
 def _of_norm_one(kernel, op, found, bound, pair: Pair | None, excess):
     gradient, scale = rescaled(lax.stop_gradient(kernel).astype(found.dtype), op)
-    largest = jnp.max(jnp.abs(found)) if pair is None else frozen_value(found, op, pair) * (1 + excess)
+    largest = jnp.max(jnp.abs(found)) if pair is None else pair_value(found, op, pair) * (1 + excess)
     # The polar factor of a matrix has norm 1 as it is.
     norm = jnp.where(largest > 0, 1.0, largest) if pair is None else largest
     size = jnp.max(jnp.abs(gradient))
@@ -196,31 +196,31 @@ def flattened(gradient: Float[Array, "..."]) -> Float[Array, "..."]:
 
 def _by_frequency(gradient, op: Operator, num_passes: int):
     """The kernel after the passes, and its bound: of zero-padded layers that of the gradient alone."""
-    blocks = few_frequencies(op, gradient.shape, gradient.dtype)
-    direction, scale = unit_direction(gradient, blocks)
-    found = passes(direction, blocks, num_passes)
+    stack_map = few_frequencies(op, gradient.shape, gradient.dtype)
+    direction, scale = unit_direction(gradient, stack_map)
+    found = passes(direction, stack_map, num_passes)
     if isinstance(op, ZeroPaddedConv):
         return found.kernel, _plain_bound(gradient, op)
-    return found.kernel, scale * nuclear_norm(blocks, dual_point(blocks, direction, found.multiplier))
+    return found.kernel, scale * nuclear_norm(stack_map, feasible_multiplier(stack_map, direction, found.multiplier))
 
 
 def _plain_bound(gradient, op: Operator) -> Float[Array, ""]:
     """The nuclear norm of the layer whose taps are the gradient: the bound that knows nothing of the support."""
-    blocks = outer_blocks(op, gradient.shape, gradient.dtype)
-    direction, scale = unit_direction(gradient, blocks)
-    nothing = jnp.zeros_like(blocks.stack(direction))
-    return scale * nuclear_norm(blocks, dual_point(blocks, direction, nothing))
+    stack_map = outer_map(op, gradient.shape, gradient.dtype)
+    direction, scale = unit_direction(gradient, stack_map)
+    nothing = jnp.zeros_like(stack_map.stack(direction))
+    return scale * nuclear_norm(stack_map, feasible_multiplier(stack_map, direction, nothing))
 
 
 def _exact(gradient, op: Operator, tolerance, max_passes: int):
     """The kernel and the bound, by passes on the layer's own stack, or on one each inside and outside its ball."""
     shape, dtype = gradient.shape, gradient.dtype
 
-    def solve(blocks):
-        direction, scale = unit_direction(gradient, blocks)
-        found = solved(direction, blocks, _SOLVERS_SHARE * tolerance, max_passes)
+    def solve(stack_map):
+        direction, scale = unit_direction(gradient, stack_map)
+        found = solved(direction, stack_map, _SOLVERS_SHARE * tolerance, max_passes)
         return found.kernel, scale * found.bound
 
-    if not op._needs_explicit_matrix or matrix_size(op, shape) <= PROVEN_SIZE:
-        return solve(matrix_stack(op, shape, dtype, _ANGLES))
-    return solve(inner_blocks(op, shape, dtype))[0], solve(outer_blocks(op, shape, dtype))[1]
+    if has_small_matrices(op, shape, PROVEN_SIZE):
+        return solve(stack_map_of(op, shape, dtype, _ANGLES))
+    return solve(inner_map(op, shape, dtype))[0], solve(outer_map(op, shape, dtype))[1]

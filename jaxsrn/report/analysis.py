@@ -21,7 +21,7 @@ from jaxsrn.report.named_arrays import NamedArrays, Tree
 from jaxsrn.report.table import Report
 from jaxsrn.report.terminal import Progress, progress_bar
 
-__all__ = ["analyze", "measured"]
+__all__ = ["analyze", "layer_reports"]
 
 
 def analyze(
@@ -117,7 +117,7 @@ def analyze(
         epsilons = epsilon
     norms, skipped = _norms_to_fold(fold_batch_norm, kernels, skipped, arrays, epsilons)
     with progress_bar(progress) as show:
-        layers = measured(kernels, norms, arrays, spectra, show)
+        layers = layer_reports(kernels, norms, arrays, spectra, show)
     return Report(arrays.source, tuple(layers), tuple(skipped))
 
 
@@ -143,7 +143,7 @@ def _norms_to_fold(
     return pairs, [entry._replace(reason=reasons.get(entry.name, entry.reason)) for entry in skipped]
 
 
-def measured(
+def layer_reports(
     kernels: Sequence[NamedKernel], norms: Mapping[str, BatchNorm], arrays: NamedArrays, spectra: bool, show: Callable
 ) -> list[LayerReport]:
     """The records of all kernels, one after the other, so that one array is held at a time.

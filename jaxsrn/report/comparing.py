@@ -6,7 +6,7 @@ import functools
 import os
 from typing import NamedTuple
 
-from jaxsrn.report.analysis import measured
+from jaxsrn.report.analysis import layer_reports
 from jaxsrn.report.files import open_arrays
 from jaxsrn.report.kernels import find_kernels
 from jaxsrn.report.layers import LayerReport
@@ -64,7 +64,7 @@ def compare(
             def counted(count: int, _: int, name: str, done: int = done) -> None:
                 show(done + count, total, name)
 
-            layers = measured(list(found.values()), {}, file, False, counted)
+            layers = layer_reports(list(found.values()), {}, file, False, counted)
             records.append({layer.name: layer for layer in layers})
     common = [name for name in kernels[0] if name in kernels[1]]
 

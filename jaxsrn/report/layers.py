@@ -24,7 +24,7 @@ from jaxsrn.spectra import singular_values, stable_rank_range
 from jaxsrn.spectra.common_shapes import is_matrix, num_copies
 from jaxsrn.spectra.pairs_by_kind import leading_pair
 from jaxsrn.spectra.ranks import norm_and_rank
-from jaxsrn.spectra.singular_pair import matrix_size
+from jaxsrn.spectra.singular_pair import has_small_matrices
 
 __all__ = ["LayerReport", "layer_report"]
 
@@ -142,7 +142,7 @@ def _has_spectrum(kernel_shape: tuple[int, ...], op: Operator) -> bool:
     """Whether all singular values of the layer are listed."""
     if isinstance(op, UnboundedConv):
         return is_matrix(kernel_shape, op)
-    return not op._needs_explicit_matrix or matrix_size(op, kernel_shape) <= DENSE_SIZE
+    return has_small_matrices(op, kernel_shape, DENSE_SIZE)
 
 
 def _spectrum_of(values: np.ndarray, op: Operator) -> _Spectrum:

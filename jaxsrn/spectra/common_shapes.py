@@ -66,7 +66,7 @@ def num_copies(kernel_shape: tuple[int, ...], op: Operator) -> int:
     """
     if isinstance(op, Dense):
         return 1
-    is_one_tap = math.prod(kernel_shape[:-2]) == 1 == getattr(op, "feature_group_count", 1)
+    is_one_tap = math.prod(kernel_shape[:-2]) == 1 == op._groups
     # A tap that never meets the image makes the layer zero.
     return int(op._tap_counts(kernel_shape).item()) if is_one_tap else 0
 

@@ -21,13 +21,13 @@ from jaxsrn.spectra.pairs_by_kind import value_gradient
 from jaxsrn.spectra.singular_pair import Pair, of_unit_vectors
 
 __all__ = [
-    "frozen_value",
     "moving_with_kernel",
+    "pair_value",
     "with_free_frequency",
 ]
 
 
-def frozen_value(kernel: Float[Array, "..."], op: Operator, pair: Pair) -> Float[Array, ""]:
+def pair_value(kernel: Float[Array, "..."], op: Operator, pair: Pair) -> Float[Array, ""]:
     """`<output, T(K) input>` of a singular pair, as a function of `K` alone.
 
     At the leading pair it is the spectral norm. The derivative is the outer product of the vectors, which is that of

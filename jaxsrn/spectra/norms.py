@@ -18,7 +18,7 @@ from jaxsrn._tools.linalg import ratio
 from jaxsrn._tools.programs import program
 from jaxsrn.operators.base import Operator
 from jaxsrn.spectra.common_shapes import in_common_shape
-from jaxsrn.spectra.moving_pairs import frozen_value
+from jaxsrn.spectra.moving_pairs import pair_value
 from jaxsrn.spectra.pairs_by_kind import leading_pair, pair_images
 from jaxsrn.spectra.singular_pair import rescaled
 
@@ -108,8 +108,8 @@ def check_triplet(initial: SingularTriplet, op: Operator, kernel_shape) -> None:
 
 @functools.partial(program, brief=True)
 def _triplet(kernel, op, pair):
-    kernel, scale = rescaled(kernel.astype(float_dtype(kernel.dtype)), op)
-    value = frozen_value(kernel, op, pair)
+    kernel, scale = rescaled(kernel, op)
+    value = pair_value(kernel, op, pair)
     right, left = (lax.stop_gradient(vector) for vector in pair_images(pair, op, kernel.shape))
     residual = _residual(*lax.stop_gradient((kernel, value)), op, left, right)
     return SingularTriplet(scale * value, left, right, residual)
@@ -164,8 +164,8 @@ def spectral_norm(kernel: Kernel, op: Operator) -> Float[Array, ""]:
 @functools.partial(program, brief=True)
 def _value(kernel, op, pair):
     # Products of a small kernel with a small part of the pair would vanish.
-    kernel, scale = rescaled(kernel.astype(float_dtype(kernel.dtype)), op)
-    return scale * frozen_value(kernel, op, pair)
+    kernel, scale = rescaled(kernel, op)
+    return scale * pair_value(kernel, op, pair)
 
 
 def norm_of(kernel: Float[Array, "..."], op: Operator) -> Float[Array, ""]:

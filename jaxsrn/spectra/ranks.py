@@ -19,7 +19,7 @@ from jaxsrn._tools.programs import program
 from jaxsrn.operators.base import Operator
 from jaxsrn.operators.convolutions import UnboundedConv
 from jaxsrn.spectra.common_shapes import in_common_shape
-from jaxsrn.spectra.moving_pairs import frozen_value
+from jaxsrn.spectra.moving_pairs import pair_value
 from jaxsrn.spectra.pairs_by_kind import leading_pair
 from jaxsrn.spectra.singular_pair import rescaled
 
@@ -66,8 +66,8 @@ def norm_and_rank(kernel, op, pair, copies=1) -> tuple[Float[Array, ""], Float[A
 
     `copies` says how many times the layer applies the operator, each time to other samples.
     """
-    kernel, scale = rescaled(kernel.astype(float_dtype(kernel.dtype)), op)
-    norm = frozen_value(kernel, op, pair)
+    kernel, scale = rescaled(kernel, op)
+    norm = pair_value(kernel, op, pair)
     # The map can be zero where the kernel is not: taps can miss the image, and aliased ones can cancel.
     return norm * scale, copies * ratio(squared_frobenius_norm(kernel, op), norm**2)
 
@@ -86,8 +86,7 @@ def largest_squared_functional(kernel_shape: tuple[int, ...], op: Operator) -> f
     touches. Taps of different phases (strides, input dilation) touch different samples, so that only the largest phase
     counts: on each axis the sum of `1 / d_p` over one phase. Every kernel has `srank >= 1 / e*`.
     """
-    total, strides = 1.0, op._axis_strides(kernel_shape)
-    dilations = getattr(op, "input_dilation", (1,) * len(strides))
+    total, strides, dilations = 1.0, op._axis_strides(kernel_shape), op._axis_input_dilations(kernel_shape)
     for axis, contacts in enumerate(op._axis_contacts(op._distinct_shape(kernel_shape))):
         stride, dilation = strides[axis], dilations[axis]
         common = math.gcd(stride, dilation)

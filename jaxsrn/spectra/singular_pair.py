@@ -8,13 +8,24 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Inexact
+from jaxtyping import Array, Float, Inexact, Shaped
 
+from jaxsrn._tools.checks import float_dtype
 from jaxsrn._tools.linalg import by_largest, unit
 from jaxsrn.operators.base import Operator
 from jaxsrn.operators.convolutions import ZeroPaddedConv
 
-__all__ = ["Found", "Pair", "idle_taps", "is_small", "matrix_size", "of_unit_vectors", "rescaled", "without_idle_taps"]
+__all__ = [
+    "Found",
+    "Pair",
+    "has_small_matrices",
+    "idle_taps",
+    "is_small",
+    "matrix_size",
+    "of_unit_vectors",
+    "rescaled",
+    "without_idle_taps",
+]
 
 # The most entries of small kernels, and of small images. With larger ones a run takes longer than the optimization of
 # its program (`python benchmarks/compilation --only generators`).
@@ -56,18 +67,23 @@ def matrix_size(op: Operator, kernel_shape: tuple[int, ...]) -> int:
     return math.prod(op.in_shape(kernel_shape)) * math.prod(op.out_shape(kernel_shape))
 
 
+def has_small_matrices(op: Operator, kernel_shape: tuple[int, ...], most: int) -> bool:
+    """Whether all singular values are those of the kernel, of a symbol, or of `most` entries at most (static)."""
+    return not op._needs_explicit_matrix or matrix_size(op, kernel_shape) <= most
+
+
 def is_small(kernel: Float[Array, "..."], op: Operator, *_) -> bool:
     """Whether the layer is so small that many products with its map are brief (static; `_tools/programs.py`)."""
     image = math.prod(op.in_shape(kernel.shape)) if isinstance(op, ZeroPaddedConv) else 0
     return kernel.size <= _SMALL_KERNEL and image <= _SMALL_IMAGE
 
 
-def rescaled(kernel: Float[Array, "..."], op: Operator) -> tuple[Float[Array, "..."], Float[Array, ""]]:
-    """The same map up to its scale: `(kernel / scale, scale)` with the scale of `by_largest`.
+def rescaled(kernel: Shaped[Array, "..."], op: Operator) -> tuple[Float[Array, "..."], Float[Array, ""]]:
+    """The same map up to its scale: `(kernel / scale, scale)` in float32 or wider, with the scale of `by_largest`.
 
     Squares of very small or large kernels leave the range of the dtype, and pairs and stable ranks have no scale.
     """
-    return by_largest(without_idle_taps(kernel, op))
+    return by_largest(without_idle_taps(kernel.astype(float_dtype(kernel.dtype)), op))
 
 
 def without_idle_taps(kernel: Float[Array, "..."], op: Operator) -> Float[Array, "..."]:

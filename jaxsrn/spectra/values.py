@@ -154,7 +154,7 @@ def top_singular_values(kernel: Kernel, op: Operator, k: int) -> Float[Array, " 
 @functools.partial(program, static_argnums=2)
 def _top_matrix_free(kernel, op, k):
     # Products of small entries and of small kernels would be denormal numbers.
-    kernel, scale = rescaled(kernel.astype(float_dtype(kernel.dtype)), op)
+    kernel, scale = rescaled(kernel, op)
     products = flat_products(lax.stop_gradient(kernel), op)
     found = top_singular_vectors(*products, k, vector_tolerance(kernel.dtype), kernel.dtype)
     values = functools.partial(_values_of_vectors, op)

@@ -18,19 +18,17 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from jaxsrn import optim
-from jaxsrn._tools.checks import Kernel, check_transformation, ensure, float_dtype, static_int
+from jaxsrn._tools.checks import Kernel, check_transformation, ensure, static_int
 from jaxsrn._tools.held import held, refusing
 from jaxsrn._tools.linalg import divisor, unit
 from jaxsrn._tools.programs import program
 from jaxsrn.normalization.assessment import assessed
-from jaxsrn.normalization.closed_form import Problem, problem_of
+from jaxsrn.normalization.closed_form import Problem, scaled_problem
 from jaxsrn.normalization.result import SRNResult, in_own_scale
 from jaxsrn.operators.base import Operator
 from jaxsrn.operators.convolutions import CircularConv
-from jaxsrn.spectra.moving_pairs import frozen_value
 from jaxsrn.spectra.norms import norm_of
 from jaxsrn.spectra.pairs_by_kind import leading_pair
-from jaxsrn.spectra.singular_pair import rescaled
 from jaxsrn.surrogate.descent import State, advance, begin, by_step, geometric, starting_points
 from jaxsrn.surrogate.problem import checked, kernel_at, num_frequencies, objective_at, point_like
 from jaxsrn.surrogate.smoothed_maximum import squared_values
@@ -126,16 +124,16 @@ def solve(
 
 @functools.partial(program, static_argnums=(1, 6, 7, 8))
 def _solve(kernel, op, target, keys, initial, schedules, optimizer, num_steps, smooth):
-    a, scale, problem, own, optimizer, loss = _prepared(kernel, op, target, schedules, optimizer, num_steps, smooth)
+    scale, problem, own, optimizer, loss = _prepared(kernel, op, target, schedules, optimizer, num_steps, smooth)
 
     def descend(point):
         end = unit(advance(begin(point, optimizer), loss, optimizer, num_steps).point)
-        change = kernel_at(end, problem, op) - a
+        change = kernel_at(end, problem, op) - problem.kernel
         missed = jnp.abs(level / jnp.max(squared_values(end, op)) - 1)
         return end, jnp.where(missed <= _MET, 0.0, missed), problem.inner(change, change)
 
     level = num_frequencies(op) / target
-    ends, missed, distances = jax.vmap(descend)(starting_points(keys, a, initial))
+    ends, missed, distances = jax.vmap(descend)(starting_points(keys, problem.kernel, initial))
     best = lax.stop_gradient(ends[jnp.lexsort((distances, missed))[0]])
     found = held(functools.partial(_kernel_at, op), _NO_MOVE, problem, best)
     result = assessed(found, problem, own, op, jnp.asarray(num_steps, jnp.int32))
@@ -187,7 +185,7 @@ def trajectory(
 
 @functools.partial(program, static_argnums=(1, 6, 7, 8, 9))
 def _trajectory(kernel, op, target, keys, initial, schedules, optimizer, num_steps, every, smooth):
-    a, _, _, _, optimizer, loss = _prepared(kernel, op, target, schedules, optimizer, num_steps, smooth)
+    _, problem, _, optimizer, loss = _prepared(kernel, op, target, schedules, optimizer, num_steps, smooth)
 
     def record(state: State) -> Trajectory:
         point = unit(state.point)
@@ -198,7 +196,7 @@ def _trajectory(kernel, op, target, keys, initial, schedules, optimizer, num_ste
         state = advance(state, loss, optimizer, every)
         return state, record(state)
 
-    first = begin(starting_points(keys, a, initial)[0], optimizer)
+    first = begin(starting_points(keys, problem.kernel, initial)[0], optimizer)
     _, rest = lax.scan(block, first, length=num_steps // every)
     return jax.tree.map(lambda one, others: jnp.concatenate([one[None], others]), record(first), rest)
 
@@ -214,13 +212,12 @@ def _descent_arguments(kernel, op, target, alpha, penalty, initial, optimizer):
 
 def _prepared(kernel, op, target, schedules, optimizer, num_steps: int, smooth: bool):
     """The problem in the scale of its largest entry, the optimizer of a descent, and its `loss(x, step)`."""
-    a, scale = rescaled(kernel.astype(float_dtype(kernel.dtype)), op)
-    own = leading_pair(a, op)
-    problem = problem_of(a, op, target, frozen_value(a, op, own))
-    frozen = lax.stop_gradient(problem)
-    level = num_frequencies(op) / frozen.target
+    own = leading_pair(kernel, op)
+    problem, scale = scaled_problem(kernel, op, target, own)
+    fixed = lax.stop_gradient(problem)
+    level = num_frequencies(op) / fixed.target
     # With this weight both terms of `h` are relative to `(N / r)^2`.
-    weight = level**2 / (frozen.target * divisor(frozen.norm) ** 2)
+    weight = level**2 / (fixed.target * divisor(fixed.norm) ** 2)
     alpha, given = schedules
     first, last = _ALPHAS
     alpha = alpha or geometric(first / level, last / level, num_steps)
@@ -233,8 +230,8 @@ def _prepared(kernel, op, target, schedules, optimizer, num_steps: int, smooth: 
 
     def loss(x, step):
         # The loss depends on the direction alone: its gradient is tangent, and line searches may leave the sphere.
-        return objective_at(unit(x), frozen, op, alpha(step), penalty(step), smooth)
+        return objective_at(unit(x), fixed, op, alpha(step), penalty(step), smooth)
 
     if optimizer is None:
         optimizer = optim.on_sphere(optax.adam(optax.exponential_decay(_RATES[0], num_steps, _RATES[1] / _RATES[0])))
-    return a, scale, problem, own, optax.with_extra_args_support(optimizer), loss
+    return scale, problem, own, optax.with_extra_args_support(optimizer), loss

@@ -32,16 +32,17 @@ class _Passes(NamedTuple):
 def followed(a: Float[Array, "..."], op: Operator, target, state: SRNCState, steps: tuple[int, int]) -> SRNCState:
     """The state after steps of its tracks: on the kernel normalized with the pair of the first, and on the kernel.
 
-    They are at least `steps[0]`. Where the state is far from the kernel, they go on until it is at rest, up to
-    `steps[1]`.
+    `steps` are the least and the most of them. More than the least follow where the state is far from the kernel, until
+    it is at rest.
     """
+    least, most = steps
     # Without a target, and for matrices, the normalized kernel has the same pairs as the kernel itself.
     keeps_pairs = target is None or op._normalization_keeps_pairs
 
     def one_pass(passes: _Passes) -> _Passes:
         track, own = passes.state
         kernel = a if keeps_pairs else normalized(a, op, target, track.pair)
-        turn = passes.count if steps[1] > 1 else None
+        turn = passes.count if most > 1 else None
         track, step = follow(kernel, op, track, turn)
         # The closed form gives the value 1 to the pair with which it was made.
         rise, turned = _rise(step.before if keeps_pairs else 1.0, step.after), step.turned
@@ -54,8 +55,8 @@ def followed(a: Float[Array, "..."], op: Operator, target, state: SRNCState, ste
 
     def unfinished(passes: _Passes):
         # Where another pair takes over, the kernel normalized with that pair is another one, which no step has seen.
-        least = steps[0] if steps[0] > 1 else jnp.where(passes.turned, 2, steps[0])
-        return passes.count < (jnp.where(passes.far, steps[1], least) if steps[1] > 1 else least)
+        enough = least if least > 1 else jnp.where(passes.turned, 2, least)
+        return passes.count < (jnp.where(passes.far, most, enough) if most > 1 else enough)
 
     no = jnp.asarray(False)
     state = lax.while_loop(unfinished, one_pass, _Passes(jnp.asarray(0, jnp.int32), no, no, state)).state

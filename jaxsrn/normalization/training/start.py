@@ -33,7 +33,7 @@ from jaxsrn.operators.convolutions import CircularConv, UnboundedConv, ZeroPadde
 from jaxsrn.spectra.circular.leading import branch_and_bound_pays
 from jaxsrn.spectra.circular.sites import without_constant_axes
 from jaxsrn.spectra.common_shapes import as_matrix
-from jaxsrn.spectra.moving_pairs import frozen_value
+from jaxsrn.spectra.moving_pairs import pair_value
 from jaxsrn.spectra.padded.leading import is_searched
 from jaxsrn.spectra.pairs_by_kind import leading_pair, no_pair
 from jaxsrn.spectra.singular_pair import Pair, is_small, rescaled
@@ -130,7 +130,7 @@ def _started(a: Float[Array, "..."], op: Operator, pair: Pair | None, target, ne
         own = start_track(a, op, pair, target is None)
     if target is None or op._normalization_keeps_pairs:
         return SRNCState(own, None)
-    problem = problem_of(a, op, target, frozen_value(a, op, own.pair))
+    problem = problem_of(a, op, target, pair_value(a, op, own.pair))
     unchanged = problem.squared <= target * problem.norm**2
     alone = stack_of_one(own.pair)
     starts = chosen(unchanged, alone, _starts(problem, op, own, waves))

@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxsrn._tools.checks import Kernel, check_choice, ensure, float_dtype, static_int
+from jaxsrn._tools.checks import Kernel, check_choice, ensure, static_int
 from jaxsrn._tools.programs import program
 from jaxsrn._tools.tolerances import MAX_PASSES
-from jaxsrn.normalization.implicit import frozen, moving_pair
+from jaxsrn.normalization.implicit import moving_pair, normalized_holding_pair
 from jaxsrn.normalization.normalized import is_only_rescaled, normalized
 from jaxsrn.normalization.training.passes import followed
 from jaxsrn.normalization.training.start import checked, follows_own
@@ -25,7 +25,7 @@ from jaxsrn.normalization.training.tracking import track_shapes
 from jaxsrn.operators.base import Operator
 from jaxsrn.operators.convolutions import ZeroPaddedConv
 from jaxsrn.spectra.common_shapes import as_matrix
-from jaxsrn.spectra.moving_pairs import frozen_value
+from jaxsrn.spectra.moving_pairs import pair_value
 from jaxsrn.spectra.singular_pair import idle_taps, rescaled
 
 __all__ = [
@@ -144,7 +144,7 @@ def check_gradient(gradient: str) -> None:
 
 @functools.partial(program, static_argnums=(5, 6, 7))
 def _srnc_step(kernel, state, op, target, norm, cap, gradient, steps):
-    a, scale = rescaled(kernel.astype(float_dtype(kernel.dtype)), op)
+    a, scale = rescaled(kernel, op)
     fixed, known, state = lax.stop_gradient((a, target, of_floats(state, op, kernel.shape, a.dtype)))
 
     # The power step comes first, on this kernel: the stored pair is that of the kernel before the optimizer's step.
@@ -154,14 +154,16 @@ def _srnc_step(kernel, state, op, target, norm, cap, gradient, steps):
     unchanged = jnp.asarray(idle_taps(op, kernel.shape))
     is_identity = jnp.asarray(False)
     if norm is None or cap:
-        own_norm = scale * frozen_value(a, op, (own or track).pair)
+        own_norm = scale * pair_value(a, op, (own or track).pair)
         norm = own_norm if norm is None else jnp.minimum(norm, own_norm)
         # The map is the identity here. The product below has the same value, but no derivative at a zero kernel, where
         # both of its factors vanish.
         is_identity = is_only_rescaled(a, op, target, pair) & (own_norm <= norm)
         unchanged |= is_identity
     # The solution is proportional to the norm and does not depend on the scale of the kernel.
-    is_frozen = gradient == "frozen"
-    unit_kernel = frozen(a, op, target, pair, ~is_identity) if is_frozen else normalized(a, op, target, pair)
+    if gradient == "frozen":
+        unit_kernel = normalized_holding_pair(a, op, target, pair, ~is_identity)
+    else:
+        unit_kernel = normalized(a, op, target, pair)
     normalized_kernel = jnp.where(unchanged, kernel, (norm * unit_kernel).astype(kernel.dtype))
     return normalized_kernel, as_floats(state, op, fixed)

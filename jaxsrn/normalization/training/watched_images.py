@@ -80,8 +80,7 @@ def follow(kernel: Float[Array, "..."], op: Operator, pair: Pair, watch: Float[A
     Returns:
       `(pair, watch, step)`: another pair has taken over where the first one has another input.
     """
-    shape, highest = pair.input.shape, lax.Precision.HIGHEST
-    groups = getattr(op, "feature_group_count", 1)
+    shape, highest, groups = pair.input.shape, lax.Precision.HIGHEST, op._groups
 
     def forward(rows):
         # Outputs stay images: a kernel may be sharded over its output channels, and images can be sharded with it.

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxsrn._tools.indexing import chosen, picked, put, slice_from
+from jaxsrn._tools.indexing import chosen, picked, put, repeated, slice_from
 from jaxsrn._tools.lanczos import leading_singular_vectors
 from jaxsrn._tools.linalg import einsum, unit
 from jaxsrn._tools.programs import program
@@ -40,8 +40,8 @@ from jaxsrn.spectra.circular.grams import GramPolynomial, grams_at, whole_grams
 from jaxsrn.spectra.circular.real_floats import amplitudes_of, parts_of
 
 __all__ = [
-    "best_peak",
-    "highest_peak",
+    "proven_peak",
+    "unproven_peak",
 ]
 
 # The number of columns from which an SVD takes longer than the Lanczos method and a proof
@@ -66,7 +66,7 @@ class _Proof(NamedTuple):
     is_new: Bool[Array, ""]
 
 
-def highest_peak(poly: GramPolynomial, grid: Grid, corners, exists, peaks: Peak, excess) -> Peak:
+def proven_peak(poly: GramPolynomial, grid: Grid, corners, exists, peaks: Peak, excess) -> Peak:
     """The highest peak of the grid, with the proof that nothing is larger by more than the share `excess`.
 
     Its pair is exact to rounding. `peaks` is what climbing found.
@@ -77,7 +77,7 @@ def highest_peak(poly: GramPolynomial, grid: Grid, corners, exists, peaks: Peak,
     nothing = jnp.zeros((capacity, axes + 1), jnp.int32), jnp.asarray(0, jnp.int32)
     boxes = jnp.concatenate([corners, jnp.zeros((count, 1), jnp.int32)], axis=-1)
     # A pair by the Lanczos method is at a peak up to the precision of climbing.
-    best, is_new = (_highest_of(peaks), True) if _takes_lanczos(poly) else (best_peak(poly, grid, peaks), False)
+    best, is_new = (_highest_of(peaks), True) if _takes_lanczos(poly) else (unproven_peak(poly, grid, peaks), False)
     proof = _push(_Proof(*nothing, best, jnp.asarray(is_new)), boxes, exists)
     spread, allowed = _spread(poly), 1 + excess
 
@@ -89,7 +89,7 @@ def highest_peak(poly: GramPolynomial, grid: Grid, corners, exists, peaks: Peak,
     return lax.while_loop(lambda proof: (proof.size > 0) & (proof.best.value > needless), step, proof).best
 
 
-def best_peak(poly: GramPolynomial, grid: Grid, peaks: Peak) -> Peak:
+def unproven_peak(poly: GramPolynomial, grid: Grid, peaks: Peak) -> Peak:
     """The best of a stack of peaks with a pair that is exact to rounding, without a proof that no other is higher."""
     best = _highest_of(peaks)
     if _takes_lanczos(poly):
@@ -169,8 +169,7 @@ def _raised(poly: GramPolynomial, grid: Grid, count: int, proof: _Proof) -> _Pro
 
 def _climbed_on(poly: GramPolynomial, grid: Grid, count: int, best: Peak) -> Peak:
     """The best pair where climbing leads from it; by a stack of equal climbers, the subroutine of the search."""
-    sides = best.index, best.group, best.column
-    index, group, column = (jnp.broadcast_to(side, (count, *side.shape)) for side in sides)
+    index, group, column = repeated((best.index, best.group, best.column), count)
     return _with_larger(poly, grid, climbs_from(poly, grid, index, group, column).index[0], best)
 
 

@@ -21,7 +21,8 @@ from jaxtyping import Array, Complex, Float, Int, Shaped
 from jaxsrn._tools.indexing import picked
 from jaxsrn._tools.linalg import einsum
 from jaxsrn._tools.programs import program
-from jaxsrn.operators.convolutions import CircularConv, ZeroPaddedConv
+from jaxsrn.operators.convolutions import CircularConv
+from jaxsrn.operators.groups import grouped
 from jaxsrn.spectra.circular.angles import angles_of, phases, rotations, waves
 from jaxsrn.spectra.circular.sites import ShiftedSite, Site, half_grid
 
@@ -30,7 +31,6 @@ __all__ = [
     "axis_waves",
     "complex_dtype",
     "dft_rows",
-    "grouped",
     "half_symbol",
     "lags_of",
     "of_group",
@@ -84,11 +84,6 @@ def dft_rows(op: CircularConv, kernel_shape: tuple[int, ...]) -> list[np.ndarray
     return [axis_waves(n, exponent)[:, None, :] * in_phase for n, (exponent, in_phase) in pairs]
 
 
-def grouped(kernel: Float[Array, "..."], op: CircularConv | ZeroPaddedConv) -> Float[Array, "..."]:
-    """The kernel with an axis for groups, `(*taps, c_in // groups, groups, c_out // groups)`."""
-    return kernel.reshape((*kernel.shape[:-1], op.feature_group_count, -1))
-
-
 def _contract(kernel, op: CircularConv, rows: list[np.ndarray], dtype) -> Shaped[Array, "..."]:
     """The kernel with the taps of each axis contracted with that axis's `(points, phases, taps)`.
 
@@ -98,7 +93,9 @@ def _contract(kernel, op: CircularConv, rows: list[np.ndarray], dtype) -> Shaped
     d = op.num_axes
     axes = ",".join(f + p + t for f, p, t in zip(_FREQUENCY_AXES[:d], _PHASE_AXES[:d], _TAP_AXES[:d], strict=True))
     spec = f"{_TAP_AXES[:d]}igo,{axes}->{_FREQUENCY_AXES[:d]}g{_PHASE_AXES[:d]}io"
-    out = einsum(spec, grouped(kernel, op).astype(dtype), *(jnp.asarray(row, dtype) for row in rows))
+    out = einsum(
+        spec, grouped(kernel, op.feature_group_count).astype(dtype), *(jnp.asarray(row, dtype) for row in rows)
+    )
     return out.reshape((*out.shape[: d + 1], -1, out.shape[-1]))
 
 
@@ -116,7 +113,7 @@ def polynomial(kernel: Float[Array, "..."], op: CircularConv) -> tuple[Float[Arr
       static integers `t`, `(terms, axes)`.
     """
     exponents, terms = axis_exponents(op, kernel.shape), terms_of(op, kernel.shape)
-    taps = grouped(kernel, op)
+    taps = grouped(kernel, op.feature_group_count)
     taps = taps.reshape((-1, *taps.shape[op.num_axes :]))
     if max(op.strides) == 1:
         # Every tap is a term.

@@ -23,7 +23,7 @@ from jaxsrn.spectra.circular.boxes import grid_of, num_boxes
 from jaxsrn.spectra.circular.climbing import num_climbers
 from jaxsrn.spectra.circular.fourier import complex_dtype, half_symbol, site_shape
 from jaxsrn.spectra.circular.grams import is_reduced
-from jaxsrn.spectra.circular.peaks import climbed, highest, highest_climbed
+from jaxsrn.spectra.circular.peaks import climbed, proven_pair, unproven_pair
 from jaxsrn.spectra.circular.site_pairs import pair_at
 from jaxsrn.spectra.circular.sites import Site, distinct_sites, half_grid, on_grid, sites_at, without_constant_axes
 from jaxsrn.spectra.dense import leading_of_matrix
@@ -58,10 +58,10 @@ def leading_wave(
     single, grid, *rest = search_arguments(layer, kernel)
     found = climbed(kernel, single, grid, *rest)
     if not isinstance(excess, jax.Array) and excess >= 1:
-        return highest_climbed(found, single, kernel.shape, grid), excess
+        return unproven_pair(found, single, kernel.shape, grid), excess
     # In float32 climbing reaches the maximum to rounding.
     between = isinstance(op, UnboundedConv) and kernel.dtype == jnp.float64
-    return highest(found, single, kernel.shape, grid, excess, between), excess
+    return proven_pair(found, single, kernel.shape, grid, excess, between), excess
 
 
 def branch_and_bound_pays(kernel_shape: tuple[int, ...], op: CircularConv) -> bool:

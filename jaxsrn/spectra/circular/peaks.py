@@ -20,7 +20,7 @@ from jaxsrn._tools.loops import one_by_one
 from jaxsrn._tools.programs import program
 from jaxsrn.operators.convolutions import CircularConv
 from jaxsrn.spectra.circular.boxes import Grid, coarse_boxes
-from jaxsrn.spectra.circular.branch_and_bound import best_peak, highest_peak
+from jaxsrn.spectra.circular.branch_and_bound import proven_peak, unproven_peak
 from jaxsrn.spectra.circular.climbing import Estimates, Peak, climbs, estimates, most_promising
 from jaxsrn.spectra.circular.grams import GramPolynomial, gram_polynomial, is_transposed
 from jaxsrn.spectra.circular.newton import at_maximum
@@ -30,9 +30,9 @@ from jaxsrn.spectra.singular_pair import Pair
 __all__ = [
     "Climbed",
     "climbed",
-    "highest",
-    "highest_climbed",
+    "proven_pair",
     "several",
+    "unproven_pair",
 ]
 
 
@@ -65,22 +65,22 @@ def climbed(kernel: Float[Array, "..."], op, grid: Grid, counts: tuple[int, ...]
 
 @functools.partial(program, static_argnums=(1, 2, 5), brief=True)
 @functools.partial(one_by_one, static_argnums=(1, 2, 5))
-def highest(found: Climbed, op, kernel_shape: tuple[int, ...], grid: Grid, excess, between: bool) -> Pair:
+def proven_pair(found: Climbed, op, kernel_shape: tuple[int, ...], grid: Grid, excess, between: bool) -> Pair:
     """The pair of the largest singular value of the whole grid, up to rounding.
 
     No other singular value exceeds that of the pair by more than the share `excess`. With `between` the grid stands for
     the whole torus, and the frequency is exact.
     """
     peaks, poly, corners, exists = _all_of(found)
-    peak = highest_peak(poly, grid, corners, exists, peaks, excess)
+    peak = proven_peak(poly, grid, corners, exists, peaks, excess)
     return _at_site(at_maximum(poly, grid, peak) if between else peak, op, kernel_shape)
 
 
 @functools.partial(program, static_argnums=(1, 2), brief=True)
-def highest_climbed(found: Climbed, op, kernel_shape: tuple[int, ...], grid: Grid) -> Pair:
+def unproven_pair(found: Climbed, op, kernel_shape: tuple[int, ...], grid: Grid) -> Pair:
     """The pair of the highest peak that climbing has found, without a proof that none is higher."""
     peaks, poly, *_ = _all_of(found)
-    return _at_site(best_peak(poly, grid, peaks), op, kernel_shape)
+    return _at_site(unproven_peak(poly, grid, peaks), op, kernel_shape)
 
 
 def several(

@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float
 from jaxsrn._tools.linalg import safe_sqrt
 from jaxsrn._tools.subspaces import fixed_start
 from jaxsrn.operators.convolutions import ZeroPaddedConv
-from jaxsrn.spectra.circular.fourier import grouped
+from jaxsrn.operators.groups import grouped
 from jaxsrn.spectra.singular_pair import Pair
 
 __all__ = [
@@ -68,6 +68,6 @@ def _most(channels: Channels, kernel: Float[Array, "..."], op: ZeroPaddedConv) -
     groups = op.feature_group_count
     inputs = channels.inputs.reshape((groups, -1)).T[..., None]
     outputs = channels.outputs.reshape((1, groups, -1))
-    sizes = jnp.sum(jnp.abs(grouped(kernel, op)), axis=range(op.num_axes))
+    sizes = jnp.sum(jnp.abs(grouped(kernel, groups)), axis=range(op.num_axes))
     sizes = jnp.where(inputs & outputs, sizes, 0)
     return safe_sqrt(jnp.max(jnp.sum(sizes, axis=0)) * jnp.max(jnp.sum(sizes, axis=2)))

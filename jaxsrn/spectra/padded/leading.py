@@ -49,16 +49,17 @@ def leading_of_padded(kernel: Float[Array, "..."], op: ZeroPaddedConv, tolerance
     small = without_idle_axes(op, kernel.shape)
     # The images of a start are those of the larger layer.
     start = start if small == op else None
-    if math.prod(small.input_shape) == 1 or (proven and not is_searched(op, kernel.shape)):
+    if is_proven(op, kernel.shape, proven):
         return _of_matrix(kernel, op)
     if start is None:
         return _cold(kernel, op, tolerance, circular_peaks(without_idle_taps(kernel, op), small))
     return _warm(kernel, op, tolerance, start)
 
 
-def is_proven(op: ZeroPaddedConv, kernel_shape: tuple[int, ...]) -> bool:
-    """Whether the pair of `leading_of_padded` is that of an explicit matrix, by default (static)."""
-    return math.prod(without_idle_axes(op, kernel_shape).input_shape) == 1 or not is_searched(op, kernel_shape)
+def is_proven(op: ZeroPaddedConv, kernel_shape: tuple[int, ...], proven: bool = True) -> bool:
+    """Whether the pair of `leading_of_padded` is that of an explicit matrix, for its argument `proven` (static)."""
+    one_sample = math.prod(without_idle_axes(op, kernel_shape).input_shape) == 1
+    return one_sample or (proven and not is_searched(op, kernel_shape))
 
 
 def is_searched(op: ZeroPaddedConv, kernel_shape: tuple[int, ...]) -> bool:
