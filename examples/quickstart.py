@@ -3,7 +3,7 @@
 A network that is trained plainly learns the random labels by heart, and is worse on new images for it. The same network
 with norm and stable rank of every layer held, by one line of `jaxsrn.nnx`, learns the digits and not the noise.
 
-    pip install "jaxsrn[examples]"
+    pip install -e ".[examples]"
     python examples/quickstart.py              # about a minute, most of it compilation; writes quickstart.png
     python examples/quickstart.py --seeds 3    # three times: other weights, batches and random labels
     python examples/quickstart.py --fast       # two epochs, to see that it runs

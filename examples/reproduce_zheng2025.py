@@ -4,7 +4,7 @@
 prescribed stable rank and the same norm, and approximates it by descent on a sphere, `jaxsrn.surrogate`.
 `jaxsrn.srnc` solves it exactly. This draws the paper's figures 1 to 3, repeats its section 2.2 and compares.
 
-    pip install "jaxsrn[examples]"
+    pip install -e ".[examples]"
     python examples/reproduce_zheng2025.py           # a minute or two; writes report.md and figures to zheng2025/
     python examples/reproduce_zheng2025.py --fast    # under a minute: fewer starts, descents cut short
 

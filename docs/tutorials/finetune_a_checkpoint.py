@@ -4,6 +4,7 @@ A trained network is normalized once, by `srnc`, as close to its weights as the 
 accuracy. Fine-tuning with wrappers wins it back while the constraints hold.
 """
 
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -97,7 +98,7 @@ print(f"fine-tuned: accuracy {accuracy(tuned):.3f}, stable rank {jaxsrn.stable_r
 # To go on training later, save the wrapped model: raw kernels and the states of the wrappers together. The state is a
 # structure and no plain dictionary, so a checkpoint is restored with the state of such a model as the target.
 
-folder = Path("checkpoint").absolute()
+folder = Path(tempfile.mkdtemp()) / "checkpoint"
 with ocp.StandardCheckpointer() as checkpointer:
     checkpointer.save(folder, nnx.state(tuned))
     checkpointer.wait_until_finished()

@@ -12,8 +12,9 @@ contains, and with them the programs of eager calls of the same functions and sh
 Programs of eager calls are compiled by XLA's former code generator on a CPU, which takes two thirds of the time and
 gives searches of the same speed. A function is **brief** if it runs for less time than LLVM takes to optimize its
 program. Functions of one small layer are brief; searches on large images and projections are not. LLVM does not
-optimize eager calls of a brief function, which compile in a third of the time and run up to three times as long
-(`python benchmarks/compilation --only generators`). In a function that a user jits, the user's choice holds.
+optimize eager calls of a brief function, which compile in a third of the time and run up to three times as long, the
+start of a state without edges five times (`python benchmarks/compilation --only generators`). In a function that a user
+jits, the user's choice holds.
 """
 
 from __future__ import annotations

@@ -108,7 +108,7 @@ def spectral_descent(
       nesterov: whether the average looks one gradient ahead, as in Muon.
       method: static; how convolutions find their step. `"exact"` is that of `projections.steepest`, for small layers.
         `"frequency"` goes on from the last step's stack of symbols by `num_passes` passes. Four of them reach
-        about 0.91 of the largest `<M, K>` on gradients of a network, 16 reach 0.96, and Muon's step 0.56
+        about 0.91 of the largest `<M, K>` on gradients of a network, 16 reach 0.96, and Muon's step 0.55
         (`python benchmarks/steepest.py --only network`). `"flattened"` is `U V^T` of the flattened kernel. The latter
         two are divided by their norm. For unbounded layers and large circular ones that is the highest peak that
         climbing finds over all frequencies, since a proof that no other is higher would take most of the time; the norm

@@ -9,13 +9,13 @@ Every function draws on `ax` where it is given, on axes of a new figure otherwis
 shown, and no setting of matplotlib changes. What differs in colour also differs in line style, marker or hatching, and
 colours go from dark to light, so that every picture can be read in grey. Legends stand beside the axes or below.
 
-The package needs matplotlib: `pip install "jaxsrn[plots]"`.
+The package needs matplotlib: `pip install matplotlib`.
 """
 
 try:
     import matplotlib  # noqa: F401
 except ImportError as error:
-    raise ImportError('jaxsrn.plots needs matplotlib; install it by pip install "jaxsrn[plots]".') from error
+    raise ImportError('jaxsrn.plots needs matplotlib; install it by pip install matplotlib.') from error
 
 from jaxsrn.plots.lipschitz import lipschitz_bounds, lipschitz_histogram
 from jaxsrn.plots.ranks import stable_ranks

@@ -117,7 +117,7 @@ class _Safetensors(NamedArrays):
             import safetensors
         except ImportError as error:
             raise MissingExtra(
-                f"{self._path}: reading .safetensors needs safetensors; install it: pip install 'jaxsrn[cli]'."
+                f"{self._path}: reading .safetensors needs safetensors; install it: pip install safetensors."
             ) from error
         try:
             with safetensors.safe_open(self._path, framework="numpy"):

@@ -133,7 +133,7 @@ def spectral_norm(kernel: Kernel, op: Operator) -> Float[Array, ""]:
     layers: an SVD, or for large matrices the Lanczos method with a Cholesky factorization that proves its value. Zero
     padding: the same as dense layers up to 2**18 entries of the explicit matrix, and for layers of one tap; above, the
     Lanczos method to a relative residual of `eps ** 0.75`, without a proof. How far the norm can be off there is what
-    `bounds.certified(kernel, op)` says: it is never above `upper`.
+    `bounds.certified(kernel, op)` says: the true norm is at most its `upper`.
 
     The gradient is the outer product of the leading vectors, held constant: exact for a simple value, always finite
     (also at zero), in both modes. The second derivative is exact for a simple value too, and takes a linear system in
