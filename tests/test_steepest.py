@@ -155,6 +155,7 @@ def test_bad_arguments(no_type_checks):
         ({"momentum": 1.0}, r"momentum: got 1\.0, expected a number below 1"),
         ({"momentum": -0.1}, r"momentum: got -0\.1, expected a positive finite number or 0"),
         ({"weight_decay": -1.0}, r"weight_decay: got -1\.0, expected a positive finite number or 0"),
+        ({"method": "exact", "num_passes": 3}, "num_passes: got 3 with method='exact', which has no passes to count"),
         ({"others": 3}, "others: got 3, expected an optax.GradientTransformation"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -236,13 +236,11 @@ def scanned(problem: Problem, op: CircularConv, reach: Reach, wanted: Bool[Array
     sites = all_sites(op, reach)
     one_channel = site_shape(op, kernel.shape) == (1, 1)
     chunk, kept = (_CHEAP_CHUNK, 1) if one_channel else (SCAN_CHUNK, _NUM_STARTS)
-    chunk, kept = min(chunk, count), min(kept, count)
+    kept = min(kept, count)
     # A box may hold more than its centre, so that boxes are taken in the order of their centres' bounds.
     lowest = lower_bounds(problem, e, reach.sizes, 0.0)
-    order, num_chunks = jnp.argsort(lowest).astype(jnp.int32), -(-count // chunk)
-    # The last chunk is filled up with the last site. Better ones, which were seen, would count as unseen there.
-    rest = jnp.broadcast_to(order[-1], num_chunks * chunk - count)
-    order = jnp.concatenate([order, rest]).reshape((num_chunks, chunk))
+    order = _in_chunks(lowest, min(chunk, count))
+    num_chunks = len(order)
 
     def look(state: _Scan) -> _Scan:
         places = picked(order, state.position)
@@ -276,6 +274,15 @@ def scanned(problem: Problem, op: CircularConv, reach: Reach, wanted: Bool[Array
         beyond = lower_bounds(problem, e, reach.sizes, reach.phi) if reach.phi else lowest
         bound = jnp.minimum(scan.bound, jnp.min(jnp.where(unseen, picked(beyond, order), jnp.inf)))
     return Survey(scan.pairs, jnp.where(bound < INFEASIBLE_FROM, bound, jnp.inf))
+
+
+def _in_chunks(lowest: Float[Array, " sites"], chunk: int) -> Int[Array, "chunks sites"]:
+    """The sites in the order of their bounds, in chunks.
+
+    The last chunk is filled up with the last site. Better ones, which were seen, would count as unseen there.
+    """
+    order = jnp.argsort(lowest).astype(jnp.int32)
+    return jnp.concatenate([order, jnp.broadcast_to(order[-1], -len(order) % chunk)]).reshape((-1, chunk))
 
 
 def _with_phase(kernel, op: CircularConv, values, pairs: Pair, phase: int):

@@ -15,7 +15,7 @@ The package needs matplotlib: `pip install matplotlib`.
 try:
     import matplotlib  # noqa: F401
 except ImportError as error:
-    raise ImportError('jaxsrn.plots needs matplotlib; install it by pip install matplotlib.') from error
+    raise ImportError("jaxsrn.plots needs matplotlib; install it by pip install matplotlib.") from error
 
 from jaxsrn.plots.lipschitz import lipschitz_bounds, lipschitz_histogram
 from jaxsrn.plots.ranks import stable_ranks
