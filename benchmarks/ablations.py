@@ -1,11 +1,11 @@
-"""What does each heuristic of the searches buy? Errors, time and program size with it, and with it taken away.
+"""What does each heuristic and each constant buy? Errors, time and program size with it, and with another in its place.
 
-    python benchmarks/ablations.py           # all searches; about seven minutes; recorded
-    python benchmarks/ablations.py --fast    # under two minutes: few small kernels, nothing recorded
+    python benchmarks/ablations.py                  # all of them; about twenty minutes; recorded
+    python benchmarks/ablations.py --only srnc      # subjects whose names hold this; nothing recorded
+    python benchmarks/ablations.py --fast           # a minute or two: few small kernels, nothing recorded
 
-A row takes one heuristic away: it replaces a constant or a function of the library, and compiles the call anew. The
-calls with and without it take turns on the same kernels. No heuristic is part of a proof, so that on the torus errors
-must not change.
+A row replaces a constant or a function of the library, and compiles the call anew. The calls with and without it take
+turns on the same kernels. No heuristic is part of a proof, so that on the torus errors must not change.
 """
 
 from __future__ import annotations
@@ -32,16 +32,20 @@ from tqdm import tqdm
 
 import jaxsrn
 from jaxsrn import CircularConv, UnboundedConv, ZeroPaddedConv
-from jaxsrn._tools import lanczos
-from jaxsrn.normalization import iteration, scan
-from jaxsrn.spectra.circular import branch_and_bound, climbing, leading
+from jaxsrn._tools import lanczos, tolerances
+from jaxsrn.normalization import implicit, iteration, scan
+from jaxsrn.normalization import starts as srnc_starts
+from jaxsrn.projections import augmented_lagrangian, frequency_passes, nearest, steepest
+from jaxsrn.spectra import values
+from jaxsrn.spectra.circular import boxes, branch_and_bound, climbing, grams, leading
 from jaxsrn.spectra.padded import starts as padded_starts
 
 SETTING = """\
 float32. `operations`: StableHLO operations of the program, with the heuristic and without it. `time`: how many times
 longer the call takes without it, the median of interleaved rounds over all kernels, and the largest for one kernel.
-`worst` and `worst without`: of norms the largest relative error against SVDs in NumPy's float64; of `srnc` by how much
-the distance from the kernel exceeds the smaller one of both."""
+`worst` and `worst without`: of norms the largest relative error against SVDs in NumPy's float64; of all others by how
+much the number exceeds the smaller one of both. That number is the distance from the kernel for `srnc` and projections,
+the gap for steepest descent, the sum of the singular values, and the norm of the implicit gradient."""
 
 
 class Without(NamedTuple):
@@ -56,9 +60,9 @@ class Subject(NamedTuple):
 
     Attributes:
       name: the row's name.
-      call: `f(kernel, op) -> array`, a norm or a distance.
+      call: `f(kernel, op) -> array`, a norm, or a number that should be small.
       op, kernels: the layer, and its kernels.
-      exact: the norm of each kernel; `None` where the call is a distance.
+      exact: the norm of each kernel; `None` where the call is no norm.
       rows: what is taken away.
     """
 
@@ -89,7 +93,7 @@ def built(subject: Subject, without: Without | None) -> Program:
 
 
 def deviations(subject: Subject, values: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """How far each value is off: from the norm, or above the smaller distance of both."""
+    """How far each value is off: from the norm, or above the smaller one of both."""
     if subject.exact is not None:
         return np.abs(values / np.array(subject.exact) - 1)
     return values / np.minimum(values, others) - 1
@@ -129,36 +133,72 @@ def rows_of(subject: Subject, rounds: int) -> list[list[str]]:
 
 
 def climbers(count: int) -> tuple[tuple[Any, str, Any], ...]:
-    """So many climbers, whatever the layer."""
+    """`count` climbers, whatever the layer."""
     return ((leading, "num_climbers", lambda *_: count),)
 
 
+BY_PROOF = Without("branch and bound (SVDs at half of the frequencies)", ((tolerances, "_SVD_WORK", math.inf),))
 ON_GRID = (
+    BY_PROOF,
     Without("four climbers (one)", climbers(1)),
     Without("four climbers (sixteen)", climbers(16)),
     Without("eight power steps for an estimate (one)", ((climbing, "_POWER_STEPS", 1),)),
+    Without("three power steps that follow a frequency (one)", ((climbing, "_FOLLOWING_STEPS", 1),)),
+    Without("boxes of phi 0.6 (0.3)", ((boxes, "_WIDEST", 0.3),)),
+    Without("boxes of phi 0.6 (1.2)", ((boxes, "_WIDEST", 1.2),)),
+    Without("chunks of 2**18 entries (2**16)", ((climbing, "CHUNK", 2**16),)),
+    Without("chunks of 2**18 entries (2**20)", ((climbing, "CHUNK", 2**20),)),
 )
 ON_TORUS = (Without("sixteen climbers (four)", climbers(4)),)
 WIDE_ON_TORUS = (
     Without("four climbers (sixteen)", climbers(16)),
     Without("branch and bound climbs on (it does not)", ((branch_and_bound, "_moved", lambda poly, grid, peak: peak),)),
+    Without("forty moves to the best frequency (ten)", ((branch_and_bound, "_MOVES", 10),)),
 )
 WIDE = (
-    *ON_GRID[:1],
+    *ON_GRID[:2],
     Without("the best pair polished by the Lanczos method (an SVD)", ((branch_and_bound, "_LANCZOS_FROM", math.inf),)),
 )
-REDUCED = (*WIDE, Without("reduced Gram matrices (whole ones)", ((leading, "is_reduced", lambda *_: False),)))
+REDUCED = (
+    *WIDE,
+    Without("reduced Gram matrices (whole ones)", ((leading, "is_reduced", lambda *_: False),)),
+    Without("three steps for the reducing basis (one)", ((grams, "_BASIS_STEPS", 1),)),
+)
 PADDED = (
     Without("a sum of four waves (one)", ((padded_starts, "_MOST_WAVES", 1),)),
     Without("noise beside the waves (1e-3 of it)", ((padded_starts, "_NOISE", 5e-4),)),
     Without("the rival phase (none)", ((padded_starts, "_RIVALS", 0.0), (padded_starts, "_FEW_SAMPLES", 0))),
     Without("eight Ritz vectors kept in a restart (one)", ((lanczos, "_KEPT", 1),)),
+    Without("four steps between residuals (one)", ((lanczos, "_BETWEEN_CHECKS", 1),)),
 )
 DISTANCES = (
     Without("Anderson's acceleration", ((iteration, "_anderson", lambda memory, _, x, r: (memory, x + r)),)),
     Without("four starts (one)", ((scan, "_NUM_STARTS", 1),)),
     Without("rounds, each from where a larger value was found (one)", ((iteration, "_MAX_ROUNDS", 1),)),
+    Without("starts compared at a change of 0.01 (1e-4)", ((iteration, "_COMPARED_AT", 1e-4),)),
+    Without("seven zooms into sixteen phases (three)", ((scan, "_PHASE_ZOOMS", 3),)),
 )
+DISTANCES_ON_TORUS = (
+    *DISTANCES,
+    Without("eight pairs climb on (one)", ((srnc_starts, "_NUM_CLIMBERS", 1),)),
+    Without("sixteen angles per degree for starts (eight)", ((srnc_starts, "_TORUS_ANGLES", 8),)),
+)
+BALLS = (
+    Without("a first penalty of 10 (1)", ((augmented_lagrangian, "_FIRST_PENALTY", 1.0),)),
+    Without("a first penalty of 10 (100)", ((augmented_lagrangian, "_FIRST_PENALTY", 100.0),)),
+    Without("penalties that grow by 4 (2)", ((augmented_lagrangian, "_PENALTY_GROWTH", 2.0),)),
+    Without("penalties that grow by 4 (10)", ((augmented_lagrangian, "_PENALTY_GROWTH", 10.0),)),
+    Without("rounds end at 0.5 of the infeasibility (0.1)", ((augmented_lagrangian, "_ROUND_ENDS", 0.1),)),
+)
+COVERED_BALLS = (Without("six radii of the cover's ball (two)", ((nearest, "_NUM_RADII", 2),)),)
+PASSES = (
+    Without("an over-relaxation of 1.9 (1)", ((frequency_passes, "_RELAXATION", 1.0),)),
+    Without("steps of 0.1 along the gradient (0.02)", ((frequency_passes, "_STEP", 0.02),)),
+    Without("steps of 0.1 along the gradient (0.5)", ((frequency_passes, "_STEP", 0.5),)),
+    Without("steps balanced at a ratio of 0.3 (1)", ((frequency_passes, "_PREFERENCE", 1.0),)),
+)
+SORTED = (Without("sorted as integers (as floats)", ((values, "_descending", lambda found: jnp.sort(found)[::-1]),)),)
+IN_REVERSE = (Without("rules of reverse mode for products (JAX's)", ((implicit, "in_reverse", lambda op: op),)),)
 
 
 # What it is taken away from
@@ -234,21 +274,79 @@ def distance_subjects(fast: bool) -> list[Subject]:
     layers = [CircularConv((8, 8)), UnboundedConv(), ZeroPaddedConv((8, 8))]
     kernels = drawn((3, 3, 4, 4), 3 if fast else 12)
     return [
-        Subject(f"srnc, {type(op).__name__}, {kernels[0].shape}", distance, op, kernels, None, DISTANCES)
+        Subject(
+            f"srnc, {type(op).__name__}, {kernels[0].shape}",
+            distance,
+            op,
+            kernels,
+            None,
+            DISTANCES_ON_TORUS if isinstance(op, UnboundedConv) else DISTANCES,
+        )
         for op in layers[: 1 if fast else None]
     ]
+
+
+def moved(kernel, op):
+    """How far the projection on the ball of half of the kernel's norm is."""
+    projected = jaxsrn.project_spectral_ball(kernel, op, jaxsrn.spectral_norm(kernel, op) / 2)
+    return jnp.linalg.norm(projected.kernel - kernel)
+
+
+def step_gap(kernel, op):
+    """The gap of thirty passes of steepest descent, with the kernel as the gradient."""
+    return steepest(kernel, op, method="frequency").gap
+
+
+def sum_of_values(kernel, op):
+    return jnp.sum(jaxsrn.singular_values(kernel, op))
+
+
+def implicit_gradient(kernels, op) -> Callable:
+    """The norm of the implicit gradient of a training step, whose state is that of the first kernel."""
+    target = 0.3 * jaxsrn.stable_rank_range(kernels[0].shape, op).high
+    state = jaxsrn.srnc_state(jnp.asarray(kernels[0]), op, target)
+
+    def call(kernel, op):
+        def loss(kernel):
+            return jnp.sum(jaxsrn.srnc_step(kernel, state, op, target, gradient="implicit")[0] ** 3)
+
+        return jnp.linalg.norm(jax.grad(loss)(kernel))
+
+    return call
+
+
+def other_subjects(fast: bool) -> list[Subject]:
+    """Projections, steepest descent, all singular values, and the implicit gradient of a training step."""
+    small, wide = drawn((3, 3, 8, 8), 2 if fast else 4), drawn((3, 3, 16, 16), 2 if fast else 4)
+    circular, padded = CircularConv((16, 16)), ZeroPaddedConv((16, 16))
+    found = [
+        Subject("ball, circular 16x16, (3, 3, 8, 8)", moved, circular, small, None, BALLS),
+        Subject("30 passes, unbounded, (3, 3, 16, 16)", step_gap, UnboundedConv(), wide, None, PASSES),
+    ]
+    if not fast:
+        layer, kernels = ZeroPaddedConv((32, 32)), drawn((3, 3, 32, 32), 1)
+        call = implicit_gradient(kernels, layer)
+        found += [
+            Subject("ball, SAME 16x16, (3, 3, 8, 8)", moved, padded, small[:2], None, COVERED_BALLS),
+            Subject("all values, 56x56, (3, 3, 16, 16)", sum_of_values, CircularConv((56, 56)), wide, None, SORTED),
+            Subject("implicit gradient, SAME 32x32, (3, 3, 32, 32)", call, layer, kernels, None, IN_REVERSE),
+        ]
+    return found
 
 
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fast", action="store_true", help="few small kernels; nothing is recorded")
-    fast = parser.parse_args(argv).fast
-    subjects = [*torus_subjects(fast), *padded_subjects(fast), *distance_subjects(fast)]
+    parser.add_argument("--only", default="", help="subjects whose names hold this; nothing is recorded")
+    options = parser.parse_args(argv)
+    fast = options.fast
+    every = [*torus_subjects(fast), *padded_subjects(fast), *distance_subjects(fast), *other_subjects(fast)]
+    subjects = [subject for subject in every if options.only in subject.name]
     rows = [row for subject in subjects for row in rows_of(subject, 3 if fast else 5)]
     header = ("search", "heuristic (in its place)", "operations", "without", "time", "largest", "worst",
               "worst without")  # fmt: skip
     body = f"{SETTING}\n\n{table(header, rows)}"
-    publish("ablations", "Ablations", [("What each heuristic buys", body)], [], keep=not fast)
+    publish("ablations", "Ablations", [("What each heuristic buys", body)], [], keep=not (fast or options.only))
     return 0
 
 
