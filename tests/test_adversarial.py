@@ -83,6 +83,9 @@ def numbers(kernel, op):
         (CircularConv((64, 64)), (7, 7, 8, 8), 0.6),
         (CircularConv((64, 64)), (3, 3, 12, 12), 1 / 3),
         (ZeroPaddedConv((12, 12)), (5, 5, 6, 6), 0.3),
+        (Dense(), (2000, 2), 0.7),
+        (Dense(), (20000, 2), 0.02),
+        (CircularConv((3, 3)), (3, 3, 256, 16), 0.6),
     ],
     ids=str,
 )

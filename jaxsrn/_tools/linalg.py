@@ -14,6 +14,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Inexact
 
+from jaxsrn._tools.indexing import picked
+
 __all__ = [
     "by_largest",
     "divisor",
@@ -172,18 +174,28 @@ def gram_bound(matrices: Inexact[Array, "batch in out"], num_steps: int) -> Floa
     """
     if matrices.shape[-2] < matrices.shape[-1]:
         matrices = matrices.mT
-    grams = matmul(matrices.mT.conj(), matrices)
-    norms = _frobenius(grams)
-    is_zero, log_bounds = norms == 0, 0.0
-    for step in range(num_steps):
+    bounds = _gram_bounds(lax.stop_gradient(matrices), num_steps)
+    # The largest alone is differentiated: second derivatives for a matrix that is nothing but rounding overflow.
+    largest = _gram_bounds(picked(matrices, lax.argmax(bounds, 0, jnp.int32))[None], num_steps)[0]
+    return largest + lax.stop_gradient(jnp.max(bounds) - largest)
+
+
+def _gram_bounds(matrices: Inexact[Array, "batch in out"], num_steps: int) -> Float[Array, " batch"]:
+    """`||G_t||_F ** (1 / 2 ** (t + 1))` of each matrix; 0 for zero matrices."""
+
+    def step(state, share):
+        grams, norms, log_bounds = state
         # The bound is a root of the norm, so it gets back the same root of every factor that is divided out.
-        scale = jnp.where(is_zero, 1.0, norms)
-        log_bounds = log_bounds + jnp.log(scale) / 2.0 ** (step + 1)
+        scale = divisor(norms)
         grams = grams / scale[:, None, None].astype(grams.dtype)
         grams = matmul(grams, grams)
-        norms = _frobenius(grams)
-    log_bounds = log_bounds + jnp.log(jnp.where(is_zero, 1.0, norms)) / 2.0 ** (num_steps + 1)
-    return jnp.max(jnp.where(is_zero, 0.0, jnp.exp(log_bounds)))
+        return (grams, _frobenius(grams), log_bounds + share * jnp.log(scale)), None
+
+    grams = matmul(matrices.mT.conj(), matrices)
+    norms = _frobenius(grams)
+    shares = jnp.asarray(0.5 ** np.arange(1, num_steps + 2), norms.dtype)
+    (_, last, log_bounds), _ = lax.scan(step, (grams, norms, jnp.zeros_like(norms)), shares[:-1])
+    return jnp.where(norms == 0, 0.0, jnp.exp(log_bounds + shares[-1] * jnp.log(divisor(last))))
 
 
 def _frobenius(matrices: Inexact[Array, "batch n n"]) -> Float[Array, " batch"]:

@@ -96,7 +96,8 @@ def matrix_norm(matrices: Float[Array, "groups rows columns"], num_steps: int | 
 def _forms(matrices, vectors):
     """`u^T A v` of each matrix of a stack, with vectors `(u, v)` on its rows and columns."""
     rows, columns = vectors
-    return einsum("gi,gio,go->g", rows, matrices, columns)
+    # Of three factors at once XLA would add all products one after another, as in `inner`.
+    return einsum("gi,gi->g", rows, einsum("gio,go->gi", matrices, columns))
 
 
 def _form(matrix, vectors):

@@ -72,7 +72,8 @@ def certified(kernel: Kernel, op: Operator, *, resolution: float = 0.01) -> Norm
         in float32, and 1e-6 in float64, the proof of zero-padded ones 2e-5 and the room for rounding.
 
     Returns:
-      A `NormInterval` in float32 or wider; NaN where the kernel has one. The ends' gradients hold the singular
+      A `NormInterval` in float32 or wider; NaN where the kernel has one. It is that of the kernel in which denormal
+      numbers count as 0, as XLA takes them. The ends' gradients hold the singular
       vectors constant, and are finite. Second derivatives are those of `spectral_norm` and as exact as the pairs: the
       lower end of zero-padded layers may have a search that stops early.
 

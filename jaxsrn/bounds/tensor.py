@@ -120,7 +120,7 @@ def _best_vectors(tensor: Float[Array, "..."], num_starts: int, num_steps: int) 
     matrices = _on_taps(flat, _outer(factors))
     # The last step is one on the columns, so that the values are real: the real part of the tensor carries all of them.
     row, column = _channel_vectors(matrices, column)
-    values = einsum("sio,si,so->s", matrices, row, column).real
+    values = einsum("si,si->s", row, einsum("sio,so->si", matrices, column)).real
     factors, row, column = picked((factors, row, column), jnp.argmax(values))
     return [*factors, row, column]
 

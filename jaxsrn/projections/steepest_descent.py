@@ -69,7 +69,7 @@ class SteepestResult(NamedTuple):
     """A kernel of the spectral ball along a gradient, and a proof of how good it is.
 
     Attributes:
-      kernel: `||T(kernel)||_2 <= 1`.
+      kernel: `||T(kernel)||_2 <= 1`; for a matrix up to rounding.
       dual_norm: an upper bound of the dual norm, the largest `<G, K>` over the ball, proven up to rounding.
       gap: `1 - <G, kernel> / dual_norm`. No kernel of the ball has a `<G, K>` that is larger by more than this share of
         `dual_norm`.

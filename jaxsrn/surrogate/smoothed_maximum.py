@@ -46,8 +46,9 @@ def log_sum_exp(kernel: Kernel, op: Operator, *, alpha, smooth: bool = False) ->
       smooth: static; `True` for the trace, which is smooth everywhere.
 
     Returns:
-      A scalar in float32 or wider. Its gradient is always finite, and exact where the value is differentiable. Second
-      derivatives are exact where the singular values of every frequency are distinct, and may be NaN elsewhere.
+      A scalar in float32 or wider. Its gradient is finite where the squares of the values are, and exact where the
+      value is differentiable. Second derivatives are exact where the singular values of every frequency are distinct,
+      and may be NaN elsewhere.
 
     Raises:
       ValueError: a kernel that does not fit, an operator that is not circular, a bad `alpha`.

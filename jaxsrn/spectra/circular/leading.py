@@ -59,9 +59,7 @@ def leading_wave(
     found = climbed(kernel, single, grid, *rest)
     if not isinstance(excess, jax.Array) and excess >= 1:
         return unproven_pair(found, single, kernel.shape, grid), excess
-    # In float32 climbing reaches the maximum to rounding.
-    between = isinstance(op, UnboundedConv) and kernel.dtype == jnp.float64
-    return proven_pair(found, single, kernel.shape, grid, excess, between), excess
+    return proven_pair(found, single, kernel.shape, grid, excess, isinstance(op, UnboundedConv)), excess
 
 
 def branch_and_bound_pays(kernel_shape: tuple[int, ...], op: CircularConv) -> bool:

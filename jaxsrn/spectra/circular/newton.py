@@ -1,7 +1,9 @@
-"""The frequency of a maximum between those of a grid, to all digits of float64, by Newton's method.
+"""The frequency of a maximum between those of a grid, to all digits, by Newton's method.
 
-Climbing alternates between frequencies and vectors, which is slow where singular values lie close together. The
-derivatives of `lambda = sigma^2`, the largest eigenvalue of `G = S^H S`, know how the vectors turn with the frequency:
+Climbing alternates between frequencies and vectors, which is slow where singular values lie close together. It compares
+values, which tell a frequency from the maximum down to the square root of rounding. That is enough for the value, but
+its gradient is off by as much as the frequency: in float32 by a thousandth. The derivatives of `lambda = sigma^2`, the
+largest eigenvalue of `G = S^H S`, know how the vectors turn with the frequency:
 
     lambda_j  = v^H G_j v
     lambda_jk = v^H G_jk v + 2 Re sum_(m > 1) conj(b_jm) b_km / (lambda_1 - lambda_m),    b_jm = v_m^H G_j v.
@@ -34,7 +36,8 @@ _RIDGE = 1e-6
 
 
 def at_maximum(poly: GramPolynomial, grid: Grid, peak: Peak) -> Peak:
-    """The maximum near a peak, as long as each step finds a larger value."""
+    """The maximum near a peak, as long as no step finds a value that is smaller by more than rounding."""
+    room = 8 * float(jnp.finfo(peak.value.dtype).eps)
     coefficients = of_group(poly.coefficients, peak.group)
 
     def step(state):
@@ -42,7 +45,7 @@ def at_maximum(poly: GramPolynomial, grid: Grid, peak: Peak) -> Peak:
         symbol, first, second = _derivatives(coefficients, grid, index, poly.exponents)
         rows, values, columns = jnp.linalg.svd(symbol, full_matrices=False)
         here = Peak(index, peak.group, rows[:, 0], columns[0].conj(), values[0])
-        gained = (here.value > best.value) | (count == 0)
+        gained = (here.value >= (1 - room) * best.value) | (count == 0)
         best = chosen(gained, here, best)
         radians = _newton_step(symbol, first, second, (rows, values, columns))
         # Where the second-order expansion is not concave the factorization fails, and the frequency stays.
