@@ -201,6 +201,18 @@ def test_gram_iteration_is_the_published_one():
         assert bounds.gram_iteration(kernel, op, num_steps=steps) >= expected
 
 
+def test_gram_iteration_beside_a_matrix_of_rounding():
+    """Taps that sum to 0: the symbol is nothing but rounding at frequency 0, whose second derivatives overflow."""
+    kernel = gaussian((2, 2, 2))
+    kernel = jnp.asarray(np.concatenate([kernel, -kernel.sum(axis=0, keepdims=True)]), jnp.float32)
+    direction, op, step = jnp.ones_like(kernel).at[0, 0, 0].set(2), CircularConv((8,)), 1e-5
+    slope = jax.grad(lambda kernel: bounds.gram_iteration(kernel, op))
+    found = jax.jvp(slope, (kernel,), (direction,))[1]
+    wide, along = (np.asarray(array, np.float64) for array in (kernel, direction))
+    expected = (slope(jnp.asarray(wide + step * along)) - slope(jnp.asarray(wide - step * along))) / (2 * step)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
 def test_gram_iteration_of_many_steps():
     """The power 2**31 is no 32-bit integer. The bound decreases to the norm."""
     op, kernel = CircularConv((8,)), gaussian((3, 2, 2)).astype(np.float32)

@@ -488,6 +488,9 @@ def test_checkpoints(tmp_path):
     loose = serialization.msgpack_restore(serialization.to_bytes(variables))
     with pytest.raises(ValueError, match=r"Conv\(features=3.* has a dict, expected a StableRankState; restore"):
         model.apply(loose, IMAGES)
+    for function in (jlinen.fold, jlinen.refresh, jlinen.restart):
+        with pytest.raises(ValueError, match=r"the collection .* has a .*, expected a StableRankState; restore"):
+            function(model, loose)
 
 
 def test_trained_weights_without_a_state_get_a_converged_one():

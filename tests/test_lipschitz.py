@@ -11,9 +11,14 @@ import numpy as np
 import pytest
 from cases import CASES, dense, derivative, gaussian
 from events import TRACES, counted
+from flax import linen as nn
+from flax import nnx
 from jax.flatten_util import ravel_pytree
 
-from jaxsrn import CircularConv, Dense, UnboundedConv, ZeroPaddedConv, bounds, lipschitz
+import jaxsrn
+import jaxsrn.linen as jlinen
+import jaxsrn.nnx as jnnx
+from jaxsrn import CircularConv, Dense, UnboundedConv, ZeroPaddedConv, bounds, lipschitz, penalties
 from jaxsrn.lipschitz import jacobians
 
 # A chain of layers of every kind with ReLUs between them: 8 samples of 2 channels to 3 logits.
@@ -555,3 +560,33 @@ def test_steep_jacobians():
     explicit = jax.vmap(jax.jacobian(lambda point: network(layers, point[None])[0]))(x)
     expected = np.linalg.norm(np.asarray(explicit, float), 2, axis=(1, 2))
     np.testing.assert_allclose(lipschitz.local(network, layers, x).value, expected, rtol=1e-4)
+
+
+def test_raw_kernels_of_wrapped_layers_are_refused(as_users_have_it):
+    """Small raw kernels, whose layers have norm 1 in every forward: a bound of them would be far below the truth."""
+    model = nnx.Sequential(jnnx.SpectralNorm(nnx.Linear(4, 4, rngs=nnx.Rngs(0))), nnx.relu)
+    model.layers[0].layer.kernel[...] *= 0.1
+    x = jnp.ones((1, 4), jnp.float32)
+    linen = jlinen.constrain(nn.Dense(4), lambda path, layer: jlinen.SpectralNorm(layer))
+    variables = linen.init(jax.random.key(0), x)
+    cases = [
+        (jnnx.layer_operators(model), nnx.state(model, nnx.Param)),
+        (jlinen.layer_operators(linen, variables, x), variables["params"]),
+    ]
+    for layers, params in cases:
+        assert len(layers.wrapped) == len(layers) == 1
+        for function in (lipschitz.upper_bound, lipschitz.certified_upper_bound, total_norm):
+            with pytest.raises(ValueError, match="got the raw kernel of a wrapped layer"):
+                function(layers, params)
+            assert 0 < function(dict(layers), params) < 2
+        passed = jax.tree.unflatten(*jax.tree.flatten(layers)[::-1])
+        assert passed.wrapped == layers.wrapped
+        # Optimizers step on raw kernels.
+        jaxsrn.optim.spectral_descent(0.1, layers).init(params)
+    plain = jnnx.fold(model)
+    bound = lipschitz.certified_upper_bound(jnnx.layer_operators(plain), nnx.state(plain, nnx.Param))
+    np.testing.assert_allclose(bound, 1, rtol=1e-5)
+
+
+def total_norm(layers, params):
+    return penalties.total(jaxsrn.spectral_norm, layers, params)

@@ -21,6 +21,7 @@ from cases import dense, gaussian
 from flax import linen as nn
 from flax import nnx
 
+import jaxsrn
 import jaxsrn.linen as jlinen
 import jaxsrn.nnx as jnnx
 from jaxsrn import CircularConv, Dense, UnboundedConv, ZeroPaddedConv
@@ -675,6 +676,13 @@ def test_moments_of_an_optimizer_are_no_layers():
     for make in (optax.adam, optax.lion, functools.partial(optax.sgd, momentum=0.9)):
         report = analyze({"params": params, "updates": make(1e-3).init(params)})
         assert [layer.name for layer in report.layers] == ["params/Dense_0/kernel"]
+
+
+@pytest.mark.parametrize("name", ["opt_state", "optim", "state_of_steps"])
+def test_momenta_of_jaxsrn_are_no_layers(name):
+    params = {"c": {"kernel": array(3, 3, 2, 4)}}
+    state = jaxsrn.optim.spectral_descent(0.1, {("c", "kernel"): UNBOUNDED}).init(params)
+    assert [layer.name for layer in analyze({"params": params, name: state}).layers] == ["params/c/kernel"]
 
 
 def test_a_model_says_what_its_layers_are_by_any_name():

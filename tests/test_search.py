@@ -21,7 +21,7 @@ from jaxsrn.spectra.circular.angles import angles_of
 from jaxsrn.spectra.circular.fourier import half_symbol, site_symbol
 from jaxsrn.spectra.circular.grams import gram_polynomial, grams_at, is_reduced
 from jaxsrn.spectra.circular.leading import branch_and_bound_pays, search_arguments
-from jaxsrn.spectra.circular.peaks import climbed, highest
+from jaxsrn.spectra.circular.peaks import climbed, proven_pair
 from jaxsrn.spectra.singular_pair import Found, Pair
 
 CIRCULAR = [case for case in CASES if isinstance(case.op, CircularConv)]
@@ -31,7 +31,7 @@ def branch_and_bound(kernel, op):
     """Traced anew by every caller: some tests change what the library's compiled programs hold."""
     single, grid, *rest = search_arguments(op, kernel)
     found = climbed.__wrapped__(kernel, single, grid, *rest)
-    return highest.__wrapped__(found, single, kernel.shape, grid, 0.0, False)
+    return proven_pair.__wrapped__(found, single, kernel.shape, grid, 0.0, False)
 
 
 def found(kernel, op):

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import gaussian
-from jax.sharding import AxisType
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxsrn
@@ -66,3 +66,16 @@ def test_results_are_never_summed_over_devices(function, shape):
 def test_stacks_of_kernels_stay_where_they_are():
     checks = [f"stack,{name},spectral_norm" for name in ("dense", "circular", "circular-large", "same")]
     assert output_of(*checks) == "fine"
+
+
+def test_explicit_mesh_axes_are_refused():
+    """Those of `jax.make_mesh` by default: JAX raises an error of its own for most operations of a norm."""
+    mesh = jax.make_mesh((1,), ("devices",), axis_types=(AxisType.Explicit,))
+    with jax.set_mesh(mesh):
+        kernel = jax.device_put(jnp.asarray(gaussian((3, 2, 4))), NamedSharding(mesh, P(None, None, "devices")))
+        for function in (jaxsrn.spectral_norm, jax.jit(jaxsrn.spectral_norm)):
+            with pytest.raises(ValueError, match=r"explicit mesh axes \['devices'\], expected .*AxisType\.Auto"):
+                function(kernel, CircularConv((4,)))
+        everywhere = jax.sharding.reshard(kernel, P())
+        expected = jaxsrn.spectral_norm(np.asarray(kernel), CircularConv((4,)))
+        np.testing.assert_allclose(jaxsrn.spectral_norm(everywhere, CircularConv((4,))), expected, rtol=1e-12)

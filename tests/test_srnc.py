@@ -387,6 +387,17 @@ def test_infeasible_strided_reaches_the_largest_phase():
     np.testing.assert_allclose(measure(result.kernel, op)[0], 3.0, rtol=1e-8)
 
 
+def test_a_norm_is_positive_where_the_result_is_at_right_angles_to_the_kernel():
+    """Nearly equal entries: two equal singular values, and then rounding has the sign of the pair."""
+    op, kernel = (
+        ZeroPaddedConv((2, 2, 2)),
+        np.float32(1 + 1e-3 * np.stack([gaussian((3, 3, 1, 2, 2), i) for i in range(24)])),
+    )
+    found = jax.jit(jax.vmap(lambda kernel: jaxsrn.srnc(kernel, op, jnp.float32(1.4))))(jnp.asarray(kernel))
+    norms = [np.linalg.norm(dense(one, op), 2) for one in np.asarray(found.kernel, np.float64)]
+    np.testing.assert_allclose(found.spectral_norm, norms, rtol=1e-5)
+
+
 def test_infeasible_zero_padding_has_the_smallest_stable_rank():
     op, a = ZeroPaddedConv((7,)), np.array([0.4, -1.0, 0.7])[:, None, None]
     result = jaxsrn.srnc(jnp.asarray(a), op, 1.0)

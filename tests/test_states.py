@@ -117,6 +117,19 @@ def test_one_step_is_enough_for_a_kernel_that_was_replaced(name, share):
     assert max(given) > (3 if is_near else 5) * np.median(errors) + (1e-4 if (name, share) == ("dense", None) else 1e-3)
 
 
+@pytest.mark.parametrize("share", [None, 0.7])
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_state_forgets_nan(name, share):
+    """One step after weights with NaN in them were rolled back it is a state of the kernel again."""
+    start, step = compiled(name, share is not None)
+    kernel = gaussian32(LAYERS[name][1])
+    target = target_of(kernel, name, share)
+    found, state = step(kernel.at[(0,) * kernel.ndim].set(jnp.nan), start(kernel, target), target)
+    assert all(np.all(np.isnan(leaf)) for leaf in jax.tree.leaves((found, state)))
+    found, state = step(kernel, state, target)
+    assert_met(step(kernel, state, target)[0], name, kernel, target)
+
+
 def wrapped_conv(seed=0, fraction=0.7):
     layer = nnx.Conv(2, 4, (3, 3), padding="CIRCULAR", rngs=nnx.Rngs(seed))
     return jnnx.StableRankNorm(layer, fraction, input_shape=(8, 6))

@@ -89,7 +89,7 @@ def static_share(value, name: str) -> float:
 def if_injected(value, name: str) -> str:
     """What helps where a static option became an array."""
     is_array = isinstance(value, jax.Array)
-    return f"; with optax.inject_hyperparams name {name!r} in static_args" if is_array else ""
+    return f"; make it static, with optax.inject_hyperparams name {name!r} in static_args" if is_array else ""
 
 
 def is_static_number(value) -> bool:
@@ -107,8 +107,13 @@ def kernel_array(kernel, op) -> jax.Array:
         hasattr(kernel, "shape") or np.ndim(kernel) > 0 or is_static_number(kernel),
         f"kernel: got {_briefly(kernel)}, expected an array; of a layer of Flax it is layer.kernel[...].",
     )
+    ensure(
+        not isinstance(kernel, jax.ShapeDtypeStruct),
+        "kernel: got a jax.ShapeDtypeStruct, which has no numbers; jax.eval_shape takes it.",
+    )
     kernel = jnp.asarray(kernel)
     ensure_same_on_devices(kernel, "kernel")
+    _ensure_compiler_shards(kernel)
     # The last two axes are the channels; the map acts on rows of real parts, followed by imaginary ones.
     real_floating(
         kernel.dtype,
@@ -179,6 +184,21 @@ def ensure_same_on_devices(tree, name: str) -> None:
         not axes,
         f"{name}: got an array that varies over the mesh axes {sorted(axes)}, expected jax.shard_map(..., "
         "check_vma=False) around functions of jaxsrn.",
+    )
+
+
+def _ensure_compiler_shards(kernel: jax.Array) -> None:
+    """Raises `ValueError` where a kernel is sharded over explicit axes, as those of `jax.make_mesh` are by default.
+
+    JAX has rules for such axes for few of the operations that a norm takes.
+    """
+    sharding = getattr(jax.typeof(kernel), "sharding", None)
+    explicit = set(getattr(getattr(sharding, "mesh", None), "explicit_axes", ()))
+    sharded = sorted(explicit.intersection(jax.tree.leaves(tuple(getattr(sharding, "spec", ())))))
+    ensure(
+        not sharded,
+        f"kernel: sharded over the explicit mesh axes {sharded}, expected axes that the compiler shards, of "
+        "jax.make_mesh(..., axis_types=(jax.sharding.AxisType.Auto,) * n), or jax.sharding.reshard(kernel, jax.P()).",
     )
 
 

@@ -34,6 +34,7 @@ __all__ = [
     "top_pairs",
     "top_values",
     "unit",
+    "zero_for_nan",
 ]
 
 # The default precision of TPUs and of recent GPUs is below float32, and every certificate would be false in it.
@@ -65,6 +66,11 @@ def by_largest(z: Float[Array, "..."]) -> tuple[Float[Array, "..."], Float[Array
 def nan_for_infinity(x: Inexact[Array, "..."]) -> Inexact[Array, "..."]:
     """`x` with NaN in place of infinities: LAPACK's SVDs of infinite entries may never end."""
     return x + (x - x)
+
+
+def zero_for_nan(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """`x` with 0 in place of NaN."""
+    return jnp.where(jnp.isnan(x), 0, x)
 
 
 def inner(a: Float[Array, "..."], b: Float[Array, "..."]) -> Float[Array, ""]:

@@ -206,13 +206,13 @@ def layer_calls(
         if isinstance(layer, Normalized):
             outputs = called(inside, layer, call, args, kwargs)
             held = layer.get_variable(COLLECTION, "state").constraint.layer_map
-            calls.found[(*layer.layer.path, "kernel")] = held
+            calls.note_wrapped((*layer.layer.path, "kernel"), held)
             return outputs
         outputs = call(*args, **kwargs)
         path = (*layer.path, "kernel")
         held = {path: seen for outer in constrained for path, seen in outer.layer_maps().items()}
         if path in held:
-            calls.found[path] = held[path]
+            calls.note_wrapped(path, held[path])
         elif calls.concerns(layer):
             kernel = nn.meta.unbox(layer.get_variable("params", "kernel"))
             calls.note(path, layer, kernel.shape, first_input(args, kwargs))

@@ -11,7 +11,7 @@ from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jaxsrn._tools.checks import ensure, errors_named
-from jaxsrn.linen.wrappers import COLLECTION, StableRankState, States
+from jaxsrn.linen.wrappers import COLLECTION, StableRankState, States, check_is_state
 from jaxsrn.normalization.training.flax_constraint import each_kind_once
 
 __all__ = ["nested", "params_of", "started", "stepped", "written"]
@@ -48,6 +48,7 @@ def _wrapped_layers(module: nn.Module, variables: Mapping) -> dict[tuple, _Wrapp
     found = {}
     for (*names, _), state in states.items():
         wrapper = tuple(names)
+        check_is_state(state, "/".join(wrapper) or type(module).__name__)
         layer = state.layer_path(wrapper)
         with errors_named(written(layer, module)):
             ensure((*layer, "kernel") in params, "wrapped, but variables['params'] has no kernel for it.")

@@ -30,6 +30,7 @@ __all__ = [
     "States",
     "call_changed",
     "check_collection",
+    "check_is_state",
     "trace_keys",
 ]
 
@@ -250,12 +251,17 @@ def check_collection(module: nn.Module, variable: str, name: str) -> None:
     )
 
 
-def _check_state(stored, expected: StableRankState, name: str) -> None:
+def check_is_state(stored, name: str) -> None:
+    """Raises `ValueError` unless what the collection has for a wrapper is a state."""
     ensure(
         isinstance(stored, StableRankState),
         f"{name}: the collection {COLLECTION!r} has a {type(stored).__name__}, expected a StableRankState; restore "
         "checkpoints with the variables of init as the target.",
     )
+
+
+def _check_state(stored, expected: StableRankState, name: str) -> None:
+    check_is_state(stored, name)
     ensure(
         stored.replace(value=None) == expected,
         f"{name}: the collection {COLLECTION!r} was made for {stored.constraint}, norm={stored.norm}, expected "

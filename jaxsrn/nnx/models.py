@@ -123,7 +123,11 @@ def constrain(model: nnx.Module, wrap: Callable[[tuple, nnx.Module], nnx.Module]
 
     rewritten = _rewritten(nnx.clone(model), change)
     _ensure_reached(rewritten, lambda path, node: not isinstance(node, Normalized) and matches(path, node))
-    ensure(bool(found), f"where: got {shown(where)}, which matches no layer of {type(model).__name__}; expected some.")
+    ensure(
+        bool(found),
+        f"where: got {shown(where)}, which matches no layer of {type(model).__name__} outside of wrappers; "
+        "expected some.",
+    )
     # Where kernels are traced, what started the wrappers one by one is dead code, which JAX drops.
     _start_anew([wrapper for wrapper in found if isinstance(wrapper.layer.kernel[...], jax.core.Tracer)])
     return rewritten
@@ -200,7 +204,7 @@ def layer_calls(model: nnx.Module, *inputs, computes: Mapping[type, type | None]
     def record(path, node):
         ensure_own_kernel(node, CHANGING, ".".join(map(str, path)))
         if isinstance(node, Normalized):
-            calls.note_map(place_of((*path, "layer", "kernel")), node.constraint.layer_map)
+            calls.note_wrapped(place_of((*path, "layer", "kernel")), node.constraint.layer_map)
         elif calls.concerns(node):
             place = place_of((*path, "kernel"))
             if not is_called:

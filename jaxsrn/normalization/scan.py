@@ -276,7 +276,7 @@ def scanned(problem: Problem, op: CircularConv, reach: Reach, wanted: Bool[Array
     return Survey(scan.pairs, jnp.where(bound < INFEASIBLE_FROM, bound, jnp.inf))
 
 
-def _in_chunks(lowest: Float[Array, " sites"], chunk: int) -> Int[Array, "chunks sites"]:
+def _in_chunks(lowest: Float[Array, " sites"], chunk: int) -> Int[Array, "chunks {chunk}"]:
     """The sites in the order of their bounds, in chunks.
 
     The last chunk is filled up with the last site. Better ones, which were seen, would count as unseen there.

@@ -52,8 +52,6 @@ class Operator(abc.ABC):
     _needs_explicit_matrix = False
     # A matrix keeps its leading pair when its stable rank is lowered; the kernel of a convolution does not.
     _normalization_keeps_pairs = False
-    # The groups of channels.
-    _groups = 1
 
     @property
     @abc.abstractmethod
@@ -97,6 +95,11 @@ class Operator(abc.ABC):
     def _sizes(self, kernel_shape: tuple[int, ...]) -> tuple[int, int]:
         """How many numbers the layer reads and writes; of a layer without edges, for one output sample (static)."""
         return math.prod(self.in_shape(kernel_shape)), math.prod(self.out_shape(kernel_shape))
+
+    @property
+    def _groups(self) -> int:
+        """The number of groups of channels."""
+        return 1
 
     @abc.abstractmethod
     def _axis_strides(self, kernel_shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -64,6 +64,10 @@ class _Conv(Operator):
             f"kernel: got {kernel_shape[-1]} output channels, expected a multiple of feature_group_count={groups}.",
         )
 
+    @property
+    def _groups(self) -> int:
+        return self.feature_group_count
+
     def _channels(self, kernel_shape):
         return kernel_shape[-2] * self.feature_group_count, kernel_shape[-1]
 
@@ -393,6 +397,9 @@ class ZeroPaddedConv(_SizedConv):
             f"padding: got {padding!r}, expected a name or {self.num_axes} (low, high) pairs of integers.",
         )
         return tuple((int(low), int(high)) for low, high in pairs)
+
+    def _axis_input_dilations(self, kernel_shape):
+        return self.input_dilation
 
     @property
     def _dilated_shape(self) -> tuple[int, ...]:

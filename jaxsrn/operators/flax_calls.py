@@ -25,12 +25,14 @@ class CallRecord:
 
     Attributes:
       found: `{path of the kernel: map}`.
+      wrapped: the paths of kernels that a wrapper normalizes.
       classes, computes: as for `kind_of`.
       unbounded: whether the maps are those without an image size.
     """
 
     def __init__(self, classes: FlaxLayers, computes: Mapping[type, type | None], *, unbounded: bool):
         self.found: dict[tuple, LayerMap] = {}
+        self.wrapped: set[tuple] = set()
         self.classes, self.computes, self.unbounded = classes, computes, unbounded
 
     def concerns(self, module) -> bool:
@@ -51,6 +53,11 @@ class CallRecord:
             kernel_shape = own_shape(layer, kernel_shape, kind)
             shape = x.shape[-len(kernel_shape) + 1 : -1] if is_sized and x is not None else None
             self.note_map(path, layer_map(layer, kernel_shape, shape, kind))
+
+    def note_wrapped(self, path: tuple, seen: LayerMap) -> None:
+        """Notes the map of a raw kernel, which its wrapper knows."""
+        self.wrapped.add(path)
+        self.note_map(path, seen)
 
     def note_map(self, path: tuple, seen: LayerMap) -> None:
         """Notes the map of a kernel.
@@ -93,7 +100,8 @@ class CallRecord:
         # A bias is no map, however many axes it has.
         biases = {path for path in shapes if path[-1] == "bias" and (*path[:-1], "kernel") in self.found}
         left_out = [path for path, shape in shapes.items() if len(shape) > 1 and path not in {*as_is, *biases}]
-        return LayerOperators(as_is, {path: self._reason(path, shapes[path]) for path in left_out})
+        reasons = {path: self._reason(path, shapes[path]) for path in left_out}
+        return LayerOperators(as_is, reasons, [path for path in as_is if path in self.wrapped])
 
     def _reason(self, path: Path, shape: tuple[int, ...]) -> str:
         """Why a parameter is the kernel of no operator."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -45,21 +45,23 @@ class LayerOperators(dict):
 
     Attributes:
       left_out: `{path: reason}` of all other parameters of two axes or more. No constraint holds them.
+      wrapped: the paths of raw kernels, which wrappers of jaxsrn normalize at every forward. Functions that tell norms
+        of a model from its parameters refuse them; optimizers take them, and step on the raw kernels.
     """
 
-    def __init__(self, found: Layers, left_out: Mapping[Path, str]):
+    def __init__(self, found: Layers, left_out: Mapping[Path, str], wrapped: Collection[Path] = ()):
         super().__init__(found)
-        self.left_out = dict(left_out)
+        self.left_out, self.wrapped = dict(left_out), tuple(wrapped)
 
     def tree_flatten(self):
         """The operators, which are static, as a dictionary's values are flattened."""
-        return tuple(self.values()), (tuple(self), tuple(self.left_out.items()))
+        return tuple(self.values()), (tuple(self), tuple(self.left_out.items()), self.wrapped)
 
     @classmethod
     def tree_unflatten(cls, static, operators):
         """The inverse of `tree_flatten`."""
-        paths, left_out = static
-        return cls(dict(zip(paths, operators, strict=True)), dict(left_out))
+        paths, left_out, wrapped = static
+        return cls(dict(zip(paths, operators, strict=True)), dict(left_out), wrapped)
 
 
 class _Stack(NamedTuple):
@@ -239,8 +241,15 @@ def values_of_stacks(function: Callable, layers: Layers, params) -> list:
     The stacks are worked on in turn, and `function` is compiled once for each.
 
     Raises:
-      ValueError: what `named_kernels` refuses, or a function whose values are not floating-point scalars.
+      ValueError: what `named_kernels` refuses, raw kernels of wrapped layers, or a function whose values are not
+        floating-point scalars.
     """
+    for path in getattr(layers, "wrapped", ()):
+        ensure(
+            path not in layers,
+            f"layers: at {path!r}: got the raw kernel of a wrapped layer, which has other weights in a forward; take "
+            "layer_operators and the parameters of fold(model), or dict(layers) where raw kernels are meant.",
+        )
     latest, found = jnp.zeros(()), []
     for stack in _stacked(layers, named_kernels(layers, params)):
         values = jax.vmap(function, (0, None))(_after(stack.kernels, latest), stack.op)

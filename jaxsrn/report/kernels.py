@@ -40,9 +40,12 @@ _STATISTICS = ("mean", "var", "moving_mean", "moving_variance", "running_mean", 
 # Haiku has the statistics of its batch normalization in averages of these names.
 _AVERAGES = re.compile(r"(.*_ema|exponential_moving_average(_\d+)?)/(average|hidden)")
 _VECTORS = re.compile(r"b|bias.*|(.*_)?(bias|scale|gamma|beta|offset|mask)")
-_OPTIMIZERS = ("opt", "opt_state", "optimizer", "optimizer_state", "exp_avg", "exp_avg_sq", "momentum_buffer")
+_OPTIMIZERS = (
+    *("opt", "opt_state", "opt_states", "optim", "optim_state", "optimizer", "optimizer_state", "optimizer_states"),
+    *("exp_avg", "exp_avg_sq", "momentum_buffer"),
+)
 # The state of an optax transformation is a tuple, in which the moments of one member have the names of the parameters.
-_MOMENTS = re.compile(r"(^|/)\d+/(mu|nu|trace)/")
+_MOMENTS = re.compile(r"(^|/)\d+/(mu|nu|trace|momentum)/")
 _DEPTHWISE = re.compile(r"depthwise|(^|[^a-z])dw_?(conv)?([^a-z]|$)")
 
 

@@ -23,7 +23,8 @@ class SRNCState(NamedTuple):
 
     All of them are real floats: frequencies as shares of a full turn, amplitudes as real and imaginary parts. So a
     state may be averaged, cast to any floating dtype, or stored in any file, with the rest of a model. The next step
-    puts right what that changed.
+    puts right what that changed, and returns a state in float32 or wider: a state that was cast takes a step before
+    `jax.lax.scan` carries it. A kernel with NaN in it leaves NaN, from which the next kernel without NaN starts anew.
 
     Attributes:
       normalized: the track (`tracking.py`) of the normalized kernel's leading pair. A dense kernel has the same pair.
@@ -42,7 +43,10 @@ def as_floats(state: SRNCState, op: Operator, a: Float[Array, "..."]) -> SRNCSta
 
 
 def of_floats(state: SRNCState, op: Operator, kernel_shape, dtype) -> SRNCState:
-    """The state for computations in a dtype, whatever the caller did to its floats."""
+    """The state for computations in a dtype, whatever the caller did to its floats.
+
+    Where a kernel with NaN in it has left NaN, the state is one that knows nothing of a kernel.
+    """
     return SRNCState(*(track and track_of_floats(track, op, kernel_shape, dtype) for track in state))
 
 

@@ -14,11 +14,12 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Inexact, Int
 
-from jaxsrn._tools.linalg import unit
+from jaxsrn._tools.linalg import unit, zero_for_nan
 from jaxsrn.normalization.training import watched_images, watched_torus
 from jaxsrn.normalization.training.watched_images import Step
 from jaxsrn.normalization.training.watched_torus import Climbers
@@ -69,7 +70,7 @@ def track_as_floats(track: Track, op: Operator, kernel_shape: tuple[int, ...]) -
 def track_of_floats(track: Track, op: Operator, kernel_shape: tuple[int, ...], dtype) -> Track:
     """The track of `track_as_floats` for computations in a dtype; averages and casts of tracks are taken too."""
     watch = None if track.watch is None else _watched(op).of_floats(track.watch, op, kernel_shape, dtype)
-    return Track(pair_of_floats(track.pair, op, kernel_shape, dtype), watch)
+    return Track(pair_of_floats(jax.tree.map(zero_for_nan, track.pair), op, kernel_shape, dtype), watch)
 
 
 def follow(kernel: Float[Array, "..."], op: Operator, track: Track, turn: Int[Array, ""] | None) -> tuple[Track, Step]:

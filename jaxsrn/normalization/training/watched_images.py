@@ -63,8 +63,8 @@ def as_floats(watch: Float[Array, "..."], op: Operator, kernel_shape) -> Float[A
 
 
 def of_floats(watch: Float[Array, "..."], op: Operator, kernel_shape, dtype) -> Float[Array, "..."]:
-    """The inputs of `as_floats` in a dtype, whatever was done to them."""
-    return watch.astype(dtype)
+    """The inputs of `as_floats` in a dtype, whatever was done to them; NaN becomes what `begin` has."""
+    return jnp.where(jnp.isnan(watch), fixed_start(watch.shape, dtype), watch.astype(dtype))
 
 
 def begin(kernel: Float[Array, "..."], op: Operator) -> Float[Array, "..."]:

@@ -26,7 +26,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from jaxsrn._tools.indexing import joined, picked, put_from, slice_from
-from jaxsrn._tools.linalg import einsum
+from jaxsrn._tools.linalg import einsum, zero_for_nan
 from jaxsrn._tools.subspaces import fixed_start
 from jaxsrn.normalization.training.watched_images import Step
 from jaxsrn.operators.convolutions import CircularConv, UnboundedConv
@@ -74,7 +74,8 @@ def of_floats(watch: Climbers, op: CircularConv | UnboundedConv, kernel_shape, d
     """The climbers of `as_floats` in a dtype, each in its cell, whatever was done to them."""
     layer = on_grid(op, kernel_shape)
     lowest, highest = np.moveaxis(_cells(layer, kernel_shape)[:, None], -1, 0)
-    index, output = jax.tree.map(lambda leaf: leaf.astype(dtype), watch)
+    # A climber whose output is 0 knows nothing of the kernel.
+    index, output = jax.tree.map(lambda leaf: zero_for_nan(leaf).astype(dtype), watch)
     return Climbers(indices_of(index, layer.grid, lowest, highest), output)
 
 

@@ -31,7 +31,8 @@ __all__ = ["at_maximum"]
 
 # Steps from a frequency that climbing has found; the digits double with each.
 _MOST_STEPS = 8
-# The share of the trace that is added to the second derivatives, which may be singular; it is lost in every step.
+# The share of the largest second derivative that is added to all of them, which may be singular; it is lost in every
+# step.
 _RIDGE = 1e-6
 
 
@@ -74,20 +75,21 @@ def _derivatives(coefficients, grid: Grid, index, exponents: np.ndarray) -> tupl
 def _newton_step(symbol, first, second, svd):
     """The step in radians to the maximum of the second-order expansion; NaN where that has none."""
     rows, values, columns = svd
-    u, v, sigma = rows[:, 0], columns[0].conj(), values[0]
+    conj_u, v, sigma = rows[:, 0].conj(), columns[0].conj(), values[0]
     images = einsum("jio,o->ji", first, v)
-    slopes = 2 * sigma * jnp.real(einsum("i,ji->j", u.conj(), images))
-    # G_j v in the basis of the right singular vectors.
-    turned = sigma.astype(u.dtype) * einsum("jio,i->jo", first.conj(), u) + einsum("io,ji->jo", symbol.conj(), images)
-    parts = einsum("mo,jo->jm", columns, turned)[:, 1:]
-    gaps = values[0] ** 2 - values[1:] ** 2
-    weights = 1 / jnp.maximum(gaps, jnp.finfo(gaps.dtype).eps * values[0] ** 2)
+    conj_images = images.conj()
+    slopes = 2 * sigma * jnp.real(einsum("i,ji->j", conj_u, images))
+    # The conjugate of G_j v, and then its parts along the right singular vectors but the first.
+    turned = sigma.astype(v.dtype) * einsum("jio,i->jo", first, conj_u) + einsum("io,ji->jo", symbol, conj_images)
+    parts = einsum("mo,jo->jm", columns[1:].conj(), turned)
+    squares = values**2
+    gaps = jnp.maximum(squares[0] - squares[1:], jnp.finfo(values.dtype).eps * squares[0])
     curvature = 2 * jnp.real(
-        sigma.astype(u.dtype) * einsum("i,jkio,o->jk", u.conj(), second, v)
-        + einsum("ji,ki->jk", images.conj(), images)
-        + einsum("jm,m,km->jk", parts.conj(), weights.astype(parts.dtype), parts)
+        sigma.astype(v.dtype) * einsum("i,jki->jk", conj_u, einsum("jkio,o->jki", second, v))
+        + einsum("ji,ki->jk", conj_images, images)
+        + einsum("jm,km->jk", parts, parts.conj() / gaps.astype(parts.dtype)[None])
     )
     # A direction in which the value does not change, as along an axis of a single tap, has no slope, and stays.
-    ridge = _RIDGE * jnp.abs(jnp.trace(curvature)) + jnp.finfo(gaps.dtype).tiny
+    ridge = _RIDGE * jnp.max(jnp.abs(curvature)) + jnp.finfo(gaps.dtype).tiny
     downwards = ridge * jnp.eye(len(slopes), dtype=slopes.dtype) - curvature
-    return jax.scipy.linalg.cho_solve((lax.linalg.cholesky(downwards), True), slopes)
+    return jax.scipy.linalg.cho_solve((lax.linalg.cholesky(downwards, symmetrize_input=False), True), slopes)
