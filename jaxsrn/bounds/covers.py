@@ -16,8 +16,9 @@ from jaxtyping import Array, Float
 
 from jaxsrn._tools.proofs import rounding
 from jaxsrn.operators.base import Operator
-from jaxsrn.operators.convolutions import CircularConv, UnboundedConv, ZeroPaddedConv
+from jaxsrn.operators.convolutions import CircularConv, ZeroPaddedConv
 from jaxsrn.operators.groups import exchanged
+from jaxsrn.operators.unbounded import UnboundedConv
 from jaxsrn.spectra.padded.circular_model import circular_layer
 
 __all__ = [

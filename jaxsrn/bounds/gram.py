@@ -18,7 +18,8 @@ from jaxsrn._tools.linalg import gram_bound
 from jaxsrn._tools.programs import program
 from jaxsrn.bounds.covers import NormInterval, covers, widened
 from jaxsrn.operators.base import Dense, Operator
-from jaxsrn.operators.convolutions import CircularConv, UnboundedConv
+from jaxsrn.operators.convolutions import CircularConv
+from jaxsrn.operators.unbounded import UnboundedConv
 from jaxsrn.spectra.circular.fourier import half_symbol
 from jaxsrn.spectra.circular.grid_certificate import on_coarse_grid, overshoot
 from jaxsrn.spectra.circular.sites import on_grid

@@ -21,7 +21,8 @@ from jaxsrn._tools.tolerances import torus_excess
 from jaxsrn.bounds import banded
 from jaxsrn.bounds.covers import NormInterval, covers, slack_of, widened
 from jaxsrn.operators.base import Dense, Operator
-from jaxsrn.operators.convolutions import CircularConv, UnboundedConv, ZeroPaddedConv
+from jaxsrn.operators.convolutions import CircularConv, ZeroPaddedConv
+from jaxsrn.operators.unbounded import UnboundedConv
 from jaxsrn.spectra.circular.grid_certificate import overshoot
 from jaxsrn.spectra.circular.leading import leading_wave
 from jaxsrn.spectra.circular.sites import on_grid

@@ -33,7 +33,7 @@ from jaxsrn._tools.loops import one_by_one
 from jaxsrn._tools.programs import program
 from jaxsrn.bounds.covers import NormInterval, widened
 from jaxsrn.operators.base import Operator
-from jaxsrn.operators.convolutions import UnboundedConv
+from jaxsrn.operators.unbounded import UnboundedConv
 from jaxsrn.spectra.image_pairs import flat_products
 from jaxsrn.spectra.ranks import squared_frobenius_norm
 from jaxsrn.spectra.singular_pair import rescaled

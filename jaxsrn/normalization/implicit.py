@@ -23,7 +23,7 @@ from jaxsrn.normalization.closed_form import over_weights
 from jaxsrn.normalization.normalized import normalized
 from jaxsrn.normalization.reverse_mode import in_reverse
 from jaxsrn.operators.base import Operator
-from jaxsrn.operators.convolutions import UnboundedConv
+from jaxsrn.operators.unbounded import UnboundedConv
 from jaxsrn.spectra.circular.grid_certificate import degrees
 from jaxsrn.spectra.circular.sites import on_grid
 from jaxsrn.spectra.moving_pairs import with_free_frequency

@@ -33,7 +33,8 @@ from jaxsrn.normalization.scan import (
     scanned,
 )
 from jaxsrn.operators.base import Operator
-from jaxsrn.operators.convolutions import CircularConv, UnboundedConv, ZeroPaddedConv
+from jaxsrn.operators.convolutions import CircularConv, ZeroPaddedConv
+from jaxsrn.operators.unbounded import UnboundedConv
 from jaxsrn.spectra.circular.fourier import (
     site_symbol,
 )

@@ -17,9 +17,10 @@ import jax
 
 from jaxsrn._tools.checks import ensure, errors_named, int_tuple
 from jaxsrn.operators.base import Dense, Operator
-from jaxsrn.operators.convolutions import CircularConv, UnboundedConv, ZeroPaddedConv
+from jaxsrn.operators.convolutions import CircularConv, ZeroPaddedConv
 from jaxsrn.operators.flax_kinds import layer_name
 from jaxsrn.operators.groups import exchanged
+from jaxsrn.operators.unbounded import UnboundedConv
 
 __all__ = ["LayerMap", "layer_map", "own_shape"]
 

@@ -22,7 +22,8 @@ from jaxsrn._tools.programs import program
 from jaxsrn._tools.subspaces import fixed_start
 from jaxsrn._tools.tolerances import BOTH_ENDS_SIZE
 from jaxsrn.operators.base import Operator
-from jaxsrn.operators.convolutions import CircularConv, UnboundedConv
+from jaxsrn.operators.convolutions import CircularConv
+from jaxsrn.operators.unbounded import UnboundedConv
 from jaxsrn.spectra.circular.fourier import half_symbol, site_symbol
 from jaxsrn.spectra.circular.grid_certificate import on_dividing_grid
 from jaxsrn.spectra.circular.sites import distinct_sites, sites_at, without_constant_axes

@@ -9,7 +9,8 @@ from matplotlib.figure import Figure
 
 from jaxsrn._tools.checks import Kernel, ensure, kernel_array, static_int
 from jaxsrn.operators.base import Operator
-from jaxsrn.operators.convolutions import CircularConv, UnboundedConv
+from jaxsrn.operators.convolutions import CircularConv
+from jaxsrn.operators.unbounded import UnboundedConv
 from jaxsrn.plots.canvas import COLORS, axes_of, with_legend
 from jaxsrn.spectra.values import symbol
 

@@ -20,7 +20,8 @@ from jaxtyping import Array, Float, Inexact
 
 from jaxsrn._tools.linalg import divisor, inner, matmul, nan_for_infinity, ratio
 from jaxsrn.operators.base import Operator
-from jaxsrn.operators.convolutions import CircularConv, UnboundedConv
+from jaxsrn.operators.convolutions import CircularConv
+from jaxsrn.operators.unbounded import UnboundedConv
 from jaxsrn.spectra.circular.fourier import half_symbol
 from jaxsrn.spectra.circular.grid_certificate import on_coarse_grid
 from jaxsrn.spectra.circular.sites import multiplicity, repetitions, without_constant_axes

@@ -21,31 +21,19 @@ from jaxsrn.operators import Dense, Operator, UnboundedConv, ZeroPaddedConv
 from jaxsrn.operators.flax_layers import LayerMap
 from jaxsrn.report.layouts import axes_of, check_layout, layout_by_name, leaf_of, likely_layout, parts_of
 from jaxsrn.report.named_arrays import ArrayInfo
+from jaxsrn.report.not_kernels import NoKernel, check_is_read, check_name_and_shape, require
 from jaxsrn.report.recurrent import gates_of
 from jaxsrn.report.stacks_and_heads import Scopes, heads_of
 
-__all__ = ["GUESSED", "OF_MODEL", "OF_WRAPPER", "NamedKernel", "Skipped", "find_kernels"]
+__all__ = ["GUESSED", "OF_MODEL", "NamedKernel", "Skipped", "find_kernels"]
 
 # The rule of layers that a model knows; strides and groups of all others are assumed where they are not told.
 OF_MODEL = "the layer of the model"
 
 # The rule of groups that no name and no option says, but only shapes.
 GUESSED = "depthwise, as several kernels read one channel and others have as many outputs"
-# The reason for leaving out the state of a wrapper of `jaxsrn.linen` or `jaxsrn.nnx`, and the names that NNX gives it.
-OF_WRAPPER = "the state of a wrapper"
-_STATE = re.compile(r"(^|/)state/(value/|raw_value/)?(normalized|own)/(pair|watch)(/|$)")
 # Longer axes of taps are taken for something else unless the layout is told.
 _MOST_TAPS_UNTOLD = 1024
-_STATISTICS = ("mean", "var", "moving_mean", "moving_variance", "running_mean", "running_var", "num_batches_tracked")
-# Haiku has the statistics of its batch normalization in averages of these names.
-_AVERAGES = re.compile(r"(.*_ema|exponential_moving_average(_\d+)?)/(average|hidden)")
-_VECTORS = re.compile(r"b|bias.*|(.*_)?(bias|scale|gamma|beta|offset|mask)")
-_OPTIMIZERS = (
-    *("opt", "opt_state", "opt_states", "optim", "optim_state", "optimizer", "optimizer_state", "optimizer_states"),
-    *("exp_avg", "exp_avg_sq", "momentum_buffer"),
-)
-# The state of an optax transformation is a tuple, in which the moments of one member have the names of the parameters.
-_MOMENTS = re.compile(r"(^|/)\d+/(mu|nu|trace|momentum)/")
 _DEPTHWISE = re.compile(r"depthwise|(^|[^a-z])dw_?(conv)?([^a-z]|$)")
 
 
@@ -78,10 +66,6 @@ class NamedKernel(NamedTuple):
     view: Callable[[np.ndarray], np.ndarray]
     num_outputs: int
     to_operator: Callable[[np.ndarray], np.ndarray]
-
-
-class _NoKernel(Exception):
-    """The array is no kernel; the message is the reason."""
 
 
 class _Part(NamedTuple):
@@ -133,7 +117,7 @@ def find_kernels(
     for name, info in infos.items():
         try:
             kernels += reader.kernels(name)
-        except _NoKernel as reason:
+        except NoKernel as reason:
             skipped.append(Skipped(name, info.shape, str(reason)))
     others = {*groups, *strides} - {kernel.array for kernel in kernels if not isinstance(kernel.op, Dense)}
     ensure(not others, f"groups, strides: got {', '.join(sorted(others))}, expected names of convolutions.")
@@ -158,12 +142,6 @@ def _by_array(counts: Mapping[str, int] | None, infos: Mapping[str, ArrayInfo], 
     return whole
 
 
-def _require(condition: bool, reason: str) -> None:
-    """Raises `_NoKernel` with the reason unless the condition holds."""
-    if not condition:
-        raise _NoKernel(reason)
-
-
 class _Reader:
     """The reading of one array after the other, with all of them in sight."""
 
@@ -174,9 +152,9 @@ class _Reader:
         self._depthwise = self._depthwise_by_shape()
 
     def kernels(self, name: str) -> list[NamedKernel]:
-        """The kernels in an array; raises `_NoKernel` where there is none."""
+        """The kernels in an array; raises `NoKernel` where there is none."""
         info = self.infos[name]
-        _check_is_read(info)
+        check_is_read(info)
         if self.known is not None and name in self.known:
             return list(self._of_known(name, self.known[name]))
         self._check_is_weight(name)
@@ -185,18 +163,16 @@ class _Reader:
             is_matrix = leaf_of(name) in ("embedding", "embeddings") or (
                 leaf_of(name) == "kernel" and len(info.shape) == 2
             )
-            _require(
-                is_matrix, "of no layer in reach: of a module that is none of Flax's layers, or the inputs miss it"
-            )
+            require(is_matrix, "of no layer in reach: of a module that is none of Flax's layers, or the inputs miss it")
         return [kernel for part in self._layers(name) for kernel in self._of_part(name, part)]
 
     def _check_is_weight(self, name: str) -> None:
-        """Raises `_NoKernel` for arrays that no layer multiplies with, by themselves or by what stands beside them."""
+        """Raises `NoKernel` for arrays that no layer multiplies with, by themselves or by what stands beside them."""
         shape, named = self.infos[name].shape, layout_by_name(leaf_of(name))
-        _check_name_and_shape(name, shape)
+        check_name_and_shape(name, shape)
         # PyTorch alone gives one name to kernels and to scales.
         is_kernel = named is not None and named[0] == "HWIO"
-        _require(
+        require(
             is_kernel or self.scopes.bias.get(tuple(parts_of(name)[:-1])) != shape,
             "a scale of several axes, whose bias has as many",
         )
@@ -206,7 +182,7 @@ class _Reader:
     def _of_known(self, name: str, layer: LayerMap) -> Iterable[NamedKernel]:
         shape = self.infos[name].shape
         stack = len(shape) - len(layer.stored_shape)
-        _require(
+        require(
             shape[stack:] == layer.stored_shape,
             f"stacked otherwise than along the first axes, where the layer has a kernel of {layer.stored_shape}",
         )
@@ -234,8 +210,8 @@ class _Reader:
 
     def _of_part(self, name: str, part: _Part) -> list[NamedKernel]:
         shape = part.shape
-        _require(len(shape) > 1, "a vector for each of several layers")
-        _require(len(shape) <= 5, f"{len(shape)} axes, and a kernel has at most three of taps and two of channels")
+        require(len(shape) > 1, "a vector for each of several layers")
+        require(len(shape) <= 5, f"{len(shape)} axes, and a kernel has at most three of taps and two of channels")
         bias = self.scopes.bias.get(tuple(parts_of(name)[:-1]))
         bias = bias[1:] if bias is not None and part.ending else bias
         heads = heads_of(name, shape, bias) if len(shape) == 3 and leaf_of(name) == "kernel" else None
@@ -253,7 +229,7 @@ class _Reader:
     def _convolution(self, name: str, moved: _Part, layout: str, rule: str) -> NamedKernel:
         """The kernel of an array whose axes are `(*taps, inputs, outputs)` already."""
         *taps, inputs, outputs = moved.shape
-        _require(
+        require(
             self.layout is not None or max(taps) <= _MOST_TAPS_UNTOLD,
             f"{max(taps)} taps on an axis if it were a convolution; name its layout, or say that it is stacked",
         )
@@ -301,11 +277,11 @@ class _Reader:
     def _channels_of(self, name: str) -> tuple[int, int] | None:
         """The input and output channels of a group of a convolution, as stored; `None` for other arrays."""
         try:
-            _check_is_read(self.infos[name])
+            check_is_read(self.infos[name])
             self._check_is_weight(name)
             shape = self._layers(name)[0].shape
             axes = axes_of(self._layout_of(name, shape)[0], len(shape)) if 3 <= len(shape) <= 5 else None
-        except _NoKernel:
+        except NoKernel:
             return None
         return None if axes is None else (shape[axes.inputs], shape[axes.outputs])
 
@@ -315,7 +291,7 @@ class _Reader:
         found = likely_layout(name, shape)
         if found:
             return found
-        _require(self._common is not None, "neither name nor shape say which axes are the taps; name its layout")
+        require(self._common is not None, "neither name nor shape say which axes are the taps; name its layout")
         assert self._common is not None
         return self._common, "as the other arrays"
 
@@ -343,43 +319,6 @@ def _has_multipliers(name: str, outputs: int) -> bool:
     """Whether a kernel is a depthwise one of Keras, `(*taps, channels, multiplier)`."""
     *_, scope, leaf = ["", *(part.lower() for part in parts_of(name))]
     return leaf == "depthwise_kernel" or (leaf == "kernel" and "depthwise" in scope and outputs == 1)
-
-
-def _check_is_read(info: ArrayInfo) -> None:
-    """Raises `_NoKernel` for arrays that are no numbers, or none that JAX computes with."""
-    _require(not isinstance(info.dtype, str), f"of type {info.dtype}, which is not read")
-    _require(
-        jnp.issubdtype(info.dtype, jnp.floating),
-        f"of type {info.dtype}, and kernels are real floating-point arrays",
-    )
-    _require(np.dtype(info.dtype).itemsize <= 8, f"of type {info.dtype}, which JAX does not have")
-    _require(0 not in info.shape, "no entries")
-
-
-def _check_name_and_shape(name: str, shape: tuple[int, ...]) -> None:
-    """Raises `_NoKernel` for arrays that by their name or their shape are no kernels."""
-    leaf, parts = leaf_of(name), [part.lower() for part in parts_of(name)]
-    _require(not set(parts) & set(_OPTIMIZERS) and not _MOMENTS.search("/".join(parts)), "the state of an optimizer")
-    _require("stable_rank" not in parts and not _STATE.search("/".join(parts)), OF_WRAPPER)
-    is_statistic = "batch_stats" in parts or leaf in _STATISTICS or _AVERAGES.fullmatch("/".join(parts[-2:]))
-    _require(not is_statistic, "a running statistic")
-    _require(len(shape) > 1, "a bias, a scale or another vector" if shape else "a number")
-    _require(not _VECTORS.fullmatch(leaf), "a bias or a scale of several axes")
-    is_long = [size > 1 for size in shape]
-    _require(
-        len(is_long) < 3 or sum(is_long) > 1 or layout_by_name(leaf) is not None,
-        "a vector along one of its axes",
-    )
-    halves = ("weight_v", "weight_g", "original0", "original1")
-    _require(leaf not in halves, "one half of a weight normalization; save the weights with it removed")
-    _require(
-        leaf != "weight_orig" and not (leaf == "original" and "parametrizations" in parts),
-        "a weight before a normalization or a mask of PyTorch; save the weights with it removed",
-    )
-    _require(
-        not re.search("pos_?emb|position|token|cls", leaf) or leaf.endswith("weight") or len(shape) == 2,
-        "positions or tokens, which are added to the input",
-    )
 
 
 # Views

@@ -15,8 +15,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from jaxsrn.operators import Dense
-from jaxsrn.report.kernels import GUESSED, OF_MODEL, OF_WRAPPER, Skipped
+from jaxsrn.report.kernels import GUESSED, OF_MODEL, Skipped
 from jaxsrn.report.layers import LayerReport
+from jaxsrn.report.not_kernels import OF_WRAPPER
 
 __all__ = ["Report", "aligned", "counted", "digits"]
 

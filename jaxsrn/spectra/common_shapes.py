@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Array, Shaped
 
 from jaxsrn.operators.base import Dense, Operator
-from jaxsrn.operators.convolutions import UnboundedConv
+from jaxsrn.operators.unbounded import UnboundedConv
 
 __all__ = ["as_matrix", "in_common_shape", "is_matrix", "num_copies"]
 

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 from jaxsrn._tools.held import held, stationary
 from jaxsrn._tools.linalg import inner
 from jaxsrn.operators.base import Operator
-from jaxsrn.operators.convolutions import UnboundedConv
+from jaxsrn.operators.unbounded import UnboundedConv
 from jaxsrn.spectra.circular.sites import ShiftedSite
 from jaxsrn.spectra.pairs_by_kind import value_gradient
 from jaxsrn.spectra.singular_pair import Pair, of_unit_vectors

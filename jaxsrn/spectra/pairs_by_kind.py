@@ -19,7 +19,8 @@ from jaxtyping import Array, Float
 from jaxsrn._tools.checks import float_dtype
 from jaxsrn._tools.tolerances import search_tolerance
 from jaxsrn.operators.base import Dense, Operator
-from jaxsrn.operators.convolutions import CircularConv, UnboundedConv, ZeroPaddedConv
+from jaxsrn.operators.convolutions import CircularConv, ZeroPaddedConv
+from jaxsrn.operators.unbounded import UnboundedConv
 from jaxsrn.spectra import image_pairs
 from jaxsrn.spectra.circular import site_pairs
 from jaxsrn.spectra.circular.leading import leading_wave

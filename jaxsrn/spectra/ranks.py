@@ -17,7 +17,7 @@ from jaxsrn._tools.checks import Kernel, computed_form, ensure, float_dtype, ker
 from jaxsrn._tools.linalg import inner, ratio
 from jaxsrn._tools.programs import program
 from jaxsrn.operators.base import Operator
-from jaxsrn.operators.convolutions import UnboundedConv
+from jaxsrn.operators.unbounded import UnboundedConv
 from jaxsrn.spectra.common_shapes import in_common_shape
 from jaxsrn.spectra.moving_pairs import pair_value
 from jaxsrn.spectra.pairs_by_kind import leading_pair

@@ -29,7 +29,8 @@ from jaxsrn.normalization.training.state import SRNCState, as_floats, without_pa
 from jaxsrn.normalization.training.tracking import Track, follow, start_track
 from jaxsrn.normalization.training.watched_torus import pairs_of
 from jaxsrn.operators.base import Operator
-from jaxsrn.operators.convolutions import CircularConv, UnboundedConv, ZeroPaddedConv
+from jaxsrn.operators.convolutions import CircularConv, ZeroPaddedConv
+from jaxsrn.operators.unbounded import UnboundedConv
 from jaxsrn.spectra.circular.leading import branch_and_bound_pays
 from jaxsrn.spectra.circular.sites import without_constant_axes
 from jaxsrn.spectra.common_shapes import as_matrix

@@ -24,7 +24,8 @@ from jaxsrn.normalization.training import watched_images, watched_torus
 from jaxsrn.normalization.training.watched_images import Step
 from jaxsrn.normalization.training.watched_torus import Climbers
 from jaxsrn.operators.base import Operator
-from jaxsrn.operators.convolutions import CircularConv, UnboundedConv
+from jaxsrn.operators.convolutions import CircularConv
+from jaxsrn.operators.unbounded import UnboundedConv
 from jaxsrn.spectra.pairs_by_kind import pair_as_floats, pair_of_floats, pair_shapes, power_step
 from jaxsrn.spectra.singular_pair import Pair
 

@@ -29,7 +29,8 @@ from jaxsrn._tools.indexing import joined, picked, put_from, slice_from
 from jaxsrn._tools.linalg import einsum, zero_for_nan
 from jaxsrn._tools.subspaces import fixed_start
 from jaxsrn.normalization.training.watched_images import Step
-from jaxsrn.operators.convolutions import CircularConv, UnboundedConv
+from jaxsrn.operators.convolutions import CircularConv
+from jaxsrn.operators.unbounded import UnboundedConv
 from jaxsrn.spectra.circular.angles import ROTATION
 from jaxsrn.spectra.circular.fourier import of_group, polynomial, site_rotations, site_shape
 from jaxsrn.spectra.circular.grid_certificate import degrees

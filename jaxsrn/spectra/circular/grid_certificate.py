@@ -14,7 +14,8 @@ import math
 
 import numpy as np
 
-from jaxsrn.operators.convolutions import CircularConv, UnboundedConv, ZeroPaddedConv
+from jaxsrn.operators.convolutions import CircularConv, ZeroPaddedConv
+from jaxsrn.operators.unbounded import UnboundedConv
 from jaxsrn.spectra.circular.fourier import polyphase
 from jaxsrn.spectra.circular.sites import on_grid, without_edges
 

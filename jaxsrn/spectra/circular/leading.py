@@ -18,7 +18,8 @@ from jaxsrn._tools.indexing import picked
 from jaxsrn._tools.linalg import by_largest, top_values
 from jaxsrn._tools.programs import program
 from jaxsrn._tools.tolerances import svds_are_dear, torus_excess
-from jaxsrn.operators.convolutions import CircularConv, UnboundedConv
+from jaxsrn.operators.convolutions import CircularConv
+from jaxsrn.operators.unbounded import UnboundedConv
 from jaxsrn.spectra.circular.boxes import grid_of, num_boxes
 from jaxsrn.spectra.circular.climbing import num_climbers
 from jaxsrn.spectra.circular.fourier import complex_dtype, half_symbol, site_shape

@@ -13,7 +13,8 @@ from jaxtyping import Array, Float
 
 from jaxsrn._tools.indexing import first_of, stack_of_one
 from jaxsrn._tools.linalg import einsum, real_where_possible, top_pairs, unit
-from jaxsrn.operators.convolutions import CircularConv, UnboundedConv
+from jaxsrn.operators.convolutions import CircularConv
+from jaxsrn.operators.unbounded import UnboundedConv
 from jaxsrn.spectra.circular.angles import angles_of
 from jaxsrn.spectra.circular.climbing import best_frequency, filter_of
 from jaxsrn.spectra.circular.fourier import of_group, polynomial, site_shape, site_symbol

@@ -17,7 +17,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jaxsrn.operators.convolutions import CircularConv, UnboundedConv, ZeroPaddedConv
+from jaxsrn.operators.convolutions import CircularConv, ZeroPaddedConv
+from jaxsrn.operators.unbounded import UnboundedConv
 
 __all__ = [
     "ShiftedSite",
