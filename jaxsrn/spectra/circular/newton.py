@@ -47,7 +47,8 @@ def at_maximum(poly: GramPolynomial, grid: Grid, peak: Peak) -> Peak:
         rows, values, columns = jnp.linalg.svd(symbol, full_matrices=False)
         here = Peak(index, peak.group, rows[:, 0], columns[0].conj(), values[0])
         gained = (here.value >= (1 - room) * best.value) | (count == 0)
-        best = chosen(gained, here, best)
+        # The value is the largest so far, so that steps cannot lose more than rounding together.
+        best = chosen(gained, here._replace(value=jnp.maximum(here.value, best.value)), best)
         radians = _newton_step(symbol, first, second, (rows, values, columns))
         # Where the second-order expansion is not concave the factorization fails, and the frequency stays.
         per_radian = jnp.asarray(grid.samples).astype(radians.dtype) / (2 * math.pi)
