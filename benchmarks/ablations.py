@@ -1,6 +1,6 @@
 """What does each heuristic and each constant buy? Errors, time and program size with it, and with another in its place.
 
-    python benchmarks/ablations.py                  # all of them; about twenty minutes; recorded
+    python benchmarks/ablations.py                  # all of them; about a quarter of an hour; recorded
     python benchmarks/ablations.py --only srnc      # subjects whose names hold this; nothing recorded
     python benchmarks/ablations.py --fast           # a minute or two: few small kernels, nothing recorded
 

@@ -3,7 +3,8 @@
 JAX differentiates a convolution by transposing it. The transpose of a convolution that is an adjoint already is not in
 the layout in which XLA is fast (`operators/layouts.py`). The products `apply`, `transpose` and `_kernel_gradient` are
 the three derivatives of one trilinear form `<y, T(K) x>`, so each has the other two as its derivatives, and the rules
-here use those. `jax.custom_vjp` gives them no forward mode.
+here use those. With JAX's own the implicit gradient of a zero-padded layer of 32 channels takes 10.7 times as long
+(`python benchmarks/ablations.py`). `jax.custom_vjp` gives the rules no forward mode.
 """
 
 from __future__ import annotations

@@ -51,11 +51,12 @@ _POWER_STEPS = 8
 _FOLLOWING_STEPS = 3
 # A guard of the loop over the steps of a climb.
 _MOST_STEPS = 100
-# The number of climbers, which start from the largest estimates. More of them find the highest peak more often, at a
-# price each.
-# Where they miss it, branch and bound goes on from a lower value. On the grid of an image that costs less than more
-# climbers would. On the torus four climbers take 245 times as long as sixteen for the stem of a trained ResNet-50
-# (`python benchmarks/ablations.py`). Of many channels a climber is dear, and branch and bound climbs itself.
+# The number of climbers, which start from the largest estimates: on the grid of an image, and the most on the torus.
+# More of them find the highest peak more often, at a price each. Where they miss it, branch and bound goes on from a
+# lower value, so that few are enough for a norm: with four on the torus that of a trained ResNet-50's stem takes 0.85
+# times as long (`python benchmarks/ablations.py`). But searches with zero padding start from several peaks of the
+# torus, and steepest descent takes the highest one without a proof. Of many channels a climber is dear, and branch and
+# bound climbs itself.
 _CLIMBERS, _MOST_CLIMBERS = 4, 16
 _CLIMBERS_TIMES_ENTRIES = 2**18
 
