@@ -248,8 +248,8 @@ def values_of_stacks(function: Callable, layers: Layers, params) -> list:
         ensure(
             path not in layers,
             f"layers: at {path!r}: got the raw kernel of a wrapped layer, which has other weights in a forward; take "
-            "layer_operators and the parameters of the plain model that fold gives, or dict(layers) where the parameters "
-            "are folded already or raw kernels are meant.",
+            "layer_operators and the parameters of the plain model that fold gives, or dict(layers) where the "
+            "parameters are folded already or raw kernels are meant.",
         )
     latest, found = jnp.zeros(()), []
     for stack in _stacked(layers, named_kernels(layers, params)):
