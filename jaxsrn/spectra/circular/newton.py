@@ -38,7 +38,7 @@ _RIDGE = 1e-6
 
 def at_maximum(poly: GramPolynomial, grid: Grid, peak: Peak) -> Peak:
     """The maximum near a peak, as long as no step finds a value that is smaller by more than rounding."""
-    room = 8 * float(jnp.finfo(peak.value.dtype).eps)
+    eps = float(jnp.finfo(peak.value.dtype).eps)
     coefficients = of_group(poly.coefficients, peak.group)
 
     def step(state):
@@ -46,16 +46,17 @@ def at_maximum(poly: GramPolynomial, grid: Grid, peak: Peak) -> Peak:
         symbol, first, second = _derivatives(coefficients, grid, index, poly.exponents)
         rows, values, columns = jnp.linalg.svd(symbol, full_matrices=False)
         here = Peak(index, peak.group, rows[:, 0], columns[0].conj(), values[0])
-        gained = (here.value >= (1 - room) * best.value) | (count == 0)
+        gained = (here.value >= (1 - 8 * eps) * best.value) | (count == 0)
         # The value is the largest so far, so that steps cannot lose more than rounding together.
         best = chosen(gained, here._replace(value=jnp.maximum(here.value, best.value)), best)
         radians = _newton_step(symbol, first, second, (rows, values, columns))
         # Where the second-order expansion is not concave the factorization fails, and the frequency stays.
-        per_radian = jnp.asarray(grid.samples).astype(radians.dtype) / (2 * math.pi)
-        steps = jnp.round(jnp.where(jnp.isfinite(radians), radians, 0) * per_radian)
+        samples = jnp.asarray(grid.samples).astype(radians.dtype)
+        steps = jnp.round(jnp.where(jnp.isfinite(radians), radians, 0) * samples / (2 * math.pi))
         limit = jnp.asarray(grid.sizes).astype(steps.dtype)
         moved = index + jnp.clip(steps, -limit, limit).astype(index.dtype)
-        return gained & jnp.any(moved != index), count + 1, moved, best
+        # Smaller steps are rounding.
+        return gained & jnp.any(jnp.abs(steps) > 2 * eps * samples), count + 1, moved, best
 
     start = jnp.asarray(True), jnp.asarray(0), peak.index, peak
     return lax.while_loop(lambda state: state[0] & (state[1] < _MOST_STEPS), step, start)[-1]
