@@ -4,10 +4,9 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import jaxlib.version
 import numpy as np
 import pytest
-from cases import dense, fft_norms, gaussian
+from cases import DOTS_IN_TURN, dense, fft_norms, gaussian
 
 import jaxsrn
 from jaxsrn import CircularConv, Dense, UnboundedConv, ZeroPaddedConv, bounds
@@ -74,11 +73,7 @@ def numbers(kernel, op):
     }
 
 
-@pytest.mark.xfail(
-    jaxlib.version.__version__ == "0.10.0",
-    reason="XLA of jaxlib 0.10.0 adds the products of a dot one after another (docs/troubleshooting.md)",
-    strict=False,
-)
+@DOTS_IN_TURN
 @pytest.mark.parametrize("jitted", [False, True], ids=["eager", "jitted"])
 @pytest.mark.parametrize(
     ("op", "shape", "value"),

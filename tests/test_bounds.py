@@ -5,10 +5,9 @@ import itertools
 
 import jax
 import jax.numpy as jnp
-import jaxlib.version
 import numpy as np
 import pytest
-from cases import BAD_KERNELS, BY_NAME, CASES, dense, fft_norms, gaussian, spectral_kinds
+from cases import BAD_KERNELS, BY_NAME, CASES, DOTS_IN_TURN, dense, fft_norms, gaussian, spectral_kinds
 
 import jaxsrn
 from jaxsrn import CircularConv, Dense, UnboundedConv, ZeroPaddedConv, bounds
@@ -310,11 +309,7 @@ def test_rounding_of_reshapings_with_all_taps_on_one_side():
     assert float(bounds.fantastic_four(jnp.asarray(kernel), UnboundedConv())) >= norm
 
 
-@pytest.mark.xfail(
-    jaxlib.version.__version__ == "0.10.0",
-    reason="XLA of jaxlib 0.10.0 adds the products of a dot one after another (docs/troubleshooting.md)",
-    strict=False,
-)
+@DOTS_IN_TURN
 def test_rounding_grows_with_the_longer_side():
     """The largest value is a little above one that the search finds, by less than its proof allows for rounding."""
     rows, columns, above = 128, 20000, 2e-5

@@ -347,6 +347,14 @@ def test_clipping_is_the_published_pass(name):
     assert norm_of(expected, case.op) > limit * (1 + 1e-3)
 
 
+def test_clipping_without_edges_is_that_of_a_coarse_grid():
+    """Sixteen angles per degree of the symbol: 32 of three taps, for which an image of 32 samples stands."""
+    a = gaussian((3, 2, 3))
+    expected = clip_by_fft(a, (32,), 1.5)
+    np.testing.assert_allclose(jaxsrn.clip_singular_values(a, UnboundedConv(), 1.5), expected, rtol=1e-12, atol=1e-12)
+    assert not np.allclose(expected, a)
+
+
 @pytest.mark.parametrize(
     "name",
     [

@@ -14,16 +14,16 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int, Shaped
 
-from jaxsrn._tools.checks import Kernel, ensure, float_dtype, kernel_array, positive_scalar, static_int
+from jaxsrn._tools.checks import Kernel, float_dtype, kernel_array, positive_scalar, static_int
 from jaxsrn._tools.linalg import divisor, inner, safe_sqrt
 from jaxsrn._tools.programs import program
-from jaxsrn._tools.tolerances import DENSE_SIZE, gap_tolerance
+from jaxsrn._tools.tolerances import gap_tolerance
 from jaxsrn.operators.base import Dense, Operator
 from jaxsrn.projections.clipping import smooth_clipped, stack_map_of
 from jaxsrn.projections.nearest import nearest, with_derivative, without_a_step
 from jaxsrn.spectra.moving_pairs import pair_value
 from jaxsrn.spectra.pairs_by_kind import leading_pair
-from jaxsrn.spectra.singular_pair import idle_taps, matrix_size, rescaled
+from jaxsrn.spectra.singular_pair import ensure_formable, idle_taps, rescaled
 
 __all__ = [
     "ProjectionResult",
@@ -77,12 +77,7 @@ def clip_singular_values(kernel: Kernel, op: Operator, max_norm) -> Shaped[Array
     kernel, max_norm = _checked(kernel, op, max_norm)
     shape = kernel.shape
     kernel, op = op._flattened(kernel)
-    size = matrix_size(op, kernel.shape)
-    ensure(
-        not op._needs_explicit_matrix or size <= DENSE_SIZE,
-        f"kernel: the explicit matrix of {op} has {size} entries, expected at most {DENSE_SIZE}; "
-        "use project_spectral_ball(kernel, op, max_norm), which never forms it.",
-    )
+    ensure_formable(op, kernel.shape, "project_spectral_ball(kernel, op, max_norm)")
     return _clip_singular_values(kernel, op, max_norm).reshape(shape)
 
 

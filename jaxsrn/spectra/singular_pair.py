@@ -12,12 +12,14 @@ from jaxtyping import Array, Float, Inexact, Shaped
 
 from jaxsrn._tools.checks import float_dtype
 from jaxsrn._tools.linalg import by_largest, unit
+from jaxsrn._tools.tolerances import DENSE_SIZE
 from jaxsrn.operators.base import Operator
 from jaxsrn.operators.convolutions import ZeroPaddedConv
 
 __all__ = [
     "Found",
     "Pair",
+    "ensure_formable",
     "has_small_matrices",
     "idle_taps",
     "is_small",
@@ -70,6 +72,15 @@ def matrix_size(op: Operator, kernel_shape: tuple[int, ...]) -> int:
 def has_small_matrices(op: Operator, kernel_shape: tuple[int, ...], most: int) -> bool:
     """Whether all singular values are those of the kernel, of a symbol, or of `most` entries at most (static)."""
     return not op._needs_explicit_matrix or matrix_size(op, kernel_shape) <= most
+
+
+def ensure_formable(op: Operator, kernel_shape: tuple[int, ...], instead: str) -> None:
+    """Raises `ValueError` where an explicit matrix is needed and too large; `instead` is a call that never forms it."""
+    if not has_small_matrices(op, kernel_shape, DENSE_SIZE):
+        raise ValueError(
+            f"kernel: the explicit matrix of {op} has {matrix_size(op, kernel_shape)} entries, expected at most "
+            f"{DENSE_SIZE}; use {instead}, which never forms it."
+        )
 
 
 def is_small(kernel: Float[Array, "..."], op: Operator, *_) -> bool:

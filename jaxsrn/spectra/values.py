@@ -25,7 +25,7 @@ from jaxsrn.operators.convolutions import CircularConv
 from jaxsrn.spectra.circular.fourier import half_symbol, symbol_on
 from jaxsrn.spectra.circular.sites import distinct_sites, repetitions, without_constant_axes
 from jaxsrn.spectra.image_pairs import flat_products
-from jaxsrn.spectra.singular_pair import matrix_size, rescaled
+from jaxsrn.spectra.singular_pair import ensure_formable, matrix_size, rescaled
 
 __all__ = [
     "singular_values",
@@ -85,12 +85,9 @@ def singular_values(kernel: Kernel, op: Operator) -> Float[Array, " n"]:
         matrix that is too large to form.
     """
     kernel, op = computed_form(kernel, op)
-    size = matrix_size(op, kernel.shape)
-    ensure(
-        not op._needs_explicit_matrix or size <= DENSE_SIZE,
-        f"kernel: the explicit matrix of {op} has {size} entries, expected at most {DENSE_SIZE}; "
-        "use top_singular_values(kernel, op, k), which never forms it.",
-    )
+    # The values are those of an image, and an image without edges has none.
+    op.in_shape(kernel.shape)
+    ensure_formable(op, kernel.shape, "top_singular_values(kernel, op, k)")
     return _singular_values(kernel, op)
 
 
