@@ -11,19 +11,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import jaxlib.version
 import numpy as np
-import pytest
 from hypothesis import strategies as st
 
 from jaxsrn import CircularConv, Dense, ZeroPaddedConv
-
-# Sums of nearly equal products in float32 are off there.
-DOTS_IN_TURN = pytest.mark.xfail(
-    jaxlib.version.__version__ == "0.10.0",
-    reason="XLA of jaxlib 0.10.0 adds the products of a dot one after another (docs/troubleshooting.md)",
-    strict=False,
-)
 
 
 class Case(NamedTuple):

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import BAD_KERNELS, BY_NAME, CASES, DOTS_IN_TURN, dense, fft_norms, gaussian, spectral_kinds
+from cases import BAD_KERNELS, BY_NAME, CASES, dense, fft_norms, gaussian, spectral_kinds
 
 import jaxsrn
 from jaxsrn import CircularConv, Dense, UnboundedConv, ZeroPaddedConv, bounds
@@ -309,7 +309,6 @@ def test_rounding_of_reshapings_with_all_taps_on_one_side():
     assert float(bounds.fantastic_four(jnp.asarray(kernel), UnboundedConv())) >= norm
 
 
-@DOTS_IN_TURN
 def test_rounding_grows_with_the_longer_side():
     """The largest value is a little above one that the search finds, by less than its proof allows for rounding."""
     rows, columns, above = 128, 20000, 2e-5

@@ -11,14 +11,37 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Int
 
-__all__ = ["chosen", "first_of", "joined", "picked", "put", "put_from", "repeated", "slice_from", "stack_of_one"]
+__all__ = [
+    "chosen",
+    "first_of",
+    "joined",
+    "picked",
+    "place_of_largest",
+    "put",
+    "put_from",
+    "repeated",
+    "slice_from",
+    "stack_of_one",
+]
 
 _VALID = {"mode": "promise_in_bounds", "wrap_negative_indices": False}
 
 
-def picked(tree, index: Int[Array, "..."]):
+def picked(tree, index: Int[Array, "..."] | Int[np.ndarray, "..."]):
     """`leaf[index]` of every array of a tree, for one index or an array of them."""
-    return jax.tree.map(lambda leaf: leaf.at[index].get(**_VALID), tree)
+
+    def of_leaf(leaf):
+        # The only row is taken without a search for it, and without a copy.
+        return leaf[0] if len(leaf) == 1 and jnp.ndim(index) == 0 else leaf.at[index].get(**_VALID)
+
+    return jax.tree.map(of_leaf, tree)
+
+
+def place_of_largest(values, axis: int = 0) -> Int[Array, "..."] | Int[np.ndarray, "..."]:
+    """The index of the (first) largest number along an axis; a static 0 where it is the only one."""
+    if values.shape[axis] == 1:
+        return np.zeros(np.delete(values.shape, axis), np.int32)
+    return lax.argmax(values, axis, jnp.int32)
 
 
 def chosen(condition: Bool[Array, ""], a, b):

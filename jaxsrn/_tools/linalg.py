@@ -14,7 +14,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Inexact
 
-from jaxsrn._tools.indexing import picked
+from jaxsrn._tools.indexing import picked, place_of_largest
 
 __all__ = [
     "by_largest",
@@ -31,6 +31,8 @@ __all__ = [
     "real_times",
     "real_where_possible",
     "safe_sqrt",
+    "svdvals",
+    "thin_svd",
     "top_pairs",
     "top_values",
     "unit",
@@ -41,10 +43,15 @@ __all__ = [
 einsum = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
 matmul = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
 
+# Sums of at most so many terms, and the length of the parts of longer axes. The parts are short, as an axis that is
+# sharded over devices stays so where the number of its parts is a multiple of theirs.
+_SHORT, _PART = 128, 32
 
+
+@jax.jit
 def unit(vector: Inexact[Array, "..."]) -> Inexact[Array, "..."]:
     """`vector` with norm 1; the first basis vector in place of zero."""
-    squared = jnp.sum(vector.real**2 + vector.imag**2) if jnp.iscomplexobj(vector) else jnp.sum(vector**2)
+    squared = _squared_norm(vector)
     is_zero = squared == 0
     first = lax.pad(np.ones(1, vector.dtype), np.zeros((), vector.dtype), ((0, vector.size - 1, 0),))
     # The derivative of a norm is 0/0 at zero; the one taken here is that of the constant first basis vector.
@@ -73,13 +80,33 @@ def zero_for_nan(x: Float[Array, "..."]) -> Float[Array, "..."]:
     return jnp.where(jnp.isnan(x), 0, x)
 
 
+@jax.jit
 def inner(a: Float[Array, "..."], b: Float[Array, "..."]) -> Float[Array, ""]:
     """`sum(a * b)`, the inner product of two arrays.
 
-    XLA adds the terms of a sum of a few thousand one after another on a CPU. The rounding errors of equal terms then
-    add up to more than certified intervals allow for in float32. Those of a dot product it adds in blocks.
+    XLA may add the terms of a long sum one after another on a CPU, in a dot product too. The rounding errors of equal
+    terms then add up to more than certified intervals allow for in float32. So this is a sum of short sums.
     """
-    return jnp.tensordot(a, b, a.ndim, precision=lax.Precision.HIGHEST)
+    sums = _summed_at_the_end(a * b)
+    while sums.ndim:
+        # Without the barrier XLA makes one long sum of all.
+        sums = _summed_at_the_end(lax.optimization_barrier(sums))
+    return sums
+
+
+def _summed_at_the_end(terms: Float[Array, "..."]) -> Float[Array, "..."]:
+    """The sums along the last axes, as many as are short together, or along parts of the last axis if it is long."""
+    length = terms.shape[-1]
+    if length > _SHORT:
+        fill = [(0, 0, 0)] * (terms.ndim - 1) + [(0, -length % _PART, 0)]
+        filled = lax.pad(terms, np.zeros((), terms.dtype), fill) if length % _PART else terms
+        return jnp.sum(filled.reshape(*terms.shape[:-1], -1, _PART), axis=-1)
+    num_axes = np.count_nonzero(np.cumprod(terms.shape[::-1]) <= _SHORT)
+    return jnp.sum(terms, axis=tuple(range(-num_axes, 0)))
+
+
+def _squared_norm(z: Inexact[Array, "..."]) -> Float[Array, ""]:
+    return inner(z.real, z.real) + inner(z.imag, z.imag) if jnp.iscomplexobj(z) else inner(z, z)
 
 
 def moderate(z: Float[Array, "..."], axes):
@@ -110,7 +137,8 @@ def safe_sqrt(x: Float[Array, "..."]) -> Float[Array, "..."]:
 
 def ratio(numerator, denominator):
     """`numerator / denominator`, and 0 where the denominator is 0."""
-    return jnp.where(denominator == 0, 0.0, numerator / divisor(denominator))
+    is_zero = denominator == 0
+    return jnp.where(is_zero, 0.0, numerator / jnp.where(is_zero, 1.0, denominator))
 
 
 def divisor(x):
@@ -141,7 +169,7 @@ def end_pairs(matrices: Inexact[Array, "batch in out"], places: tuple[int, ...])
     if min(matrices.shape[-2:]) == 1:
         u, v, values = _pair_of_vector(matrices)
         return ((values, *real_where_possible(u, v)),) * len(places)
-    u, values, vh = jnp.linalg.svd(matrices, full_matrices=False)
+    u, values, vh = thin_svd(matrices)
     return tuple((values[..., i], *real_where_possible(u[..., i], jnp.conj(vh[..., i, :]))) for i in places)
 
 
@@ -160,7 +188,7 @@ def _pair_of_vector(matrices):
     """The singular pairs `(u, v, values)` of matrices of one row or one column, without an SVD."""
     row = matrices.shape[-2] == 1
     vector = matrices[..., 0, :] if row else matrices[..., 0]
-    values = jnp.linalg.norm(vector, axis=-1)
+    values = _frobenius(matrices)
     direction = jax.vmap(unit)(vector)
     one = jnp.ones((*values.shape, 1), matrices.dtype)
     return (one, jnp.conj(direction), values) if row else (direction, one, values)
@@ -169,8 +197,26 @@ def _pair_of_vector(matrices):
 def top_values(matrices: Inexact[Array, "batch in out"]) -> Float[Array, " batch"]:
     """The largest singular value of each matrix of a stack."""
     if min(matrices.shape[-2:]) == 1:
-        return jnp.linalg.norm(matrices, axis=(-2, -1))
-    return jnp.linalg.svd(matrices, compute_uv=False)[..., 0]
+        return _frobenius(matrices)
+    return svdvals(matrices)[..., 0]
+
+
+def thin_svd(matrices: Inexact[Array, "*batch rows columns"]):
+    """The thin SVD `(u, values, vh)` of one matrix or a stack.
+
+    A wide matrix is decomposed as its transpose. LAPACK takes up to twice the time for a wide one, and in float32 its
+    values are off by 1e-5 and more where thousands of entries are alike.
+    """
+    if matrices.shape[-2] >= matrices.shape[-1]:
+        return jnp.linalg.svd(matrices, full_matrices=False)
+    u, values, vh = jnp.linalg.svd(matrices.mT, full_matrices=False)
+    return vh.mT, values, u.mT
+
+
+def svdvals(matrices: Inexact[Array, "*batch rows columns"]) -> Float[Array, "*batch values"]:
+    """The singular values of one matrix or a stack, in decreasing order, of `thin_svd`."""
+    tall = matrices if matrices.shape[-2] >= matrices.shape[-1] else matrices.mT
+    return jnp.linalg.svd(tall, compute_uv=False)
 
 
 def gram_bound(matrices: Inexact[Array, "batch in out"], num_steps: int) -> Float[Array, ""]:
@@ -178,11 +224,13 @@ def gram_bound(matrices: Inexact[Array, "batch in out"], num_steps: int) -> Floa
 
     With `G_0 = A^H A` and `G_t = G_(t-1)^2` it is the largest `||G_t||_F ** (1 / 2 ** (t + 1))` at `t = num_steps`.
     """
+    if min(matrices.shape[-2:]) == 1:
+        return jnp.max(_frobenius(matrices))
     if matrices.shape[-2] < matrices.shape[-1]:
         matrices = matrices.mT
     bounds = _gram_bounds(lax.stop_gradient(matrices), num_steps)
     # The largest alone is differentiated: second derivatives for a matrix that is nothing but rounding overflow.
-    largest = _gram_bounds(picked(matrices, lax.argmax(bounds, 0, jnp.int32))[None], num_steps)[0]
+    largest = _gram_bounds(picked(matrices, place_of_largest(bounds))[None], num_steps)[0]
     return largest + lax.stop_gradient(jnp.max(bounds) - largest)
 
 
@@ -204,6 +252,6 @@ def _gram_bounds(matrices: Inexact[Array, "batch in out"], num_steps: int) -> Fl
     return jnp.where(norms == 0, 0.0, jnp.exp(log_bounds + shares[-1] * jnp.log(divisor(last))))
 
 
-def _frobenius(matrices: Inexact[Array, "batch n n"]) -> Float[Array, " batch"]:
+def _frobenius(matrices: Inexact[Array, "batch rows columns"]) -> Float[Array, " batch"]:
     """The Frobenius norm of each matrix, with derivative 0 at a zero matrix."""
-    return safe_sqrt(jnp.sum(jnp.real(matrices * matrices.conj()), axis=(-2, -1)))
+    return jax.vmap(lambda matrix: safe_sqrt(_squared_norm(matrix)))(matrices)

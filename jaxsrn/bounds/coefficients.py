@@ -19,7 +19,7 @@ from jaxtyping import Array, Float
 
 from jaxsrn._tools.held import held, refusing, stationary
 from jaxsrn._tools.indexing import stack_of_one
-from jaxsrn._tools.linalg import einsum, matmul, unit
+from jaxsrn._tools.linalg import einsum, inner, matmul, unit
 from jaxsrn._tools.subspaces import fixed_start
 from jaxsrn.bounds.covers import NormInterval, covers, widened
 from jaxsrn.operators.base import Dense, Operator
@@ -96,8 +96,7 @@ def matrix_norm(matrices: Float[Array, "groups rows columns"], num_steps: int | 
 def _forms(matrices, vectors):
     """`u^T A v` of each matrix of a stack, with vectors `(u, v)` on its rows and columns."""
     rows, columns = vectors
-    # Of three factors at once XLA would add all products one after another, as in `inner`.
-    return einsum("gi,gi->g", rows, einsum("gio,go->gi", matrices, columns))
+    return jax.vmap(inner)(rows, einsum("gio,go->gi", matrices, columns))
 
 
 def _form(matrix, vectors):

@@ -21,7 +21,7 @@ from jaxtyping import Array, Complex, Float
 
 from jaxsrn._tools.checks import Kernel, computed_form, static_int
 from jaxsrn._tools.held import held, stationary
-from jaxsrn._tools.indexing import picked
+from jaxsrn._tools.indexing import picked, place_of_largest
 from jaxsrn._tools.linalg import einsum, inner, unit
 from jaxsrn._tools.programs import program
 from jaxsrn._tools.subspaces import fixed_start
@@ -121,7 +121,7 @@ def _best_vectors(tensor: Float[Array, "..."], num_starts: int, num_steps: int) 
     # The last step is one on the columns, so that the values are real: the real part of the tensor carries all of them.
     row, column = _channel_vectors(matrices, column)
     values = einsum("si,si->s", row, einsum("sio,so->si", matrices, column)).real
-    factors, row, column = picked((factors, row, column), jnp.argmax(values))
+    factors, row, column = picked((factors, row, column), place_of_largest(values))
     return [*factors, row, column]
 
 

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 
 from jaxsrn._tools.checks import Kernel, float_dtype, kernel_array, positive_scalar, static_int
 from jaxsrn._tools.held import held
-from jaxsrn._tools.linalg import einsum, matmul, ratio, safe_sqrt
+from jaxsrn._tools.linalg import einsum, matmul, ratio, safe_sqrt, thin_svd
 from jaxsrn._tools.programs import program
 from jaxsrn._tools.tolerances import vector_tolerance
 from jaxsrn.normalization.result import SRNResult, deviation, in_own_scale
@@ -70,7 +70,7 @@ def srn(matrix: Kernel, target, *, num_preserved: int = 1, raise_rank: bool = Fa
 def srn_of_matrix(matrix, target, num_preserved, raise_rank):
     """`srn` for checked arguments."""
     a, scale = rescaled(matrix, Dense())
-    u, _, vt = jnp.linalg.svd(lax.stop_gradient(a), full_matrices=False)
+    u, _, vt = thin_svd(lax.stop_gradient(a))
     # The singular values as functions of the matrix, with the vectors held constant.
     s = held(_values, _turning, a, (u, vt))
     rank = ratio(jnp.sum(s**2), s[0] ** 2)

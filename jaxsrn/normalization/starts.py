@@ -15,7 +15,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from jaxsrn._tools.indexing import joined, picked, stack_of_one
-from jaxsrn._tools.linalg import divisor, top_values
+from jaxsrn._tools.linalg import divisor, thin_svd, top_values
 from jaxsrn._tools.tolerances import svds_are_dear
 from jaxsrn.normalization.closed_form import (
     INFEASIBLE_FROM,
@@ -138,7 +138,7 @@ def _with_next(kernel: Float[Array, "..."], op: ZeroPaddedConv, starts: Pair) ->
     if svds_are_dear(1, sizes):
         return starts
     # The rows of the explicit matrix are outputs, those of its transpose inputs.
-    rows, _, columns = jnp.linalg.svd(op.to_dense(kernel).T, full_matrices=False)
+    rows, _, columns = thin_svd(op.to_dense(kernel).T)
     following = jax.vmap(lambda row, column: of_flat_vectors(row, column, op, kernel.shape))
     return joined(starts, following(rows.T[1 : 1 + _NUM_NEXT], columns[1 : 1 + _NUM_NEXT]))
 

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 from jaxsrn._tools.checks import Kernel, check_choice, computed_form, float_dtype, positive_scalar
 from jaxsrn._tools.indexing import picked
 from jaxsrn._tools.lanczos import leading_singular_vectors
-from jaxsrn._tools.linalg import end_pairs, unit
+from jaxsrn._tools.linalg import end_pairs, svdvals, unit
 from jaxsrn._tools.programs import program
 from jaxsrn._tools.subspaces import fixed_start
 from jaxsrn._tools.tolerances import BOTH_ENDS_SIZE
@@ -130,7 +130,7 @@ def _extreme_at_sites(kernel, op: CircularConv):
     """The extreme pairs of a circular layer: singular values at all sites, vectors at the two sites that matter."""
     layer = without_constant_axes(op, kernel.shape)
     places = distinct_sites(layer)[0]
-    values = jnp.linalg.svd(half_symbol(kernel, layer)[places], compute_uv=False)
+    values = svdvals(half_symbol(kernel, layer)[places])
     sites, pairs = jax.tree.map(jnp.asarray, sites_at(layer, places)), []
     for end, place in ((0, jnp.argmax(values[:, 0])), (-1, jnp.argmin(values[:, -1]))):
         site = picked(sites, place)

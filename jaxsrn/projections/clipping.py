@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Inexact
 
-from jaxsrn._tools.linalg import divisor, inner, matmul, nan_for_infinity, ratio
+from jaxsrn._tools.linalg import divisor, inner, matmul, nan_for_infinity, ratio, thin_svd
 from jaxsrn.operators.base import Operator
 from jaxsrn.operators.convolutions import CircularConv
 from jaxsrn.operators.unbounded import UnboundedConv
@@ -109,7 +109,7 @@ class Clipping(NamedTuple):
 
 def split(matrices: Inexact[Array, "batch rows columns"], limit: Float[Array, ""]) -> Clipping:
     """The SVD of the stack, to be clipped at `limit`."""
-    rows, values, columns = jnp.linalg.svd(nan_for_infinity(matrices), full_matrices=False)
+    rows, values, columns = thin_svd(nan_for_infinity(matrices))
     return Clipping(rows, values, columns, limit)
 
 

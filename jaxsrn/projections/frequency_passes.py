@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Inexact, Int
 
-from jaxsrn._tools.linalg import divisor, matmul, ratio, top_values
+from jaxsrn._tools.linalg import divisor, matmul, ratio, svdvals, top_values
 from jaxsrn.bounds.covers import covers
 from jaxsrn.operators.base import Operator
 from jaxsrn.operators.convolutions import CircularConv
@@ -113,7 +113,7 @@ def unit_direction(gradient: Float[Array, "..."], stack_map: StackMap) -> tuple[
 
 def nuclear_norm(stack_map: StackMap, stack: Inexact[Array, "batch rows columns"]) -> Float[Array, ""]:
     """The sum of all singular values of the operator that the stack stands for."""
-    values = jnp.linalg.svd(stack, compute_uv=False)
+    values = svdvals(stack)
     return jnp.sum(stack_map.counts[..., 0] * values)
 
 

@@ -23,7 +23,7 @@ from jax import lax
 from jaxtyping import Array, Float, Shaped
 
 from jaxsrn._tools.checks import Kernel, check_choice, ensure, float_dtype, kernel_array, positive_scalar, static_int
-from jaxsrn._tools.linalg import divisor, inner
+from jaxsrn._tools.linalg import divisor, inner, svdvals
 from jaxsrn._tools.programs import program
 from jaxsrn._tools.tolerances import PROVEN_SIZE, torus_excess
 from jaxsrn.operators.base import Dense, Operator
@@ -163,7 +163,7 @@ def _candidate(kernel, op, tolerance, method, max_passes, num_passes):
     """A kernel of any scale along the gradient, and the proven bound of the dual norm of the rescaled gradient."""
     gradient, _ = rescaled(kernel, op)
     if isinstance(op, Dense):
-        return polar(gradient[None])[0], jnp.sum(jnp.linalg.svd(gradient, compute_uv=False))
+        return polar(gradient[None])[0], jnp.sum(svdvals(gradient))
     if method == "exact":
         found, bound = _exact(gradient, op, tolerance, max_passes)
     elif method == "frequency":

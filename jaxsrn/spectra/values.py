@@ -18,6 +18,7 @@ from jaxsrn._tools.checks import Kernel, computed_form, ensure, float_dtype, is_
 from jaxsrn._tools.held import held, stationary
 from jaxsrn._tools.indexing import stack_of_one
 from jaxsrn._tools.lanczos import top_singular_vectors
+from jaxsrn._tools.linalg import svdvals
 from jaxsrn._tools.programs import program
 from jaxsrn._tools.tolerances import DENSE_SIZE, vector_tolerance
 from jaxsrn.operators.base import Operator
@@ -95,10 +96,10 @@ def singular_values(kernel: Kernel, op: Operator) -> Float[Array, " n"]:
 def _singular_values(kernel, op):
     kernel = kernel.astype(float_dtype(kernel.dtype))
     if not isinstance(op, CircularConv):
-        return jnp.linalg.svd(op.to_dense(kernel), compute_uv=False)
+        return svdvals(op.to_dense(kernel))
     layer = without_constant_axes(op, kernel.shape)
     sites, counts = distinct_sites(layer)
-    values = jnp.linalg.svd(half_symbol(kernel, layer)[sites], compute_uv=False)
+    values = svdvals(half_symbol(kernel, layer)[sites])
     counts = counts * repetitions(op, layer)
     values = jnp.repeat(values, counts, axis=0, total_repeat_length=int(counts.sum()))
     return _descending(values.reshape(-1))

@@ -15,6 +15,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from jaxsrn._tools.checks import Kernel, ensure, float_dtype, kernel_array, kernel_shape_of, positive_scalar
+from jaxsrn._tools.linalg import svdvals
 from jaxsrn._tools.programs import program
 from jaxsrn.operators.base import Operator
 from jaxsrn.operators.convolutions import CircularConv
@@ -79,7 +80,7 @@ def squared_values(kernel: Float[Array, "..."], op: CircularConv) -> Float[Array
     if min(symbol.shape[-2:]) == 1:
         squares = jnp.sum(jnp.real(symbol * jnp.conj(symbol)), axis=(-2, -1))
     else:
-        squares = jnp.linalg.svd(symbol, compute_uv=False) ** 2
+        squares = svdvals(symbol) ** 2
     return squares.reshape((math.prod(half_grid(op)), -1))
 
 

@@ -18,7 +18,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from jaxsrn._tools.checks import Kernel, ensure, float_dtype, kernel_array, positive_scalar
-from jaxsrn._tools.indexing import chosen, picked, stack_of_one
+from jaxsrn._tools.indexing import chosen, picked, place_of_largest, stack_of_one
 from jaxsrn._tools.programs import program
 from jaxsrn._tools.tolerances import MAX_PASSES, kernel_tolerance
 from jaxsrn.normalization.closed_form import INFEASIBLE, Problem, problem_of
@@ -145,7 +145,7 @@ def _found(a: Float[Array, "..."], op: Operator, waves: Pair | None, roughly: bo
         first = no_pair(op, a.shape, a.dtype)
     else:
         images = op.apply(a, waves.input, precision=lax.Precision.HIGHEST)
-        first = picked(waves, jnp.argmax(jnp.linalg.norm(images.reshape((len(images), -1)), axis=1)))
+        first = picked(waves, place_of_largest(jnp.linalg.norm(images.reshape((len(images), -1)), axis=1)))
     steps = (_FEW_PASSES, _FEW_PASSES) if roughly else (_MANY_PASSES, MAX_PASSES)
     return followed(a, op, None, SRNCState(start_track(a, op, first, True), None), steps).normalized
 

@@ -152,17 +152,17 @@ def _srnc_step(kernel, state, op, target, norm, cap, gradient, steps):
     # Where the norm alone is asked for, the frozen gradient is the true one.
     pair = track.pair if gradient == "frozen" or target is None else moving_pair(a, op, target, track.pair)
     unchanged = jnp.asarray(idle_taps(op, kernel.shape))
-    is_identity = jnp.asarray(False)
+    is_used = jnp.asarray(True)
     if norm is None or cap:
         own_norm = scale * pair_value(a, op, (own or track).pair)
         norm = own_norm if norm is None else jnp.minimum(norm, own_norm)
-        # The map is the identity here. The product below has the same value, but no derivative at a zero kernel, where
-        # both of its factors vanish.
-        is_identity = is_only_rescaled(a, op, target, pair) & (own_norm <= norm)
-        unchanged |= is_identity
+        # The map is the identity elsewhere. The product below has the same value there, but no derivative at a zero
+        # kernel, where both of its factors vanish.
+        is_used = ~(is_only_rescaled(a, op, target, pair) & (own_norm <= norm))
+        unchanged |= ~is_used
     # The solution is proportional to the norm and does not depend on the scale of the kernel.
     if gradient == "frozen":
-        unit_kernel = normalized_holding_pair(a, op, target, pair, ~is_identity)
+        unit_kernel = normalized_holding_pair(a, op, target, pair, is_used)
     else:
         unit_kernel = normalized(a, op, target, pair)
     normalized_kernel = jnp.where(unchanged, kernel, (norm * unit_kernel).astype(kernel.dtype))

@@ -20,7 +20,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxsrn._tools.indexing import picked
+from jaxsrn._tools.indexing import picked, place_of_largest
 from jaxsrn._tools.linalg import einsum, unit
 from jaxsrn._tools.programs import program
 from jaxsrn._tools.subspaces import extended, fixed_start, rayleigh_ritz
@@ -88,7 +88,7 @@ def follow(kernel: Float[Array, "..."], op: Operator, pair: Pair, watch: Float[A
 
     # The pair is in one group, up to rounding and what an average of states has in others.
     own, kept = _by_group(pair.input[None], groups), _by_group(watch, groups)
-    lead = _largest(jnp.sum(own**2, axis=(1, 2)))
+    lead = place_of_largest(jnp.sum(own**2, axis=(1, 2)))
     first = _in_group(lead, own, kept[:, :1])
     # The vectors come in orthonormal up to rounding, which the choice of the largest would amplify from step to step.
     num_kept = kept.shape[1]
@@ -104,7 +104,7 @@ def follow(kernel: Float[Array, "..."], op: Operator, pair: Pair, watch: Float[A
     gram = einsum("isgc,jsgc->gij", parts, parts)
     squares, weights = rayleigh_ritz(gram)
     inputs = einsum("gkj,gjn->gkn", weights[:, :num_kept], basis)
-    best = _largest(squares[:, 0])
+    best = place_of_largest(squares[:, 0])
     leading = _in_group(best, inputs[:, :1], 0.0)
     output = einsum("gj,jsgc->sgc", _in_group(best, weights[:, 0], 0.0), parts).reshape(images.shape[1:])
     turned = (best != lead) | (jnp.abs(picked(weights[:, 0, 0], best)) < _SAME_OVERLAP)
@@ -127,11 +127,6 @@ def _images(rows: Float[Array, "groups rows n"], shape: tuple[int, ...]) -> Floa
         return rows.reshape((count, *shape))
     parts = rows.reshape((groups, count, -1, shape[-1] // groups))
     return jnp.moveaxis(parts, 0, 2).reshape((count, *shape))
-
-
-def _largest(sizes: Float[Array, " groups"]) -> Int[Array, ""]:
-    """The group of the largest number."""
-    return jnp.asarray(0, jnp.int32) if len(sizes) == 1 else lax.argmax(sizes, 0, jnp.int32)
 
 
 def _in_group(group, values: Float[Array, "groups ..."], otherwise) -> Float[Array, "groups ..."]:

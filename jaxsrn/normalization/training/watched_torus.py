@@ -25,14 +25,14 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from jaxsrn._tools.indexing import joined, picked, put_from, slice_from
+from jaxsrn._tools.indexing import joined, picked, place_of_largest, put_from, slice_from
 from jaxsrn._tools.linalg import einsum, zero_for_nan
 from jaxsrn._tools.subspaces import fixed_start
 from jaxsrn.normalization.training.watched_images import Step
 from jaxsrn.operators.convolutions import CircularConv
 from jaxsrn.operators.unbounded import UnboundedConv
 from jaxsrn.spectra.circular.angles import ROTATION
-from jaxsrn.spectra.circular.fourier import of_group, polynomial, site_rotations, site_shape
+from jaxsrn.spectra.circular.fourier import polynomial, site_rotations, site_shape
 from jaxsrn.spectra.circular.grid_certificate import degrees
 from jaxsrn.spectra.circular.real_floats import indices_of, parts_of, turns_of
 from jaxsrn.spectra.circular.sites import Site, half_grid, on_grid
@@ -124,12 +124,12 @@ def follow(
     turned = einsum("kgpqt,kgpr->kgqtr", factors, inputs)
     values, outputs = _units(einsum("gtrc,kgqtr->kgqc", coefficients, turned))
     # The first of equal values wins, so that nothing moves without need.
-    winner = lax.argmax(_preferring_first(values).reshape(-1), 0, jnp.int32)
+    winner = place_of_largest(_preferring_first(values).reshape(-1))
     rows = index, inputs, outputs
     best, *sides = picked([leaf.reshape((-1, *leaf.shape[2:])) for leaf in rows], winner)
     group = jnp.zeros_like(winner) if groups == 1 else lax.rem(winner, np.int32(groups))
     new = Pair(Site(lax.rem(best + samples, samples), group), *(lax.complex(*side) for side in sides))
-    step = Step(of_group(before[0], pair.site.group), jnp.max(values), winner != pair.site.group)
+    step = Step(picked(before[0], pair.site.group), jnp.max(values), winner != pair.site.group)
     moved = (put_from(leaf, start, rows[1:]) for leaf, rows in zip(watch, (index, outputs), strict=True))
     return new, Climbers(*moved), step
 
@@ -240,7 +240,7 @@ def _best_steps(layer: CircularConv, kernel_shape, exponents: np.ndarray, index,
     turns[0] *= 1 + 4 * float(jnp.finfo(filters.dtype).eps)
     values = jnp.sum(einsum("kgqt,npqt->kgnp", filters, jnp.asarray(turns, filters.dtype)) ** 2, axis=-1)
     allowed = _in_cells(index, cells, offsets)
-    return picked(jnp.asarray(offsets), lax.argmax(jnp.where(allowed, values, 0), 2, jnp.int32))
+    return picked(jnp.asarray(offsets), place_of_largest(jnp.where(allowed, values, 0), 2))
 
 
 def _in_cells(index, cells: Int[Array, "rows axes 2"], offsets: np.ndarray):

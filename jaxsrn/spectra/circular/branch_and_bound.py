@@ -26,16 +26,16 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxsrn._tools.indexing import chosen, picked, put, repeated, slice_from
+from jaxsrn._tools.indexing import chosen, picked, place_of_largest, put, repeated, slice_from
 from jaxsrn._tools.lanczos import leading_singular_vectors
-from jaxsrn._tools.linalg import einsum, unit
+from jaxsrn._tools.linalg import einsum, thin_svd, unit
 from jaxsrn._tools.programs import program
 from jaxsrn._tools.proofs import are_below, rounding, squared_limit, with_room
 from jaxsrn._tools.tolerances import vector_tolerance
 from jaxsrn.spectra.circular.angles import waves
 from jaxsrn.spectra.circular.boxes import Grid, centres, on_half_grid, spans, split
 from jaxsrn.spectra.circular.climbing import Peak, best_frequency, chunk_of, climbs_from, filter_of
-from jaxsrn.spectra.circular.fourier import of_group, symbol_of
+from jaxsrn.spectra.circular.fourier import symbol_of
 from jaxsrn.spectra.circular.grams import GramPolynomial, grams_at, whole_grams
 from jaxsrn.spectra.circular.real_floats import amplitudes_of, parts_of
 
@@ -98,7 +98,7 @@ def unproven_peak(poly: GramPolynomial, grid: Grid, peaks: Peak) -> Peak:
 
 
 def _highest_of(peaks: Peak) -> Peak:
-    return picked(peaks, lax.argmax(peaks.value, 0, jnp.int32))
+    return picked(peaks, place_of_largest(peaks.value))
 
 
 def _takes_lanczos(poly: GramPolynomial) -> bool:
@@ -126,9 +126,9 @@ def _spread(poly: GramPolynomial) -> Float[Array, ""] | float:
 
 def _push(proof: _Proof, boxes, keep) -> _Proof:
     """Puts the boxes that are to be kept on the stack, in their order."""
-    order = jnp.cumsum(keep, dtype=jnp.int32)
-    place = jnp.where(keep, proof.size + order - 1, len(proof.boxes))
-    return proof._replace(boxes=put(proof.boxes, place, boxes), size=proof.size + order[-1])
+    sizes = proof.size + jnp.cumsum(keep, dtype=jnp.int32)
+    place = jnp.where(keep, sizes - 1, len(proof.boxes))
+    return proof._replace(boxes=put(proof.boxes, place, boxes), size=sizes[-1])
 
 
 def _look(poly: GramPolynomial, grid: Grid, spread, chunk: int, allowed, proof: _Proof) -> _Proof:
@@ -185,7 +185,7 @@ def _moved_on(poly: GramPolynomial, grid: Grid, state: tuple[Peak, Bool[Array, "
 
 def _moved(poly: GramPolynomial, grid: Grid, peak: Peak) -> Peak:
     """The peak's vectors at the frequency, uphill from its own, at which their value is largest."""
-    filters = filter_of(of_group(poly.coefficients, peak.group), peak.row, peak.column)
+    filters = filter_of(picked(poly.coefficients, peak.group), peak.row, peak.column)
     index = best_frequency(grid.angles, poly.exponents, filters, peak.index, jnp.right_shift(grid.sizes, 1), _MOVES)
     index, mirrored = on_half_grid(grid, index[None])
     return peak._replace(index=index[0], column=jnp.where(mirrored[0], peak.column.conj(), peak.column))
@@ -214,7 +214,7 @@ def _examined(poly: GramPolynomial, grid: Grid, allowed, corners, high, known: P
 
     def examine(state):
         left, best = state
-        place = lax.argmax(left, 0, jnp.int32)
+        place = place_of_largest(left)
         index = picked(corners, place)
         if poly.basis is None:
             found = _with_larger(poly, grid, index, best)
@@ -232,16 +232,16 @@ def _examined(poly: GramPolynomial, grid: Grid, allowed, corners, high, known: P
 @program
 def _with_larger(poly: GramPolynomial, grid: Grid, index: Int[Array, " axes"], known: Peak) -> Peak:
     """The leading pair at an index of the grid where its value is larger than that of the known pair."""
-    rows, values, columns = jnp.linalg.svd(_whole_symbol(poly, grid, index), full_matrices=False)
+    rows, values, columns = thin_svd(_whole_symbol(poly, grid, index))
     leading = rows[:, :, 0], columns[:, 0].conj(), values[:, 0]
-    group = lax.argmax(leading[-1], 0, jnp.int32)
+    group = place_of_largest(leading[-1])
     found = Peak(index, group, *picked(leading, group))
     return chosen(found.value > known.value, found, known)
 
 
 def _polished(poly: GramPolynomial, grid: Grid, peak: Peak) -> Peak:
     """The leading pair of the symbol at the frequency and group of a peak, by the Lanczos method from its vector."""
-    symbol = symbol_of(waves(grid.angles, 2 * peak.index, poly.exponents), of_group(poly.coefficients, peak.group))
+    symbol = symbol_of(waves(grid.angles, 2 * peak.index, poly.exponents), picked(poly.coefficients, peak.group))
 
     found = leading_singular_vectors(
         lambda x: parts_of(einsum("rc,c->r", symbol, amplitudes_of(x))),

@@ -20,14 +20,14 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Complex, Float, Int
 
-from jaxsrn._tools.indexing import picked
+from jaxsrn._tools.indexing import picked, place_of_largest
 from jaxsrn._tools.linalg import einsum, real_times
 from jaxsrn._tools.programs import program
 from jaxsrn._tools.subspaces import fixed_start
 from jaxsrn.operators.convolutions import CircularConv
 from jaxsrn.spectra.circular.angles import waves
 from jaxsrn.spectra.circular.boxes import Grid, centres, on_half_grid
-from jaxsrn.spectra.circular.fourier import of_group, site_shape
+from jaxsrn.spectra.circular.fourier import site_shape
 from jaxsrn.spectra.circular.grams import CHUNK, GramPolynomial, grams_at, with_all_directions
 from jaxsrn.spectra.circular.sites import stands_for_torus
 
@@ -150,7 +150,7 @@ def most_promising(known: Estimates, count: int) -> Int[Array, " chosen"]:
     points, groups = known.values.shape
     largest = lax.top_k(known.values.reshape(-1), min(count, known.values.size))[1]
     own = np.arange(points - known.own_opposites, points, dtype=np.int32)
-    own_groups = lax.argmax(known.values[points - known.own_opposites :], 1, jnp.int32)
+    own_groups = place_of_largest(known.values[points - known.own_opposites :], 1)
     return jnp.concatenate([largest, own_groups + groups * own])
 
 
@@ -188,7 +188,7 @@ def _uphill(poly: GramPolynomial, grid: Grid, index, group, column) -> Peak:
     The steps over frequencies start at half a box, and halve wherever the frequency stays, until they are finer than
     rounding tells apart.
     """
-    coefficients = of_group(poly.coefficients, group)
+    coefficients = picked(poly.coefficients, group)
     # Products with the transpose read it as it lies in memory.
     transposed = coefficients.mT
 
@@ -246,5 +246,5 @@ def _better_frequency(angles, exponents: np.ndarray, filters: Complex[Array, " t
     around = np.array(sorted(itertools.product((-2, -1, 0, 1, 2), repeat=index.size), key=any), np.int32)
     candidates = index[None] + around * stride[None]
     factors = waves(angles, 2 * candidates, exponents)
-    best = lax.argmax(jnp.abs(einsum("pt,t->p", factors, filters)), 0, jnp.int32)
+    best = place_of_largest(jnp.abs(einsum("pt,t->p", factors, filters)))
     return *picked((candidates, factors), best), jnp.right_shift(jnp.where(best == 0, stride, 2 * stride), 1)

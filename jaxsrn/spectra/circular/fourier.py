@@ -33,7 +33,6 @@ __all__ = [
     "dft_rows",
     "half_symbol",
     "lags_of",
-    "of_group",
     "polynomial",
     "polyphase",
     "site_rotations",
@@ -194,12 +193,7 @@ def _turns_jvp(terms, primals, tangents):
 def site_symbol(kernel: Float[Array, "..."], op: CircularConv, site: Site | ShiftedSite) -> Complex[Array, "in out"]:
     """The symbol at one site, `(phases * c_in // groups, c_out // groups)`."""
     factors = site_waves(op, kernel.shape, site, kernel.dtype)
-    return symbol_of(factors, of_group(polynomial(kernel, op)[0], site.group))
-
-
-def of_group(coefficients: Float[Array, "groups ..."], group: Int[Array, ""]) -> Float[Array, "..."]:
-    """The coefficients of one group. The index of an only group is static, which spares a copy of them."""
-    return coefficients[0] if len(coefficients) == 1 else picked(coefficients, group)
+    return symbol_of(factors, picked(polynomial(kernel, op)[0], site.group))
 
 
 def symbol_of(factors: Complex[Array, " terms"], coefficients: Float[Array, "... terms rows columns"]):

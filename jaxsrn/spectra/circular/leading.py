@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxsrn._tools.indexing import picked
+from jaxsrn._tools.indexing import picked, place_of_largest
 from jaxsrn._tools.linalg import by_largest, top_values
 from jaxsrn._tools.programs import program
 from jaxsrn._tools.tolerances import svds_are_dear, torus_excess
@@ -90,7 +90,7 @@ def _by_svds(kernel, op):
     kernel, places = by_largest(kernel)[0], distinct_sites(op)[0]
     values = top_values(half_symbol(kernel, op)[places])
     sites = jax.tree.map(jnp.asarray, sites_at(op, places))
-    return pair_at(kernel, op, picked(sites, jnp.argmax(values)))
+    return pair_at(kernel, op, picked(sites, place_of_largest(values)))
 
 
 @functools.partial(program, brief=True)

@@ -19,12 +19,11 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Complex
 
-from jaxsrn._tools.indexing import chosen
-from jaxsrn._tools.linalg import einsum
+from jaxsrn._tools.indexing import chosen, picked
+from jaxsrn._tools.linalg import einsum, thin_svd
 from jaxsrn.spectra.circular.angles import waves
 from jaxsrn.spectra.circular.boxes import Grid
 from jaxsrn.spectra.circular.climbing import Peak
-from jaxsrn.spectra.circular.fourier import of_group
 from jaxsrn.spectra.circular.grams import GramPolynomial
 
 __all__ = ["at_maximum"]
@@ -39,12 +38,12 @@ _RIDGE = 1e-6
 def at_maximum(poly: GramPolynomial, grid: Grid, peak: Peak) -> Peak:
     """The maximum near a peak, as long as no step finds a value that is smaller by more than rounding."""
     eps = float(jnp.finfo(peak.value.dtype).eps)
-    coefficients = of_group(poly.coefficients, peak.group)
+    coefficients = picked(poly.coefficients, peak.group)
 
     def step(state):
         _, count, index, best = state
         symbol, first, second = _derivatives(coefficients, grid, index, poly.exponents)
-        rows, values, columns = jnp.linalg.svd(symbol, full_matrices=False)
+        rows, values, columns = thin_svd(symbol)
         here = Peak(index, peak.group, rows[:, 0], columns[0].conj(), values[0])
         gained = (here.value >= (1 - 8 * eps) * best.value) | (count == 0)
         # The value is the largest so far, so that steps cannot lose more than rounding together.

@@ -14,7 +14,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxsrn._tools.indexing import picked
+from jaxsrn._tools.indexing import picked, place_of_largest
 from jaxsrn._tools.linalg import by_largest
 from jaxsrn._tools.loops import one_by_one
 from jaxsrn._tools.programs import program
@@ -132,7 +132,7 @@ def _largest_apart(values: Float[Array, " n"], indices, groups, grid: Grid, coun
 
     def pick(k, state):
         left, chosen, found = state
-        best = lax.argmax(left, 0, jnp.int32)
+        best = place_of_largest(left)
         index, group, value = picked((indices, groups, left), best)
         taken = (near(index) | near(-index)) & (groups == group)
         here = jnp.arange(count) == k

@@ -14,6 +14,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Complex, Float
 
+from jaxsrn._tools.indexing import place_of_largest
 from jaxsrn._tools.linalg import einsum
 from jaxsrn.operators.convolutions import CircularConv
 from jaxsrn.spectra.circular.angles import angles_of, phases
@@ -31,9 +32,9 @@ def site_gradient(
     op: CircularConv, kernel_shape, site: Site | ShiftedSite, u: Complex[Array, " in"], v: Complex[Array, " out"]
 ):
     """`grad_K Re(u^H S_K(w) v)` of a unit pair `(u, v)` at a site, of shape `kernel_shape`."""
-    groups, dtype = op.feature_group_count, u.real.dtype
-    turned = einsum("t,c->tc", site_waves(op, kernel_shape, site, dtype), v)
-    terms = einsum("r,tc->trc", u.conj(), turned).real[None]
+    groups, dtype = op.feature_group_count, jnp.finfo(u.dtype).dtype
+    turned = einsum("t,r->tr", site_waves(op, kernel_shape, site, dtype), u.conj())
+    terms = einsum("tr,c->trc", turned, v).real[None]
     if groups > 1:
         in_group = (jnp.arange(groups, dtype=jnp.int32) == site.group).astype(dtype)
         terms = in_group[:, None, None, None] * terms
@@ -82,6 +83,6 @@ def site_of_images(op: CircularConv, kernel_shape, inputs: Float[Array, "..."], 
     half = tuple(slice(m) for m in half_grid(op))
     size = math.prod(half_grid(op)) * groups
     u, v = (s[half].reshape((size, -1)) for s in spectrum)
-    place = jnp.argmax(jnp.linalg.norm(u, axis=-1) * jnp.linalg.norm(v, axis=-1))
+    place = place_of_largest(jnp.linalg.norm(u, axis=-1) * jnp.linalg.norm(v, axis=-1))
     *index, group = jnp.unravel_index(place, (*half_grid(op), groups))
     return Site(jnp.stack(index).astype(jnp.int32), group.astype(jnp.int32)), u[place], v[place]

@@ -11,13 +11,13 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
-from jaxsrn._tools.indexing import first_of, stack_of_one
+from jaxsrn._tools.indexing import first_of, picked, stack_of_one
 from jaxsrn._tools.linalg import einsum, real_where_possible, top_pairs, unit
 from jaxsrn.operators.convolutions import CircularConv
 from jaxsrn.operators.unbounded import UnboundedConv
 from jaxsrn.spectra.circular.angles import angles_of
 from jaxsrn.spectra.circular.climbing import best_frequency, filter_of
-from jaxsrn.spectra.circular.fourier import of_group, polynomial, site_shape, site_symbol
+from jaxsrn.spectra.circular.fourier import polynomial, site_shape, site_symbol
 from jaxsrn.spectra.circular.plane_waves import site_gradient, site_of_images, wave
 from jaxsrn.spectra.circular.real_floats import amplitudes_of, group_of, indices_of, parts_of, turns_of
 from jaxsrn.spectra.circular.sites import Site, on_grid
@@ -104,7 +104,7 @@ def nearby(kernel: Float[Array, "..."], op: CircularConv | UnboundedConv, pair: 
 def _better_site(kernel, layer: CircularConv, pair: Pair) -> Site:
     """The site nearby where the value of the pair's vectors is largest."""
     coefficients, exponents = polynomial(kernel, layer)
-    filters = filter_of(of_group(coefficients, pair.site.group), pair.input, pair.output)
+    filters = filter_of(picked(coefficients, pair.site.group), pair.input, pair.output)
     angles, samples = angles_of(layer.grid, kernel.dtype), jnp.asarray(layer.grid, jnp.int32)
     index = best_frequency(angles, exponents, filters, pair.site.index, samples // _NEAR, _STEPS)
     return Site(lax.rem(index + samples, samples), pair.site.group)
