@@ -15,6 +15,7 @@ from jax import lax
 from jaxtyping import Array, Float, Inexact
 
 from jaxsrn._tools.indexing import picked, place_of_largest
+from jaxsrn._tools.programs import program
 
 __all__ = [
     "by_largest",
@@ -48,7 +49,7 @@ matmul = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
 _SHORT, _PART = 128, 32
 
 
-@jax.jit
+@program
 def unit(vector: Inexact[Array, "..."]) -> Inexact[Array, "..."]:
     """`vector` with norm 1; the first basis vector in place of zero."""
     squared = _squared_norm(vector)
@@ -80,7 +81,7 @@ def zero_for_nan(x: Float[Array, "..."]) -> Float[Array, "..."]:
     return jnp.where(jnp.isnan(x), 0, x)
 
 
-@jax.jit
+@program
 def inner(a: Float[Array, "..."], b: Float[Array, "..."]) -> Float[Array, ""]:
     """`sum(a * b)`, the inner product of two arrays.
 
