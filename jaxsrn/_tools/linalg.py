@@ -205,8 +205,8 @@ def top_values(matrices: Inexact[Array, "batch in out"]) -> Float[Array, " batch
 def thin_svd(matrices: Inexact[Array, "*batch rows columns"]):
     """The thin SVD `(u, values, vh)` of one matrix or a stack.
 
-    A wide matrix is decomposed as its transpose. LAPACK takes up to twice the time for a wide one, and in float32 its
-    values are off by 1e-5 and more where thousands of entries are alike.
+    A wide matrix is decomposed as its transpose. LAPACK's own decomposition of it is off by 1e-5 and more in float32
+    where thousands of entries are alike, and its vectors do not have norm 1.
     """
     if matrices.shape[-2] >= matrices.shape[-1]:
         return jnp.linalg.svd(matrices, full_matrices=False)
