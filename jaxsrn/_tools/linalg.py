@@ -44,8 +44,8 @@ __all__ = [
 einsum = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
 matmul = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
 
-# Sums of at most so many terms, and the length of the parts of longer axes. The parts are short, as an axis that is
-# sharded over devices stays so where the number of its parts is a multiple of theirs.
+# `inner` sums at most 128 terms at once, and cuts longer axes into parts of 32. An axis that is sharded over devices
+# stays so where the number of its parts is a multiple of the number of devices.
 _SHORT, _PART = 128, 32
 
 
@@ -107,6 +107,7 @@ def _summed_at_the_end(terms: Float[Array, "..."]) -> Float[Array, "..."]:
 
 
 def _squared_norm(z: Inexact[Array, "..."]) -> Float[Array, ""]:
+    """The square of the Euclidean norm of an array."""
     return inner(z.real, z.real) + inner(z.imag, z.imag) if jnp.iscomplexobj(z) else inner(z, z)
 
 

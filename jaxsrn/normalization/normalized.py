@@ -24,18 +24,14 @@ from jaxsrn.spectra.singular_pair import Pair
 __all__ = ["is_only_rescaled", "normalized"]
 
 
+# Compiled as subroutines, as a training step takes them more than once.
+@functools.partial(program, static_argnums=1)
 def normalized(a: Float[Array, "..."], op: Operator, target, pair: Pair) -> Float[Array, "..."]:
     """The closed form for one pair, with norm 1; with no target the kernel rescaled."""
     if target is None:
         value = pair_value(a, op, pair)
         return a / divisor(value)
-    return _of_functional(a, op, target, value_gradient(pair, op, a.shape))
-
-
-# Compiled as a subroutine, as a training step takes it more than once.
-@functools.partial(program, static_argnums=1)
-def _of_functional(a: Float[Array, "..."], op: Operator, target, gradient: Float[Array, "..."]) -> Float[Array, "..."]:
-    along, rest, factor, _ = _parts(a, op, target, gradient)
+    along, rest, factor, _ = _parts(a, op, target, pair)
     return along + factor * rest
 
 
@@ -43,11 +39,12 @@ def is_only_rescaled(a: Float[Array, "..."], op: Operator, target, pair: Pair) -
     """Whether the normalized kernel is only the kernel rescaled."""
     if target is None:
         return jnp.asarray(True)
-    return _parts(a, op, target, value_gradient(pair, op, a.shape))[3]
+    return _parts(a, op, target, pair)[3]
 
 
-def _parts(a: Float[Array, "..."], op: Operator, target, gradient: Float[Array, "..."]):
-    """`(E / e, R, c)`, and whether `c = 1 / m`, for the functional `<., gradient>`."""
+def _parts(a: Float[Array, "..."], op: Operator, target, pair: Pair):
+    """`(E / e, R, c)`, and whether `c = 1 / m`."""
+    gradient = value_gradient(pair, op, a.shape)
     weights = op.frobenius_weights(a.shape, a.dtype)
     along, _, inverse, m, rest, squared = decomposed(a, gradient, over_weights(gradient, op), weights)
     # Lengths are compared by their squares, of which one root is taken in the end.

@@ -156,8 +156,8 @@ def _srnc_step(kernel, state, op, target, norm, cap, gradient, steps):
     if norm is None or cap:
         own_norm = scale * pair_value(a, op, (own or track).pair)
         norm = own_norm if norm is None else jnp.minimum(norm, own_norm)
-        # The map is the identity elsewhere. The product below has the same value there, but no derivative at a zero
-        # kernel, where both of its factors vanish.
+        # Where the normalized kernel is not used, the map is the identity. The product below has the same value there,
+        # but no derivative at a zero kernel, where both of its factors vanish.
         is_used = ~(is_only_rescaled(a, op, target, pair) & (own_norm <= norm))
         unchanged |= ~is_used
     # The solution is proportional to the norm and does not depend on the scale of the kernel.
