@@ -44,9 +44,8 @@ __all__ = [
 einsum = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
 matmul = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
 
-# `inner` sums at most 128 terms at once, and cuts longer axes into parts of 32. An axis that is sharded over devices
-# stays so where the number of its parts is a multiple of the number of devices.
-_SHORT, _PART = 128, 32
+# `inner` sums at most 256 terms at once, and cuts longer axes into parts of 128.
+_SHORT, _PART = 256, 128
 
 
 @program

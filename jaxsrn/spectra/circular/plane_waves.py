@@ -33,8 +33,8 @@ def site_gradient(
 ):
     """`grad_K Re(u^H S_K(w) v)` of a unit pair `(u, v)` at a site, of shape `kernel_shape`."""
     groups, dtype = op.feature_group_count, jnp.finfo(u.dtype).dtype
-    turned = einsum("t,r->tr", site_waves(op, kernel_shape, site, dtype), u.conj())
-    terms = einsum("tr,c->trc", turned, v).real[None]
+    turned = einsum("t,c->tc", site_waves(op, kernel_shape, site, dtype), v)
+    terms = einsum("r,tc->trc", u.conj(), turned).real[None]
     if groups > 1:
         in_group = (jnp.arange(groups, dtype=jnp.int32) == site.group).astype(dtype)
         terms = in_group[:, None, None, None] * terms
