@@ -216,8 +216,12 @@ def thin_svd(matrices: Inexact[Array, "*batch rows columns"]):
 
 def svdvals(matrices: Inexact[Array, "*batch rows columns"]) -> Float[Array, "*batch values"]:
     """The singular values of one matrix or a stack, in decreasing order, of `thin_svd`."""
-    tall = matrices if matrices.shape[-2] >= matrices.shape[-1] else matrices.mT
-    return jnp.linalg.svd(tall, compute_uv=False)
+    return jnp.linalg.svd(_tall(matrices), compute_uv=False)
+
+
+def _tall(matrices: Inexact[Array, "*batch rows columns"]) -> Inexact[Array, "*batch longer shorter"]:
+    """The matrices, or their transposes if these have more rows."""
+    return matrices if matrices.shape[-2] >= matrices.shape[-1] else matrices.mT
 
 
 def gram_bound(matrices: Inexact[Array, "batch in out"], num_steps: int) -> Float[Array, ""]:
@@ -227,8 +231,7 @@ def gram_bound(matrices: Inexact[Array, "batch in out"], num_steps: int) -> Floa
     """
     if min(matrices.shape[-2:]) == 1:
         return jnp.max(_frobenius(matrices))
-    if matrices.shape[-2] < matrices.shape[-1]:
-        matrices = matrices.mT
+    matrices = _tall(matrices)
     bounds = _gram_bounds(lax.stop_gradient(matrices), num_steps)
     # The largest alone is differentiated: second derivatives for a matrix that is nothing but rounding overflow.
     largest = _gram_bounds(picked(matrices, place_of_largest(bounds))[None], num_steps)[0]
